@@ -1,0 +1,30 @@
+# make demo   set up, then four rounds of self-evolution of the miniature on this machine
+# make test   set up, then lint and all tests
+VENV ?= .venv
+export VENV
+
+.PHONY: install demo test lint unit format clean
+
+install:
+	@deploy/install.sh
+
+demo: install
+	$(VENV)/bin/rstar evolve deploy/configs/demo.yaml
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+unit: install
+	$(VENV)/bin/python -m pytest tests/unit -q
+
+test: lint
+	$(VENV)/bin/python -m pytest tests -q
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
