@@ -1,0 +1,120 @@
+"""The two models as the search sees them: records and Protocols, no engine library.
+
+    search --GenerationRequest--> PolicyEngine.generate      --GenerationReply--> n completions
+    search --EvaluationRequest--> PreferenceEngine.evaluate  --EvaluationReply--> one value each
+
+One generation request carries all candidates of an expansion (they share the prefill), one
+evaluation request all texts of an expansion. `routing_key` is equal for all requests of one tree,
+so that a pool can send them to the replica that holds their prefix in its cache.
+
+An engine raises `EngineError` when the *engine* failed (the caller may retry elsewhere). What the
+model did, including a prompt that does not fit, is a value in the reply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class EngineError(RuntimeError):
+    """An engine could not answer a request: it died, timed out or refused."""
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """A stop string or the end-of-sequence token was generated."""
+    LENGTH = "length"
+    """`max_tokens` or the model's context was reached."""
+    PROMPT_TOO_LONG = "prompt_too_long"
+    """The prompt left no room to generate; the completion is empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """Ask a policy for `num_candidates` continuations of one prompt."""
+
+    prompt: str
+    num_candidates: int
+    max_tokens: int
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    """None: the engine draws its own."""
+    routing_key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates must be >= 1, got {self.num_candidates}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1, got {self.max_tokens}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One continuation, with the stop string it ended on still at its end."""
+
+    text: str
+    finish: FinishReason
+    stop_string: str | None = None
+    """The matched stop string; None for end-of-sequence or length."""
+    num_tokens: int = 0
+    logprob: float | None = None
+    """Sum of the log-probabilities of the generated tokens; None: not asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationReply:
+    """`num_candidates` completions in the engine's order."""
+
+    completions: tuple[Completion, ...]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens served from the prefix cache."""
+    policy_version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """Ask the process preference model for the value of each partial solution text."""
+
+    texts: tuple[str, ...]
+    routing_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReply:
+    """One value in [-1, 1] for each text, same order; NaN where the model gave none."""
+
+    values: tuple[float, ...]
+    num_tokens: int = 0
+    preference_version: str = ""
+
+
+class PolicyEngine(Protocol):
+    """A policy, wherever it runs."""
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        """Sample continuations of `request.prompt`.
+
+        Raises:
+            EngineError: the engine failed; the same request may be sent to another one.
+        """
+        ...
+
+
+class PreferenceEngine(Protocol):
+    """A process preference model, wherever it runs."""
+
+    async def evaluate(self, request: EvaluationRequest) -> EvaluationReply:
+        """Value each text.
+
+        Raises:
+            EngineError: the engine failed; the same request may be sent to another one.
+        """
+        ...

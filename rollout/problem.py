@@ -1,0 +1,38 @@
+"""The `Problem` record: what a search starts from, and what its answers are graded against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Level(StrEnum):
+    """Difficulty class of a problem, as in the paper's Table 2."""
+
+    GSM = "gsm"
+    MATH = "math"
+    OLYMPIAD = "olympiad"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One math problem with a final answer that can be checked."""
+
+    id: str
+    source: str
+    level: Level
+    text: str
+    answer: str = ""
+    """The accepted final answer; "" where it is unknown (a question to solve, not to learn from)."""
+    answers_alt: tuple[str, ...] = ()
+    """Further accepted answers; a candidate equal to any of them is correct."""
+
+    def __post_init__(self) -> None:
+        for name in ("id", "text"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"Problem.{name} is empty (id={self.id!r})")
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """Every accepted answer, the published one first."""
+        return (self.answer, *self.answers_alt) if self.answer else ()

@@ -1,0 +1,200 @@
+"""The miniature's problems: runnable, disjoint, seeded, balanced."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rollout.problem import Level
+from rollout.problems.miniature import (
+    FAMILIES,
+    Miniature,
+    generate,
+    render_solution,
+    write_miniature,
+)
+from rollout.prompt import StepKind, parse_response
+
+# Runs every program of a JSON list in a namespace of its own; prints the JSON list of outputs.
+RUN_ALL = """
+import contextlib, io, json, sys
+outputs = []
+for program in json.load(sys.stdin):
+    captured = io.StringIO()
+    with contextlib.redirect_stdout(captured):
+        exec(program, {})
+    outputs.append(captured.getvalue())
+json.dump(outputs, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def miniature() -> Miniature:
+    return generate(seed=3, num_demonstrations=360, num_train=450, num_test=180)
+
+
+def test_every_solution_runs_and_prints_its_answer(miniature: Miniature) -> None:
+    problems = [*miniature.demonstrations, *miniature.train]
+    programs = [
+        "\n".join(step.code for step in parse_response(problem.solution) if step.code)
+        for problem in problems
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input=json.dumps(programs),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    outputs = json.loads(done.stdout)
+    assert {problem.family for problem in problems} == set(FAMILIES)
+    for problem, output in zip(problems, outputs, strict=True):
+        assert output == problem.answer + "\n", problem
+
+
+def test_a_solution_is_a_trajectory_of_code_output_and_answer(miniature: Miniature) -> None:
+    for problem in miniature.demonstrations:
+        steps = parse_response(problem.solution)
+        kinds = [step.kind for step in steps]
+        assert "".join(step.rendered for step in steps) == problem.solution
+        assert kinds[-2:] == [StepKind.LAST_CODE, StepKind.ANSWER]
+        assert set(kinds[:-2]) == {StepKind.CODE}
+        assert steps[-2].output == problem.answer
+        assert steps[-1].answer == problem.answer
+
+
+def test_solution_text_has_the_released_step_format() -> None:
+    text = render_solution(
+        [("Add", "from math import lcm\ntotal = 2 + 3")], result="total", answer=5
+    )
+    assert text == (
+        "<code>\n# Step 1: Add\nfrom math import lcm\ntotal = 2 + 3\n<end_of_step>"
+        "\n# Step 2: Now print the final answer\nprint(total)\n<end_of_code>"
+        "\n<output>5<end_of_output>\n<answer>The answer is \\boxed{5}<end_of_answer>"
+    )
+
+
+def test_no_problem_text_occurs_twice(miniature: Miniature) -> None:
+    texts = [
+        problem.text
+        for split in (miniature.demonstrations, miniature.train, miniature.test)
+        for problem in split
+    ]
+    assert len(texts) == 990
+    assert len(set(texts)) == len(texts)
+
+
+def test_a_seed_decides_every_problem_and_another_seed_gives_others() -> None:
+    counts = {"num_demonstrations": 36, "num_train": 36, "num_test": 36}
+    first = generate(seed=1, **counts)
+    assert generate(seed=1, **counts) == first
+    other = generate(seed=2, **counts)
+    assert not {problem.text for problem in other.test} & {problem.text for problem in first.test}
+
+
+def test_test_set_does_not_depend_on_the_other_counts() -> None:
+    small = generate(seed=5, num_demonstrations=18, num_train=0, num_test=90)
+    large = generate(seed=5, num_demonstrations=400, num_train=500, num_test=90)
+    assert small.test == large.test
+
+
+def test_levels_and_families_are_balanced(miniature: Miniature) -> None:
+    for split in (miniature.demonstrations, miniature.train, miniature.test):
+        assert set(Counter(problem.level for problem in split).values()) == {len(split) // 3}
+        per_family = Counter(problem.family for problem in split)
+        assert set(per_family.values()) == {len(split) // 18}
+
+
+def test_paraphrases_are_long_tailed_only_in_demonstrations(miniature: Miniature) -> None:
+    demonstrations = Counter(problem.paraphrase for problem in miniature.demonstrations)
+    # 20 per family at 8:6:2:1:1 of 18, largest remainders first.
+    assert [demonstrations[index] // 18 for index in range(5)] == [9, 7, 2, 1, 1]
+    train = Counter(problem.paraphrase for problem in miniature.train)
+    assert [train[index] // 18 for index in range(5)] == [5, 5, 5, 5, 5]
+
+
+def test_uneven_counts_are_spread_to_the_last_problem() -> None:
+    miniature = generate(seed=0, num_demonstrations=7, num_train=20, num_test=1)
+    assert [len(miniature.demonstrations), len(miniature.train), len(miniature.test)] == [7, 20, 1]
+    assert sorted(Counter(p.level for p in miniature.train).values()) == [6, 7, 7]
+
+
+def test_ids_are_unique_and_name_the_split(miniature: Miniature) -> None:
+    ids = [p.id for p in (*miniature.demonstrations, *miniature.train, *miniature.test)]
+    assert len(set(ids)) == len(ids)
+    assert miniature.train[7].id == "miniature-train-000007"
+
+
+def test_a_subset_of_families_is_drawn_alone() -> None:
+    miniature = generate(
+        seed=0, num_demonstrations=12, num_train=12, num_test=12, families=["vieta", "times"]
+    )
+    assert Counter(problem.family for problem in miniature.train) == {"times": 6, "vieta": 6}
+
+
+def test_demonstrations_show_half_of_the_compositions() -> None:
+    miniature = generate(
+        seed=0, num_demonstrations=200, num_train=200, num_test=0, families=["compose"]
+    )
+
+    def kinds(problems: tuple) -> set[tuple[str, str, str]]:
+        code = [[step.code for step in parse_response(problem.solution)] for problem in problems]
+        return {
+            tuple("".join(c for c in part if not c.isdigit()) for part in steps[:3])
+            for steps in code
+        }
+
+    assert len(kinds(miniature.demonstrations)) == 12
+    assert len(kinds(miniature.train)) == 24
+
+
+def test_written_files_hold_the_generated_problems(tmp_path: Path) -> None:
+    counts = {"num_demonstrations": 18, "num_train": 36, "num_test": 18}
+    files = write_miniature(tmp_path / "new" / "world", seed=4, **counts)
+    miniature = generate(seed=4, **counts)
+    columns = ["id", "source", "level", "problem", "answer"]
+    extra = ["family", "paraphrase"]
+    demonstrations = pq.read_table(files.demonstrations)
+    assert demonstrations.column_names == [*columns, "solution", *extra]
+    assert demonstrations["solution"].to_pylist() == [p.solution for p in miniature.demonstrations]
+    for path, problems in ((files.train, miniature.train), (files.test, miniature.test)):
+        table = pq.read_table(path)
+        assert table.column_names == [*columns, *extra]
+        assert table["problem"].to_pylist() == [problem.text for problem in problems]
+        assert table["answer"].to_pylist() == [problem.answer for problem in problems]
+        assert set(table["level"].to_pylist()) == {level.value for level in Level}
+    names = sorted(path.name for path in (tmp_path / "new" / "world").iterdir())
+    assert names == ["demonstrations.parquet", "test.parquet", "train.parquet"]
+
+
+def test_an_unknown_family_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match=r"unknown family 'vietta'; did you mean 'vieta'\?"):
+        generate(seed=0, num_demonstrations=1, num_train=1, num_test=1, families=["vietta"])
+
+
+@pytest.mark.parametrize(
+    ("families", "message"), [([], "families is empty"), (["age", "age"], "names one twice")]
+)
+def test_an_empty_or_repeated_choice_of_families_is_refused(
+    families: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(seed=0, num_demonstrations=1, num_train=1, num_test=1, families=families)
+
+
+def test_a_negative_count_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="num_train must be >= 0, got -1"):
+        generate(seed=0, num_demonstrations=1, num_train=-1, num_test=1)
+
+
+def test_an_exhausted_family_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.problems.miniature.MAX_DRAWS_PER_PROBLEM", 3)
+    with pytest.raises(ValueError, match="family 'gcd_lcm' ran out of new problems for test"):
+        generate(seed=0, num_demonstrations=0, num_train=0, num_test=30_000, families=["gcd_lcm"])

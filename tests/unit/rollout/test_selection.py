@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from rollout.problem import Level, Problem
+from rollout.selection import Unvisited, select_child, uct
+from rollout.tree import Discard, Node, Tree, expand
+
+PROBLEM = Problem(id="p", source="s", level=Level.GSM, text="q", answer="1")
+
+
+def node(visits: int = 0, q: float = 0.0, **more: object) -> Node:
+    return Node(
+        id=-1, parent=-1, depth=-1, step=None, visit_count=visits, value_sum=q, **more
+    )  # type: ignore[arg-type]
+
+
+def test_uct_is_q_plus_c_root_of_log_parent_over_n() -> None:
+    # Q = 1/2, ln 10 = 2.302585, sqrt(2.302585 / 2) = 1.072983
+    assert uct(node(2, 1.0), 10, 2.0, Unvisited.INFINITE) == pytest.approx(0.5 + 2 * 1.072983)
+
+
+def test_failed_child_outranks_untried_ones_under_the_released_rule() -> None:
+    # a child with Q = -1, N = 1 is worth 0.67 when its parent has 2 visits
+    assert uct(node(1, -1.0), 2, 2.0, Unvisited.ZERO) == pytest.approx(2 * math.sqrt(math.log(2)) - 1)
+    assert uct(node(0), 2, 2.0, Unvisited.ZERO) == 0.0
+    assert uct(node(0), 2, 2.0, Unvisited.INFINITE) == math.inf
+
+
+def test_first_descent_follows_the_ppm_alone() -> None:
+    tree = Tree(problem=PROBLEM, round=3)
+    expand(tree, tree.root, [node(value=0.1), node(value=0.7), node(value=0.4)])
+    chosen = select_child(tree, tree.root, exploration=2.0, unvisited=Unvisited.INFINITE)
+    assert chosen is tree.nodes[2]
+
+
+def test_ties_go_to_the_first_generated_and_discarded_or_exhausted_never() -> None:
+    tree = Tree(problem=PROBLEM, round=1)
+    candidates = [node(discard=Discard.CODE_FAILED), node(exhausted=True), node(), node()]
+    expand(tree, tree.root, candidates)
+    chosen = select_child(tree, tree.root, exploration=2.0, unvisited=Unvisited.INFINITE)
+    assert chosen is candidates[2]
+
+
+def test_nothing_left_gives_none() -> None:
+    tree = Tree(problem=PROBLEM, round=1)
+    expand(tree, tree.root, [node(exhausted=True), node(discard=Discard.EMPTY)])
+    assert select_child(tree, tree.root, exploration=2.0, unvisited=Unvisited.ZERO) is None
