@@ -1,0 +1,30 @@
+"""Is it right? The answer check and the step sandbox; knows nothing of trees, models or Ray."""
+
+from __future__ import annotations
+
+from verifier.answer import extract_answer
+from verifier.sandbox import (
+    AsyncSandbox,
+    ExecutionResult,
+    Sandbox,
+    SandboxError,
+    SandboxLimits,
+    StepResult,
+    StepStatus,
+)
+from verifier.verify import GRADER_VERSION, Verdict, answers_match, verify_answer
+
+__all__ = [
+    "AsyncSandbox",
+    "ExecutionResult",
+    "GRADER_VERSION",
+    "Sandbox",
+    "SandboxError",
+    "SandboxLimits",
+    "StepResult",
+    "StepStatus",
+    "Verdict",
+    "answers_match",
+    "extract_answer",
+    "verify_answer",
+]

@@ -1,0 +1,219 @@
+r"""Finding the final answer in a solution, and the cheap text work done before parsing.
+
+A policy ends a solution with `\boxed{...}`; `extract_answer` returns the inside of the last
+balanced one. Everything here is a single pass over the text with no regular expression that can
+backtrack, so 100,000 characters of `\boxed{` cost milliseconds.
+
+Not covered: answers announced in prose ("the answer is 5") are not searched for. A solution without
+a box has no answer.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
+
+
+def extract_answer(text: str | None) -> str | None:
+    r"""The inside of the last balanced `\boxed{}` of a solution, stripped and unwrapped.
+
+    A box inside a box yields the inner text when the outer holds nothing else. An unbalanced last
+    box is passed over in favour of an earlier balanced one, because generation may have been cut
+    off inside it. `\boxed 7` (no braces) counts only when no braced box is balanced.
+
+    Returns:
+        The answer text, possibly empty for `\boxed{}`; None when there is no box or `text` is not a
+        string.
+    """
+    if not isinstance(text, str) or "\\" not in text:
+        return None
+    content = _last_balanced_box(text)
+    if content is None:
+        bare = _BARE_BOX.findall(text)
+        return bare[-1] if bare else None
+    return _unwrap_boxes(content)
+
+
+def _last_balanced_box(text: str) -> str | None:
+    starts = {match.end() - 1: match.end() for match in _BOX.finditer(text)}
+    if not starts:
+        return None
+    best: tuple[int, int] | None = None
+    stack: list[int] = []
+    position, size = min(starts), len(text)
+    while position < size:
+        char = text[position]
+        if char == "\\":
+            position += 2
+            continue
+        if char == "{":
+            stack.append(position)
+        elif char == "}" and stack:
+            opened = stack.pop()
+            if opened in starts:
+                best = (starts[opened], position)
+        position += 1
+    return None if best is None else text[best[0] : best[1]]
+
+
+def _unwrap_boxes(content: str) -> str:
+    content = content.strip()
+    while (match := _BOX.match(content)) and content.endswith("}"):
+        inner = _last_balanced_box(content)
+        if inner is None or match.end() + len(inner) + 1 != len(content):
+            break
+        content = inner.strip()
+    return content
+
+
+_CHARACTERS = {
+    **dict.fromkeys("−–—‐‑﹣", "-"),
+    **dict.fromkeys("·⋅∙", r"\cdot "),
+    **dict.fromkeys("≤⩽≦", r"\le "),
+    **dict.fromkeys("≥⩾≧", r"\ge "),
+    **dict.fromkeys("°º˚", r"^{\circ}"),
+    **dict.fromkeys("′’‘", "'"),
+    **dict.fromkeys("“”", '"'),
+    **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2061\u2062\u2064", ""),
+    **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u2005\u3000", " "),
+    "×": r"\times ",
+    "∗": "*",
+    "÷": "/",
+    "⁄": "/",
+    "∕": "/",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "∞": r"\infty ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∖": r"\setminus ",
+    "∅": r"\emptyset ",
+    "∈": r"\in ",
+    "√": r"\sqrt ",
+    "∛": r"\sqrt[3] ",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℚ": r"\mathbb{Q}",
+    "ℕ": r"\mathbb{N}",
+    "ℂ": r"\mathbb{C}",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "∣": "|",
+    "…": r"\ldots ",
+    "、": ",",
+    "½": r"\frac{1}{2}",
+    "⅓": r"\frac{1}{3}",
+    "⅔": r"\frac{2}{3}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    "⅕": r"\frac{1}{5}",
+    "⅖": r"\frac{2}{5}",
+    "⅗": r"\frac{3}{5}",
+    "⅘": r"\frac{4}{5}",
+    "⅙": r"\frac{1}{6}",
+    "⅚": r"\frac{5}{6}",
+    "⅛": r"\frac{1}{8}",
+    "⅜": r"\frac{3}{8}",
+    "⅝": r"\frac{5}{8}",
+    "⅞": r"\frac{7}{8}",
+    "α": r"\alpha ",
+    "β": r"\beta ",
+    "γ": r"\gamma ",
+    "δ": r"\delta ",
+    "Δ": r"\Delta ",
+    "ε": r"\epsilon ",
+    "θ": r"\theta ",
+    "λ": r"\lambda ",
+    "μ": r"\mu ",
+    "π": r"\pi ",
+    "ρ": r"\rho ",
+    "σ": r"\sigma ",
+    "τ": r"\tau ",
+    "φ": r"\phi ",
+    "ϕ": r"\phi ",
+    "ω": r"\omega ",
+}
+_TRANSLATION = str.maketrans(_CHARACTERS)
+_RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ"
+_LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎"
+_PLAIN = "0123456789+-()n"
+_UNRAISE = str.maketrans(_RAISED, _PLAIN)
+_UNLOWER = str.maketrans(_LOWERED, _PLAIN[: len(_LOWERED)])
+_RAISED_RUN = re.compile(f"[{_RAISED}]+")
+_LOWERED_RUN = re.compile(f"[{_LOWERED}]+")
+
+_UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
+_LEAD = re.compile(
+    r"(?:\\text\s*\{\s*)?(?:(?:the|my|final|correct|solution|so|therefore|thus|hence)[\s,]+)*"
+    r"(?:(?:answer|solution|ans)(?:\s+is\b|\s*:|\s*=)|solutionis:)[\s:]*\}?|\\approx(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_FOR_ALL = re.compile(
+    r"(?:\\[ ,;:!]|\\q?quad|[,\s])*(?:\\(?:text|mathrm)\s*\{\s*,?\s*for\s+(?:all|any|every)(?:\s+real(?:\s+numbers?)?)?\s*\}"
+    r"|\\(?:text|mathrm)\s*\{\s*\}\s*\\forall|\\forall|\bfor\s+(?:all|any|every)(?:\s+real(?:\s+numbers?)?)?\s)"
+    r"\s*\$?\s*[A-Za-z]\s*(?:(?:\\in|∈|\bin\b)\s*(?:\\mathbb\s*\{?\s*)?[RQZNC]\s*\}?)?\s*\$?$"
+)
+_TRAILING_SPACE = re.compile(r"(?:\\\\|\\[,;:! ]|\\q?quad|\\|~|\s)+$")
+_LEADING_SPACE = re.compile(r"^(?:\\\\|\\[,;:! ]|\\q?quad(?![A-Za-z])|\s)+")
+
+
+def normalise(text: str) -> str:
+    """Strip what decorates an answer without changing its meaning.
+
+    Unicode symbols become their LaTeX names; box, dollar and display delimiters, lead-ins ("The
+    answer is"), a trailing full stop, and a trailing "for all x" go. Brackets, subscripts, percent
+    and plus-minus signs carry meaning and stay.
+    """
+    if not text.isascii():
+        text = _RAISED_RUN.sub(lambda run: "^{" + run[0].translate(_UNRAISE) + "}", text)
+        text = _LOWERED_RUN.sub(lambda run: "_{" + run[0].translate(_UNLOWER) + "}", text)
+        text = text.translate(_TRANSLATION)
+        if not text.isascii():
+            text = unicodedata.normalize("NFKC", text)
+    for _ in range(8):
+        before = text
+        text = text.strip()
+        if text.isdigit():
+            return text
+        text = _strip_delimiters(_strip_ends(text))
+        if text == before:
+            break
+    return text
+
+
+def _strip_ends(text: str) -> str:
+    if "\\" in text:
+        text = _TRAILING_SPACE.sub("", _LEADING_SPACE.sub("", text))
+    while text and text[-1] in ".,;:" and not text.endswith((r"\,", r"\;", r"\:", "..")):
+        text = text[:-1].rstrip()
+    if text.startswith("="):
+        text = text.lstrip("= ")
+    if text[:1].isalpha() or text.startswith(("\\text", "\\approx")):
+        text = _LEAD.sub("", text, count=1) if _LEAD.match(text) else text
+    if "for" in text:
+        text = _FOR_ALL.sub("", text)
+    return text
+
+
+def _strip_delimiters(text: str) -> str:
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"')):
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening):
+            inner = text[len(opening) : -len(closing)]
+            if opening not in inner:
+                return inner
+    if "$" in text:
+        count = len(_UNESCAPED_DOLLAR.findall(text))
+        if count and count % 2 == 0:
+            return _UNESCAPED_DOLLAR.sub(" ", text)
+    if text.startswith(("\\boxed", "\\fbox")):
+        return _unwrap_boxes(text)
+    return text

@@ -1,0 +1,437 @@
+r"""Splitting an answer into tokens: LaTeX commands, letters and words, numbers, operators.
+
+Letters are decided here: `xsinx` is x sin x, `abc` three symbols, `pi` a constant, `miles` a word.
+The inside of `\text{...}` is split by the same scanner in a mode where runs of letters stay words.
+One pass, no backtracking beyond a token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from verifier.answer_words import (
+    CALL_ONLY,
+    CARVED_FUNCTIONS,
+    CONSTANTS,
+    CONSTRUCTORS,
+    FUNCTIONS,
+    GREEK,
+    LATEX_ACCENTS,
+    LATEX_IGNORED,
+    LATEX_KNOWN,
+    LATEX_OPERATORS,
+    LATEX_TEXT,
+    SEPARATOR_WORDS,
+    UNIT_OF,
+    VARIANTS,
+)
+
+MAX_NUMBER_DIGITS = 1000
+
+
+class AnswerSyntaxError(ValueError):
+    """The text is not one complete answer in either notation."""
+
+
+class AnswerTooLarge(AnswerSyntaxError):
+    """The text nests too deeply or holds a number with too many digits."""
+
+
+_TOKEN = re.compile(
+    r"(?P<space>[\s~]+)"
+    r"|(?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\d])|\.\d+(?:[eE][+-]?\d+)?)"
+    r"|(?P<command>\\(?:[A-Za-z]+|.))"
+    r"|(?P<name>[A-Za-z]+)"
+    r"|(?P<operator>\*\*|<=|>=|!=|==|:=|\+/-|[-+*/^_()\[\]{}|,;:=<>!'&%$£€¥₹])",
+    re.DOTALL,
+)
+_QUOTED = re.compile(
+    r"(?<=Decimal\()'([-+]?[\d.]+(?:[eE][+-]?\d+)?)'(?=\))|(?<=mpf\()'([-+]?[\d.]+(?:[eE][+-]?\d+)?)'(?=\))"
+    r"|(?<=[\[{( ])'([A-Za-z]\w{0,20})'(?=[:,\])}])"
+)
+_DOTTED = re.compile(
+    r"\b(?:np|numpy|sp|sympy|sym|math|S|fractions|decimal|mp|mpmath)\.(?=[A-Za-z])"
+)
+_NUMPY_SCALAR = re.compile(r"\b(float|int)(?:32|64)\(")
+_INTERVAL_KIND = re.compile(r"\bInterval\.(open|Lopen|Ropen)\b")
+_GROUPED = re.compile(r"\d{1,3}(?:(?:\{,\}|\\,|\\!|,\\!|\\ |\\;)\d{3})+(?!\d)")
+_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)")
+_UNIT_FRACTION = re.compile(
+    r"\\[dt]?frac\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}"
+)
+_PLAIN_SPEED = re.compile(
+    r"(?<=[\d})])\s*(m|km|cm|ft|mi|mm|in)\s*/\s*(s|h|hr|min|sec)(?:\^\{?2\}?)?$"
+)
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    kind: str
+    """number, symbol, constant, function, constructor, word, set, operator, command or end."""
+    value: str
+    spaced: bool
+    """White space came before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """Which of two honest readings to take where notation leaves both open."""
+
+    thousands: bool = True
+    wide_slash: bool = False
+    scientific: bool = True
+
+
+END = Token("end", "", False)
+
+
+def tokenize(text: str, reading: Reading) -> list[Token]:
+    """Split an answer into tokens; letters are split into functions, constants, single symbols and
+    words.
+
+    Raises:
+        AnswerSyntaxError: a character that belongs to neither notation.
+    """
+    if text.startswith("~"):
+        raise AnswerSyntaxError("an approximate answer")
+    text = _INTERVAL_KIND.sub(r"Interval\1", text)
+    text = _NUMPY_SCALAR.sub(
+        lambda match: "Float(" if match[1] == "float" else "Integer(", _DOTTED.sub("", text)
+    )
+    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    if " " in text and "[" not in text:
+        text = _SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
+    if "/" in text or "frac" in text:
+        text = _UNIT_FRACTION.sub(r"\\text{ \1/\2}", text)
+        text = _PLAIN_SPEED.sub(lambda match: "\\text{ " + match[0].strip() + "}", text)
+    text = _REPEATING.sub(_repeating_decimal, text)
+    if "'" in text or '"' in text:
+        text = _QUOTED.sub(lambda match: match[1] or match[2] or match[3], text)
+    return _Tokenizer(text, reading).run()
+
+
+def _repeating_decimal(match: re.Match[str]) -> str:
+    whole, fixed, cycle = match.groups()
+    whole, fixed = whole or "0", fixed or ""
+    if len(whole + fixed + cycle) > 60:
+        return match[0]
+    shift = 10 ** len(fixed)
+    value = Fraction(int(whole + fixed), shift) + Fraction(
+        int(cycle), shift * (10 ** len(cycle) - 1)
+    )
+    return f"({value.numerator}/{value.denominator})"
+
+
+class _Tokenizer:
+    def __init__(self, text: str, reading: Reading) -> None:
+        self.text = text
+        self.reading = reading
+        self.tokens: list[Token] = []
+        self.depth = 0
+        self.spaced = False
+
+    def run(self) -> list[Token]:
+        self._scan(0, len(self.text), as_text=False)
+        return self.tokens
+
+    def _add(self, kind: str, value: str) -> None:
+        self.tokens.append(Token(kind, value, self.spaced))
+        self.spaced = False
+
+    def _scan(self, position: int, end: int, *, as_text: bool) -> None:
+        text = self.text
+        while position < end:
+            if self.reading.thousands and self.depth == 0 and text[position].isdigit():
+                match = _THOUSANDS.match(text, position)
+                if match:
+                    fraction = re.compile(r"\.\d+").match(text, match.end())
+                    value = match[0].replace(",", "") + (fraction[0] if fraction else "")
+                    self._add("number", value)
+                    position = fraction.end() if fraction else match.end()
+                    continue
+            if as_text and text[position] == ".":
+                position += 1
+                continue
+            found = _TOKEN.match(text, position)
+            if not found:
+                raise AnswerSyntaxError(f"unexpected character {text[position]!r}")
+            kind, value = found.lastgroup, found[0]
+            position = found.end()
+            if kind == "space":
+                self.spaced = True
+            elif kind == "number":
+                position = self._number(value, position)
+            elif kind == "operator":
+                if value in "([{":
+                    self.depth += 1
+                elif value in ")]}":
+                    self.depth -= 1
+                self._add("operator", {"==": "=", ":=": "=", "+/-": "±"}.get(value, value))
+            elif kind == "name":
+                if as_text:
+                    self._text_word(value)
+                else:
+                    position = self._name(value, position)
+            else:
+                position = self._command(value[1:], position, end, as_text=as_text)
+
+    def _number(self, value: str, position: int) -> int:
+        if not self.reading.scientific and (match := re.match(r"(\d+)e(-\d+)$", value)):
+            self._add("number", match[1])
+            self._add("constant", "e")
+            return position - len(match[2])
+        self._add("number", value)
+        if (
+            self.text.startswith("j", position)
+            and not self.text[position + 1 : position + 2].isalnum()
+        ):
+            self._add("constant", "i")
+            return position + 1
+        return position
+
+    def _text_word(self, word: str) -> None:
+        if word.lower() in SEPARATOR_WORDS:
+            self._add("operator", word.lower())
+        elif word in ("i", "e", "pi") or (
+            len(word) == 1 and word.isupper() and not self._after_number()
+        ):
+            self._add(
+                "constant" if word in CONSTANTS and word != "I" and word != "E" else "symbol", word
+            )
+        elif word in FUNCTIONS and word not in ("min", "sec", "sign", "max"):
+            self._add("function", word)
+        else:
+            self._add("word", word)
+
+    def _after_number(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1].kind == "number"
+
+    def _name(self, run: str, position: int) -> int:
+        text = self.text
+        follow = text[position : position + 1]
+        called = text[position:].lstrip(" ")[:1] == "("
+        lowered = run.lower()
+        if run in CONSTRUCTORS or run in ("Intervalopen", "IntervalLopen", "IntervalRopen"):
+            if called:
+                self._add("constructor", run)
+                return position
+        elif run == "EmptySet" or run == "Reals":
+            self._add("set", "empty" if run == "EmptySet" else "R")
+            return position
+        if lowered in SEPARATOR_WORDS:
+            self._add("operator", lowered)
+            return position
+        if (
+            run in ("U", "u", "union")
+            and self.tokens
+            and self.tokens[-1].value in (")", "]", "}", "\\}")
+        ):
+            if text[position:].lstrip()[:1] in ("(", "[", "{", "\\"):
+                self._add("operator", "∪")
+                return position
+        if run == "in" and self.tokens and self.tokens[-1].kind == "symbol":
+            self._add("operator", "in")
+            return position
+        if run in ("x", "X") and self.spaced and self._scientific_times(position):
+            self._add("operator", "*")
+            return position
+        if follow.isdigit() and (
+            match := re.compile(r"(?:log)(?:2|10)(?=\()").match(text, position - len(run))
+        ):
+            self._add("function", match[0])
+            return match.end()
+        if run in FUNCTIONS and (called or run not in CALL_ONLY) and not self._is_unit(run, called):
+            self._add("function", run)
+            return position
+        if run in CONSTANTS:
+            self._add("constant", run)
+            return position
+        if run in GREEK:
+            self._add("symbol", run)
+            return position
+        if len(run) == 1:
+            if follow.isdigit() and (match := re.compile(r"\d+(?![\d.])").match(text, position)):
+                self._add("symbol", f"{run}_{match[0]}")
+                return match.end()
+            self._add("symbol", run)
+            return position
+        if run in ("per", "square", "sq", "cubic", "squared", "cubed") and self.tokens:
+            self._add("word", run)
+            return position
+        if (
+            run in UNIT_OF
+            or lowered in UNIT_OF
+            or (lowered.endswith("s") and lowered[:-1] in UNIT_OF)
+        ):
+            if self.tokens and not called:
+                self._add("word", run)
+                return position
+        self._carve(run)
+        return position
+
+    def _is_unit(self, run: str, called: bool) -> bool:
+        return run in ("min", "sec") and not called and self._after_number()
+
+    def _scientific_times(self, position: int) -> bool:
+        return (
+            self._after_number()
+            and re.compile(r"\s*10\s*(?:\^|\*\*)").match(self.text, position) is not None
+        )
+
+    def _carve(self, run: str) -> None:
+        """Split a run of letters: `xsinx` -> x sin x; a long run with nothing to find is a word."""
+        pieces: list[tuple[str, str]] = []
+        index = 0
+        found = False
+        while index < len(run):
+            name = next((name for name in CARVED_FUNCTIONS if run.startswith(name, index)), None)
+            if name is not None:
+                found = True
+                pieces.append(("constant" if name == "pi" else "function", name))
+                index += len(name)
+            else:
+                pieces.append(("constant" if run[index] in CONSTANTS else "symbol", run[index]))
+                index += 1
+        if len(run) >= 4 and (not found or len(pieces) > 5):
+            if not (len(run) <= 6 and self.tokens and not self.spaced):
+                self._add("word", run)
+                return
+        for kind, value in pieces:
+            self._add(kind, value)
+
+    def _command(self, name: str, position: int, end: int, *, as_text: bool) -> int:
+        text = self.text
+        if not name[0].isalpha():
+            return self._escaped(name, position)
+        if name not in LATEX_KNOWN:
+            prefix = next(
+                (name[:size] for size in range(len(name) - 1, 1, -1) if name[:size] in LATEX_KNOWN),
+                None,
+            )
+            if prefix is None:
+                raise AnswerSyntaxError(f"unknown command \\{name}")
+            position -= len(name) - len(prefix)
+            name = prefix
+        if name in ("left", "right", "middle"):
+            rest = text[position : position + 1]
+            if rest == "|":
+                self._add("operator", {"left": "lbar", "right": "rbar", "middle": "|"}[name])
+                return position + 1
+            return position + 1 if rest == "." else position
+        if name in LATEX_TEXT:
+            return self._text_group(name, position, end)
+        if name in LATEX_IGNORED:
+            self.spaced = True
+            return position
+        if name in ("hspace", "phantom"):
+            return self._group_end(position)
+        if name in LATEX_OPERATORS:
+            value = LATEX_OPERATORS[name]
+            self._add("operator", value)
+        elif name in ("pi", "infty"):
+            self._add("constant", name)
+        elif name in GREEK or name in VARIANTS:
+            self._add(
+                "symbol", VARIANTS.get(name, name).replace("ell", "l") if name != "ell" else "l"
+            )
+        elif name in LATEX_ACCENTS:
+            stop = self._group_end(position)
+            inner = re.sub(r"[\s{}\\]", "", text[position:stop])
+            if not inner:
+                raise AnswerSyntaxError(f"\\{name} over nothing")
+            self._add("symbol", f"{'vec' if name == 'overrightarrow' else name}:{inner}")
+            return stop
+        elif name == "mathbb":
+            stop = self._group_end(position)
+            self._add("set", re.sub(r"[\s{}]", "", text[position:stop]))
+            return stop
+        elif name == "R":
+            self._add("set", "R")
+        elif name in ("emptyset", "varnothing"):
+            self._add("set", "empty")
+        elif name in ("Re", "Im"):
+            self._add("function", name.lower())
+        elif name in FUNCTIONS and name not in ("sqrt", "binom"):
+            self._add("function", name)
+        elif name in ("boxed", "fbox"):
+            self.spaced = True
+        elif name in ("euro", "pounds", "textdollar", "yen"):
+            self._add("operator", {"euro": "€", "pounds": "£", "textdollar": "$", "yen": "¥"}[name])
+        else:
+            self._add(
+                "command",
+                {
+                    "dfrac": "frac",
+                    "tfrac": "frac",
+                    "cfrac": "frac",
+                    "dbinom": "binom",
+                    "tbinom": "binom",
+                }.get(name, name),
+            )
+        return position
+
+    def _escaped(self, char: str, position: int) -> int:
+        if char in ",;:! >":
+            self.spaced = True
+        elif char in "{}":
+            self.depth += 1 if char == "{" else -1
+            self._add("operator", "\\" + char)
+        elif char in "%$&_#":
+            self._add("operator", char)
+        elif char == "|":
+            self._add("operator", "|")
+        elif char == "\\":
+            self._add("operator", "\\\\")
+            if match := re.compile(r"\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]").match(
+                self.text, position
+            ):
+                return match.end()
+        elif char in "()[]":
+            self.spaced = True
+        else:
+            raise AnswerSyntaxError(f"unknown command \\{char}")
+        return position
+
+    def _text_group(self, name: str, position: int, end: int) -> int:
+        opening = re.compile(r"\s*\{").match(self.text, position)
+        if not opening:
+            self.spaced = True
+            return position
+        stop = self._group_end(position)
+        inner = self.text[opening.end() : stop - 1]
+        bold = name in ("mathbf", "boldsymbol", "pmb", "bm")
+        if bold and len(inner.strip()) == 1 and inner.strip().islower():
+            self._add("symbol", f"vec:{inner.strip()}")
+            return stop
+        if not re.fullmatch(r"\s*(?:\\[a-z]+\s*)?[-\w.,:\s(){}\\^%$/~'°+&!]*", inner):
+            raise AnswerSyntaxError("text that is neither words nor mathematics")
+        self.spaced = self.spaced or inner[:1] in (" ", "~")
+        base = len(self.tokens)
+        self._scan(opening.end(), stop - 1, as_text=True)
+        if len(self.tokens) > base and inner[-1:] in (" ", "~"):
+            self.spaced = True
+        return stop
+
+    def _group_end(self, position: int) -> int:
+        """Position after the brace group (or the one token) that starts at `position`."""
+        text = self.text
+        while position < len(text) and text[position] in " ~":
+            position += 1
+        if position >= len(text):
+            raise AnswerSyntaxError("a command without its argument")
+        if text[position] != "{":
+            match = re.compile(r"\\[A-Za-z]+|.", re.DOTALL).match(text, position)
+            return match.end() if match else position + 1
+        depth = 0
+        for index in range(position, len(text)):
+            if text[index] == "{" and text[index - 1 : index] != "\\":
+                depth += 1
+            elif text[index] == "}" and text[index - 1 : index] != "\\":
+                depth -= 1
+                if depth == 0:
+                    return index + 1
+        raise AnswerSyntaxError("an open brace is not closed")

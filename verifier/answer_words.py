@@ -1,0 +1,193 @@
+"""The words of both notations: functions, LaTeX commands, constructors, units, and words that are
+no unit.
+
+Tables only. A name that is in none of them is a letter, an unknown unit or a parse error, and is
+never looked up anywhere else.
+"""
+
+from __future__ import annotations
+
+from verifier.answer_tree import INFINITY, REALS, Constant, Label, Sequence
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+FUNCTIONS = {
+    **{name: name for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
+    **{name: name for name in ("sinh", "cosh", "tanh", "coth", "sech", "csch")},
+    **{
+        spelling + name: "a" + name
+        for spelling in ("arc", "a", "ar")
+        for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")
+        if spelling != "ar" or name.endswith("h")
+    },
+    **{name: name for name in ("exp", "gcd", "lcm", "conjugate", "gamma", "sign", "re", "im")},
+    "ln": "ln",
+    "log": "log",
+    "lg": "log10",
+    "log10": "log10",
+    "log2": "log2",
+    "sqrt": "sqrt",
+    "cbrt": "cbrt",
+    "root": "root",
+    "abs": "abs",
+    "Abs": "abs",
+    "fabs": "abs",
+    "floor": "floor",
+    "ceil": "ceil",
+    "ceiling": "ceil",
+    "factorial": "factorial",
+    "factorial2": "factorial2",
+    "binomial": "binomial",
+    "binom": "binomial",
+    "comb": "binomial",
+    "Max": "max",
+    "max": "max",
+    "Min": "min",
+    "min": "min",
+    "Mod": "mod",
+    "det": "det",
+    "pow": "pow",
+    "cosec": "csc",
+    "tg": "tan",
+    "ctg": "cot",
+}
+TRIGONOMETRIC = _words(
+    "sin cos tan cot sec csc sinh cosh tanh"
+)
+ARITIES = {"gcd": (2, 99), "lcm": (2, 99), "max": (1, 99), "min": (1, 99), "log": (1, 2)} | {
+    name: (2, 2) for name in ("binomial", "mod", "pow", "root")
+}
+BARE_FUNCTIONS = sorted(
+    (
+        name
+        for name in FUNCTIONS
+        if name.islower() and name not in ("re", "im", "sign", "root", "pow", "tg", "lg")
+    ),
+    key=len,
+    reverse=True,
+)
+CARVED_FUNCTIONS = (
+    *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt"),
+    *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "pi"),
+)
+"""Longer names first, because the first that fits is taken."""
+CALL_ONLY = _words(
+    "gamma re im sign root conjugate pow max min det gcd lcm comb Max Min Mod exp abs Abs floor "
+    "ceil ceiling factorial factorial2 binomial"
+)
+CONSTRUCTORS = _words(
+    "Fraction Rational Integer Float Decimal mpf complex Matrix ImmutableMatrix "
+    "MutableDenseMatrix ImmutableDenseMatrix array Interval Union Intersection Complement "
+    "FiniteSet set frozenset Tuple Point Point2D Point3D Eq Ne Lt Le Gt Ge"
+)
+CONSTANTS = {
+    "pi": Constant("pi"),
+    "oo": INFINITY,
+    "inf": INFINITY,
+    "infty": INFINITY,
+    "infinity": INFINITY,
+    "Infinity": INFINITY,
+    "E": Constant("e"),
+    "e": Constant("e"),
+    "I": Constant("i"),
+    "i": Constant("i"),
+}
+GREEK = _words(
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell"
+)
+VARIANTS = {"varepsilon": "epsilon", "vartheta": "theta", "varphi": "phi", "varrho": "rho"}
+LATEX_OPERATORS = {
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "le": "<=", "leq": "<=",
+    "leqslant": "<=", "leqq": "<=", "lt": "<", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=",
+    "gt": ">", "ne": "!=", "neq": "!=", "in": "in", "cup": "∪", "cap": "∩", "setminus": "∖",
+    "backslash": "∖", "approx": "=", "equiv": "=", "mid": "|", "colon": ":", "lor": "or", "vee": "or", "land": "and",
+    "wedge": "and", "prime": "'", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]",
+    "langle": "⟨", "rangle": "⟩", "lvert": "lbar", "rvert": "rbar", "vert": "|", "lfloor": "⌊",
+    "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→",
+}  # fmt: skip
+LATEX_IGNORED = _words(
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
+    "scriptstyle limits nolimits quad qquad rm bf it sf tt boldmath hline thinspace medspace "
+    "negthinspace nobreak break newline allowbreak mathsurround notag nonumber hfill"
+)
+LATEX_TEXT = _words(
+    "text mathrm textrm textbf textit mathbf mathit mathsf textsf mbox hbox operatorname "
+    "textnormal mathtt texttt boldsymbol emph rm underline mathnormal pmb bm textsc mathop"
+)
+LATEX_ACCENTS = _words(
+    "vec overrightarrow hat widehat bar tilde widetilde mathcal mathfrak"
+)
+LATEX_ATOMS = _words(
+    "frac dfrac tfrac cfrac sqrt binom dbinom tbinom begin end mathbb overline sum prod infty pi "
+    "emptyset varnothing boxed fbox hspace phantom pmod dot mathbf sin R Re Im lg cosec arccot "
+    "arcsec arccsc arsinh arcosh artanh stackrel overset underset forall exists ldots dots cdots "
+    "int lim iff implies Rightarrow Leftrightarrow rightarrow equiv sim perp parallel angle "
+    "triangle subset subseteq notin nabla partial oplus otimes bmod mod gcd max min det exp euro "
+    "pounds textdollar yen tan cos"
+)
+LATEX_KNOWN = (
+    set(LATEX_OPERATORS)
+    | LATEX_IGNORED
+    | LATEX_TEXT
+    | LATEX_ACCENTS
+    | LATEX_ATOMS
+    | GREEK
+    | set(VARIANTS)
+) | {
+    name
+    for name in BARE_FUNCTIONS
+    if name not in ("binomial", "comb", "abs", "floor", "ceil", "sqrt", "cbrt")
+}
+NUMBER_SETS = {
+    "R": REALS,
+    "Z": Label("integers"),
+    "Q": Label("rationals"),
+    "N": Label("naturals"),
+    "C": Label("complexes"),
+}
+EMPTY_SET = Sequence("set", ())
+
+UNIT_NAMES = {
+    "cm": "cm centimeter centimetre", "m": "m meter metre", "mm": "mm millimeter millimetre",
+    "km": "km kilometer kilometre", "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yds yard",
+    "mi": "mi mile", "s": "s sec secs second", "min": "min mins minute", "h": "h hr hrs hour", "day": "day",
+    "week": "week wk wks", "month": "month", "year": "year yr yrs", "g": "g gram gm", "kg": "kg kilogram kgs",
+    "mg": "mg milligram", "lb": "lb lbs pound", "oz": "oz ounce", "l": "l L liter litre", "ml": "ml mL milliliter",
+    "gal": "gal gallon", "dollar": "dollar dollars usd USD bucks", "cent": "cent ¢", "euro": "euro EUR",
+    "degree": "degree deg", "radian": "radian rad", "n": "N newton", "j": "J joule", "w": "W watt", "hz": "Hz hertz",
+    "mph": "mph", "unit": "unit", "percent": "percent", "people": "people person persons",
+    "kmh": "kmh kph", "c": "C celsius", "f": "F fahrenheit",
+}  # fmt: skip
+SPEEDS = {"mph": {"mi": 1, "h": -1}, "kmh": {"km": 1, "h": -1}}
+UNIT_OF = {word: unit for unit, words in UNIT_NAMES.items() for word in words.split()}
+CURRENCIES = {"$": "dollar", "£": "pound sterling", "€": "euro", "¥": "yen", "₹": "rupee"}
+NOT_UNITS = _words(
+    "about above all almost also although an and any anything approx approximately are around as "
+    "at because below between but by can cannot certainly could correct depends different do does "
+    "each either else error even every exactly except false few finite for from given greater "
+    "guess has have hence if in incorrect infinite infinitely invalid is it least less let likely "
+    "many maybe more most must nan nearly neither no none nor not null number numbers odd of on "
+    "only or other otherwise over perhaps positive possible possibly prime probably real roughly "
+    "since so solution solutions some something such sure than that the then there therefore "
+    "think thus to true undefined under unknown until unless was we when where whether which "
+    "whose with without wrong yes you"
+)
+SEPARATOR_WORDS = {"and", "or"}
+BASE_WORDS = {
+    word: value
+    for value, word in enumerate(
+        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(),
+        2,
+    )
+} | {"binary": 2, "octal": 8, "decimal": 10, "hex": 16, "hexadecimal": 16}
+
+NUMBER_WORDS = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve".split()
+    )
+}

@@ -1,0 +1,364 @@
+"""The client's end of a sandbox: one supervisor process, one thread that reads its answers.
+
+    caller --request()--> Future        any thread; the frame is sent from there when the pipe has room
+    reader thread: answers -> futures;  supervisor gone -> new one, journal restored, requests sent again
+
+Frames are a 4-byte length and JSON. The journal keeps, for each state the caller was told of, how it came
+to be (parent, code, limits, output hash); after a restart the states exist again as evicted ones and come
+back by replay. A request is answered exactly once, whatever happens to the supervisor in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_LENGTH = struct.Struct("<I")
+_START_TIMEOUT_S = 120.0
+_MAX_RESTARTS = 5
+_RESTART_WINDOW_S = 60.0
+_SHUTDOWN_TIMEOUT_S = 10.0
+
+# The package is stood up by hand so that nothing of its __init__ is imported there, and the modules
+# get builtins of their own (see sandbox_runner).
+BOOTSTRAP = """
+import builtins, pathlib, sys, types
+folder, names, sys.argv = sys.argv[1], sys.argv[2].split(","), sys.argv[2:]
+package = types.ModuleType("verifier")
+package.__path__ = []
+sys.modules["verifier"] = package
+for name in names:
+    path = pathlib.Path(folder, name + ".py")
+    module = types.ModuleType("verifier." + name)
+    module.__dict__.update(__builtins__=dict(vars(builtins)), __file__=str(path))
+    sys.modules["verifier." + name] = module
+    setattr(package, name, module)
+    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
+module.main()
+"""
+
+
+def interpreter_command(*modules: str) -> list[str]:
+    """Command that runs `main()` of the last of these modules of this package in a fresh interpreter.
+
+    User site-packages and the working folder stay out (-s, -P). Not -I: it would ignore
+    PYTHONHASHSEED.
+    """
+    folder = str(Path(__file__).resolve().parent)
+    return [sys.executable, "-s", "-P", "-B", "-c", BOOTSTRAP, folder, ",".join(modules)]
+
+
+def interpreter_environment() -> dict[str, str]:
+    """The whole environment of supervisor and zygote: nothing of ours, one thread, fixed hashes."""
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin", **threads, **kept}
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself failed: it could not start, was shut down, or kept breaking."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorSettings:
+    """What a supervisor is started with; `limits` in wire form."""
+
+    limits: Mapping[str, Any]
+    isolation: str
+    cores: int | None
+    withheld: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Pending:
+    frame: bytes
+    future: Future[Any]
+    fields: dict[str, Any]
+    restarts: int = 0
+
+
+class SupervisorClient:
+    """Requests and answers over one supervisor, restarted when it dies."""
+
+    capabilities: Mapping[str, Any]
+
+    def __init__(self, settings: SupervisorSettings) -> None:
+        """Raises SandboxError if the supervisor reports that it cannot run here."""
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._next_id = 1
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
+        self._journal: dict[str, dict[str, Any]] = {}
+        self._open_trees: dict[str, dict[str, Any]] = {}
+        self._restarts: list[float] = []
+        self._closing = False
+        self._failure = ""
+        self._owner_pid = os.getpid()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            self._start()
+        except BaseException:
+            os.close(self._wake_fd)
+            raise
+        self._thread = threading.Thread(target=self._serve, name="sandbox-client", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ start and end
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            command = interpreter_command("isolation", "sandbox_client", "fork_tree")
+            process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=interpreter_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+        finally:
+            theirs.close()
+        try:
+            ours.settimeout(_START_TIMEOUT_S)
+            ours.sendall(_frame(asdict(self._settings)))
+            size = _LENGTH.unpack(_receive_exactly(ours, 4))[0]
+            answer = json.loads(_receive_exactly(ours, size))
+            if "failed" in answer:
+                raise SandboxError(answer["failed"])
+        except (OSError, EOFError) as error:
+            raise_from: BaseException = error
+            process.kill()
+            process.wait()
+            ours.close()
+            raise SandboxError(f"the sandbox supervisor did not start: {error!r}") from raise_from
+        except SandboxError:
+            process.wait()
+            ours.close()
+            raise
+        ours.setblocking(False)
+        self._socket, self._process = ours, process
+        self.capabilities = answer["capabilities"]
+        for layer, state in self.capabilities["layers"].items():
+            if state.startswith("off") and layer in self.capabilities["required"]:
+                logger.warning("sandbox layer missing: %s layer=%s", state, layer)
+
+    @property
+    def supervisor_pid(self) -> int:
+        return self._process.pid
+
+    def shutdown(self) -> None:
+        if os.getpid() != self._owner_pid:
+            return
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        os.eventfd_write(self._wake_fd, 1)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_SHUTDOWN_TIMEOUT_S)
+        self._socket.close()
+        try:
+            self._process.wait(_SHUTDOWN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._wake_fd)
+
+    # ------------------------------------------------------------------ requests
+
+    def request(self, operation: str, **fields: Any) -> Future[Any]:
+        """Send one request; the future gets its answer, ValueError or SandboxError."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._closing or self._failure:
+                raise SandboxError(self._failure or "the sandbox is shut down")
+            number = self._next_id
+            self._next_id += 1
+            frame = _frame({"id": number, "op": operation, **fields})
+            self._pending[number] = _Pending(frame, future, {"op": operation, **fields})
+            self._send(frame)
+        return future
+
+    def _send(self, frame: bytes) -> None:
+        """Called with the lock held."""
+        if not self._outgoing:
+            try:
+                sent = self._socket.send(frame)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                # the reader thread sees the end of the supervisor and sends it all again
+                return
+            if sent == len(frame):
+                return
+            frame = frame[sent:]
+        self._outgoing += frame
+        os.eventfd_write(self._wake_fd, 1)
+
+    # ------------------------------------------------------------------ the reader thread
+
+    def _serve(self) -> None:
+        selector = selectors.DefaultSelector()
+        selector.register(self._wake_fd, selectors.EVENT_READ)
+        selector.register(self._socket, selectors.EVENT_READ)
+        try:
+            while not self._closing:
+                wanted = selectors.EVENT_READ
+                if self._outgoing:
+                    wanted |= selectors.EVENT_WRITE
+                selector.modify(self._socket, wanted)
+                lost = False
+                for key, events in selector.select():
+                    if key.fd == self._wake_fd:
+                        with contextlib.suppress(BlockingIOError):
+                            os.eventfd_read(self._wake_fd)
+                    else:
+                        if events & selectors.EVENT_WRITE:
+                            self._flush()
+                        if events & selectors.EVENT_READ:
+                            lost = not self._receive()
+                if lost and not self._closing:
+                    selector.unregister(self._socket)
+                    self._restart()
+                    selector.register(self._socket, selectors.EVENT_READ)
+        except Exception as error:
+            self._failure = f"the sandbox broke: {error!r}"
+            if not isinstance(error, SandboxError):
+                logger.exception("sandbox client thread ended")
+        finally:
+            selector.close()
+            self._fail_all(self._failure or "the sandbox is shut down")
+
+    def _flush(self) -> None:
+        with self._lock:
+            with contextlib.suppress(OSError):
+                sent = self._socket.send(self._outgoing)
+                del self._outgoing[:sent]
+
+    def _receive(self) -> bool:
+        """Take in what has come; False when the supervisor is gone."""
+        try:
+            data = self._socket.recv(1 << 18)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        self._incoming += data
+        while len(self._incoming) >= 4:
+            size = _LENGTH.unpack_from(self._incoming)[0]
+            if len(self._incoming) < 4 + size:
+                break
+            answer = json.loads(self._incoming[4 : 4 + size])
+            del self._incoming[: 4 + size]
+            self._answer(answer)
+        return True
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        with self._lock:
+            pending = self._pending.pop(answer.pop("id"), None)
+            if pending is None:
+                return
+            if "value_error" not in answer and "failed" not in answer:
+                self._record(pending, answer)
+        with contextlib.suppress(InvalidStateError):
+            if "value_error" in answer:
+                pending.future.set_exception(ValueError(answer["value_error"]))
+            elif "failed" in answer:
+                pending.future.set_exception(SandboxError(answer["failed"]))
+            else:
+                pending.future.set_result(answer)
+
+    def _record(self, pending: _Pending, answer: dict[str, Any]) -> None:
+        """Note in the journal what the caller is about to learn."""
+        fields = pending.fields
+        if fields["op"] == "open":
+            self._open_trees[fields["problem_id"]] = {**fields, "root": answer["state"]}
+        elif fields["op"] == "close":
+            self._open_trees.pop(fields["problem_id"], None)
+            closed = fields["problem_id"]
+            for state in [s for s, e in self._journal.items() if e["problem_id"] == closed]:
+                del self._journal[state]
+        elif fields["op"] == "run":
+            for code, result in zip(fields["codes"], answer["results"], strict=True):
+                result["attempts"] += pending.restarts
+                entry = result.pop("journal", None)
+                if entry is not None and entry["state"] not in self._journal:
+                    self._journal[entry["state"]] = {
+                        **entry,
+                        "parent": fields["state"],
+                        "code": code,
+                        "limits": fields["limits"],
+                    }
+
+    def _restart(self) -> None:
+        self._socket.close()
+        code = self._process.wait()
+        now = time.monotonic()
+        self._restarts = [then for then in self._restarts if now - then < _RESTART_WINDOW_S]
+        if len(self._restarts) >= _MAX_RESTARTS:
+            raise SandboxError(
+                f"the supervisor died {len(self._restarts) + 1} times within "
+                f"{_RESTART_WINDOW_S:.0f} s, last with exit code {code}"
+            )
+        self._restarts.append(now)
+        logger.error("sandbox supervisor died, starting another exit_code=%s", code)
+        self._start()
+        with self._lock:
+            self._incoming.clear()
+            self._outgoing.clear()
+            restore = {
+                "id": 0,
+                "op": "restore",
+                "next_number": self._next_id << 20,
+                "trees": list(self._open_trees.values()),
+                "states": list(self._journal.values()),
+            }
+            self._outgoing += _frame(restore)
+            for pending in self._pending.values():
+                pending.restarts += 1
+                self._outgoing += pending.frame
+
+    def _fail_all(self, message: str) -> None:
+        with self._lock:
+            self._failure = self._failure or message
+            waiting, self._pending = self._pending, {}
+        for pending in waiting.values():
+            with contextlib.suppress(InvalidStateError):
+                pending.future.set_exception(SandboxError(message))
+
+
+def _frame(content: Mapping[str, Any]) -> bytes:
+    body = json.dumps(content).encode("ascii")
+    return _LENGTH.pack(len(body)) + body
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        part = connection.recv(size - len(received))
+        if not part:
+            raise EOFError("the supervisor ended while starting")
+        received += part
+    return received
