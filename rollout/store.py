@@ -1,0 +1,713 @@
+"""Finished trees on any fsspec store, exactly once.
+
+    worker:  data/<shard>-<attempt>.parquet   a unique name, never written twice
+             commits/<shard>.json             create-only: the first to create it has committed
+    round:   manifest.json                    create-only: what readers and the learner read
+
+    <root>/trajectories/round=R/plans/<stage>.json     which problems a stage searches
+                               /data/<shard>-<attempt>.parquet
+                               /commits/<shard>.json
+                               /manifest.json
+
+The one decision, who has committed a shard, is the creation of one key, which a store either grants
+once or is refused at the start (`RunStore.self_check`). Two workers that hold the same shard, a
+worker that lost its lease long ago and a retry after an unclear answer can therefore do no harm:
+the loser deletes its own data. No database, no lock and no memory of any process is needed.
+
+A commit may cover only a part of its shard: `remaining` then names the groups of problems that
+were handed back, each the problems of one new shard. Part and rest are decided by the same marker.
+
+Not covered: removing data files without a marker (what a killed worker left); local file systems
+without hard links, which `self_check` refuses; NFS clients that cache directory listings may see a
+commit late, never wrongly.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from rollout.table import SCHEMA_VERSION, table_to_bytes, table_to_trees, trees_to_table
+from rollout.tree import Tree
+
+T = TypeVar("T")
+
+
+class StoreError(RuntimeError):
+    """The store cannot be used, or holds something other than what was written."""
+
+
+# --------------------------------------------------------------------------------- store
+
+
+_PERMANENT = (FileExistsError, PermissionError, NotADirectoryError)
+
+
+class RunStore:
+    """Bytes by path under one root, local or any fsspec URL; safe to use from many threads.
+
+    Paths are relative to the root, with forward slashes. A passing failure (`OSError`) is retried
+    with back-off; what still fails is a `StoreError` that names the path.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        num_attempts: int = 4,
+        backoff_s: float = 0.2,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            root: a folder or an fsspec URL such as s3://bucket/run; made on the first write.
+            num_attempts: tries of one operation, >= 1.
+            backoff_s: pause before the second try; doubled each time.
+            storage_options: passed to fsspec.
+        """
+        self.root = os.fspath(root)
+        self.num_attempts = num_attempts
+        self.backoff_s = backoff_s
+        self.storage_options = dict(storage_options or {})
+        self._fs, self._base = fsspec.core.url_to_fs(self.root, **self.storage_options)
+        self._base = self._base.rstrip("/")
+        self._local = isinstance(self._fs, LocalFileSystem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_open_store, (self.root, self.num_attempts, self.backoff_s, self.storage_options))
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file whole, replacing one that exists."""
+        self._retry("write", path, lambda: self._put(path, data))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file whole only if there is none; False if there was one.
+
+        After a failure whose outcome is unknown the retry may find its own file and answer False:
+        callers compare the content where that matters.
+        """
+        return self._retry("create", path, lambda: self._create(path, data))
+
+    def read(self, path: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        full = self._full(path)
+        if self._local:
+            return self._retry("read", path, lambda: Path(full).read_bytes())
+        return self._retry("read", path, lambda: self._fs.cat_file(full))
+
+    def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """The contents of several files; remote ones are fetched side by side."""
+        if self._local or len(paths) < 2:
+            return {path: self.read(path) for path in paths}
+        full = {self._full(path): path for path in paths}
+        found = self._retry("read", paths[0], lambda: self._fs.cat(list(full)))
+        return {path: found[self._fs._strip_protocol(key)] for key, path in full.items()}
+
+    def exists(self, path: str) -> bool:
+        """True if there is a file or folder."""
+        if self._local:
+            return Path(self._full(path)).exists()
+        self._fs.invalidate_cache()
+        return self._retry("look up", path, lambda: self._fs.exists(self._full(path)))
+
+    def files(self, prefix: str) -> list[str]:
+        """Paths of all files directly in a folder, sorted; empty if there is no such folder."""
+        return sorted(self._retry("list", prefix, lambda: self._files(prefix)))
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
+        return sorted(self._retry("list", prefix, lambda: self._folders(prefix)))
+
+    def delete(self, path: str) -> None:
+        """Remove a file; harmless if there is none."""
+
+        def remove() -> None:
+            try:
+                if self._local:
+                    Path(self._full(path)).unlink()
+                else:
+                    self._fs.rm_file(self._full(path))
+            except FileNotFoundError:
+                pass
+
+        self._retry("delete", path, remove)
+
+    def self_check(self) -> None:
+        """Prove that the root can be written and that a key can be created only once.
+
+        Raises:
+            StoreError: it cannot; the message says which.
+        """
+        if not self._local and type(self._fs).pipe_file is AbstractFileSystem.pipe_file:
+            raise StoreError(
+                f"store {self.root}: {type(self._fs).__name__} has no atomic create; use a store "
+                "with create-only writes (local disk, S3, GCS)"
+            )
+        path = f".self-check/{uuid.uuid4().hex}"
+        first, second = b"first", b"second"
+        if not self.create(path, first):
+            raise StoreError(f"store {self.root}: creating a new key failed as if it existed")
+        try:
+            if self.create(path, second):
+                raise StoreError(
+                    f"store {self.root} lets a key be created twice: finished work could be "
+                    "written twice; use a store with create-only writes (local disk, S3, GCS)"
+                )
+            if self.read(path) != first:
+                raise StoreError(f"store {self.root}: a refused create changed the file")
+        finally:
+            self.delete(path)
+
+    def _full(self, path: str) -> str:
+        return f"{self._base}/{path}"
+
+    def _retry(self, action: str, path: str, operation: Callable[[], T]) -> T:
+        # Cloud libraries also raise their own kinds, which say little about what will pass.
+        passing: type[Exception] = OSError if self._local else Exception
+        pause = self.backoff_s
+        for attempt in range(1, self.num_attempts + 1):
+            try:
+                return operation()
+            except FileNotFoundError:
+                raise
+            except passing as error:
+                if attempt == self.num_attempts or isinstance(error, _PERMANENT):
+                    raise StoreError(self._explain(action, path, error, attempt)) from error
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError("unreachable")
+
+    def _explain(self, action: str, path: str, error: Exception, attempts: int) -> str:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, PermissionError):
+            reason = f"no permission ({error})"
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            reason = f"disk full ({error})"
+        tries = f" after {attempts} tries" if attempts > 1 else ""
+        return f"store {self.root}: cannot {action} {path}{tries}: {reason}"
+
+    def _put(self, path: str, data: bytes) -> None:
+        full = self._full(path)
+        if not self._local:
+            self._fs.pipe_file(full, data)
+            return
+        temporary = _write_temporary(Path(full), data)
+        temporary.replace(full)
+        _sync_folder(temporary.parent)
+
+    def _create(self, path: str, data: bytes) -> bool:
+        full = self._full(path)
+        if not self._local:
+            try:
+                self._fs.pipe_file(full, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        target = Path(full)
+        if target.exists():
+            return False
+        temporary = _write_temporary(target, data)
+        try:
+            # A link appears whole or not at all, and never over another file.
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        _sync_folder(target.parent)
+        return True
+
+    def _files(self, prefix: str) -> list[str]:
+        base = prefix.strip("/")
+        if self._local:
+            try:
+                with os.scandir(self._full(base)) as entries:
+                    names = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
+            except FileNotFoundError:
+                return []
+        else:
+            names = self._remote_names(base, "file")
+        return [f"{base}/{name}" for name in names]
+
+    def _folders(self, prefix: str) -> list[str]:
+        base = prefix.strip("/")
+        if not self._local:
+            return self._remote_names(base, "directory")
+        try:
+            with os.scandir(self._full(base)) as entries:
+                return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        except FileNotFoundError:
+            return []
+
+    def _remote_names(self, base: str, kind: str) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            entries = self._fs.ls(self._full(base), detail=True)
+        except FileNotFoundError:
+            return []
+        return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind]
+
+
+def _open_store(
+    root: str, num_attempts: int, backoff_s: float, storage_options: dict[str, Any]
+) -> RunStore:
+    return RunStore(
+        root, num_attempts=num_attempts, backoff_s=backoff_s, storage_options=storage_options
+    )
+
+
+def _write_temporary(target: Path, data: bytes) -> Path:
+    """Write and sync a hidden file beside `target`; it is gone again if that fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name survive power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------- commits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeKey:
+    """Which tree of a round, and whether it solved its problem."""
+
+    problem_id: str
+    index: int
+    solved: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Sums over trees."""
+
+    trees: int = 0
+    solved: int = 0
+    nodes: int = 0
+    rollouts: int = 0
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    scored_tokens: int = 0
+    executions: int = 0
+    trees_by_level: Mapping[str, int] = field(default_factory=dict)
+    solved_by_level: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trees: Iterable[Tree]) -> Totals:
+        """Count trees."""
+        return cls.sum(cls._of_one(tree) for tree in trees)
+
+    @classmethod
+    def sum(cls, parts: Iterable[Totals]) -> Totals:
+        """Add totals up."""
+        counts: Counter[str] = Counter()
+        trees_by_level: Counter[str] = Counter()
+        solved_by_level: Counter[str] = Counter()
+        for part in parts:
+            for name in _COUNTS:
+                counts[name] += getattr(part, name)
+            trees_by_level.update(part.trees_by_level)
+            solved_by_level.update(part.solved_by_level)
+        return cls(
+            **{name: counts[name] for name in _COUNTS},
+            trees_by_level=dict(trees_by_level),
+            solved_by_level=dict(solved_by_level),
+        )
+
+    @classmethod
+    def _of_one(cls, tree: Tree) -> Totals:
+        level = str(tree.problem.level)
+        return cls(
+            trees=1,
+            solved=int(tree.solved),
+            nodes=len(tree.nodes),
+            rollouts=tree.num_rollouts,
+            generated_tokens=tree.generated_tokens,
+            prompt_tokens=tree.prompt_tokens,
+            cached_tokens=tree.cached_tokens,
+            scored_tokens=tree.scored_tokens,
+            executions=tree.num_executions,
+            trees_by_level={level: 1},
+            solved_by_level={level: int(tree.solved)},
+        )
+
+
+_COUNTS = [f.name for f in fields(Totals) if not f.name.endswith("_by_level")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The marker of a committed shard: what stands in its data file, and what does not."""
+
+    shard: str
+    attempt: str
+    """Unique to the writer; tells one's own marker from another's."""
+    path: str
+    """Of the data file, relative to the store's root."""
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    """Of the data file."""
+    schema_version: int = SCHEMA_VERSION
+    trees: tuple[TreeKey, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Quarantined problems of the shard: id -> error."""
+    remaining: tuple[tuple[str, ...], ...] = ()
+    """Problems handed back, in groups; each group is a new shard."""
+    totals: Totals = field(default_factory=Totals)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """What the writer said of itself: versions, worker, stage."""
+
+    def to_json(self) -> bytes:
+        return _to_json(
+            {
+                **asdict(self),
+                "trees": [[t.problem_id, t.index, int(t.solved)] for t in self.trees],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Commit:
+        """Raises ValueError if the bytes are not a commit marker."""
+        parsed = _from_json(data, "commit marker")
+        try:
+            parsed["trees"] = tuple(
+                TreeKey(problem_id=p, index=i, solved=bool(s)) for p, i, s in parsed["trees"]
+            )
+            parsed["remaining"] = tuple(tuple(group) for group in parsed["remaining"])
+            parsed["totals"] = Totals(**parsed["totals"])
+            return cls(**parsed)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a commit marker: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestFile:
+    """One data file of a sealed round."""
+
+    shard: str
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    num_trees: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What a sealed round consists of; never changes once it exists."""
+
+    round: int
+    schema_version: int = SCHEMA_VERSION
+    files: tuple[ManifestFile, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Quarantined problems: id -> error."""
+    totals: Totals = field(default_factory=Totals)
+
+    def to_json(self) -> bytes:
+        return _to_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Raises ValueError if the bytes are not a manifest."""
+        parsed = _from_json(data, "manifest")
+        try:
+            parsed["files"] = tuple(ManifestFile(**f) for f in parsed["files"])
+            parsed["totals"] = Totals(**parsed["totals"])
+            return cls(**parsed)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a manifest: {error}") from error
+
+
+def _to_json(record: Mapping[str, Any]) -> bytes:
+    # ASCII escapes keep whatever a model wrote, lone surrogates included.
+    return json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def _from_json(data: bytes, what: str) -> dict[str, Any]:
+    parsed = json.loads(data)
+    if not isinstance(parsed, dict):
+        raise ValueError(f"not a {what}: a JSON object was expected")
+    return parsed
+
+
+class TrajectoryStore:
+    """The trees of one round: committed by shard, sealed once, read from the manifest."""
+
+    def __init__(self, store: RunStore, round: int) -> None:
+        self.store = store
+        self.round = round
+        self.prefix = f"trajectories/round={round}"
+
+    # -- writing
+
+    def commit(
+        self,
+        shard_id: str,
+        trees: Sequence[Tree],
+        *,
+        info: Mapping[str, Any] | None = None,
+        failed: Mapping[str, str] | None = None,
+        remaining: Sequence[Sequence[str]] = (),
+    ) -> bool:
+        """Write the trees of a shard and claim it.
+
+        Args:
+            info: anything JSON can hold, kept in the marker.
+            failed: quarantined problems of the shard, id -> error.
+            remaining: problems of the shard handed back, in groups.
+        Returns:
+            False if somebody else had committed the shard; the data written here is deleted.
+        Raises:
+            StoreError: the store failed; nothing is committed by this call, unless the answer to
+                the last request was lost, which calling again finds out.
+        """
+        if self.store.exists(self._marker(shard_id)):
+            return False
+        table = trees_to_table(trees)
+        data = table_to_bytes(table)
+        attempt = uuid.uuid4().hex[:16]
+        path = f"{self.prefix}/data/{shard_id}-{attempt}.parquet"
+        commit = Commit(
+            shard=shard_id,
+            attempt=attempt,
+            path=path,
+            num_rows=table.num_rows,
+            num_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            trees=tuple(
+                TreeKey(problem_id=t.problem.id, index=t.index, solved=t.solved) for t in trees
+            ),
+            failed=dict(failed or {}),
+            remaining=tuple(tuple(group) for group in remaining),
+            totals=Totals.of(trees),
+            info=dict(info or {}),
+        )
+        self.store.put(path, data)
+        if self.store.create(self._marker(shard_id), commit.to_json()):
+            return True
+        if self.read_commit(shard_id).attempt == attempt:
+            return True
+        self.store.delete(path)
+        return False
+
+    def seal(self, shard_ids: Iterable[str] | None = None) -> Manifest:
+        """Fix what the round consists of; the first seal stands and later ones return it.
+
+        Args:
+            shard_ids: the shards to include; None: all committed ones.
+        Raises:
+            StoreError: a shard is not committed, or two shards hold the same tree.
+        """
+        sealed = self.manifest()
+        if sealed is not None:
+            return sealed
+        commits = self.commits()
+        wanted = sorted(commits if shard_ids is None else set(shard_ids))
+        missing = [shard for shard in wanted if shard not in commits]
+        if missing:
+            raise StoreError(
+                f"round {self.round} cannot be sealed: {len(missing)} of {len(wanted)} shards are "
+                f"not committed, the first is {missing[0]}"
+            )
+        self._check_disjoint([commits[shard] for shard in wanted])
+        failed: dict[str, str] = {}
+        for shard in wanted:
+            failed.update(commits[shard].failed)
+        manifest = Manifest(
+            round=self.round,
+            files=tuple(
+                ManifestFile(
+                    shard=shard,
+                    path=commits[shard].path,
+                    num_rows=commits[shard].num_rows,
+                    num_bytes=commits[shard].num_bytes,
+                    sha256=commits[shard].sha256,
+                    num_trees=len(commits[shard].trees),
+                )
+                for shard in wanted
+            ),
+            failed=failed,
+            totals=Totals.sum(commits[shard].totals for shard in wanted),
+        )
+        if self.store.create(self._manifest_path, manifest.to_json()):
+            return manifest
+        sealed = self.manifest()
+        assert sealed is not None
+        return sealed
+
+    # -- reading
+
+    def read_commit(self, shard_id: str) -> Commit:
+        """The marker of a committed shard.
+
+        Raises:
+            FileNotFoundError: the shard is not committed.
+            StoreError: the marker cannot be read.
+        """
+        path = self._marker(shard_id)
+        return _parse(Commit.from_json, self.store.read(path), path)
+
+    def commits(self) -> dict[str, Commit]:
+        """All markers of the round by shard id.
+
+        Raises:
+            StoreError: a marker cannot be read; the message names it.
+        """
+        paths = [p for p in self.store.files(f"{self.prefix}/commits") if p.endswith(".json")]
+        found: dict[str, Commit] = {}
+        for path, data in self.store.read_many(paths).items():
+            commit = _parse(Commit.from_json, data, path)
+            found[commit.shard] = commit
+        return found
+
+    def solved(self) -> set[str]:
+        """Problems that some committed tree solves, read from the markers alone."""
+        return {k.problem_id for c in self.commits().values() for k in c.trees if k.solved}
+
+    def manifest(self) -> Manifest | None:
+        """The manifest; None if the round is not sealed."""
+        try:
+            data = self.store.read(self._manifest_path)
+        except FileNotFoundError:
+            return None
+        return _parse(Manifest.from_json, data, self._manifest_path)
+
+    def trees(self) -> Iterator[Tree]:
+        """All trees of a sealed round, one file in memory at a time.
+
+        Raises:
+            StoreError: the round is not sealed, or a file is missing, truncated or changed.
+        """
+        for file, table in self._files_and_tables(None):
+            try:
+                trees = table_to_trees(table)
+            except ValueError as error:
+                raise StoreError(f"data file {file.path} cannot be read: {error}") from error
+            yield from trees
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The tables of a sealed round's files, in the manifest's order.
+
+        Args:
+            columns: read only these; None: all.
+        Raises:
+            StoreError: as `trees`.
+        """
+        return (table for _, table in self._files_and_tables(columns))
+
+    def _files_and_tables(
+        self, columns: Sequence[str] | None
+    ) -> Iterator[tuple[ManifestFile, pa.Table]]:
+        manifest = self.manifest()
+        if manifest is None:
+            raise StoreError(
+                f"round {self.round} of {self.store.root} has no manifest: it is not finished"
+            )
+        for file in manifest.files:
+            yield file, self.read_table(file, columns)
+
+    def read_table(
+        self, file: Commit | ManifestFile, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """One data file, checked against its marker.
+
+        Raises:
+            StoreError: it is missing, truncated or changed; the message names it.
+        """
+        try:
+            data = self.store.read(file.path)
+        except FileNotFoundError as error:
+            raise StoreError(f"data file {file.path} of {self.store.root} is missing") from error
+        if len(data) != file.num_bytes:
+            raise StoreError(
+                f"data file {file.path} of {self.store.root} has {len(data)} bytes, "
+                f"{file.num_bytes} were written"
+            )
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise StoreError(
+                f"data file {file.path} of {self.store.root} has changed since it was written "
+                "(its SHA-256 differs)"
+            )
+        return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns))
+
+    # -- plans
+
+    def create_plan(self, stage: str, data: bytes) -> bytes:
+        """Fix what a stage is to search; returns the stored plan, which may be an earlier one."""
+        path = f"{self.prefix}/plans/{stage}.json"
+        self.store.create(path, data)
+        return self.store.read(path)
+
+    def plans(self) -> dict[str, bytes]:
+        """All stored plans of the round by stage."""
+        paths = [p for p in self.store.files(f"{self.prefix}/plans") if p.endswith(".json")]
+        found = self.store.read_many(paths)
+        return {p.rsplit("/", 1)[-1].removesuffix(".json"): found[p] for p in paths}
+
+    @property
+    def _manifest_path(self) -> str:
+        return f"{self.prefix}/manifest.json"
+
+    def _marker(self, shard_id: str) -> str:
+        return f"{self.prefix}/commits/{shard_id}.json"
+
+    def _check_disjoint(self, commits: Sequence[Commit]) -> None:
+        owner: dict[tuple[str, int], str] = {}
+        for commit in commits:
+            for tree in commit.trees:
+                other = owner.setdefault((tree.problem_id, tree.index), commit.shard)
+                if other != commit.shard:
+                    raise StoreError(
+                        f"round {self.round} cannot be sealed: tree {tree.index} of problem "
+                        f"{tree.problem_id} is in shards {other} and {commit.shard}"
+                    )
+
+
+def stored_rounds(store: RunStore) -> list[int]:
+    """Rounds that have anything stored, ascending."""
+    names = store.folders("trajectories")
+    return sorted(int(n.removeprefix("round=")) for n in names if n.startswith("round="))
+
+
+def _parse(parse: Callable[[bytes], T], data: bytes, path: str) -> T:
+    try:
+        return parse(data)
+    except ValueError as error:
+        raise StoreError(f"file {path} cannot be read: {error}") from error
