@@ -23,7 +23,7 @@ class Problem:
     level: Level
     text: str
     answer: str = ""
-    """The accepted final answer; "" where it is unknown (a question to solve, not to learn from)."""
+    """The accepted final answer; "" where it is unknown (a question to be solved)."""
     answers_alt: tuple[str, ...] = ()
     """Further accepted answers; a candidate equal to any of them is correct."""
 

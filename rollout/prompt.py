@@ -67,6 +67,13 @@ class StepKind(StrEnum):
     """Ended without a marker (length or end of sequence): not a step."""
 
 
+_KIND_OF_END = {
+    END_OF_STEP: StepKind.CODE,
+    END_OF_CODE: StepKind.LAST_CODE,
+    END_OF_ANSWER: StepKind.ANSWER,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One move: a thought and its code, or the final answer sentence."""
@@ -161,15 +168,10 @@ def render_segments(
 
 def parse_step(text: str) -> Step:
     """Read a completion (its stop string still at its end) as a step; never raises."""
-    for marker, kind in (
-        (END_OF_ANSWER, StepKind.ANSWER),
-        (END_OF_CODE, StepKind.LAST_CODE),
-        (END_OF_STEP, StepKind.CODE),
-    ):
-        if text.endswith(marker):
-            break
-    else:
+    marker = next((m for m in _KIND_OF_END if text.endswith(m)), None)
+    if marker is None:
         return Step(kind=StepKind.UNFINISHED, text=text)
+    kind = _KIND_OF_END[marker]
     body = text[: -len(marker)]
     if kind is StepKind.ANSWER:
         sentence = body.split(ANSWER, 1)[-1]
@@ -186,11 +188,7 @@ def parse_response(text: str) -> list[Step]:
     steps: list[Step] = []
     rest = text
     while rest.strip():
-        ends = [
-            (rest.find(marker), marker)
-            for marker in (END_OF_STEP, END_OF_CODE, END_OF_ANSWER)
-            if marker in rest
-        ]
+        ends = [(rest.find(marker), marker) for marker in _KIND_OF_END if marker in rest]
         if not ends:
             raise ValueError(f"solution ends without a step marker: {rest[-60:]!r}")
         at, marker = min(ends)

@@ -31,7 +31,7 @@ from rollout.prompt import (
 )
 from rollout.search import SearchError, StepSandbox
 from rollout.seeds import derive_seed
-from verifier import StepResult
+from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +131,7 @@ async def _run_programs(
         await sandbox.close(tree_id)
     ordered = [next(results) if code.strip() else None for code in codes]
     for result in ordered:
-        if result is not None and result.status in ("infra_error", "pool_overloaded"):
+        if result is not None and result.status in INFRASTRUCTURE_STATUSES:
             raise SearchError(f"sandbox failed on problem {problem.id}: {result.error_message}")
     return ordered
 

@@ -45,7 +45,8 @@ from rollout.prompt import (
 from rollout.seeds import derive_seed
 from rollout.selection import Unvisited, select_child
 from rollout.tree import Discard, Node, Terminal, Tree, backup, expand, is_answer
-from verifier import GRADER_VERSION, StepResult, Verdict, verify_answer
+from verifier import GRADER_VERSION, Verdict, verify_answer
+from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
 
 
 class TerminalValue(StrEnum):
@@ -168,9 +169,7 @@ async def run_search(
     """
     if config.terminal_value is TerminalValue.PREFERENCE and preference is None:
         raise ValueError('terminal_value="preference" needs a process preference model')
-    tree = Tree(
-        problem=problem, round=round, index=index, seed=seed, grader_version=GRADER_VERSION
-    )
+    tree = Tree(problem=problem, round=round, index=index, seed=seed, grader_version=GRADER_VERSION)
     tree_id = f"r{round}/{problem.id}/{index}/{seed}"
     states = {0: await sandbox.open(tree_id)}
     try:
@@ -326,7 +325,7 @@ class _Search:
         results = await self.sandbox.run(self.states[node.id], codes)
         self.tree.num_executions += len(set(codes))
         for child, result in zip(runnable, results, strict=True):
-            if result.status in ("infra_error", "pool_overloaded"):
+            if result.status in INFRASTRUCTURE_STATUSES:
                 raise SearchError(
                     f"sandbox failed on problem {self.tree.problem.id}: "
                     f"{result.status} {result.error_message}"
@@ -399,9 +398,7 @@ def _only_answer_follows(node: Node) -> bool:
     return node.step is not None and node.step.kind is StepKind.LAST_CODE
 
 
-def _discard_reason(
-    node: Node, kind: StepKind, code: str, answer: str | None
-) -> Discard | None:
+def _discard_reason(node: Node, kind: StepKind, code: str, answer: str | None) -> Discard | None:
     """Why a parsed candidate cannot follow `node`; None if it can."""
     if kind is StepKind.UNFINISHED:
         return Discard.UNFINISHED

@@ -12,9 +12,7 @@ PROBLEM = Problem(id="p", source="s", level=Level.GSM, text="q", answer="1")
 
 
 def node(visits: int = 0, q: float = 0.0, **more: object) -> Node:
-    return Node(
-        id=-1, parent=-1, depth=-1, step=None, visit_count=visits, value_sum=q, **more
-    )  # type: ignore[arg-type]
+    return Node(id=-1, parent=-1, depth=-1, step=None, visit_count=visits, value_sum=q, **more)  # type: ignore[arg-type]
 
 
 def test_uct_is_q_plus_c_root_of_log_parent_over_n() -> None:
@@ -24,7 +22,9 @@ def test_uct_is_q_plus_c_root_of_log_parent_over_n() -> None:
 
 def test_failed_child_outranks_untried_ones_under_the_released_rule() -> None:
     # a child with Q = -1, N = 1 is worth 0.67 when its parent has 2 visits
-    assert uct(node(1, -1.0), 2, 2.0, Unvisited.ZERO) == pytest.approx(2 * math.sqrt(math.log(2)) - 1)
+    assert uct(node(1, -1.0), 2, 2.0, Unvisited.ZERO) == pytest.approx(
+        2 * math.sqrt(math.log(2)) - 1
+    )
     assert uct(node(0), 2, 2.0, Unvisited.ZERO) == 0.0
     assert uct(node(0), 2, 2.0, Unvisited.INFINITE) == math.inf
 
