@@ -1,0 +1,210 @@
+"""Checkpoints on a file system all machines see: written whole or not at all.
+
+    checkpoints/round=R/policy/<uuid>/...          Hugging Face format, tokenizer included
+    checkpoints/round=R/policy/CURRENT.json        create-only: names the one that counts
+    checkpoints/round=R/ppm/...                    the same for the process preference model
+
+A folder is filled under a hidden name, renamed to its final one and only then named by
+CURRENT.json, which is linked into place whole and never replaced. A writer that dies leaves a
+folder nobody refers to; of two writers of one round the second deletes its own and takes the
+first's. Round 0 is the cold start.
+
+Not covered: object stores. vLLM, transformers and DeepSpeed read checkpoints through POSIX paths,
+so the root is a local or shared directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Kind = Literal["policy", "ppm"]
+
+_HASH_CHUNK_BYTES = 1 << 22
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, incomplete or not what its record says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One published checkpoint."""
+
+    kind: Kind
+    round: int
+    path: str
+    """Directory in Hugging Face format."""
+    digest: str
+    """sha256 over the names and contents of its files."""
+
+    @property
+    def version(self) -> str:
+        """Short name for logs and replies, as `policy-r2-1a2b3c4d`."""
+        return f"{self.kind}-r{self.round}-{self.digest[:8]}"
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+
+    def publish(
+        self,
+        kind: Kind,
+        round: int,
+        write: Callable[[Path], None],
+        info: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Write a checkpoint and make it the current one of its round.
+
+        Args:
+            write: fills the empty directory it is given.
+            info: stored beside the record (config, metrics, data digest).
+        Returns:
+            What is current afterwards: the new one, or the one that was there before.
+        Raises:
+            CheckpointError: nothing could be written, or `write` left the directory empty.
+        """
+        folder = self._folder(kind, round)
+        name = uuid.uuid4().hex
+        hidden, final = folder / f".{name}.partial", folder / name
+        try:
+            hidden.mkdir(parents=True)
+            write(hidden)
+            digest = directory_digest(hidden)
+            _sync(hidden)
+            hidden.rename(final)
+            checkpoint = Checkpoint(kind=kind, round=round, path=str(final), digest=digest)
+            record = {
+                **asdict(checkpoint),
+                "path": name,
+                "created_unix_s": time.time(),
+                "info": dict(info or {}),
+            }
+            if not _create(folder / "CURRENT.json", json.dumps(record, indent=1).encode()):
+                shutil.rmtree(final)
+                current = self.current(kind, round)
+                assert current is not None
+                return current
+        except OSError as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise CheckpointError(f"cannot write {kind} checkpoint to {folder}: {error}") from error
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        return checkpoint
+
+    def current(self, kind: Kind, round: int) -> Checkpoint | None:
+        """The published checkpoint of a round; None if there is none.
+
+        Raises:
+            CheckpointError: the record cannot be read, or what it names is gone.
+        """
+        record = self._record(kind, round)
+        if record is None:
+            return None
+        path = self._folder(kind, round) / record["path"]
+        if not path.is_dir():
+            raise CheckpointError(f"{kind} checkpoint of round {round} is gone: {path}")
+        return Checkpoint(kind=kind, round=round, path=str(path), digest=record["digest"])
+
+    def info(self, kind: Kind, round: int) -> dict[str, Any]:
+        """What was stored beside a round's checkpoint; empty if there is none."""
+        record = self._record(kind, round)
+        return {} if record is None else record["info"]
+
+    def latest(self, kind: Kind) -> Checkpoint | None:
+        """The published checkpoint of the highest round; None if there is none."""
+        rounds = []
+        for folder in self.root.glob("round=*"):
+            number = folder.name.removeprefix("round=")
+            if number.isdigit() and (folder / kind / "CURRENT.json").exists():
+                rounds.append(int(number))
+        return self.current(kind, max(rounds)) if rounds else None
+
+    def verify(self, checkpoint: Checkpoint) -> None:
+        """Check the files against the digest.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        found = directory_digest(Path(checkpoint.path))
+        if found != checkpoint.digest:
+            raise CheckpointError(
+                f"{checkpoint.kind} checkpoint of round {checkpoint.round} at {checkpoint.path} "
+                f"was changed: digest {found[:16]}, expected {checkpoint.digest[:16]}"
+            )
+
+    def _folder(self, kind: Kind, round: int) -> Path:
+        if kind not in get_args(Kind):
+            raise ValueError(f"checkpoint kind must be one of {get_args(Kind)}, got {kind!r}")
+        if round < 0:
+            raise ValueError(f"checkpoint round must be >= 0, got {round}")
+        return self.root / f"round={round}" / kind
+
+    def _record(self, kind: Kind, round: int) -> dict[str, Any] | None:
+        path = self._folder(kind, round) / "CURRENT.json"
+        try:
+            record = json.loads(path.read_bytes())
+            record["path"], record["digest"], record["info"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+        return record
+
+
+def directory_digest(path: Path) -> str:
+    """sha256 over names and contents of all files below a directory, in name order.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    total = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    if not files:
+        raise CheckpointError(f"checkpoint directory is empty or missing: {path}")
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as handle:
+            while chunk := handle.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+        total.update(f"{file.relative_to(path).as_posix()}\0{digest.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Put a whole file where none was; False if one was there."""
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with hidden.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.link(hidden, path)
+    except FileExistsError:
+        return False
+    finally:
+        hidden.unlink(missing_ok=True)
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Flush all files of a folder to the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,123 @@
+"""Two real gloo ranks behind Ray Train: fits share one group, errors and deaths do not end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+import ray
+
+from cluster.learner_group import LearnerGroup
+from learner.checkpoint import CheckpointStore
+from learner.dataset import DatasetConfig, build_dataset, write_dataset
+from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
+from rollout.prompt import SHORT_TEMPLATE
+from tests.builders import answered, code, make_problem, make_tree
+from tests.models import write_tiny_policy
+
+pytestmark = pytest.mark.slow
+
+POLICY = PolicyTrainConfig(num_epochs=2, batch_examples=8, learning_rate=5e-3, zero_stage=1)
+PPM = PreferenceTrainConfig(num_epochs=4, batch_examples=16, learning_rate=3e-3, zero_stage=1)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    group = LearnerGroup(num_workers=2, storage_path=tmp_path_factory.mktemp("ray_train"))
+    group.start()
+    yield group
+    group.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def request_of(tmp_path_factory):
+    policy = write_tiny_policy(tmp_path_factory.mktemp("policy"), hidden=32, layers=1)
+    trees = [
+        make_tree(
+            code(f"good = {n}", answered("7", correct=True)),
+            code(f"bad = {n}", answered("8", correct=False)),
+            problem=make_problem(f"p{n}", text=f"{n}?"),
+        )
+        for n in range(24)
+    ]
+    config = DatasetConfig(validation_share=0.3)
+    data = tmp_path_factory.mktemp("data")
+    write_dataset(build_dataset(trees, template=SHORT_TEMPLATE, config=config), data)
+    checkpoints = tmp_path_factory.mktemp("checkpoints")
+
+    def make(config, round, **changes):
+        kind = "policy" if isinstance(config, PolicyTrainConfig) else "ppm"
+        fields = {
+            "fit_id": f"round={round}/{kind}",
+            "kind": kind,
+            "round": round,
+            "base": str(policy),
+            "data": str(data),
+            "checkpoints": str(checkpoints),
+            "config": config,
+        }
+        return FitRequest(**fields | changes)
+
+    return make
+
+
+def test_policy_and_ppm_train_in_the_same_group_and_load_in_transformers(group, request_of):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    policy = group.fit(request_of(POLICY, 1))
+    assert policy.loss_curve[-1][1] < policy.loss_curve[0][1]
+    AutoModelForCausalLM.from_pretrained(policy.checkpoint.path)
+
+    ppm = group.fit(request_of(PPM, 1, base=policy.checkpoint.path))
+    assert ppm.metrics["pair_accuracy"] > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(ppm.checkpoint.path)
+    assert model.config.num_labels == 1
+    assert CheckpointStore(request_of(PPM, 1).checkpoints).current("ppm", 1) == ppm.checkpoint
+
+
+def test_two_ranks_train_as_one_does(group, request_of):
+    from learner.trainer import run_fit
+
+    pair = group.fit(request_of(POLICY, 2))
+    alone = run_fit(request_of(POLICY, 3))
+    assert [loss for _, loss in pair.loss_curve] == pytest.approx(
+        [loss for _, loss in alone.loss_curve], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_gives_the_same_losses(group, request_of, stage):
+    reference = group.fit(request_of(POLICY, 4 + 2 * stage))
+    config = POLICY.model_copy(update={"zero_stage": stage})
+    result = group.fit(request_of(config, 5 + 2 * stage))
+    assert [loss for _, loss in result.loss_curve] == pytest.approx(
+        [loss for _, loss in reference.loss_curve], rel=1e-3
+    )
+    assert result.metrics["loss"] == pytest.approx(reference.metrics["loss"], rel=1e-3)
+
+
+def test_bad_request_is_answered_and_the_next_one_still_runs(group, request_of, tmp_path):
+    with pytest.raises(LearnerError, match="no checkpoint in"):
+        group.fit(request_of(POLICY, 20, base=str(tmp_path)))
+    assert group.fit(request_of(POLICY, 20)).steps > 0
+
+
+def test_killed_rank_costs_time_but_not_the_fit(group, request_of):
+    config = POLICY.model_copy(update={"num_epochs": 300, "total_tokens": 150_000})
+    reference = group.fit(request_of(config, 30))
+    killed = []
+
+    def kill_one_rank(progress):
+        if not killed:
+            children = psutil.Process().children(recursive=True)
+            workers = [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
+            killed.append(workers[-1].pid)
+            os.kill(workers[-1].pid, signal.SIGKILL)
+
+    result = group.fit(request_of(config, 31), on_progress=kill_one_rank)
+    assert killed
+    assert result.loss_curve == reference.loss_curve

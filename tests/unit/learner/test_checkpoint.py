@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from learner.checkpoint import CheckpointError, CheckpointStore
+
+
+def writer(content: str):
+    def write(directory):
+        (directory / "model.safetensors").write_text(content)
+
+    return write
+
+
+def test_published_checkpoint_is_found_again_with_its_info(tmp_path):
+    store = CheckpointStore(tmp_path)
+    made = store.publish("policy", 2, writer("weights"), {"loss": 0.5})
+
+    assert CheckpointStore(tmp_path).current("policy", 2) == made
+    assert store.info("policy", 2) == {"loss": 0.5}
+    assert made.version == f"policy-r2-{made.digest[:8]}"
+    store.verify(made)
+
+
+def test_round_without_checkpoint_has_none(tmp_path):
+    store = CheckpointStore(tmp_path)
+    assert store.current("ppm", 1) is None
+    assert store.latest("ppm") is None
+    assert store.info("ppm", 1) == {}
+
+
+def test_latest_is_the_highest_round_of_the_kind(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for round in (0, 2, 10):
+        store.publish("policy", round, writer(str(round)))
+    store.publish("ppm", 11, writer("ppm"))
+    assert store.latest("policy").round == 10
+
+
+def test_failed_write_leaves_nothing_behind(tmp_path):
+    store = CheckpointStore(tmp_path)
+
+    def write(directory):
+        (directory / "half").write_text("half")
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        store.publish("policy", 0, write)
+    assert store.current("policy", 0) is None
+    assert list((tmp_path / "round=0" / "policy").iterdir()) == []
+
+
+def test_empty_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="empty"):
+        CheckpointStore(tmp_path).publish("policy", 0, lambda directory: None)
+
+
+def test_second_writer_of_a_round_takes_the_first_ones_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path)
+    first = []
+
+    def write_while_another_publishes(directory):
+        writer("second")(directory)
+        first.append(CheckpointStore(tmp_path).publish("policy", 1, writer("first")))
+
+    assert store.publish("policy", 1, write_while_another_publishes) == first[0]
+    folders = [p for p in (tmp_path / "round=1" / "policy").iterdir() if p.is_dir()]
+    assert [str(p) for p in folders] == [first[0].path]
+
+
+def test_writer_that_died_before_naming_its_folder_does_not_count(tmp_path):
+    orphan = tmp_path / "round=1" / "policy" / "0123"
+    orphan.mkdir(parents=True)
+    (orphan / "model.safetensors").write_text("orphan")
+    store = CheckpointStore(tmp_path)
+
+    assert store.current("policy", 1) is None
+    made = store.publish("policy", 1, writer("whole"))
+    assert made.path != str(orphan)
+
+
+def test_changed_file_is_noticed(tmp_path):
+    store = CheckpointStore(tmp_path)
+    made = store.publish("ppm", 3, writer("weights"))
+    next((tmp_path / "round=3" / "ppm").glob("*/model.safetensors")).write_text("other")
+    with pytest.raises(CheckpointError, match="was changed"):
+        store.verify(made)
+
+
+def test_record_of_a_lost_folder_is_an_error(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.publish("policy", 1, writer("weights"))
+    record = tmp_path / "round=1" / "policy" / "CURRENT.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"path": "gone"}))
+    with pytest.raises(CheckpointError, match="is gone"):
+        store.current("policy", 1)
+    record.write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        store.current("policy", 1)
+
+
+@pytest.mark.parametrize(("kind", "round"), [("policy", -1), ("critic", 0)])
+def test_impossible_kind_or_round_is_refused(tmp_path, kind, round):
+    with pytest.raises(ValueError, match="checkpoint"):
+        CheckpointStore(tmp_path).publish(kind, round, writer("x"))

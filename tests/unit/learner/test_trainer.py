@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from learner.checkpoint import CheckpointStore
+from learner.dataset import DatasetConfig, build_dataset, read_sft, write_dataset
+from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
+from learner.preference_model import load_preference_model, values
+from learner.trainer import learning_rate_share, run_fit
+from rollout.prompt import MARKERS, SHORT_TEMPLATE
+from tests.builders import answered, code, make_problem, make_tree
+from tests.models import write_byte_tokenizer, write_tiny_policy
+
+POLICY = PolicyTrainConfig(
+    num_epochs=4, batch_examples=8, learning_rate=5e-3, warmup_share=0.1, zero_stage=0
+)
+PPM = PreferenceTrainConfig(num_epochs=6, batch_examples=16, learning_rate=3e-3, zero_stage=0)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return write_tiny_policy(tmp_path_factory.mktemp("policy"), hidden=32, layers=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Problems whose right first step is always `good = n`."""
+    trees = [
+        make_tree(
+            code(f"good = {n}", answered("7", correct=True)),
+            code(f"bad = {n}", answered("8", correct=False)),
+            problem=make_problem(f"p{n}", text=f"{n}?"),
+        )
+        for n in range(24)
+    ]
+    config = DatasetConfig(validation_share=0.3)
+    dataset = build_dataset(trees, template=SHORT_TEMPLATE, config=config)
+    assert dataset.sft_validation and dataset.pairs_validation
+    path = tmp_path_factory.mktemp("data")
+    write_dataset(dataset, path)
+    return path
+
+
+@pytest.fixture
+def fit(policy, data, tmp_path):
+    def run(config, *, progress=None, round=1, **changes):
+        request = {
+            "fit_id": "test",
+            "kind": "policy" if isinstance(config, PolicyTrainConfig) else "ppm",
+            "round": round,
+            "base": str(policy),
+            "data": str(data),
+            "checkpoints": str(tmp_path),
+            "config": config,
+        }
+        return run_fit(FitRequest(**request | changes), progress=progress)
+
+    return run
+
+
+def test_policy_learns_and_its_checkpoint_is_published_for_transformers(fit, tmp_path, policy):
+    seen = []
+    result = fit(POLICY, progress=seen.append)
+
+    losses = [loss for _, loss in result.loss_curve]
+    assert losses[-1] < 0.6 * losses[0]
+    assert result.metrics["loss"] == pytest.approx(losses[-1], rel=0.5)
+    assert (seen[-1].step, seen[-1].num_steps) == (result.steps, result.steps)
+    store = CheckpointStore(tmp_path)
+    assert store.current("policy", 1) == result.checkpoint
+    assert store.info("policy", 1)["metrics"] == result.metrics
+    trained = AutoModelForCausalLM.from_pretrained(result.checkpoint.path)
+    before = AutoModelForCausalLM.from_pretrained(policy)
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
+    tokenizer = AutoTokenizer.from_pretrained(result.checkpoint.path)
+    assert (
+        tokenizer("<code>x").input_ids == AutoTokenizer.from_pretrained(policy)("<code>x").input_ids
+    )
+
+
+def test_same_seed_gives_the_same_losses_and_another_seed_others(fit):
+    first, again = fit(POLICY, round=1), fit(POLICY, round=2)
+    other = fit(POLICY, round=3, seed=1)
+    assert first.loss_curve == again.loss_curve
+    assert first.loss_curve != other.loss_curve
+
+
+@pytest.mark.parametrize("config", [POLICY, PPM], ids=["policy", "ppm"])
+def test_losses_do_not_depend_on_how_a_batch_is_cut_into_micro_batches(fit, config):
+    whole = fit(config, round=1)
+    cut = fit(config.model_copy(update={"micro_batch_tokens": 200}), round=2)
+    assert [loss for _, loss in cut.loss_curve] == pytest.approx(
+        [loss for _, loss in whole.loss_curve], rel=1e-3
+    )
+
+
+def test_ppm_learns_what_tells_right_from_wrong_on_problems_it_never_met(fit):
+    result = fit(PPM)
+    assert result.metrics["pair_accuracy"] == 1.0
+    assert result.metrics["pair_accuracy_answer"] == 1.0
+    assert result.metrics["pair_margin"] > 0.5
+    assert result.metrics["value_correct"] > 0.2 > -0.2 > result.metrics["value_incorrect"]
+
+    path = result.checkpoint.path
+    prefix = "<|user|>99?<|assistant|>"
+    texts = [f"{prefix}<code>\n{name} = 99\n<end_of_step>" for name in ("good", "bad")]
+    good, bad = values(load_preference_model(path), AutoTokenizer.from_pretrained(path), texts)
+    assert good > bad
+
+
+def test_auxiliary_loss_is_counted_and_changes_the_training(fit):
+    plain = fit(PPM, round=1)
+    auxiliary = fit(PPM.model_copy(update={"lm_weight": 0.1}), round=2)
+    assert plain.loss_tokens == 0 < auxiliary.loss_tokens
+    assert auxiliary.loss_curve[0][1] > plain.loss_curve[0][1]
+
+
+def test_token_budget_repeats_the_data_until_it_is_spent(fit):
+    config = POLICY.model_copy(update={"total_tokens": 6000, "batch_tokens": 512})
+    result = fit(config)
+    assert 6000 <= result.padded_tokens < 6512
+    assert result.epochs > 2
+
+
+def test_long_examples_are_left_out_and_counted(fit, policy, data):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    lengths = [
+        len(tokenizer("".join(s.text for s in example.segments)).input_ids) + 1
+        for example in read_sft(data, "train")
+    ]
+    shortest = min(lengths)
+    assert shortest < max(lengths)
+
+    result = fit(POLICY.model_copy(update={"max_sequence_tokens": shortest}))
+    assert (result.examples, result.skipped_long) == (
+        lengths.count(shortest),
+        len(lengths) - lengths.count(shortest),
+    )
+    with pytest.raises(LearnerError, match="longer than max_sequence_tokens = 8"):
+        fit(POLICY.model_copy(update={"max_sequence_tokens": 8}), round=2)
+
+
+def test_loss_that_is_not_finite_is_an_error_that_says_what_to_lower(fit, policy, tmp_path):
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(broken)
+    write_byte_tokenizer(broken)
+    with pytest.raises(LearnerError, match=r"loss is nan at step 1 of .*lower learning_rate"):
+        fit(POLICY, base=str(broken))
+    assert CheckpointStore(tmp_path).current("policy", 1) is None
+
+
+def test_bad_input_is_one_clear_error(fit, policy, tmp_path):
+    with pytest.raises(LearnerError, match=r"no checkpoint in .*nowhere"):
+        fit(POLICY, base=str(tmp_path / "nowhere"))
+    with pytest.raises(LearnerError, match=r"no complete training data in .*nowhere"):
+        fit(POLICY, data=str(tmp_path / "nowhere"))
+    empty = build_dataset([], template=SHORT_TEMPLATE, config=DatasetConfig())
+    write_dataset(empty, tmp_path / "empty")
+    with pytest.raises(LearnerError, match="no preference pairs to train on"):
+        fit(PPM, data=str(tmp_path / "empty"))
+    AutoModelForCausalLM.from_pretrained(policy).save_pretrained(tmp_path / "unmarked")
+    write_byte_tokenizer(tmp_path / "unmarked", markers=MARKERS[:-1])
+    with pytest.raises(LearnerError, match="lacks step markers"):
+        fit(POLICY, base=str(tmp_path / "unmarked"))
+
+
+def test_request_with_the_other_kinds_config_is_refused(fit):
+    with pytest.raises(ValueError, match="needs a PreferenceTrainConfig"):
+        fit(POLICY, kind="ppm")
+
+
+def test_learning_rate_warms_up_and_decays_to_its_final_share():
+    config = PolicyTrainConfig(warmup_share=0.2, schedule="cosine", final_share=0.1)
+    shares = [learning_rate_share(step, 10, config) for step in range(10)]
+    assert shares[:3] == [0.5, 1.0, 1.0]
+    assert shares[6] == pytest.approx(0.1 + 0.9 * 0.5)  # halfway: cos(pi / 2) = 0
+    linear = PolicyTrainConfig(schedule="linear")
+    assert [learning_rate_share(step, 4, linear) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_config_refuses_offload_without_zero_and_batches_without_limit():
+    with pytest.raises(ValueError, match="offload needs zero_stage"):
+        PolicyTrainConfig(offload=True, zero_stage=0)
+    with pytest.raises(ValueError, match="set batch_tokens, batch_examples or both"):
+        PolicyTrainConfig(batch_examples=None)
