@@ -1,0 +1,161 @@
+"""The `rstar` command: wiring only.
+
+Every error a user can do something about ends in one line on stderr and exit status 1 (2 for a
+wrong command line, 130 after Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from cluster.errors import KNOWN_ERRORS, quiet_logging
+
+T = TypeVar("T")
+
+app = typer.Typer(
+    name="rstar",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Self-evolving small math reasoners on a Ray cluster (rStar-Math, arXiv 2501.04519).",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a config value, as search.top_p=0.9."
+    ),
+]
+
+
+@app.command()
+def evolve(
+    config: Annotated[Path, typer.Argument(help="Run config, YAML.")],
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
+) -> None:
+    """Run all rounds of self-evolution; run it again to go on where it stopped."""
+    quiet_logging(verbose)
+    from cluster.config import RunConfig, load_config
+    from cluster.evolve import Evolution
+    from cluster.progress import ProgressView
+    from cluster.report import print_report
+
+    settings = load_config(config, overrides or (), kind=RunConfig)
+    console = Console()
+    evolution = Evolution(settings, ProgressView(console))
+    report = _run(evolution.run(), f"rstar evolve {config}")
+    print_report(report, console)
+    root = evolution.folder.root
+    _say(console, f"report {root / 'report.json'}, plot {root / 'report.png'}, all else in {root}")
+
+
+@app.command()
+def rollout(
+    problems: Annotated[Path, typer.Option(help="Problem file: Parquet, JSONL, JSON or CSV.")],
+    policy: Annotated[Path, typer.Option(help="Hugging Face checkpoint directory of the policy.")],
+    ppm: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the PPM; without it: terminal-guided.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the trees go [runs/rollout-PROBLEMS].")
+    ] = None,
+    config: Annotated[Path, typer.Option(help="Rollout config, YAML.")] = Path(
+        "deploy/configs/rollout.yaml"
+    ),
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
+) -> None:
+    """Search the problems of one file with given models and commit the trees."""
+    quiet_logging(verbose)
+    from cluster.config import RolloutConfig, load_config
+    from cluster.progress import ProgressView
+    from cluster.rollout_run import RolloutRun, print_rollout_report
+
+    given = {"problems": problems, "policy": policy, "ppm": ppm, "limit": limit}
+    given["run_dir"] = run_dir or Path("runs") / f"rollout-{problems.stem}"
+    settings = load_config(config, overrides or (), kind=RolloutConfig, given=given)
+    console = Console()
+    run = RolloutRun(settings, ProgressView(console))
+    outcome = _run(run.run(), "the same command")
+    print_rollout_report(outcome, console)
+    _say(console, f"trees in {run.folder.root}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
+) -> None:
+    """Print the table of a finished run."""
+    from cluster.report import print_report
+    from cluster.run_folder import RunFolderError
+
+    path = run / "report.json"
+    if not path.exists():
+        raise RunFolderError(f"{path}: no report; has `rstar evolve` finished this run?")
+    print_report(json.loads(path.read_text(encoding="utf-8")), Console())
+
+
+def _run(coroutine: Coroutine[Any, Any, T], again: str) -> T:
+    """Run to the end; Ctrl-C cancels once politely, and says how to go on."""
+
+    async def main() -> T:
+        task = asyncio.ensure_future(coroutine)
+        loop = asyncio.get_running_loop()
+        interrupts = 0
+
+        def interrupt() -> None:
+            nonlocal interrupts
+            interrupts += 1
+            if interrupts == 1:
+                typer.echo(
+                    "\nstopping: committing what is finished (Ctrl-C again stops at once)", err=True
+                )
+                task.cancel()
+            else:
+                loop.remove_signal_handler(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+        loop.add_signal_handler(signal.SIGINT, interrupt)
+        loop.add_signal_handler(signal.SIGTERM, interrupt)
+        return await task
+
+    try:
+        return asyncio.run(main())
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        typer.echo(f"stopped; to go on where it stopped: {again}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of `rstar`."""
+    try:
+        app()
+    except KNOWN_ERRORS as error:
+        typer.echo(f"rstar: {error}", err=True)
+        raise SystemExit(1) from None
+    except ExceptionGroup as group:
+        known, unknown = group.split(KNOWN_ERRORS)
+        if known is None or unknown is not None:
+            raise
+        typer.echo(f"rstar: {_first(known)}", err=True)
+        raise SystemExit(1) from None
+
+
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group

@@ -1,0 +1,349 @@
+"""One YAML file is one run: `RunConfig` composes every package's config and refuses what it does
+not know.
+
+    file --+-- --set a.b=c --> RunConfig --> stored beside the run as config.yaml
+
+An unknown key is an error that names the file, the key and the nearest valid one; a wrong value is
+an error with field, rule and value. All errors of a file are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.replica import EngineConfig
+from learner.dataset import DatasetConfig
+from learner.trainer import PolicyTrainConfig, PreferenceTrainConfig
+from rollout.problem import Level
+from rollout.search import SearchConfig
+from verifier import SandboxLimits
+
+
+class ConfigError(ValueError):
+    """A config file or override cannot be used; the message says where and what is right."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MiniatureConfig(_Config):
+    """The CPU-sized world: made-up word problems and a policy trained from scratch on them."""
+
+    num_demonstrations: int = Field(450, ge=1, description="written solutions for the cold start")
+    num_train: int = Field(600, ge=1, description="problems to search")
+    num_test: int = Field(300, ge=1, description="held-out problems")
+    families: list[str] | None = Field(None, description="problem families; null: all 18")
+    seed: int | None = Field(None, description="of the world; null: the run's seed")
+
+
+class ProblemsConfig(_Config):
+    """Where the problems come from: files, or the miniature's generator."""
+
+    train: list[Path] = Field(default_factory=list, description="problem files to search")
+    test: Path | None = Field(None, description="held-out problem file; null: no evaluation")
+    demonstrations: Path | None = Field(
+        None, description="written solutions for a cold start; null: none"
+    )
+    default_level: Level | None = Field(None, description="level of rows that name none")
+    miniature: MiniatureConfig | None = Field(
+        None, description="generate the miniature's files instead"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ProblemsConfig:
+        if bool(self.train) == bool(self.miniature):
+            raise ValueError("give either problems.train files or problems.miniature, not both")
+        return self
+
+
+class EscalationConfig(_Config):
+    """A further search of the problems that are still unsolved."""
+
+    num_rollouts: int = Field(ge=1, description="rollouts of each further tree")
+    num_candidates: int | None = Field(None, ge=1, description="candidates; null: as the round's")
+    trees: int = Field(1, ge=1, description="further trees per unsolved problem, own seeds")
+
+    def search(self, base: SearchConfig) -> SearchConfig:
+        """The search of this stage, given the one of the stages before."""
+        own: dict[str, Any] = {"num_rollouts": self.num_rollouts}
+        if self.num_candidates is not None:
+            own["num_candidates"] = self.num_candidates
+        return base.model_copy(update=own)
+
+
+class RoundConfig(_Config):
+    """One round of self-evolution: how it searches, and with which models."""
+
+    preference: bool = Field(
+        description="false: terminal-guided values (rounds 1-2); true: PPM-augmented (3-4)"
+    )
+    num_candidates: int | None = Field(None, ge=1, description="overrides search.num_candidates")
+    num_rollouts: int | None = Field(None, ge=1, description="overrides search.num_rollouts")
+    temperature: float | None = Field(None, ge=0, description="overrides search.temperature")
+    trees: int = Field(1, ge=1, description="trees per problem, each with its own seed")
+    escalation: list[EscalationConfig] = Field(
+        default_factory=list, description="stages for problems unsolved so far, in order"
+    )
+
+    def search(self, base: SearchConfig) -> SearchConfig:
+        """The search of this round."""
+        names = ("num_candidates", "num_rollouts", "temperature")
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return base.model_copy(update=own)
+
+
+class ActorConfig(_Config):
+    """How many actors of a kind, and what each asks of Ray."""
+
+    replicas: int = Field(1, ge=1, description="number of actors")
+    num_cpus: float = Field(0, ge=0, description="CPUs each reserves")
+    num_gpus: float = Field(0, ge=0, description="GPUs each reserves; a fraction shares one")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom resources each reserves, as named in the cluster"
+    )
+
+
+class ClusterConfig(_Config):
+    """Where the actors run."""
+
+    address: str = Field(
+        "local", description='"local" starts an embedded Ray; else a Ray address, or "auto"'
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of an embedded Ray; null: the machine's"
+    )
+    object_store_mib: int = Field(256, ge=80, description="object store of an embedded Ray")
+    policy: ActorConfig = Field(default_factory=ActorConfig, description="policy replicas")
+    ppm: ActorConfig = Field(default_factory=ActorConfig, description="PPM replicas")
+    sandbox: ActorConfig = Field(default_factory=ActorConfig, description="sandbox workers")
+    workers: ActorConfig = Field(default_factory=ActorConfig, description="rollout workers")
+    learner: ActorConfig = Field(
+        default_factory=lambda: ActorConfig(replicas=2), description="learner ranks"
+    )
+    max_open_trees: int = Field(64, ge=1, description="searches in flight per rollout worker")
+    shard_size: int = Field(16, ge=1, description="problems per job")
+    lease_s: float = Field(600.0, gt=0, description="a job not renewed for so long is given again")
+    start_timeout_s: float = Field(
+        300.0, gt=0, description="an actor not ready by then is an error that says what is missing"
+    )
+    request_timeout_s: float = Field(300.0, gt=0, description="deadline of one engine request")
+
+
+class SandboxConfig(_Config):
+    """How step code is isolated."""
+
+    isolation: Literal["strict", "best_effort"] = Field(
+        "best_effort", description="strict refuses to start where a layer is missing"
+    )
+    limits: SandboxLimits = Field(default_factory=SandboxLimits, description="per step")
+
+
+class EvaluationConfig(_Config):
+    """What is measured on held-out problems after each round."""
+
+    num_problems: int | None = Field(
+        None, ge=1, description="first so many test problems, levels balanced; null: all"
+    )
+    num_samples: int = Field(8, ge=1, description="samples for majority and best-of-N")
+    num_search_problems: int | None = Field(
+        None, ge=1, description="problems for majority, best-of-N and search; null: all"
+    )
+    num_candidates: int = Field(8, ge=1, description="candidates per expansion of search")
+    vote_top_k: int = Field(4, ge=1, description="answers that vote, best PPM value first")
+    max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
+
+
+class LineageConfig(_Config):
+    """Which weights training starts from."""
+
+    base_model: Path | None = Field(
+        None, description="Hugging Face checkpoint directory; null with the miniature: made"
+    )
+    policy_init: Literal["base", "previous"] = Field(
+        "base", description="start of each round's SFT: base (paper) or the previous policy"
+    )
+
+
+class ServingConfig(_Config):
+    """What every command that searches needs: where it runs and how."""
+
+    run_dir: Path = Field(description="folder that everything is written to, seen by all machines")
+    seed: int = Field(0, ge=0, description="every random choice follows from it")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="actors")
+    policy_engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM, policy")
+    ppm_engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM, PPM")
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig, description="step code")
+    search: SearchConfig = Field(default_factory=SearchConfig, description="of every round")
+
+    def effective(self) -> dict[str, Any]:
+        """The whole config as plain data, defaults included; reading it back gives an equal one."""
+        return self.model_dump(mode="json")
+
+
+class RolloutConfig(ServingConfig):
+    """One pass of search over one problem file with given models: `rstar rollout`."""
+
+    problems: Path = Field(description="problem file")
+    default_level: Level | None = Field(None, description="level of rows that name none")
+    limit: int | None = Field(None, ge=1, description="only the first so many problems")
+    policy: Path = Field(description="Hugging Face checkpoint directory of the policy")
+    ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
+    escalation: list[EscalationConfig] = Field(
+        default_factory=list, description="stages for problems unsolved so far, in order"
+    )
+
+
+class RunConfig(ServingConfig):
+    """A whole run of self-evolution: `rstar evolve`."""
+
+    name: str = Field(min_length=1, description="of the run, for people")
+    problems: ProblemsConfig = Field(description="what is searched and measured")
+    models: LineageConfig = Field(default_factory=LineageConfig, description="starting weights")
+    rounds: list[RoundConfig] = Field(min_length=1, description="in order")
+    dataset: DatasetConfig = Field(
+        default_factory=DatasetConfig, description="trees to training data"
+    )
+    cold_start: PolicyTrainConfig | None = Field(
+        None, description="SFT on the demonstrations before round 1; null: none"
+    )
+    train_policy: PolicyTrainConfig = Field(
+        default_factory=PolicyTrainConfig, description="SFT of each round"
+    )
+    train_ppm: PreferenceTrainConfig = Field(
+        default_factory=PreferenceTrainConfig, description="PPM training of each round"
+    )
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="after each round"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.problems.miniature is None and self.models.base_model is None:
+            raise ValueError("models.base_model is needed unless problems.miniature is used")
+        if self.rounds[0].preference:
+            raise ValueError("rounds[0].preference must be false: no PPM exists before round 1")
+        has_demonstrations = (
+            self.problems.miniature is not None or self.problems.demonstrations is not None
+        )
+        if self.cold_start is not None and not has_demonstrations:
+            raise ValueError("cold_start needs problems.demonstrations")
+        return self
+
+
+C = TypeVar("C", bound=ServingConfig)
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: type[C],
+    given: Mapping[str, Any] | None = None,
+) -> C:
+    """Read a config and apply `a.b=c` overrides (values are YAML).
+
+    Args:
+        kind: `RunConfig` or `RolloutConfig`.
+        given: top-level values from the command line; they win over the file.
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest valid one), wrong value.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a YAML mapping, got {type(data).__name__}")
+    data |= given or {}
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(f"{path}: {_explain(kind, item)}" for item in error.errors())
+        ) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, as in search.num_rollouts=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
+    names = key.strip().split(".")
+    place: Any = data
+    for depth, name in enumerate(names):
+        last = depth == len(names) - 1
+        if isinstance(place, list):
+            if not name.isdigit() or int(name) >= len(place):
+                where = ".".join(names[:depth])
+                raise ConfigError(
+                    f"--set {override}: {where} is a list of {len(place)}, {name!r} is no index"
+                )
+            index = int(name)
+            if last:
+                place[index] = value
+            else:
+                place = place[index]
+        elif last:
+            place[name] = value
+        else:
+            if not isinstance(place.get(name), (dict, list)):
+                place[name] = {}
+            place = place[name]
+
+
+def _explain(kind: type[BaseModel], item: Any) -> str:
+    location = item["loc"]
+    name = ".".join(str(part) for part in location) or "config"
+    if item["type"] == "extra_forbidden":
+        valid = _fields_at(kind, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(valid))}"
+        return f"unknown key {name!r}; {hint}"
+    if item["type"] == "missing":
+        return f"{name!r} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = item.get("input")
+    given = "" if isinstance(shown, dict) else f" (got {shown!r})"
+    return f"{name!r}: {message}{given}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Valid keys of the model found by walking `location` from `model`."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part))
+        found = _model_in(field.annotation) if field is not None else None
+        if found is None:
+            return []
+        model = found
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `X | None` or `list[X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            found = _model_in(argument)
+            if found is not None:
+                return found
+    return None

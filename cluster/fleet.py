@@ -1,0 +1,505 @@
+"""The actors of a run: engines, sandbox workers, coordinator, learner group, rollout workers.
+
+    driver -- start --> Ray -- coordinator, sandbox workers, policy replicas, learner group
+           -- serve_policy / serve_preference --> new weights in the running engines
+           -- rollout --> rollout workers, one stage after the other, until the round is sealed
+           -- fit     --> learner group
+           -- stop    --> drain, then everything ends
+
+The PPM's replicas start when the first PPM is served. Rollout workers live for one round: they
+carry its search settings.
+
+Not covered: growing and shrinking pools while a round runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.config import ActorConfig, ServingConfig
+from cluster.coordinator import CoordinatorActor, RemoteCoordinator, RoundStatus, audit_round
+from cluster.jobs import QueueConfig, SearchTask, StagePlan
+from cluster.learner_group import LearnerGroup
+from cluster.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
+from cluster.replica import PolicyReplicaActor, PreferenceReplicaActor
+from cluster.run_folder import RunFolder
+from cluster.sandbox_worker import SandboxWorkerActor
+from cluster.weight_sync import sync_weights
+from cluster.worker import RolloutWorkerActor, WorkerConfig
+from learner.checkpoint import Checkpoint
+from learner.fit import FitProgress, FitRequest, FitResult
+from rollout.engine import EngineError, PolicyEngine, PreferenceEngine
+from rollout.problem import Problem
+from rollout.search import SearchConfig, StepSandbox, run_search
+from rollout.store import Manifest, RunStore, TrajectoryStore
+from rollout.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+DRAIN_S = 20.0
+"""How long a stopped rollout may take to commit what is finished."""
+
+Progress = Callable[[int, int, Mapping[str, str]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutStage:
+    """One pass over problems in a round."""
+
+    name: str
+    search: SearchConfig
+    trees: int = 1
+    unsolved_only: bool = False
+    """Only the problems no tree of the round has solved so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutOutcome:
+    """A sealed round and how it went."""
+
+    manifest: Manifest
+    solved: int
+    expected: int
+    lost: int
+    doubled: int
+    seconds: float
+    generated_tokens: int
+    """By this process's workers; a continued round had more before."""
+    executions: int
+    prefix_hit_rate: float
+
+    def facts(self) -> dict[str, Any]:
+        """For the stage's record."""
+        return {
+            "solved": self.solved,
+            "expected": self.expected,
+            "lost": self.lost,
+            "doubled": self.doubled,
+            "generated_tokens_per_s": self.generated_tokens / self.seconds,
+            "sandbox_steps_per_s": self.executions / self.seconds,
+            "prefix_hit_rate": self.prefix_hit_rate,
+            "totals": asdict(self.manifest.totals),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StageSearch:
+    """What a rollout worker runs for each task: the search settings of the task's stage."""
+
+    searches: Mapping[str, SearchConfig]
+    policy: PolicyEngine
+    preference: PreferenceEngine | None
+    sandbox: StepSandbox
+
+    async def __call__(self, problem: Problem, task: SearchTask) -> Tree:
+        return await run_search(
+            problem,
+            config=self.searches[task.stage],
+            policy=self.policy,
+            preference=self.preference,
+            sandbox=self.sandbox,
+            round=task.round,
+            index=task.index,
+            seed=task.seed,
+        )
+
+
+class Fleet:
+    """Everything of a run that lives in Ray."""
+
+    def __init__(self, config: ServingConfig, folder: RunFolder) -> None:
+        self.config = config
+        self.folder = folder
+        self._policies: dict[str, Any] = {}
+        self._preferences: dict[str, Any] = {}
+        self._sandboxes: dict[str, Any] = {}
+        self._workers: dict[str, Any] = {}
+        self._worker_runs: list[Any] = []
+        self._coordinator: Any = None
+        self._learner: LearnerGroup | None = None
+        self._policy_version = ""
+        self._preference_version = ""
+        self._ray_started = False
+
+    @property
+    def policy(self) -> PolicyPool:
+        return PolicyPool(self._policies, self._pool_config())
+
+    @property
+    def preference(self) -> PreferencePool:
+        return PreferencePool(self._preferences, self._pool_config())
+
+    @property
+    def sandbox(self) -> SandboxPool:
+        return SandboxPool(self._sandboxes, self._pool_config())
+
+    def _pool_config(self) -> PoolConfig:
+        return PoolConfig(deadline_s=self.config.cluster.request_timeout_s)
+
+    def describe(self) -> str:
+        """For people: what runs."""
+        return (
+            f"{len(self._policies)} policy, {len(self._sandboxes)} sandbox, "
+            f"{self.config.cluster.learner.replicas} learner ranks"
+        )
+
+    async def start(self, policy: Path, *, version: str = "base", learner: bool = True) -> None:
+        """Bring up Ray and the actors; the policy engines start from `policy`.
+
+        Raises:
+            EngineError: an actor did not start in time or failed; says which and why.
+        """
+        self._start_ray()
+        cluster = self.config.cluster
+        if learner:
+            self._learner = LearnerGroup(
+                num_workers=cluster.learner.replicas,
+                resources_per_worker=_learner_resources(cluster.learner),
+                use_gpu=cluster.learner.num_gpus > 0,
+                storage_path=self.folder.root / "ray_train",
+            )
+            self._learner.start()
+        self._coordinator = CoordinatorActor.options(
+            name=f"coordinator-{uuid.uuid4().hex[:8]}"
+        ).remote(str(self.folder.root), QueueConfig(lease_s=cluster.lease_s))
+        self._sandboxes = {
+            f"sandbox-{number}": SandboxWorkerActor.options(**_options(cluster.sandbox)).remote(
+                limits=self.config.sandbox.limits, isolation=self.config.sandbox.isolation
+            )
+            for number in range(cluster.sandbox.replicas)
+        }
+        self._policies = {
+            f"policy-{number}": PolicyReplicaActor.options(**_options(cluster.policy)).remote(
+                str(policy), self.config.policy_engine, version=version, name=f"policy-{number}"
+            )
+            for number in range(cluster.policy.replicas)
+        }
+        self._policy_version = version
+        await self._ready(self._policies, cluster.policy)
+        await self._ready(self._sandboxes, cluster.sandbox, sign_of_life="stats")
+
+    def _start_ray(self) -> None:
+        cluster = self.config.cluster
+        if ray.is_initialized():
+            return
+        arguments: dict[str, Any] = {
+            "namespace": "rstar",
+            "log_to_driver": logger.isEnabledFor(logging.INFO),
+            "logging_level": logging.ERROR,
+            "configure_logging": True,
+        }
+        if cluster.address == "local":
+            arguments |= {
+                "include_dashboard": False,
+                "num_cpus": cluster.num_cpus,
+                "object_store_memory": cluster.object_store_mib * 2**20,
+            }
+        try:
+            ray.init(address=cluster.address, **arguments)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise EngineError(
+                f"Ray could not be started at cluster.address={cluster.address!r}: {error}"
+            ) from error
+        self._ray_started = True
+
+    async def serve_policy(self, base: Path, checkpoint: Checkpoint | None) -> None:
+        """Have every policy replica serve a checkpoint (None: the base model)."""
+        version = checkpoint.version if checkpoint is not None else "base"
+        if version == self._policy_version:
+            return
+        path = checkpoint.path if checkpoint is not None else str(base)
+        await sync_weights(self._policies, path, version)
+        self._policy_version = version
+
+    async def serve_preference(self, checkpoint: Checkpoint) -> None:
+        """Have every PPM replica serve a checkpoint; starts them the first time."""
+        if checkpoint.version == self._preference_version:
+            return
+        if not self._preferences:
+            settings = self.config.cluster.ppm
+            self._preferences = {
+                f"ppm-{number}": PreferenceReplicaActor.options(**_options(settings)).remote(
+                    checkpoint.path,
+                    self.config.ppm_engine,
+                    version=checkpoint.version,
+                    name=f"ppm-{number}",
+                )
+                for number in range(settings.replicas)
+            }
+            await self._ready(self._preferences, settings)
+        else:
+            await sync_weights(self._preferences, checkpoint.path, checkpoint.version)
+        self._preference_version = checkpoint.version
+
+    async def _ready(
+        self, actors: Mapping[str, Any], asked: ActorConfig, sign_of_life: str = "ready"
+    ) -> None:
+        """Wait until each actor answers a call of the method `sign_of_life`."""
+        timeout_s = self.config.cluster.start_timeout_s
+        for name, handle in actors.items():
+            try:
+                await asyncio.wait_for(
+                    _as_future(getattr(handle, sign_of_life).remote()), timeout_s
+                )
+            except TimeoutError:
+                raise EngineError(
+                    f"{name} was not ready after {timeout_s:.0f} s; it asks for {_options(asked)}, "
+                    f"the cluster has {ray.cluster_resources()} "
+                    f"of which free: {ray.available_resources()}"
+                ) from None
+            except ray.exceptions.RayError as error:
+                raise EngineError(f"{name} did not start: {_cause(error)}") from error
+
+    # ---------------------------------------------------------------- rollouts
+
+    async def rollout(
+        self,
+        round: int,
+        problems: Sequence[Problem],
+        stages: Sequence[RolloutStage],
+        *,
+        preference: bool,
+        on_progress: Progress,
+    ) -> RolloutOutcome:
+        """Search the problems through all stages and seal the round.
+
+        Cancelling drains: trees that are finished are committed, the rest is handed back.
+        """
+        began_s = time.monotonic()
+        by_id = {problem.id: problem for problem in problems}
+        search = StageSearch(
+            searches={name: stage.search for stage in stages for name in _tree_stages(stage)},
+            policy=self.policy,
+            preference=self.preference if preference else None,
+            sandbox=self.sandbox,
+        )
+        before = await self._engine_tokens()
+        trees = TrajectoryStore(RunStore(str(self.folder.root)), round)
+        await self._start_workers(by_id, search)
+        planned = {
+            name: StagePlan.from_json(data)
+            for name, data in (await asyncio.to_thread(trees.plans)).items()
+        }
+        try:
+            index = 0
+            for stage in stages:
+                wanted = list(by_id)
+                if stage.unsolved_only:
+                    solved = await asyncio.to_thread(solved_problems, trees)
+                    wanted = [name for name in wanted if name not in solved]
+                for name in _tree_stages(stage):
+                    if name in planned:  # a continued round: what was planned stands
+                        wanted = list(planned[name].problem_ids)
+                    if wanted:
+                        await self._run_stage(round, name, index, wanted, on_progress, began_s)
+                    index += 1
+            finished = await self._coordinator.status.remote(round)
+            manifest = await self._coordinator.seal.remote(round)
+        finally:
+            progress = await self._stop_workers()
+        audit = await asyncio.to_thread(
+            audit_round, trees, reported=finished.totals.trees if not finished.sealed else None
+        )
+        after = await self._engine_tokens()
+        prompt = after["prompt_tokens"] - before["prompt_tokens"]
+        cached = after["cached_tokens"] - before["cached_tokens"]
+        return RolloutOutcome(
+            manifest=manifest,
+            solved=len(await asyncio.to_thread(solved_problems, trees)),
+            expected=audit.expected,
+            lost=len(audit.lost),
+            doubled=len(audit.doubled),
+            seconds=time.monotonic() - began_s,
+            generated_tokens=sum(p.finished.generated_tokens for p in progress),
+            executions=sum(p.finished.executions for p in progress),
+            prefix_hit_rate=cached / prompt if prompt else 0.0,
+        )
+
+    async def _run_stage(
+        self,
+        round: int,
+        name: str,
+        index: int,
+        problem_ids: Sequence[str],
+        on_progress: Progress,
+        began_s: float,
+    ) -> None:
+        plan = StagePlan(
+            round=round,
+            stage=name,
+            tree_index=index,
+            problem_ids=tuple(problem_ids),
+            shard_size=self.config.cluster.shard_size,
+            seed=self.config.seed,
+            priority=index,
+        )
+        status: RoundStatus = await self._coordinator.plan.remote(plan)
+        while not status.finished:
+            await asyncio.sleep(POLL_S)
+            self._check_workers()
+            status = await self._coordinator.status.remote(round)
+            stats = await self._coordinator.stats.remote()
+            tokens = sum(p.finished.generated_tokens for p in stats.workers.values())
+            steps = sum(p.finished.executions for p in stats.workers.values())
+            done = sum(p.finished.trees for p in stats.workers.values())
+            solved = sum(p.finished.solved for p in stats.workers.values())
+            elapsed_s = max(time.monotonic() - began_s, 1e-9)
+            own = status.stages[name]
+            facts = {
+                "stage": name,
+                "solved": f"{solved} of {done} trees",
+                "open": str(sum(p.open_trees for p in stats.workers.values())),
+                "tokens/s": f"{tokens / elapsed_s:,.0f}",
+                "steps/s": f"{steps / elapsed_s:,.0f}",
+            }
+            if own.failed:
+                facts["quarantined"] = str(len(own.failed))
+            errors = {p.error for p in stats.workers.values() if p.error}
+            if errors:
+                facts["last error"] = sorted(errors)[0][:80]
+            on_progress(min(max(done, own.totals.trees), len(problem_ids)), len(problem_ids), facts)
+
+    async def _start_workers(self, problems: Mapping[str, Problem], search: StageSearch) -> None:
+        cluster = self.config.cluster
+        shared = ray.put(dict(problems))
+        self._workers = {
+            f"worker-{number}-{uuid.uuid4().hex[:6]}": None
+            for number in range(cluster.workers.replicas)
+        }
+        for name in self._workers:
+            self._workers[name] = RolloutWorkerActor.options(**_options(cluster.workers)).remote(
+                name,
+                RemoteCoordinator(self._coordinator),
+                str(self.folder.root),
+                shared,
+                search,
+                WorkerConfig(max_open_trees=cluster.max_open_trees, renew_s=1.0),
+                info={"policy": self._policy_version, "ppm": self._preference_version},
+            )
+        self._worker_runs = [worker.run.remote() for worker in self._workers.values()]
+
+    def _check_workers(self) -> None:
+        """A worker whose run ended before it was drained has failed."""
+        done, _ = ray.wait(self._worker_runs, num_returns=len(self._worker_runs), timeout=0)
+        for run in done:
+            try:
+                ray.get(run)
+            except ray.exceptions.RayError as error:
+                raise EngineError(f"a rollout worker failed: {_cause(error)}") from error
+
+    async def _stop_workers(self) -> list[Any]:
+        """Drain the workers and end them; returns what each reported last."""
+        drains = [worker.drain.remote(DRAIN_S) for worker in self._workers.values()]
+        progress: list[Any] = []
+        try:
+            async with asyncio.timeout(DRAIN_S + 5.0):
+                await asyncio.gather(*map(_as_future, drains), return_exceptions=True)
+                results = await asyncio.gather(
+                    *map(_as_future, self._worker_runs), return_exceptions=True
+                )
+                progress = [r for r in results if not isinstance(r, BaseException)]
+        except TimeoutError:
+            logger.warning("Rollout workers did not drain within %.0f s", DRAIN_S)
+        for worker in self._workers.values():
+            ray.kill(worker)
+        self._workers, self._worker_runs = {}, []
+        return progress
+
+    async def _engine_tokens(self) -> dict[str, int]:
+        stats = await asyncio.gather(
+            *(_as_future(handle.stats.remote()) for handle in self._policies.values())
+        )
+        return {
+            name: sum(getattr(s, name) for s in stats)
+            for name in ("prompt_tokens", "cached_tokens", "generated_tokens")
+        }
+
+    # ---------------------------------------------------------------- learner, end
+
+    async def fit(
+        self, request: FitRequest, on_progress: Callable[[FitProgress], None]
+    ) -> FitResult:
+        """Train on the learner group.
+
+        Raises:
+            LearnerError: the training run could not be done.
+        """
+        assert self._learner is not None
+        return await asyncio.to_thread(self._learner.fit, request, on_progress)
+
+    async def stop(self, note: Callable[[str], None] = lambda text: None) -> None:
+        """End every actor, and Ray if it was started here. Bounded in time; safe to call twice."""
+        if not self._ray_started:
+            return
+        actors = [*self._policies.values(), *self._preferences.values()]
+        try:
+            async with asyncio.timeout(15.0):
+                await asyncio.gather(
+                    *(_as_future(handle.shutdown.remote()) for handle in actors),
+                    return_exceptions=True,
+                )
+        except TimeoutError:
+            note("engines did not stop within 15 s; they are killed")
+        for handle in [*actors, *self._sandboxes.values()]:
+            ray.kill(handle)
+        if self._learner is not None:
+            await asyncio.to_thread(self._learner.shutdown, 5.0)
+            self._learner = None
+        self._policies, self._preferences, self._sandboxes = {}, {}, {}
+        ray.shutdown()
+        self._ray_started = False
+        shutil.rmtree(self.folder.root / "ray_train", ignore_errors=True)
+
+
+async def _as_future(ref: Any) -> Any:
+    return await ref
+
+
+def _tree_stages(stage: RolloutStage) -> list[str]:
+    """One stage of the coordinator per tree of a problem."""
+    if stage.trees == 1:
+        return [stage.name]
+    return [f"{stage.name}-tree{number}" for number in range(stage.trees)]
+
+
+def solved_problems(trees: TrajectoryStore) -> set[str]:
+    """Ids of the problems some committed tree of the round solved."""
+    return {
+        key.problem_id for commit in trees.commits().values() for key in commit.trees if key.solved
+    }
+
+
+def _options(settings: ActorConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": settings.num_cpus}
+    if settings.num_gpus:
+        options["num_gpus"] = settings.num_gpus
+    if settings.resources:
+        options["resources"] = dict(settings.resources)
+    return options
+
+
+def _learner_resources(settings: ActorConfig) -> dict[str, float]:
+    resources = dict(settings.resources)
+    if settings.num_gpus:
+        resources["GPU"] = settings.num_gpus
+    resources["CPU"] = settings.num_cpus or 1.0
+    return resources
+
+
+def _cause(error: BaseException) -> str:
+    """The message behind a Ray error, without its traceback."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
+    return str(error).strip().splitlines()[-1]

@@ -1,0 +1,175 @@
+"""`rstar rollout`: one pass of search over one problem file with given models.
+
+    problem file -> jobs -> trees -> RUN/trajectories/round=1/ -> solve rate
+
+The same fleet, coordinator, store and audit as a round of self-evolution; run again, it goes on
+from what was committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import RolloutConfig
+from cluster.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
+from cluster.model_check import check_policy_checkpoint
+from cluster.progress import ProgressView
+from cluster.report import COLUMNS, hardware, shares_by_level, versions, write_report
+from cluster.run_folder import RunFolder
+from learner.checkpoint import Checkpoint, Kind, directory_digest
+from rollout.problem import Problem
+from rollout.problems.reader import read_problems
+from rollout.store import RunStore, TrajectoryStore
+
+ROUND = 1
+"""The one round a rollout run has."""
+
+
+class RolloutRun:
+    """One rollout run, from its config to its report."""
+
+    def __init__(self, config: RolloutConfig, view: ProgressView) -> None:
+        self.config = config
+        self.view = view
+        self.folder = RunFolder(config.run_dir)
+        self.fleet = Fleet(config, self.folder)
+
+    async def run(self) -> dict[str, Any]:
+        """Search what is left of the file and return the report.
+
+        Raises:
+            ConfigError, RunFolderError, ProblemFileError, ModelCheckError, StoreError,
+            EngineError: what stopped it, named; everything committed stays.
+        """
+        check_policy_checkpoint(self.config.policy)
+        problems, read = read_problems(
+            self.config.problems, default_level=self.config.default_level
+        )
+        problems = problems[: self.config.limit]
+        for line in read.lines():
+            self.view.note(line)
+        with self.folder.locked():
+            self.folder.keep_config(self.config)
+            trees = TrajectoryStore(RunStore(str(self.folder.root)), ROUND)
+            trees.store.self_check()
+            if trees.manifest() is None:
+                try:
+                    with self.view:
+                        outcome = await self._search(problems)
+                finally:
+                    await self.fleet.stop(self.view.note)
+                self.folder.record_stage(ROUND, "rollout", outcome.seconds, **outcome.facts())
+            report = await asyncio.to_thread(self._report, problems, trees, read.skipped)
+            write_report(self.folder.root, report)
+        return report
+
+    async def _search(self, problems: list[Problem]) -> RolloutOutcome:
+        config = self.config
+        self.view.plan = ["start", "rollout"]
+        self.view.begin("start", "starting engines")
+        await self.fleet.start(
+            config.policy, version=_given("policy", config.policy).version, learner=False
+        )
+        if config.ppm is not None:
+            await self.fleet.serve_preference(_given("ppm", config.ppm))
+        self.view.end(self.fleet.describe())
+        self.view.begin("rollout", f"rollout of {config.problems.name}", len(problems))
+        stages = [
+            RolloutStage(name="base", search=config.search),
+            *(
+                RolloutStage(
+                    name=f"escalation-{position}",
+                    search=stage.search(config.search),
+                    trees=stage.trees,
+                    unsolved_only=True,
+                )
+                for position, stage in enumerate(config.escalation, start=1)
+            ),
+        ]
+        outcome = await self.fleet.rollout(
+            ROUND,
+            problems,
+            stages,
+            preference=config.ppm is not None,
+            on_progress=self.view.update,
+        )
+        self.view.end(f"{outcome.solved} of {len(problems)} problems solved")
+        return outcome
+
+    def _report(
+        self, problems: list[Problem], trees: TrajectoryStore, skipped: Counter[str]
+    ) -> dict[str, Any]:
+        manifest = trees.manifest()
+        assert manifest is not None
+        stage = self.folder.stage(ROUND, "rollout")
+        solved = solved_problems(trees)
+        dead_ends: Counter[str] = Counter()
+        discarded: Counter[str] = Counter()
+        for table in trees.tables(["terminal", "discard", "multiplicity"]):
+            dead_ends.update(t for t in table["terminal"].to_pylist() if t)
+            rows = zip(table["discard"].to_pylist(), table["multiplicity"].to_pylist(), strict=True)
+            for reason, count in rows:
+                if reason:
+                    discarded[reason] += count
+        totals = manifest.totals
+        return {
+            "name": f"rollout of {self.config.problems.name}",
+            "problems": len(problems),
+            "skipped_rows": dict(skipped),
+            "searched": len({k.problem_id for c in trees.commits().values() for k in c.trees}),
+            "quarantined": dict(manifest.failed),
+            "solved": shares_by_level((p.level.value, p.id in solved) for p in problems),
+            "trees": totals.trees,
+            "nodes": totals.nodes,
+            "terminals": dict(dead_ends),
+            "discarded_candidates": dict(discarded),
+            "generated_tokens": totals.generated_tokens,
+            "lost": stage.get("lost"),
+            "doubled": stage.get("doubled"),
+            "seconds": stage.get("seconds"),
+            "generated_tokens_per_s": stage.get("generated_tokens_per_s"),
+            "sandbox_steps_per_s": stage.get("sandbox_steps_per_s"),
+            "prefix_hit_rate": stage.get("prefix_hit_rate"),
+            "config": self.config.effective(),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+
+
+def _given(kind: Kind, path: Path) -> Checkpoint:
+    """A checkpoint named on the command line; its version is its digest."""
+    return Checkpoint(kind=kind, round=0, path=str(path.absolute()), digest=directory_digest(path))
+
+
+def print_rollout_report(report: dict[str, Any], console: Console) -> None:
+    """The solve rate by level and where the rest ended, as a table."""
+    table = Table(title=report["name"])
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    shares = (report["solved"][column] for column in COLUMNS)
+    table.add_row("solved, %", *("-" if s is None else f"{100 * s:.2f}" for s in shares))
+    console.print(table)
+    lines = [
+        f"{report['searched']} of {report['problems']} problems searched, "
+        f"{len(report['quarantined'])} quarantined, lost {report['lost']}, "
+        f"doubled {report['doubled']}",
+        f"{report['trees']:,} trees, {report['nodes']:,} nodes, "
+        f"{report['generated_tokens']:,} generated tokens "
+        f"({report['generated_tokens_per_s'] or 0:,.0f} tokens/s)",
+        f"branches ended as: {_counts(report['terminals'])}",
+        f"candidates left out: {_counts(report['discarded_candidates'])}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {count:,}" for name, count in ordered) or "none"

@@ -1,0 +1,160 @@
+"""Where a run keeps what it made, and how it knows what is done.
+
+    RUN/config.yaml                    the effective config of the first start
+    RUN/problems/, RUN/base/           only with the miniature: generated files, initial weights
+    RUN/trajectories/round=R/          trees (rollout.store)
+    RUN/datasets/round=R/              SFT examples and preference pairs (learner.dataset)
+    RUN/checkpoints/round=R/{policy,ppm}/   (learner.checkpoint); round 0 is the cold start
+    RUN/evaluations/round=R.json       held-out verdicts per problem
+    RUN/stages/round=R-STAGE.json      seconds and facts of each finished stage
+    RUN/report.json, RUN/report.png    what it all showed
+
+A stage is done when its product is there, written whole; nothing else is remembered. The folder
+must be on a file system that all machines of the cluster see.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config import ConfigError, ServingConfig
+
+RESUMABLE = ("cluster", "policy_engine", "ppm_engine", "name", "run_dir", "sandbox")
+"""Sections that may differ when a run is continued: they say where it runs, not what it makes."""
+
+
+class RunFolderError(RuntimeError):
+    """A run's folder cannot be used; the message says why."""
+
+
+class RunFolder:
+    """Paths and small records of one run."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+
+    def dataset(self, round: int) -> Path:
+        return self.root / "datasets" / f"round={round}"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def base_model(self) -> Path:
+        return self.root / "base"
+
+    @property
+    def problems(self) -> Path:
+        return self.root / "problems"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and hold it: one driver at a time.
+
+        Raises:
+            RunFolderError: no write permission, or another process holds it.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / ".lock").open("a+")
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.root}: cannot be written: {error.strerror or error}; choose another "
+                "folder with --set run_dir=..."
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise RunFolderError(
+                    f"{self.root}: in use by {holder}; wait for it, or choose another folder "
+                    "with --set run_dir=..."
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()}")
+            lock.flush()
+            yield
+
+    def keep_config(self, config: ServingConfig) -> None:
+        """Store the effective config, or check that the run was started with an equal one.
+
+        Raises:
+            ConfigError: it was started with another one; names the keys that differ.
+        """
+        path = self.root / "config.yaml"
+        effective = config.effective()
+        if not path.exists():
+            self._write(path, yaml.safe_dump(effective, sort_keys=False))
+            return
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = [
+            name for name in _differences(earlier, effective) if name.split(".")[0] not in RESUMABLE
+        ]
+        if changed:
+            raise ConfigError(
+                f"{path}: this run was started with other values of {', '.join(changed[:5])}; "
+                "continue with those, or choose another folder with --set run_dir=..."
+            )
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON record by its path under the run; None if it is not there."""
+        try:
+            return json.loads((self.root / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise RunFolderError(f"{self.root / name}: not JSON: {error}") from error
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write a JSON record whole."""
+        self._write(self.root / name, json.dumps(record, indent=1) + "\n")
+
+    def stage(self, round: int, stage: str) -> dict[str, Any]:
+        """Seconds and facts of a finished stage; {} if it was never recorded."""
+        return self.read(_stage_name(round, stage)) or {}
+
+    def record_stage(self, round: int, stage: str, seconds: float, **facts: Any) -> None:
+        self.write(_stage_name(round, stage), {"seconds": round_to(seconds), **facts})
+
+    def evaluation_name(self, round: int) -> str:
+        return f"evaluations/round={round}.json"
+
+    def _write(self, path: Path, text: str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error}") from error
+
+
+def round_to(seconds: float) -> float:
+    """Seconds as they are recorded."""
+    return float(f"{seconds:.2f}")
+
+
+def _stage_name(round: int, stage: str) -> str:
+    return f"stages/round={round}-{stage}.json"
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the values that are not equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            name = f"{prefix}.{key}" if prefix else str(key)
+            found += _differences(old.get(key), new.get(key), name)
+        return found
+    return [] if old == new else [prefix]
