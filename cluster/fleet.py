@@ -345,30 +345,35 @@ class Fleet:
             priority=index,
         )
         status: RoundStatus = await self._coordinator.plan.remote(plan)
+        before = sum(stage.totals.trees for other, stage in status.stages.items() if other != name)
         while not status.finished:
             await asyncio.sleep(POLL_S)
             self._check_workers()
             status = await self._coordinator.status.remote(round)
             stats = await self._coordinator.stats.remote()
-            tokens = sum(p.finished.generated_tokens for p in stats.workers.values())
-            steps = sum(p.finished.executions for p in stats.workers.values())
-            done = sum(p.finished.trees for p in stats.workers.values())
-            solved = sum(p.finished.solved for p in stats.workers.values())
+            # Workers of earlier rounds are still known to the coordinator.
+            workers = [p for name, p in stats.workers.items() if name in self._workers]
+            tokens = sum(p.finished.generated_tokens for p in workers)
+            steps = sum(p.finished.executions for p in workers)
+            done = sum(p.finished.trees for p in workers)
+            solved = sum(p.finished.solved for p in workers)
             elapsed_s = max(time.monotonic() - began_s, 1e-9)
             own = status.stages[name]
             facts = {
                 "stage": name,
                 "solved": f"{solved} of {done} trees",
-                "open": str(sum(p.open_trees for p in stats.workers.values())),
+                "open": str(sum(p.open_trees for p in workers)),
                 "tokens/s": f"{tokens / elapsed_s:,.0f}",
                 "steps/s": f"{steps / elapsed_s:,.0f}",
             }
             if own.failed:
                 facts["quarantined"] = str(len(own.failed))
-            errors = {p.error for p in stats.workers.values() if p.error}
+            errors = {p.error for p in workers if p.error}
             if errors:
                 facts["last error"] = sorted(errors)[0][:80]
-            on_progress(min(max(done, own.totals.trees), len(problem_ids)), len(problem_ids), facts)
+            # A worker's count runs ahead of what it has committed, and lacks what others had.
+            shown = max(done - before, own.totals.trees)
+            on_progress(min(shown, len(problem_ids)), len(problem_ids), facts)
 
     async def _start_workers(self, problems: Mapping[str, Problem], search: StageSearch) -> None:
         cluster = self.config.cluster

@@ -285,10 +285,10 @@ class LearnerGroup:
                 progress, outcome = ray.get(
                     self._mailbox.watch.remote(number, seen, _WATCH_TIMEOUT_S)
                 )
-            except ray.exceptions.RayError as error:
+            except ray.exceptions.RayError as lost:
                 raise LearnerError(
-                    f"learner group ended during fit {request.fit_id!r}: {error}"
-                ) from error
+                    f"learner group ended during fit {request.fit_id!r}: {lost}"
+                ) from lost
             if outcome is not None and outcome.result is not None:
                 if on_progress is not None and progress is not None and progress != seen:
                     on_progress(progress)
@@ -301,9 +301,9 @@ class LearnerGroup:
                 if on_progress is not None:
                     on_progress(progress)
             elif now - moved > self._stall_timeout_s:
-                raise LearnerError(
-                    f"fit {request.fit_id!r} reported nothing for {self._stall_timeout_s:.0f} s"
-                )
+                error = f"fit {request.fit_id!r} reported nothing for {self._stall_timeout_s:.0f} s"
+                ray.get(self._mailbox.finish.remote(number, Outcome(error=error)))
+                raise LearnerError(error)
 
     def shutdown(self, timeout_s: float = 20.0) -> None:
         """End the group; a fit that is under way is given `timeout_s` to finish."""

@@ -148,13 +148,13 @@ class FitRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitProgress:
-    """Where a training run stands; sent by rank 0 about twice a second."""
+    """Where a training run stands; from rank 0, about twice a second and after the last step."""
 
     fit_id: str
     step: int
     num_steps: int
     loss: float
-    """NaN before the first step."""
+    """Of that step's global batch."""
     tokens_per_s: float
     """Useful (unpadded) tokens over all ranks since the first step."""
 

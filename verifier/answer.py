@@ -30,20 +30,21 @@ def extract_answer(text: str | None) -> str | None:
     """
     if not isinstance(text, str) or "\\" not in text:
         return None
-    content = _last_balanced_box(text)
-    if content is None:
+    boxes = _balanced_boxes(text)
+    if not boxes:
         bare = _BARE_BOX.findall(text)
         return bare[-1] if bare else None
-    return _unwrap_boxes(content)
+    return _inside(text, max(boxes, key=lambda start: boxes[start][1]), boxes)
 
 
-def _last_balanced_box(text: str) -> str | None:
-    starts = {match.end() - 1: match.end() for match in _BOX.finditer(text)}
-    if not starts:
-        return None
-    best: tuple[int, int] | None = None
+def _balanced_boxes(text: str) -> dict[int, tuple[int, int]]:
+    """Where each balanced box begins -> (start, end) of what it holds; one pass."""
+    begins = {match.end() - 1: match.start() for match in _BOX.finditer(text)}
+    boxes: dict[int, tuple[int, int]] = {}
+    if not begins:
+        return boxes
     stack: list[int] = []
-    position, size = min(starts), len(text)
+    position, size = min(begins), len(text)
     while position < size:
         char = text[position]
         if char == "\\":
@@ -53,20 +54,23 @@ def _last_balanced_box(text: str) -> str | None:
             stack.append(position)
         elif char == "}" and stack:
             opened = stack.pop()
-            if opened in starts:
-                best = (starts[opened], position)
+            if opened in begins:
+                boxes[begins[opened]] = (opened + 1, position)
         position += 1
-    return None if best is None else text[best[0] : best[1]]
+    return boxes
 
 
-def _unwrap_boxes(content: str) -> str:
-    content = content.strip()
-    while (match := _BOX.match(content)) and content.endswith("}"):
-        inner = _last_balanced_box(content)
-        if inner is None or match.end() + len(inner) + 1 != len(content):
-            break
-        content = inner.strip()
-    return content
+def _inside(text: str, box: int, boxes: dict[int, tuple[int, int]]) -> str:
+    """What a box holds, going inwards while that is another box and nothing else."""
+    start, end = boxes[box]
+    while True:
+        while start < end and text[start].isspace():
+            start += 1
+        while start < end and text[end - 1].isspace():
+            end -= 1
+        if start not in boxes or boxes[start][1] != end - 1:
+            return text[start:end]
+        start, end = boxes[start]
 
 
 _CHARACTERS = {
@@ -157,9 +161,11 @@ _LEAD = re.compile(
     r"(?:(?:answer|solution|ans)(?:\s+is\b|\s*:|\s*=)|solutionis:)[\s:]*\}?|\\approx(?![A-Za-z])",
     re.IGNORECASE,
 )
+_FOR_ALL_WORDS = r"for\s+(?:all|any|every)(?:\s+real(?:\s+numbers?)?)?"
 _FOR_ALL = re.compile(
-    r"(?:\\[ ,;:!]|\\q?quad|[,\s])*(?:\\(?:text|mathrm)\s*\{\s*,?\s*for\s+(?:all|any|every)(?:\s+real(?:\s+numbers?)?)?\s*\}"
-    r"|\\(?:text|mathrm)\s*\{\s*\}\s*\\forall|\\forall|\bfor\s+(?:all|any|every)(?:\s+real(?:\s+numbers?)?)?\s)"
+    r"(?:\\[ ,;:!]|\\q?quad|[,\s])*(?:"
+    rf"\\(?:text|mathrm)\s*\{{\s*,?\s*{_FOR_ALL_WORDS}\s*\}}"
+    rf"|\\(?:text|mathrm)\s*\{{\s*\}}\s*\\forall|\\forall|\b{_FOR_ALL_WORDS}\s)"
     r"\s*\$?\s*[A-Za-z]\s*(?:(?:\\in|∈|\bin\b)\s*(?:\\mathbb\s*\{?\s*)?[RQZNC]\s*\}?)?\s*\$?$"
 )
 _TRAILING_SPACE = re.compile(r"(?:\\\\|\\[,;:! ]|\\q?quad|\\|~|\s)+$")
@@ -215,5 +221,7 @@ def _strip_delimiters(text: str) -> str:
         if count and count % 2 == 0:
             return _UNESCAPED_DOLLAR.sub(" ", text)
     if text.startswith(("\\boxed", "\\fbox")):
-        return _unwrap_boxes(text)
+        boxes = _balanced_boxes(text)
+        if 0 in boxes and boxes[0][1] == len(text) - 1:
+            return _inside(text, 0, boxes)
     return text

@@ -20,6 +20,7 @@ They stay labels.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -81,7 +82,7 @@ _AMBIGUOUS_SCIENTIFIC = re.compile(r"(?<![\d.])\d+e-\d(?!\d)")
 _WIDE_SLASH = re.compile(
     r"/\s*\d+(?:\.\d+)?(?:[A-Za-z(]|\\(?!c?dot|times|cup|text|mathrm|%|,|right|pm|le|ge))|[A-Za-z)}]\s*/\s*\d"
 )
-_LONG_NUMBER = re.compile(r"\d{%d}" % (MAX_NUMBER_DIGITS + 1))
+_LONG_NUMBER = re.compile(rf"\d{{{MAX_NUMBER_DIGITS + 1}}}")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?([ap])m")
 _TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm)\{(\w+)\}")
 _BASE_PHRASE = re.compile(r"(-?[0-9a-f]+)\(?(?:in)?base-?(\d{1,2}|[a-z]+)\)?")
@@ -213,7 +214,7 @@ def _is_wordlike(text: str) -> bool:
 
 
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in"}
-_CLOSERS = frozenset((") ] } \} ⟩ rbar ⌋ ⌉").split())
+_CLOSERS = frozenset([")", "]", "}", "\\}", "⟩", "rbar", "⌋", "⌉"])
 _OPENERS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "⟨": "⟩", "⌊": "⌋", "⌈": "⌉"}
 _SEPARATORS = {",", ";", "and", "or"}
 _ATOM_COMMANDS = {"frac", "sqrt", "binom", "begin", "sum", "prod"}
@@ -604,14 +605,17 @@ class _Parser:
     def parse_plain_mixed(self, whole: Node) -> Node:
         top, slash, bottom = self.token, self.peek(), self.peek(2)
         if (
-            slash.value == "/"
-            and bottom.kind == "number"
-            and top.value.isdigit()
-            and bottom.value.isdigit()
+            (
+                slash.value == "/"
+                and bottom.kind == "number"
+                and top.value.isdigit()
+                and bottom.value.isdigit()
+            )
+            and 0 < int(top.value) < int(bottom.value)
+            and isinstance(whole, Number)
         ):
-            if 0 < int(top.value) < int(bottom.value) and isinstance(whole, Number):
-                self.position += 3
-                return Number(whole.value + Fraction(int(top.value), int(bottom.value)))
+            self.position += 3
+            return Number(whole.value + Fraction(int(top.value), int(bottom.value)))
         raise AnswerSyntaxError("two numbers side by side")
 
     def starts_factor(self) -> bool:
@@ -1230,8 +1234,9 @@ def _unit_of(word: str) -> str:
     return lowered.removesuffix("s") if len(lowered) > 3 else lowered
 
 
-def product(factors: list[Node]) -> Node:
+def product(factors: Iterable[Node]) -> Node:
     """Product of parsed factors; a number times a matrix scales it."""
+    factors = list(factors)
     if len(factors) == 1:
         return factors[0]
     factors = [_ungroup(factor) for factor in factors]
@@ -1266,9 +1271,10 @@ def divide(top: Node, bottom: Node) -> Node:
         return scale(Power(bottom, MINUS_ONE), top)
     if not is_expression(top) or not is_expression(bottom):
         raise AnswerSyntaxError("a quotient of things that are not numbers")
-    if isinstance(top, Number) and isinstance(bottom, Number) and bottom.value != 0:
-        if not top.significant_digits and not bottom.significant_digits:
-            return Number(top.value / bottom.value)
+    match top, bottom:
+        case Number(value=one, significant_digits=0), Number(value=two, significant_digits=0):
+            if two != 0:
+                return Number(one / two)
     return Mul((top, Power(bottom, MINUS_ONE)))
 
 

@@ -229,10 +229,9 @@ class _Tokenizer:
             run in ("U", "u", "union")
             and self.tokens
             and self.tokens[-1].value in (")", "]", "}", "\\}")
-        ):
-            if text[position:].lstrip()[:1] in ("(", "[", "{", "\\"):
-                self._add("operator", "∪")
-                return position
+        ) and text[position:].lstrip()[:1] in ("(", "[", "{", "\\"):
+            self._add("operator", "∪")
+            return position
         if run == "in" and self.tokens and self.tokens[-1].kind == "symbol":
             self._add("operator", "in")
             return position
@@ -263,13 +262,16 @@ class _Tokenizer:
             self._add("word", run)
             return position
         if (
-            run in UNIT_OF
-            or lowered in UNIT_OF
-            or (lowered.endswith("s") and lowered[:-1] in UNIT_OF)
+            (
+                run in UNIT_OF
+                or lowered in UNIT_OF
+                or (lowered.endswith("s") and lowered[:-1] in UNIT_OF)
+            )
+            and self.tokens
+            and not called
         ):
-            if self.tokens and not called:
-                self._add("word", run)
-                return position
+            self._add("word", run)
+            return position
         self._carve(run)
         return position
 
@@ -296,10 +298,10 @@ class _Tokenizer:
             else:
                 pieces.append(("constant" if run[index] in CONSTANTS else "symbol", run[index]))
                 index += 1
-        if len(run) >= 4 and (not found or len(pieces) > 5):
-            if not (len(run) <= 6 and self.tokens and not self.spaced):
-                self._add("word", run)
-                return
+        product = len(run) <= 6 and self.tokens and not self.spaced
+        if len(run) >= 4 and (not found or len(pieces) > 5) and not product:
+            self._add("word", run)
+            return
         for kind, value in pieces:
             self._add(kind, value)
 

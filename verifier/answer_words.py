@@ -7,7 +7,7 @@ never looked up anywhere else.
 
 from __future__ import annotations
 
-from verifier.answer_tree import INFINITY, REALS, Constant, Label, Sequence
+from verifier.answer_tree import INFINITY, REALS, Constant, Label, Node, Sequence
 
 
 def _words(text: str) -> frozenset[str]:
@@ -54,12 +54,14 @@ FUNCTIONS = {
     "tg": "tan",
     "ctg": "cot",
 }
-TRIGONOMETRIC = _words(
-    "sin cos tan cot sec csc sinh cosh tanh"
-)
-ARITIES = {"gcd": (2, 99), "lcm": (2, 99), "max": (1, 99), "min": (1, 99), "log": (1, 2)} | {
-    name: (2, 2) for name in ("binomial", "mod", "pow", "root")
-}
+TRIGONOMETRIC = _words("sin cos tan cot sec csc sinh cosh tanh")
+ARITIES = {
+    "gcd": (2, 99),
+    "lcm": (2, 99),
+    "max": (1, 99),
+    "min": (1, 99),
+    "log": (1, 2),
+} | dict.fromkeys(("binomial", "mod", "pow", "root"), (2, 2))
 BARE_FUNCTIONS = sorted(
     (
         name
@@ -101,13 +103,14 @@ GREEK = _words(
 )
 VARIANTS = {"varepsilon": "epsilon", "vartheta": "theta", "varphi": "phi", "varrho": "rho"}
 LATEX_OPERATORS = {
-    "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "le": "<=", "leq": "<=",
-    "leqslant": "<=", "leqq": "<=", "lt": "<", "ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=",
-    "gt": ">", "ne": "!=", "neq": "!=", "in": "in", "cup": "∪", "cap": "∩", "setminus": "∖",
-    "backslash": "∖", "approx": "=", "equiv": "=", "mid": "|", "colon": ":", "lor": "or", "vee": "or", "land": "and",
-    "wedge": "and", "prime": "'", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]",
-    "langle": "⟨", "rangle": "⟩", "lvert": "lbar", "rvert": "rbar", "vert": "|", "lfloor": "⌊",
-    "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→",
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "le": "<=",
+    "leq": "<=", "leqslant": "<=", "leqq": "<=", "lt": "<", "ge": ">=", "geq": ">=",
+    "geqslant": ">=", "geqq": ">=", "gt": ">", "ne": "!=", "neq": "!=", "in": "in", "cup": "∪",
+    "cap": "∩", "setminus": "∖", "backslash": "∖", "approx": "=", "equiv": "=", "mid": "|",
+    "colon": ":", "lor": "or", "vee": "or", "land": "and", "wedge": "and", "prime": "'",
+    "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "⟨", "rangle": "⟩",
+    "lvert": "lbar", "rvert": "rbar", "vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈",
+    "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→",
 }  # fmt: skip
 LATEX_IGNORED = _words(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
@@ -118,9 +121,7 @@ LATEX_TEXT = _words(
     "text mathrm textrm textbf textit mathbf mathit mathsf textsf mbox hbox operatorname "
     "textnormal mathtt texttt boldsymbol emph rm underline mathnormal pmb bm textsc mathop"
 )
-LATEX_ACCENTS = _words(
-    "vec overrightarrow hat widehat bar tilde widetilde mathcal mathfrak"
-)
+LATEX_ACCENTS = _words("vec overrightarrow hat widehat bar tilde widetilde mathcal mathfrak")
 LATEX_ATOMS = _words(
     "frac dfrac tfrac cfrac sqrt binom dbinom tbinom begin end mathbb overline sum prod infty pi "
     "emptyset varnothing boxed fbox hspace phantom pmod dot mathbf sin R Re Im lg cosec arccot "
@@ -142,7 +143,7 @@ LATEX_KNOWN = (
     for name in BARE_FUNCTIONS
     if name not in ("binomial", "comb", "abs", "floor", "ceil", "sqrt", "cbrt")
 }
-NUMBER_SETS = {
+NUMBER_SETS: dict[str, Node] = {
     "R": REALS,
     "Z": Label("integers"),
     "Q": Label("rationals"),
@@ -153,14 +154,16 @@ EMPTY_SET = Sequence("set", ())
 
 UNIT_NAMES = {
     "cm": "cm centimeter centimetre", "m": "m meter metre", "mm": "mm millimeter millimetre",
-    "km": "km kilometer kilometre", "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yds yard",
-    "mi": "mi mile", "s": "s sec secs second", "min": "min mins minute", "h": "h hr hrs hour", "day": "day",
-    "week": "week wk wks", "month": "month", "year": "year yr yrs", "g": "g gram gm", "kg": "kg kilogram kgs",
-    "mg": "mg milligram", "lb": "lb lbs pound", "oz": "oz ounce", "l": "l L liter litre", "ml": "ml mL milliliter",
-    "gal": "gal gallon", "dollar": "dollar dollars usd USD bucks", "cent": "cent ¢", "euro": "euro EUR",
-    "degree": "degree deg", "radian": "radian rad", "n": "N newton", "j": "J joule", "w": "W watt", "hz": "Hz hertz",
-    "mph": "mph", "unit": "unit", "percent": "percent", "people": "people person persons",
-    "kmh": "kmh kph", "c": "C celsius", "f": "F fahrenheit",
+    "km": "km kilometer kilometre", "in": "in inch inches", "ft": "ft foot feet",
+    "yd": "yd yds yard", "mi": "mi mile", "s": "s sec secs second", "min": "min mins minute",
+    "h": "h hr hrs hour", "day": "day", "week": "week wk wks", "month": "month",
+    "year": "year yr yrs", "g": "g gram gm", "kg": "kg kilogram kgs", "mg": "mg milligram",
+    "lb": "lb lbs pound", "oz": "oz ounce", "l": "l L liter litre", "ml": "ml mL milliliter",
+    "gal": "gal gallon", "dollar": "dollar dollars usd USD bucks", "cent": "cent ¢",
+    "euro": "euro EUR", "degree": "degree deg", "radian": "radian rad", "n": "N newton",
+    "j": "J joule", "w": "W watt", "hz": "Hz hertz", "mph": "mph", "unit": "unit",
+    "percent": "percent", "people": "people person persons", "kmh": "kmh kph", "c": "C celsius",
+    "f": "F fahrenheit",
 }  # fmt: skip
 SPEEDS = {"mph": {"mi": 1, "h": -1}, "kmh": {"km": 1, "h": -1}}
 UNIT_OF = {word: unit for unit, words in UNIT_NAMES.items() for word in words.split()}
@@ -177,17 +180,34 @@ NOT_UNITS = _words(
     "whose with without wrong yes you"
 )
 SEPARATOR_WORDS = {"and", "or"}
-BASE_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(),
-        2,
-    )
-} | {"binary": 2, "octal": 8, "decimal": 10, "hex": 16, "hexadecimal": 16}
-
 NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve".split()
+        (
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+        )
     )
+}
+BASE_WORDS = {word: value for word, value in NUMBER_WORDS.items() if value > 1} | {
+    "binary": 2,
+    "octal": 8,
+    "decimal": 10,
+    "hex": 16,
+    "hexadecimal": 16,
 }

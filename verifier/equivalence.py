@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
+from itertools import pairwise
 from itertools import product as combinations_of
 from typing import Any
 
@@ -325,7 +326,7 @@ class _Comparison:
         if len(left.items) != len(right.items):
             return _different("length")
         if nested[0] is not None and nested[1] is not None and kinds == {"bracket"}:
-            return self.matrices(*nested)
+            return self.matrices(nested[0], nested[1])
         if "tuple" in kinds and kinds & {"set", "bracket"}:
             return _different("brackets")
         if "tuple" in kinds or (kinds == {"bracket"} and len(left.items) == 2):
@@ -353,10 +354,8 @@ class _Comparison:
         for node in left:
             size = _rough(node)
             for place, other in enumerate(right):
-                other_size = sizes[place]
-                if size is not None and other_size is not None:
-                    if abs(size - other_size) > 1e-6 * max(abs(size), abs(other_size)):
-                        continue
+                if _far_apart(size, sizes[place]):
+                    continue
                 finding = self.compare(node, other)
                 if finding.equal:
                     findings.append(finding)
@@ -862,7 +861,7 @@ def definition(relation: Relation) -> tuple[Node, Node] | None:
     if name is None or any(symbols(name) & symbols(operand) for operand in operands):
         return None
     if len(operands) > 1:
-        for one, two in zip(operands, operands[1:], strict=False):
+        for one, two in pairwise(operands):
             if not is_expression(one) or not is_expression(two):
                 return None
             try:
@@ -981,14 +980,17 @@ def _exact_key(node: Node) -> Fraction | None:
         return None
 
 
+def _far_apart(one: complex | None, two: complex | None) -> bool:
+    return one is not None and two is not None and abs(one - two) > 1e-6 * max(abs(one), abs(two))
+
+
 def _rough(node: Node) -> complex | None:
     """A float approximation of a closed expression, to pair up long lists; None for anything
     else."""
     if (
         not is_expression(node)
         or symbols(node)
-        or isinstance(node, Call)
-        and node.name == "percent"
+        or (isinstance(node, Call) and node.name == "percent")
     ):
         return None
     try:

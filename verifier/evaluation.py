@@ -553,10 +553,8 @@ def has_long_decimal(node: Node) -> bool:
 
 
 def is_complex(node: Node) -> bool:
-    return (
-        isinstance(node, Constant)
-        and node.name == "i"
-        or any(is_complex(child) for child in children(node))
+    return (isinstance(node, Constant) and node.name == "i") or any(
+        is_complex(child) for child in children(node)
     )
 
 

@@ -489,7 +489,7 @@ class Supervisor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = subprocess.Popen(
-                [*interpreter_command("isolation", "sandbox_runner"), str(theirs.fileno())],
+                [*interpreter_command("isolation", "memory_image", "sandbox_runner"), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=interpreter_environment(),
                 stdin=subprocess.DEVNULL,
@@ -655,6 +655,7 @@ class Supervisor:
             "complete": all(layers.get(name) == "on" for name in isolation.REQUIRED_LAYERS),
             "self_check": wrong or "passed",
             "landlock_abi": info["landlock_abi"],
+            "memory_image_mib": info["memory_image_mib"],
             "not_preloaded": info["missing"],
             "fixed_addresses": self.settings["fixed_addresses"],
             "cores": self.cores,
@@ -721,21 +722,26 @@ class Supervisor:
         return fast < self.cores and fast + burning < 3 * self.cores
 
     def _pump(self, now: float) -> None:
-        while self.queue and self._may_launch(now):
+        waiting: list[_Job] = []
+        while self.queue and self._may_launch(now) and len(waiting) < MAX_RUNNING:
             job = self.queue.popleft()
-            if job.parent.id in self.nodes:
-                self._launch(job, now)
+            if job.parent.id in self.nodes and not self._launch(job, now):
+                waiting.append(job)
+        self.queue.extendleft(reversed(waiting))
 
-    def _launch(self, job: _Job, now: float) -> None:
+    def _launch(self, job: _Job, now: float) -> bool:
+        """Order the fork for a step; False if it must wait until running steps make room."""
         node = job.parent
         parent = node.process
         if parent is None or parent.phase != IDLE:
             self._restore(job)
-            return
+            return True
         if not self._make_room(node.tree, spare=node):
-            message = f"{self.live} live processes, none of them idle"
+            if self.active:
+                return False
+            message = f"no room for a state: {node.tree.live} live in the tree, {self.live} in all"
             self._finish(job, _result("pool_overloaded", "LiveStates", message), None)
-            return
+            return True
         job.attempts += 1
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -775,8 +781,9 @@ class Supervisor:
             self._kill(parent, "channel")
             theirs.close()
             self._spawn_failed(process)
-            return
+            return True
         theirs.close()
+        return True
 
     def _restore(self, job: _Job) -> None:
         """Put a job aside until its parent lives again, and see to that."""

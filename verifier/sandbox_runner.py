@@ -37,7 +37,7 @@ import time
 import types
 from collections.abc import Callable
 
-from verifier import isolation
+from verifier import isolation, memory_image
 
 REQUEST = struct.Struct("<4sIIIIIIQI")
 """magic, nonce, step number, bytes kept, characters accepted, error bytes, CPU s, address space in
@@ -438,6 +438,7 @@ def main() -> None:
     # opened now: the file system view to come has no /proc
     threads_fd = os.open("/proc/self/task", os.O_RDONLY)
     size_fd = os.open("/proc/self/statm", os.O_RDONLY)
+    mappings_fd = os.open("/proc/self/smaps", os.O_RDONLY)
     reason = "withheld"
     if "namespaces" not in config["withheld"]:
         reason = isolation.namespaces_allowed(paths)
@@ -452,10 +453,15 @@ def main() -> None:
     fork = isolation.SiblingFork()
     gc.collect()
     gc.freeze()
+    image_bytes = 0
+    if "memory_image" not in config["withheld"]:
+        image_bytes = memory_image.share_memory_image(mappings_fd)
+    os.close(mappings_fd)
     announcement = {
         "missing": missing,
         "namespaces": f"off: {reason}" if reason else "on",
         "landlock_abi": locks.landlock_abi,
+        "memory_image_mib": image_bytes >> 20,
         "prefix_open": _prefix_open(),
         "threads": len(os.listdir(threads_fd)),
         "address_space": int(os.pread(size_fd, 100, 0).split()[0]) * resource.getpagesize(),

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from verifier.answer_tree import Node, to_json
 
@@ -29,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 ADDRESS_SPACE_BYTES = 1 << 30
 QUESTIONS_PER_WORKER = 500
-QUESTION_S = 0.6
+QUESTION_S = 0.8
 START_S = 30.0
-WAIT_S = 0.9
+WAIT_S = 0.8
 """How long one question waits for a starting or busy worker: a verdict stays under two seconds."""
 _READY = b"ready\n"
 
@@ -110,7 +111,7 @@ class SymbolicWorker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+            cwd=Path(__file__).resolve().parents[1],
             env={"PATH": os.environ.get("PATH", ""), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
             close_fds=True,
         )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-CPU_S = 300
+CPU_S = 120
 
 
 def main() -> None:
@@ -26,6 +26,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     import sympy
 
+    # The first sum and simplification import and cache much; that belongs to starting.
+    letter = sympy.Symbol("n", integer=True)
+    sympy.simplify(sympy.Sum(sympy.Rational(1, 3) ** letter, (letter, 0, sympy.oo)).doit())
     print("ready", flush=True)
     for line in sys.stdin.buffer:
         left, right, _ = json.loads(line)

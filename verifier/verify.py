@@ -35,7 +35,8 @@ CACHED_PAIRS = 16_384
 _CHOICE = re.compile(r"\(?([A-Ja-j])\)?[.):]?|\(?([A-E])\s*[.):](?=\s*\S)(?!.*\bor\b).*", re.DOTALL)
 _CHOICES = re.compile(r"\(?[A-H]\)?(?:(?:,|;|and|&)?\(?[A-H]\)?){1,7}")
 _WRAPPERS = re.compile(
-    r"\\(?:text|textbf|mathrm|mathbf|textrm|textit|operatorname|mathsf|mbox|bf|rm)(?![A-Za-z])|[{}$\s~*]|\\[,;:! ]"
+    r"\\(?:text|textbf|mathrm|mathbf|textrm|textit|operatorname|mathsf|mbox|bf|rm)(?![A-Za-z])"
+    r"|[{}$\s~*]|\\[,;:! ]"
 )
 _worker = SymbolicWorker()
 

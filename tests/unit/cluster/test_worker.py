@@ -190,8 +190,14 @@ async def test_search_is_told_round_stage_index_and_seed(setting: Setting) -> No
 
 
 async def test_open_searches_are_bounded_over_shards(setting: Setting) -> None:
-    setting.plan(*"abcdefghij", shard_size=2)
+    setting.plan(*"abcdefghij", shard_size=3)
+    setting.searches.hold(*"abcdefghij")
     async with setting.running(setting.worker()):
+        await setting.until(lambda: len(setting.searches.open) == 4)
+        renewals = setting.coordinator.renewals
+        await setting.until(lambda: setting.coordinator.renewals >= renewals + 2)
+        assert len(setting.coordinator.grants) == 2
+        setting.searches.let_go(*"abcdefghij")
         await setting.finish()
     assert setting.searches.max_open == 4
 
@@ -387,7 +393,8 @@ async def test_shard_committed_by_a_dead_worker_is_not_searched_again(setting: S
 async def test_failing_store_is_waited_out_while_the_lease_is_renewed(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting.plan(*"abcdefgh")
+    problem_ids = [f"p{n:02}" for n in range(40)]
+    setting.plan(*problem_ids)
     commit = TrajectoryStore.commit
     failing = [True]
     tried: list[str] = []
@@ -403,13 +410,13 @@ async def test_failing_store_is_waited_out_while_the_lease_is_renewed(
     async with setting.running(worker):
         await setting.until(lambda: bool(tried))
         renewals = setting.coordinator.renewals
-        await setting.until(lambda: setting.coordinator.renewals >= renewals + 3)
-        held = len(setting.coordinator.grants)
-        assert held <= 2  # no new leases while finished trees cannot be written
+        await setting.until(lambda: setting.coordinator.renewals >= renewals + 5)
+        # Of ten jobs: no new lease is taken while finished trees cannot be written.
+        assert len(setting.coordinator.grants) <= 3
         assert "disk full" in worker.progress().error
         failing.clear()
         await setting.finish()
-    assert sorted(setting.searches.started) == list("abcdefgh")
+    assert sorted(setting.searches.started) == problem_ids
     setting.check()
 
 

@@ -8,7 +8,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.checkpoint import CheckpointStore
 from learner.dataset import DatasetConfig, build_dataset, read_sft, write_dataset
-from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
+from learner.fit import (
+    FitRequest,
+    LearnerError,
+    PolicyTrainConfig,
+    PreferenceTrainConfig,
+    RankError,
+)
 from learner.preference_model import load_preference_model, values
 from learner.trainer import learning_rate_share, run_fit
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
@@ -169,6 +175,15 @@ def test_bad_input_is_one_clear_error(fit, policy, tmp_path):
     write_byte_tokenizer(tmp_path / "unmarked", markers=MARKERS[:-1])
     with pytest.raises(LearnerError, match="lacks step markers"):
         fit(POLICY, base=str(tmp_path / "unmarked"))
+
+
+def test_rank_out_of_memory_says_what_to_lower(fit, monkeypatch):
+    def step(*arguments):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("learner.trainer._step", step)
+    with pytest.raises(RankError, match=r"rank 0 is out of memory .*lower micro_batch_tokens"):
+        fit(POLICY)
 
 
 def test_request_with_the_other_kinds_config_is_refused(fit):
