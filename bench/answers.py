@@ -335,7 +335,8 @@ def main() -> None:
     }
     print(
         "\nadversarial, off the main thread: {adversarial_pairs} pairs,"
-        " {adversarial_accepted} accepted, {adversarial_executed} executed, {adversarial_over_2s} over 2 s,"
+        " {adversarial_accepted} accepted, {adversarial_executed} executed,"
+        " {adversarial_over_2s} over 2 s,"
         " slowest {adversarial_max_ms:.1f} ms".format(**report)
     )
     text = json.dumps(report)

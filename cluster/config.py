@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.replica import EngineConfig
 from learner.dataset import DatasetConfig
-from learner.trainer import PolicyTrainConfig, PreferenceTrainConfig
+from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
 from rollout.problem import Level
 from rollout.search import SearchConfig
 from verifier import SandboxLimits
@@ -120,6 +120,9 @@ class ClusterConfig(_Config):
     )
     num_cpus: int | None = Field(
         None, ge=1, description="logical CPUs of an embedded Ray; null: the machine's"
+    )
+    dashboard_port: int | None = Field(
+        None, ge=1024, le=65535, description="Ray dashboard of an embedded Ray; null: none"
     )
     object_store_mib: int = Field(256, ge=80, description="object store of an embedded Ray")
     policy: ActorConfig = Field(default_factory=ActorConfig, description="policy replicas")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
 
 from cluster.config import ConfigError
 from cluster.model_check import ModelCheckError
@@ -43,6 +44,9 @@ def quiet_logging(verbose: bool) -> None:
         level=logging.INFO if verbose else logging.ERROR,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    if not Path("/dev/nvidiactl").exists():
+        # transformers imports DeepSpeed where it finds it, and DeepSpeed looks for a GPU, loudly.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if verbose:
         return
     warnings.filterwarnings("ignore")
@@ -52,4 +56,5 @@ def quiet_logging(verbose: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    # Ray announces a change of its defaults for actors without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

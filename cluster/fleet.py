@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -200,8 +201,14 @@ class Fleet:
             "configure_logging": True,
         }
         if cluster.address == "local":
+            port = cluster.dashboard_port
+            if port is not None and not _port_is_free(port):
+                raise EngineError(
+                    f"port {port} of cluster.dashboard_port is in use; choose another one, or null"
+                )
             arguments |= {
-                "include_dashboard": False,
+                "include_dashboard": port is not None,
+                **({"dashboard_port": port} if port is not None else {}),
                 "num_cpus": cluster.num_cpus,
                 "object_store_memory": cluster.object_store_mib * 2**20,
             }
@@ -469,6 +476,15 @@ class Fleet:
 
 async def _as_future(ref: Any) -> Any:
     return await ref
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _tree_stages(stage: RolloutStage) -> list[str]:

@@ -15,7 +15,8 @@ and `engine_arguments`, and nowhere else.
 Weights are loaded in place. A reply carries the version of the weights that wrote all of it:
 `load` lets the requests in flight end, keeps new ones waiting, swaps the weights, empties the
 prefix cache and then compares fingerprints (log-probabilities, or values, of fixed texts): they
-must be finite, repeatable, and other than before if the weight files differ.
+must be finite, repeatable, other than before if the weight files differ, and, for a small model in
+float32, what transformers says (an engine may renew a part of its weights only).
 
 Stop strings that are one special token of the tokenizer are handed to the engine core as token
 ids, so that it stops by itself; text is then decoded once, at the end. Whatever the way, the text
@@ -77,6 +78,9 @@ from rollout.prompt import MARKERS
 logger = logging.getLogger(__name__)
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+_MAX_REFERENCE_BYTES = 256 << 20
+"""Weight files up to this size are also read by transformers, to compare what the engine says."""
 
 _FINGERPRINT_TEXTS = (
     "<|user|>There are 12 boxes with 5 pens each. How many pens are there?<|assistant|><code>",
@@ -377,6 +381,7 @@ def check_fingerprint(
     second: Sequence[float],
     previous: Sequence[float] | None,
     *,
+    reference: Sequence[float] | None,
     weights_differ: bool,
     tolerance: float,
 ) -> None:
@@ -385,10 +390,12 @@ def check_fingerprint(
     Args:
         first, second: of two calls, the prefix cache emptied between them.
         previous: of the weights before; None: there were none.
+        reference: what transformers says of them with the new weights; None: not asked.
         weights_differ: the files differ from those before.
-        tolerance: largest difference two calls may show.
+        tolerance: largest difference two calls, or engine and reference, may show.
     Raises:
-        EngineError: a number is not finite, the two calls disagree, or nothing changed.
+        EngineError: a number is not finite, the two calls disagree, nothing changed, or it is not
+            what the reference says.
     """
     if not all(math.isfinite(number) for number in first):
         raise EngineError(f"new weights give numbers that are not finite: {list(first)}")
@@ -397,6 +404,10 @@ def check_fingerprint(
         raise EngineError(f"two calls with the same weights differ by {apart:.3g}")
     if weights_differ and previous is not None and list(first) == list(previous):
         raise EngineError("the weight files differ but the engine's output did not change")
+    if reference is not None:
+        apart = max(abs(a - b) for a, b in zip(first, reference, strict=True))
+        if apart > tolerance:
+            raise EngineError(f"the engine's output differs by {apart:.3g} from transformers'")
 
 
 def weights_digest(path: str | Path) -> str:
@@ -531,7 +542,13 @@ class _Replica:
                 started = time.monotonic()
                 # In a thread: the process answers other calls while the engine starts.
                 await asyncio.to_thread(self._start_engine)
-                self._fingerprint = await self._take_fingerprint()
+                assert self._model is not None
+                reference = await asyncio.to_thread(self._reference, self._path, self._model)
+                try:
+                    await self._check_output(None, reference, weights_differ=True)
+                except Exception as error:
+                    self._fail(f"the engine started but cannot serve: {error}")
+                    raise EngineError(f"{self._name}: {self._failure}") from error
                 self._state = ReplicaState.READY
                 self._info = self._describe(time.monotonic() - started)
                 logger.info(
@@ -567,11 +584,12 @@ class _Replica:
         model = await asyncio.to_thread(self._check_model, path)
         self._check_loadable(model)
         differ = weights_digest(path) != weights_digest(self._path)
+        reference = await asyncio.to_thread(self._reference, path, model)
         try:
             async with self._gate.exclusive(self._config.load_timeout_s):
                 self._check_state()
                 self._state = ReplicaState.LOADING
-                await self._swap_weights(path, differ)
+                await self._swap_weights(path, reference, differ)
                 self._path, self._version, self._model = path, version, model
                 self._state = ReplicaState.READY
         except TimeoutError as error:
@@ -630,6 +648,9 @@ class _Replica:
         raise NotImplementedError
 
     async def _take_fingerprint(self) -> tuple[float, ...]:
+        raise NotImplementedError
+
+    def _take_reference(self, path: str) -> tuple[float, ...]:
         raise NotImplementedError
 
     # The engine.
@@ -709,24 +730,52 @@ class _Replica:
                     + (_first_difference(now, wanted) if what == "config.json" else "")
                 )
 
-    async def _swap_weights(self, path: str, weights_differ: bool) -> None:
+    def _reference(self, path: str, model: ModelInfo) -> tuple[float, ...] | None:
+        """What transformers says of the fixed texts; None where that is dear or not comparable."""
+        if self._dtype != "float32" or model.weight_bytes > _MAX_REFERENCE_BYTES:
+            return None
+        return self._take_reference(path)
+
+    async def _swap_weights(
+        self, path: str, reference: tuple[float, ...] | None, weights_differ: bool
+    ) -> None:
         try:
-            await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
-            await self._engine.collective_rpc("repack_tied_head")
-            await self._engine.reset_prefix_cache()
-            first = await self._take_fingerprint()
-            await self._engine.reset_prefix_cache()
-            second = await self._take_fingerprint()
-            check_fingerprint(
-                first,
-                second,
-                self._fingerprint,
-                weights_differ=weights_differ,
-                tolerance=1e-3 if self._dtype == "float32" else 0.1,
-            )
+            async with asyncio.timeout(self._config.load_timeout_s):
+                await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+                await self._engine.collective_rpc("repack_tied_head")
+                await self._check_output(
+                    self._fingerprint, reference, weights_differ=weights_differ
+                )
+        except asyncio.CancelledError:
+            self._fail(f"loading {path} was cancelled")
+            raise
         except Exception as error:
-            self._fail(f"loading {path} failed: {error}")
+            self._fail(f"loading {path} failed: {type(error).__name__}: {error}")
             raise EngineError(f"{self._name}: {self._failure}") from error
+
+    async def _check_output(
+        self,
+        previous: tuple[float, ...] | None,
+        reference: tuple[float, ...] | None,
+        *,
+        weights_differ: bool,
+    ) -> None:
+        """Take the fingerprint of the weights in the engine, with an empty prefix cache.
+
+        Raises:
+            EngineError: see `check_fingerprint`.
+        """
+        await self._engine.reset_prefix_cache()
+        first = await self._take_fingerprint()
+        await self._engine.reset_prefix_cache()
+        check_fingerprint(
+            first,
+            await self._take_fingerprint(),
+            previous,
+            reference=reference,
+            weights_differ=weights_differ,
+            tolerance=1e-3 if self._dtype == "float32" else 0.1,
+        )
         self._fingerprint = first
 
     def _fail(self, failure: str) -> None:
@@ -884,6 +933,19 @@ class PolicyReplica(_Replica):
             ]
         return tuple(numbers)
 
+    def _take_reference(self, path: str) -> tuple[float, ...]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        numbers: list[float] = []
+        for text in _FINGERPRINT_TEXTS:
+            ids = torch.tensor([self._tokenizer.encode(text)[: self._max_model_len - 1]])
+            with torch.no_grad():
+                logprobs = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            numbers += logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+        return tuple(numbers)
+
 
 class PreferenceReplica(_Replica):
     """Serves a process preference model: `rollout.engine.PreferenceEngine`."""
@@ -926,6 +988,15 @@ class PreferenceReplica(_Replica):
     async def _take_fingerprint(self) -> tuple[float, ...]:
         rows = [self._tokenizer.encode(t)[: self._max_model_len] for t in _FINGERPRINT_TEXTS]
         return tuple([await self._value(row) for row in rows])
+
+    def _take_reference(self, path: str) -> tuple[float, ...]:
+        from learner.preference_model import load_preference_model, values
+
+        texts = [
+            self._tokenizer.decode(self._tokenizer.encode(text)[: self._max_model_len])
+            for text in _FINGERPRINT_TEXTS
+        ]
+        return tuple(values(load_preference_model(path), self._tokenizer, texts))
 
 
 async def _only(outputs: AsyncIterator[Any]) -> Any:

@@ -124,7 +124,10 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
             "at one generated-token budget per problem"
         )
     table = Table(
-        title=f"{report['name']}: % solved, {' '.join(COLUMNS)}", caption=caption, box=box.SIMPLE
+        title=f"{report['name']}: % solved, {' '.join(COLUMNS)}",
+        caption=caption,
+        box=box.SIMPLE,
+        padding=(0, 0, 0, 1),
     )
     table.add_column("round")
     for name in ("coverage", "greedy", "majority", "best-of-N", "MCTS+PPM"):

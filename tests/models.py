@@ -50,6 +50,7 @@ def write_tiny_policy(
     max_positions: int = 512,
     hidden: int = 64,
     layers: int = 2,
+    tied: bool = False,
 ) -> Path:
     """A random causal language model with tokenizer in `path`, float32; returns `path`."""
     import torch
@@ -57,9 +58,9 @@ def write_tiny_policy(
     path.mkdir(parents=True, exist_ok=True)
     vocab_size = write_byte_tokenizer(path, markers=markers)
     torch.manual_seed(seed)
-    model = _policy_class(architecture)(
-        _config(architecture, vocab_size, max_positions, hidden, layers)
-    )
+    config = _config(architecture, vocab_size, max_positions, hidden, layers)
+    config.tie_word_embeddings = tied
+    model = _policy_class(architecture)(config)
     # The default initialisation (0.02) ties nearly every logit; larger weights make a greedy
     # path that two correct implementations must agree on.
     with torch.no_grad():

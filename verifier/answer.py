@@ -185,12 +185,14 @@ def normalise(text: str) -> str:
         text = text.translate(_TRANSLATION)
         if not text.isascii():
             text = unicodedata.normalize("NFKC", text)
+    if "frac" in text:
+        text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     for _ in range(8):
         before = text
         text = text.strip()
         if text.isdigit():
             return text
-        text = _strip_delimiters(_strip_ends(text))
+        text = _strip_ends(_strip_delimiters(text))
         if text == before:
             break
     return text

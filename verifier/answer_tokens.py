@@ -298,6 +298,12 @@ class _Tokenizer:
             else:
                 pieces.append(("constant" if run[index] in CONSTANTS else "symbol", run[index]))
                 index += 1
+        joiner = next((word for word in ("and", "or") if run.startswith(word)), None)
+        if joiner and not found and len(run) - len(joiner) <= 2 and self._after_number():
+            self._add("operator", joiner)
+            for letter in run[len(joiner) :]:
+                self._add("constant" if letter in CONSTANTS else "symbol", letter)
+            return
         product = len(run) <= 6 and self.tokens and not self.spaced
         if len(run) >= 4 and (not found or len(pieces) > 5) and not product:
             self._add("word", run)

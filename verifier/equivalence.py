@@ -77,6 +77,7 @@ from verifier.evaluation import (
 from verifier.real_sets import RealSet, real_set
 
 MIN_IRRATIONAL_DIGITS = 7
+MIN_DOUBLE_DIGITS = 12
 MAX_COMPARISONS = 400
 MAX_UNMATCHED = 12
 MAX_SIGNS = 5
@@ -274,6 +275,8 @@ class _Comparison:
         if not letters:
             return None
         first: Any = None
+        seen: Any = None
+        varies = False
         agreed = 0
         with Numeric(complex_mode=is_complex(left) or is_complex(right)) as numeric:
             for place in range(8):
@@ -289,6 +292,8 @@ class _Comparison:
                     if top != bottom:
                         return None
                     continue
+                varies = varies or (seen is not None and top != seen)
+                seen = top
                 ratio = top / bottom
                 if first is None:
                     first = ratio
@@ -297,7 +302,7 @@ class _Comparison:
                 agreed += 1
                 if agreed == 5:
                     break
-            if agreed < 3 or not isinstance(first, numeric.ctx.mpf):
+            if agreed < 3 or not varies or not isinstance(first, numeric.ctx.mpf):
                 return None
             return 1.0 if first > 0 else -1.0
 
@@ -558,6 +563,9 @@ def _rationals(left: Node, right: Node, one: Fraction, two: Fraction) -> Finding
     if one == two:
         return _equal(Reason.EXACT, "rational")
     for node, value, other in ((left, one, two), (right, two, one)):
+        printed = isinstance(node, Number) and node.significant_digits >= MIN_DOUBLE_DIGITS
+        if printed and value.denominator != 1 and _same_double(value, other):
+            return _equal(Reason.NUMERIC, "double")
         if isinstance(node, Number) and node.significant_digits >= MAX_DOUBLE_DIGITS:
             if value.denominator == 1 == other.denominator:
                 continue
@@ -566,6 +574,14 @@ def _rationals(left: Node, right: Node, one: Fraction, two: Fraction) -> Finding
         elif has_long_decimal(node) and abs(value - other) <= abs(other) * Fraction(1, 10**14):
             return _equal(Reason.NUMERIC, "double")
     return _different("rational")
+
+
+def _same_double(one: Fraction, two: Fraction) -> bool:
+    """Whether both round to the same double: a decimal may print one in fewer than 15 digits."""
+    try:
+        return float(one) == float(two) != 0.0
+    except OverflowError:
+        return False
 
 
 def _printed_tolerance(decimal: Number, other: Fraction) -> Fraction:

@@ -1,28 +1,30 @@
 """The supervisor of a sandbox: a tree of live forked interpreters, judged from outside.
 
-    client (sandbox_client) --JSON frames--> supervisor --orders--> zygote, roots, states (sandbox_runner)
+    sandbox_client --JSON frames--> supervisor --orders--> zygote, roots, states (sandbox_runner)
 
-One process, one thread, one epoll loop. It is the parent of every zygote, root and state, so the kernel tells
-it alone how each one ended and what it used; nothing a state says about limits or exits is believed.
+One process, one thread, one epoll loop. It is the parent of every zygote, root and state, so the
+kernel tells it alone how each one ended and what it used; nothing a state says about limits or
+exits is believed.
 
 Life of a step:   QUEUED -launch-> SPAWNING -hello-> RUNNING -reply-> IDLE (kept as a state)
                                        |                |----reply not ok, limit, death----> reaped
-                                       |---- no hello: the parent is gone or may not fork --> queued again
+                                       |---- no hello: the parent is gone --> queued again
 
-Fork permission: the supervisor sends a spawn order to the parent state and expects one `clone` from exactly
-that pid; the kernel holds each clone of a tree until the supervisor answers. The hello of a child carries
-its pid by kernel credentials. Where notification is missing (`best_effort`) a watchdog kills every child
-of the supervisor that it did not order.
+Fork permission: the supervisor sends a spawn order to the parent state and expects one `clone` from
+exactly that pid; the kernel holds each clone of a tree until the supervisor answers. The hello of a
+child carries its pid by kernel credentials. Where notification is missing (`best_effort`) a
+watchdog kills every child of the supervisor that it did not order.
 
-A state's channel is a SOCK_SEQPACKET pair made here; the child's end travels with the spawn order and already
-holds the code, so a parent never sees what its children run. Whatever breaks the fixed reply format is a
-`protocol_error`. No pickle anywhere.
+A state's channel is a SOCK_SEQPACKET pair made here; the child's end travels with the spawn order
+and already holds the code, so a parent never sees what its children run. Whatever breaks the fixed
+reply format is a `protocol_error`. No pickle anywhere.
 
-Eviction: least recently used first, states without live children before others. A node keeps its code and
-the hash of its output; replay runs the path from the nearest live ancestor and compares each hash.
+Eviction: least recently used first, states without live children before others. A node keeps its
+code and the hash of its output; replay runs the path from the nearest live ancestor and compares
+each hash.
 
-Scheduling: a step counts against the cores for its first 25 ms; after that only while it burns CPU, and
-then against three times the cores, so a few hung steps never hold back their siblings. A step
+Scheduling: a step counts against the cores for its first 25 ms; after that only while it burns CPU,
+and then against three times the cores, so a few hung steps never hold back their siblings. A step
 at its deadline that stood ready without a core for most of its time gets that time back.
 """
 
@@ -55,6 +57,7 @@ REPLY = struct.Struct("<4sIBBdQIII")
 REQUEST_MAGIC, REPLY_MAGIC = b"RSQ1", b"RSA1"
 HELLO, ROOT_HELLO, SPAWN, NO_FORK, READY = b"H", b"L", b"S", b"N", b"READY"
 FRAME_BYTES = 60_000
+ZYGOTE_MODULES = ("isolation", "memory_image", "sandbox_warm_up", "sandbox_runner")
 REPLY_STATUSES = ("ok", "error", "memory", "output_limit", "denied")
 
 FAST_S = 0.025
@@ -62,7 +65,7 @@ TICK_S = 0.05
 SPAWN_TIMEOUT_S = 20.0
 EOF_GRACE_S = 0.25
 FOREIGN_WINDOW_S = 2.0
-"""After a kill from outside, children lost before their first word count as its victims this long."""
+"""After a kill from outside, children lost before their first word count as victims this long."""
 MAX_ATTEMPTS = 3
 MAX_STRETCH = 10
 MAX_RUNNING = 64
@@ -120,7 +123,16 @@ class _Node:
 
     __slots__ = (
         *("busy", "cached", "code", "depth", "digest", "evict_when_free", "id", "limits"),
-        *("live_children", "own_end", "parent", "poisoned", "process", "running", "tree", "waiting"),
+        *(
+            "live_children",
+            "own_end",
+            "parent",
+            "poisoned",
+            "process",
+            "running",
+            "tree",
+            "waiting",
+        ),
     )
 
     def __init__(self, state: str, tree: _Tree, parent: _Node | None, code: str) -> None:
@@ -238,7 +250,7 @@ class Supervisor:
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> None:
-        """Start the base zygote, check the sandbox on itself, then serve until the client is gone."""
+        """Start the base zygote, try the sandbox on itself, then serve until the client is gone."""
         self._watch_children()
         self._watch_owner()
         self._start_zygote("base")
@@ -429,7 +441,7 @@ class Supervisor:
             "running": len(self.active),
             "queued": len(self.queue),
             "live_cap": self.live_cap,
-            "descriptors": len(os.listdir("/proc/self/fd")),
+            "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
             "supervisor_mib": _resident_bytes(self.pid) / 2**20,
             "supervisor_pid": self.pid,
             "supervisor_cpu_s": time.process_time(),
@@ -489,7 +501,10 @@ class Supervisor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = subprocess.Popen(
-                [*interpreter_command("isolation", "memory_image", "sandbox_runner"), str(theirs.fileno())],
+                [
+                    *interpreter_command(*ZYGOTE_MODULES),
+                    str(theirs.fileno()),
+                ],
                 pass_fds=[theirs.fileno()],
                 env=interpreter_environment(),
                 stdin=subprocess.DEVNULL,
@@ -553,7 +568,9 @@ class Supervisor:
             return
         self._make_room(tree)
         uid = tree.uid
-        if uid is not None and not (zygote.info["prefix_open"] or zygote.info["namespaces"] == "on"):
+        if uid is not None and not (
+            zygote.info["prefix_open"] or zygote.info["namespaces"] == "on"
+        ):
             # no other user could read the interpreter: stay this user, without capabilities
             uid = None
             self.layers["uid"] = "off: the interpreter lies where only this user can read"
@@ -575,11 +592,9 @@ class Supervisor:
         self.live += 1
         tree.live += 1
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("<i", theirs.fileno()))]
-        try:
+        # if that fails its end is seen on the control socket, which orders this root again
+        with contextlib.suppress(OSError):
             zygote.control.sendmsg([json.dumps(order).encode()], rights)
-        except OSError:
-            # its end is seen on the control socket, which orders this root again
-            pass
         theirs.close()
 
     def _on_root_hello(self, process: _Process, report: dict[str, str]) -> None:
@@ -657,6 +672,7 @@ class Supervisor:
             "landlock_abi": info["landlock_abi"],
             "memory_image_mib": info["memory_image_mib"],
             "not_preloaded": info["missing"],
+            "warm_up_failures": info["failed"],
             "fixed_addresses": self.settings["fixed_addresses"],
             "cores": self.cores,
             "live_cap": self.live_cap,
@@ -834,9 +850,7 @@ class Supervisor:
             assert process is not None
             process.permits -= 1
             process.granted.append(time.monotonic())
-            reply = isolation.NOTIFICATION_REPLY.pack(
-                number, 0, 0, isolation.NOTIFICATION_CONTINUE
-            )
+            reply = isolation.NOTIFICATION_REPLY.pack(number, 0, 0, isolation.NOTIFICATION_CONTINUE)
         else:
             self.counts["forks_refused"] += 1
             reply = isolation.NOTIFICATION_REPLY.pack(number, 0, -1, 0)
@@ -877,7 +891,9 @@ class Supervisor:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 pid = struct.unpack("<iII", content)[0]
             elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                rights += list(struct.unpack(f"<{len(content) // 4}i", content[: len(content) & ~3]))
+                rights += list(
+                    struct.unpack(f"<{len(content) // 4}i", content[: len(content) & ~3])
+                )
         is_root = process.job is None
         if is_root and rights:
             process.listener = rights.pop(0)
@@ -989,14 +1005,16 @@ class Supervisor:
         self._give_up(process, "protocol_error", "Protocol", what)
 
     def _on_eof(self, process: _Process) -> None:
-        """The channel closed: normally the process is dying; if it lives on it is killed in `_tick`."""
+        """The channel closed: normally the process is dying; if not, `_tick` kills it."""
         self._unregister(process.channel.fileno())
         process.eof_at = time.monotonic()
         self.active.add(process)
 
     # ------------------------------------------------------------------ the end of a step
 
-    def _give_up(self, process: _Process, status: str, kind: str, message: str, **usage: Any) -> None:
+    def _give_up(
+        self, process: _Process, status: str, kind: str, message: str, **usage: Any
+    ) -> None:
         """End a step whose process is dead or condemned with a verdict of our own."""
         job, process.job = process.job, None
         self.active.discard(process)
@@ -1157,7 +1175,7 @@ class Supervisor:
     # ------------------------------------------------------------------ killing and reaping
 
     def _kill(self, process: _Process, reason: str) -> None:
-        """Condemn a process: it is no longer live, its channel is closed, the reaper does the rest."""
+        """Condemn a process: no longer live, its channel closed; the reaper does the rest."""
         if process.phase == ENDING:
             return
         was_spawning = process.phase == SPAWNING
@@ -1362,12 +1380,22 @@ class _Refused(Exception):
 
 
 _STEP_LIMITS = (
-    *("wall_s", "cpu_s", "memory_mib", "output_kib", "output_accepted_kib", "error_kib", "code_kib"),
+    *(
+        "wall_s",
+        "cpu_s",
+        "memory_mib",
+        "output_kib",
+        "output_accepted_kib",
+        "error_kib",
+        "code_kib",
+    ),
 )
 _NOT_ABOUT_THE_CODE = frozenset({"replay_diverged", "pool_overloaded", "infra_error"})
 
 
-def _result(status: str, error_type: str = "", error_message: str = "", **more: Any) -> dict[str, Any]:
+def _result(
+    status: str, error_type: str = "", error_message: str = "", **more: Any
+) -> dict[str, Any]:
     """A `StepResult` in wire form."""
     return {
         "status": status,
@@ -1431,7 +1459,10 @@ def _memory_is_short() -> bool:
         return True
     for limit_path, used_path in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
     ):
         limit, used = _number_in(limit_path), _number_in(used_path)
         if limit and used and limit < values["MemTotal"]:
@@ -1440,7 +1471,7 @@ def _memory_is_short() -> bool:
 
 
 def _live_cap(wanted: int) -> int:
-    """Live processes this machine allows: half of the pids, the descriptors, 5 MiB of memory each."""
+    """Live processes this machine allows: half of the pids, the descriptors, 5 MiB each."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard > soft:
         soft = 1 << 20 if hard == resource.RLIM_INFINITY else hard

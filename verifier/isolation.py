@@ -1,8 +1,9 @@
-"""What locks a tree root before any untrusted code runs. Linux on x86_64, raw system calls, no dependency.
+"""What locks a tree root before untrusted code runs: raw system calls of Linux on x86_64.
 
 Two moments, both before user code:
 
-    zygote, once:      enter_namespaces()  own mount, network, IPC and host name; only the interpreter
+    zygote, once:      enter_namespaces()  own mount, network, IPC and host name; only the
+    interpreter
                                            and its libraries are left in the file system
                        build_locks()       Landlock rules and the seccomp program, built once
     tree root, once:   lock_process()      session, rlimits, uid and capabilities, no_new_privs,
@@ -16,14 +17,15 @@ notification); every other form of fork, vfork, clone, clone3 and every thread i
 kernel. CLONE_PARENT makes each state a child of the supervisor, so its exit status, CPU time
 and memory come from `wait4` in the supervisor, and no state can have children of its own.
 
-Not covered: bugs of the kernel itself; time, `os.urandom` and object addresses stay visible;
-`stat` on paths when neither namespaces nor Landlock's hidden files apply (a path's existence shows,
-never its content); CPU and cache side channels; the total memory of many states (the supervisor evicts,
+Not covered: bugs of the kernel itself; time, `os.urandom` and object addresses stay visible; `stat`
+on paths when neither namespaces nor Landlock's hidden files apply (a path's existence shows, never
+its content); CPU and cache side channels; the total memory of many states (the supervisor evicts,
 the kernel does not cap it). For hostile code run the pod itself without network, secrets and root.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -33,6 +35,7 @@ import struct
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 # fork, seccomp notification and the allow-list are written for this machine's system call numbers
 SUPPORTED_MACHINE = "x86_64"
@@ -123,8 +126,8 @@ class SiblingFork:
     """Forks this single-threaded process into a sibling: the child of our parent, not of us.
 
     The raw call skips CPython's at-fork hooks on purpose: with one thread there is nothing to
-    repair, the `random` module is not reseeded (a seed set in step 1 still holds in step 2),
-    and hooks registered by user code do not run. The kernel writes the child's thread id to where glibc
+    repair, the `random` module is not reseeded (a seed set in step 1 still holds in step 2), and
+    hooks registered by user code do not run. The kernel writes the child's thread id to where glibc
     keeps it, as glibc's own fork does.
     """
 
@@ -163,13 +166,13 @@ def die_with_parent(expected_parent: int) -> None:
 def join_library_data() -> int:
     """Undo the libraries' read-only relocation pages, so that each library's data is one mapping.
 
-    A fork pays for every private mapping, and again for every living ancestor; this halves their number.
-    The pages protect against overwriting by a bug, which means nothing where the code may do as it
-    likes with its own memory. Returns the number of mappings joined.
+    A fork pays for every private mapping, and again for every living ancestor; this halves their
+    number. The pages protect against overwriting by a bug, which means nothing where the code may
+    do as it likes with its own memory. Returns the number of mappings joined.
     """
     joined = 0
     previous: tuple[str, str, str] | None = None
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+    with Path("/proc/self/maps").open(encoding="utf-8", errors="replace") as maps:
         rows = [line.split(maxsplit=5) for line in maps]
     for row in rows:
         if len(row) < 6:
@@ -188,7 +191,7 @@ def join_library_data() -> int:
 
 
 def fixed_addresses() -> bool:
-    """Switch off address randomisation for the programs this process will start; False if refused."""
+    """No address randomisation in the programs this process will start; False if refused."""
     try:
         current = _call("personality", ctypes.c_ulong(0xFFFFFFFF))
         _call("personality", ctypes.c_ulong(current | _ADDR_NO_RANDOMIZE))
@@ -204,7 +207,7 @@ def become_subreaper() -> None:
 
 def effective_capabilities() -> int:
     """The effective capability set of this process as a bit mask; 0 when it cannot be read."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+    with Path("/proc/self/status").open(encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("CapEff:"):
                 return int(line.split()[1], 16)
@@ -357,7 +360,9 @@ _FS_READ_FILE, _FS_READ_DIR, _FS_WRITE_FILE = 4, 8, 2
 def landlock_abi() -> int:
     """The Landlock version of this kernel; 0 when it is missing or refused."""
     try:
-        return _syscall("landlock", _SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
+        return _syscall(
+            "landlock", _SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)
+        )
     except LayerError:
         return 0
 
@@ -381,7 +386,7 @@ def _landlock_ruleset(readable: Sequence[str], abi: int) -> int:
         except OSError:
             continue
         try:
-            if not os.path.isdir(path):
+            if not Path(path).is_dir():
                 rights &= ~_FS_READ_DIR
             rule = struct.pack("<Qi", rights, descriptor)
             _syscall(
@@ -411,10 +416,10 @@ def readable_paths(search_path: Sequence[str]) -> list[str]:
     library = sysconfig.get_config_var("LIBDIR")
     if library and sysconfig.get_config_var("Py_ENABLE_SHARED"):
         name = sysconfig.get_config_var("INSTSONAME") or ""
-        candidates.append(os.path.join(library, name))
+        candidates.append(f"{library}/{name}")
     candidates += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
     candidates += ["/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
-    existing = {path for path in candidates if os.path.isabs(path) and os.path.exists(path)}
+    existing = {name for name in candidates if name.startswith("/") and Path(name).exists()}
     existing |= {os.path.realpath(path) for path in existing}
     kept: list[str] = []
     for path in sorted(existing - {"/"}, key=lambda name: (len(name), name)):
@@ -441,7 +446,7 @@ def _replace_file_system(paths: Sequence[str]) -> None:
     options = ctypes.c_char_p(b"size=1m,mode=755")
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
     _call("mount", b"tmpfs", base.encode(), b"tmpfs", flags, options)
-    os.mkdir(f"{base}/.host")
+    Path(base, ".host").mkdir()
     os.chdir(base)
     _syscall("pivot_root", _SYS_PIVOT_ROOT, ctypes.c_char_p(b"."), ctypes.c_char_p(b".host"))
     os.chdir("/")
@@ -449,16 +454,16 @@ def _replace_file_system(paths: Sequence[str]) -> None:
     for path in (*paths, "/dev/null", "/dev/urandom"):
         # a link's target is bound too, so the old root never shows through it
         source = "/.host" + os.path.realpath(path) if path.startswith("/dev") else "/.host" + path
-        if os.path.islink("/.host" + path):
+        if Path("/.host" + path).is_symlink():
             source = _resolve_below("/.host", path)
-        if os.path.isdir(source):
-            os.makedirs(path, exist_ok=True)
+        if Path(source).is_dir():
+            Path(path).mkdir(parents=True, exist_ok=True)
         else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch(0o644)
         _bind_read_only(source, path)
     _call("umount2", b"/.host", ctypes.c_int(_MNT_DETACH))
-    os.rmdir("/.host")
+    Path("/.host").rmdir()
     _call("mount", None, b"/", None, ctypes.c_ulong(_MS_REMOUNT | _MS_BIND | _MS_RDONLY), None)
 
 
@@ -469,11 +474,11 @@ def _resolve_below(root: str, path: str, depth: int = 16) -> str:
     while parts:
         part = parts.pop(0)
         current = os.path.normpath(f"{resolved}/{part}")
-        if os.path.islink(root + current):
+        if Path(root + current).is_symlink():
             if depth == 0:
                 raise LayerError(errno.ELOOP, f"too many links in {path}")
             depth -= 1
-            target = os.readlink(root + current)
+            target = str(Path(root + current).readlink())
             parts = [piece for piece in target.split("/") if piece] + parts
             resolved = "" if target.startswith("/") else resolved
         else:
@@ -482,7 +487,7 @@ def _resolve_below(root: str, path: str, depth: int = 16) -> str:
 
 
 def enter_namespaces(paths: Sequence[str]) -> None:
-    """Own network, IPC and host name, and a file system of only `paths`, for this process and its kin.
+    """Own network, IPC and host name, and a file system of only `paths`, for us and our kin.
 
     As an ordinary user a user namespace comes first; it maps only that user to itself.
     Raises:
@@ -607,10 +612,8 @@ def _drop_capabilities(uid: int | None) -> None:
             _prctl(_PR_CAPBSET_DROP, capability)
         except LayerError:
             break
-    try:
+    with contextlib.suppress(LayerError):
         _prctl(_PR_CAP_AMBIENT, 4)
-    except LayerError:
-        pass
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)

@@ -1,17 +1,17 @@
 """Turns a warm process's private memory into a shared image that its forks need not copy.
 
 A fork copies one page table entry for every private page its parent has touched, 15,000 for a warm
-interpreter, and enters the child in the reverse map of every mapping and every living ancestor. Pages of a
-file are not copied: they are looked up when touched. So the zygote, once warm, writes its data pages to
-an anonymous file and maps that file over them, private and copy-on-write: the same bytes at the same
-addresses. A fork is then paid by the pages a lineage has really changed.
+interpreter, and enters the child in the reverse map of every mapping and every living ancestor.
+Pages of a file are not copied: they are looked up when touched. So the zygote, once warm, writes
+its data pages to an anonymous file and maps that file over them, private and copy-on-write: the
+same bytes at the same addresses. A fork is then paid by the pages a lineage has really changed.
 
 Between the copy and the mapping nothing may write to that memory, and an interpreter writes always
 (reference counts). Both are therefore done by one short routine of machine code, which touches only
 registers and the stack; the stack is left as it is.
 
-Not covered: other machines than x86_64, and hosts that forbid making memory executable; there nothing
-is changed and forks cost what they cost.
+Not covered: other machines than x86_64, and hosts that forbid making memory executable; there
+nothing is changed and forks cost what they cost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import struct
 
 # long image(const struct {u64 address, length, offset;} *entries, u64 count, u64 fd):
-#   for each entry: pwrite64(fd, address, length, offset), or return its number + 1 if that is short;
+#   for each entry: pwrite64(fd, address, length, offset), or return its number + 1 if short;
 #   for each entry: mmap(address, length, READ|WRITE, PRIVATE|FIXED, fd, offset), or ud2;
 #   return 0.
 _ROUTINE = bytes.fromhex(
@@ -57,7 +57,8 @@ def _data_mappings(smaps_fd: int) -> list[tuple[int, int]]:
                 start, end = int(first, 16), int(last, 16)
                 writable = words[1] == "rw-p" and words[-1] not in ("[stack]", "[vvar]")
             elif words[0] == "Anonymous:" and writable:
-                if int(words[1]) * 1024 >= _LEAST_TOUCHED * (end - start):
+                touched = int(words[1]) * 1024
+                if touched >= _LEAST_TOUCHED * (end - start):
                     found.append((start, end - start))
     return found
 

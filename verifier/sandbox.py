@@ -6,14 +6,15 @@
         again = sandbox.run(results[0].state, ["print(x + 1)"])       # "43\\n"; x is still there
         sandbox.close("problem-17")
 
-A *tree* belongs to one problem; its root is a fresh `__main__`; a *state* is the interpreter after the
-steps on the path to it. `run` executes each code on its own copy of the parent state, so siblings
-never see each other and the parent never changes; a step costs the same at any depth. States are
-kept while memory allows; the least recently used are dropped and come back by running their
-path again, checked against the output of the first run.
+A *tree* belongs to one problem; its root is a fresh `__main__`; a *state* is the interpreter after
+the steps on the path to it. `run` executes each code on its own copy of the parent state, so
+siblings never see each other and the parent never changes; a step costs the same at any depth.
+States are kept while memory allows; the least recently used are dropped and come back by running
+their path again, checked against the output of the first run.
 
-`Sandbox` blocks its caller, `AsyncSandbox` awaits; both may be used from any thread, need no signal, and
-speak to one supervisor process per sandbox (`fork_tree`). What isolates a step: `isolation`.
+`Sandbox` blocks its caller, `AsyncSandbox` awaits; both may be used from any thread, need no
+signal, and speak to one supervisor process per sandbox (`fork_tree`). What isolates a step:
+`isolation`.
 
 Not covered: the last expression's value is not echoed, only what is printed counts as output;
 open files, threads and child processes do not exist or do not outlive a step.
@@ -67,7 +68,7 @@ class StepStatus(StrEnum):
     PROTOCOL_ERROR = "protocol_error"
     """The process answered what no honest step answers, or closed its channel and lived on."""
     DENIED = "denied"
-    """Refused: code over its size or depth limit, or ended by an operation the isolation forbids."""
+    """Refused: code over its size or depth limit, or an operation the isolation forbids."""
     REPLAY_DIVERGED = "replay_diverged"
     """The parent had been evicted and running its path again printed something else."""
     POOL_OVERLOADED = "pool_overloaded"
@@ -211,7 +212,7 @@ class _Base:
         )
 
     def capabilities(self) -> Mapping[str, Any]:
-        """Layer -> "on" or why it is off, with Landlock version, preloaded flavour and pool limits."""
+        """Layer -> "on" or why it is off, with the Landlock version and the pool's limits."""
         return self._client.capabilities
 
     def _open(self, problem_id: str, flavour: str, seed: int) -> Future[Any]:
@@ -260,8 +261,8 @@ class Sandbox(_Base):
         """Start a tree and return its root state.
 
         Args:
-            flavour: "base" (sympy, numpy, standard library) or "scipy", whose forks cost twice as much.
-            seed: with problem_id, seeds `random` and `numpy.random` in the root.
+            flavour: "base" (sympy, numpy, standard library) or "scipy", whose forks cost twice as
+            much. seed: with problem_id, seeds `random` and `numpy.random` in the root.
         Raises:
             ValueError: the problem is already open. SandboxError: no root could be made.
         """
@@ -283,7 +284,7 @@ class Sandbox(_Base):
         return _results(self._run(state, codes, limits).result())
 
     def evict(self, state: StateId) -> None:
-        """Free the state's process; the next run from it replays its path. Unknown is a ValueError."""
+        """Free the state's process; the next run from it replays. ValueError if unknown."""
         self._evict(state).result()
 
     def close(self, problem_id: str) -> None:

@@ -1,11 +1,13 @@
 """The client's end of a sandbox: one supervisor process, one thread that reads its answers.
 
-    caller --request()--> Future        any thread; the frame is sent from there when the pipe has room
-    reader thread: answers -> futures;  supervisor gone -> new one, journal restored, requests sent again
+    caller --request()--> Future    any thread; the frame is sent from there if the pipe has room
+    reader thread                   answers -> futures; supervisor gone -> a new one, journal
+                                    restored, requests sent again
 
-Frames are a 4-byte length and JSON. The journal keeps, for each state the caller was told of, how it came
-to be (parent, code, limits, output hash); after a restart the states exist again as evicted ones and come
-back by replay. A request is answered exactly once, whatever happens to the supervisor in between.
+Frames are a 4-byte length and JSON. The journal keeps, for each state the caller was told of, how
+it came to be (parent, code, limits, output hash); after a restart the states exist again as evicted
+ones and come back by replay. A request is answered exactly once, whatever happens to the supervisor
+in between.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ module.main()
 
 
 def interpreter_command(*modules: str) -> list[str]:
-    """Command that runs `main()` of the last of these modules of this package in a fresh interpreter.
+    """Command that runs `main()` of the last of these modules in a fresh interpreter.
 
     User site-packages and the working folder stay out (-s, -P). Not -I: it would ignore
     PYTHONHASHSEED.
@@ -250,10 +252,9 @@ class SupervisorClient:
             self._fail_all(self._failure or "the sandbox is shut down")
 
     def _flush(self) -> None:
-        with self._lock:
-            with contextlib.suppress(OSError):
-                sent = self._socket.send(self._outgoing)
-                del self._outgoing[:sent]
+        with self._lock, contextlib.suppress(OSError):
+            sent = self._socket.send(self._outgoing)
+            del self._outgoing[:sent]
 
     def _receive(self) -> bool:
         """Take in what has come; False when the supervisor is gone."""

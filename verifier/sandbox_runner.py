@@ -1,17 +1,21 @@
 """What runs inside the sandbox: the warm zygote, the tree roots and the states forked from them.
 
     zygote  --fork-->  root (locks itself)  --fork-->  state  --fork-->  state ...
-                             each one: wait for a spawn order, fork; the child runs one step, replies, waits
+                             each one: wait for a spawn order, fork; the child runs one step,
+                             replies, waits
 
-This file is executed by `fork_tree` as the main program of a fresh interpreter. It holds no
-secret and is not trusted after the first user step: user code shares its address space and may rewrite
-any of it. All it could gain is to lie about its own node and its descendants; limits, exits and forks are
-judged by the supervisor and the kernel.
+This file is executed by `fork_tree` as the main program of a fresh interpreter. It holds no secret
+and is not trusted after the first user step: user code shares its address space and may rewrite any
+of it. All it could gain is to lie about its own node and its descendants; limits, exits and forks
+are judged by the supervisor and the kernel.
 
 Care taken so that honest programs behave as one long program would:
-* functions here look up builtins in a private copy, so `builtins.len = None` breaks only its author;
-* one writer object serves a whole lineage, so a reference to `sys.stdout` kept from an earlier step works;
-* no at-fork hook runs (see `isolation.SiblingFork`): random state carries over, siblings start equal.
+* functions here look up builtins in a private copy, so `builtins.len = None` breaks only its
+  author;
+* one writer object serves a whole lineage, so a reference to `sys.stdout` kept from an earlier step
+  works;
+* no at-fork hook runs (see `isolation.SiblingFork`): random state carries over, siblings start
+  equal.
 
 Open files do not outlive a step: descriptors are closed in each new state, because siblings would
 share their offsets. Output written to descriptors 1 and 2 directly is dropped.
@@ -36,8 +40,9 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
 
-from verifier import isolation, memory_image
+from verifier import isolation, memory_image, sandbox_warm_up
 
 REQUEST = struct.Struct("<4sIIIIIIQI")
 """magic, nonce, step number, bytes kept, characters accepted, error bytes, CPU s, address space in
@@ -50,64 +55,6 @@ FRAME_BYTES = 60_000
 """Larger messages travel as several frames of at most this size."""
 OK, ERROR, MEMORY, OUTPUT_LIMIT, DENIED = range(5)
 READY = b"READY"
-
-BASE_MODULES = (
-    *("math", "cmath", "itertools", "functools", "operator", "fractions", "decimal", "collections"),
-    *("statistics", "random", "re", "string", "heapq", "bisect", "copy", "time", "datetime", "json"),
-    *("typing", "dataclasses", "enum", "abc", "numbers", "textwrap", "pprint", "array"),
-    *("inspect", "traceback", "warnings", "contextlib", "types", "calendar"),
-    *("mpmath", "numpy", "numpy.linalg", "numpy.polynomial", "sympy"),
-    *("sympy.abc", "sympy.ntheory", "sympy.combinatorics", "sympy.geometry", "sympy.stats"),
-    *("sympy.solvers.inequalities", "sympy.solvers.diophantine", "sympy.functions.combinatorial"),
-)
-SCIPY_MODULES = ("scipy", "scipy.optimize", "scipy.special", "scipy.integrate", "scipy.stats")
-FLAVOUR_MODULES = {"base": BASE_MODULES, "scipy": BASE_MODULES + SCIPY_MODULES}
-
-# Every library is paid for at every fork. These come along with `shutil` (through sympy) for archive
-# formats; code that wants them itself still imports them.
-LEFT_OUT = ("_lzma", "_bz2", "zlib")
-
-# Sympy fills its caches and imports lazily; a first call costs 5 to 40 ms that every branch would pay
-# again. These calls are the common ones of school and competition solutions.
-WARM_UP = """
-from sympy import *
-x, y, z = symbols('x y z'); n, k = symbols('n k', integer=True, positive=True); a = symbols('a', real=True)
-solve(x**2 - 5*x + 6, x); solve([x + y - 3, x - y - 1], [x, y]); solve(x**3 - 6*x**2 + 11*x - 6)
-solve(Eq(2**x, 8), x); solve(Eq(sqrt(x + 1), 3), x); solve(x**2 + 1, x); solve(a**2 - 2, a, dict=True)
-solveset(x**2 - 4, x, S.Reals); linsolve([x + y - 2, x - y], x, y); nsolve(cos(x) - x, 1)
-solve([x**2 + y**2 - 25, x - y - 1], [x, y]); solve(sin(x) - Rational(1, 2), x); solve(log(x) - 1, x)
-solve_univariate_inequality(x**2 - 4 < 0, x); reduce_inequalities([x > 1, x < 3], x)
-factor(x**4 - 1); expand((x + y)**4); simplify((x**2 - 1)/(x - 1)); apart(1/(x*(x + 1))); cancel((x**2-1)/(x+1))
-together(1/x + 1/y); collect(x*y + x, x); trigsimp(sin(x)**2 + cos(x)**2); radsimp(1/(sqrt(2) + 1))
-nsimplify(0.5); expand_trig(sin(2*x)); sqrtdenest(sqrt(3 + 2*sqrt(2))); powsimp(x**2*x**3); logcombine(log(x) + log(y))
-diff(sin(x)*exp(x), x); integrate(x**2, (x, 0, 1)); integrate(x*exp(x), x); integrate(1/(1 + x**2), x)
-limit(sin(x)/x, x, 0); limit((1 + 1/x)**x, x, oo); series(exp(x), x, 0, 4)
-summation(k**2, (k, 1, n)); Sum(1/k**2, (k, 1, oo)).doit(); product(k, (k, 1, 5)); summation(k, (k, 1, 10))
-m = Matrix([[1, 2], [3, 4]]); m.det(); m.inv(); m.eigenvals(); m.rref(); m.rank(); m.eigenvects(); m.charpoly(x)
-isprime(97); factorint(360); divisors(36); gcd(12, 18); lcm(4, 6); totient(36); primerange(1, 20); nextprime(7)
-list(primerange(1, 30)); mod_inverse(3, 7); binomial(10, 3); factorial(10); fibonacci(10); sqrt(50); Rational(1, 3)
-Point(0, 0).distance(Point(3, 4)); Triangle(Point(0, 0), Point(3, 0), Point(0, 4)).area; Circle(Point(0, 0), 2).area
-pi.evalf(30); N(sqrt(2), 20); latex(x/y); str(sqrt(2)/2); sympify('x**2 + 1'); Poly(x**2 + 2*x + 1, x).nroots()
-roots(x**3 - 1, x); real_roots(x**3 - x); Poly(x**3 - 2*x + 1).all_coeffs(); resultant(x**2 - 1, x - 2, x); groebner([x*y - 1, x - y])
-Piecewise((x, x > 0), (0, True)).subs(x, 2); Abs(-3); floor(Rational(7, 2)); ceiling(2.5); re(1 + I); (1 + I)**4
-expand((1 + I)**4); cos(pi/3); tan(pi/4); asin(Rational(1, 2)); rsolve(Function('f')(n) - Function('f')(n - 1) - 1, Function('f')(n))
-Interval(0, 1).union(Interval(2, 3)); FiniteSet(1, 2).intersect(FiniteSet(2)); lambdify(x, x**2, 'math')(3); diophantine(x**2 - y**2 - 3)
-(x**2 + 3*x).subs(x, 2).evalf(); minimum(x**2, x, Interval(-1, 1)); maximum(-x**2 + x, x, S.Reals); srepr(x + 1)
-import numpy as np
-np.linalg.solve(np.array([[1., 2.], [3., 4.]]), np.array([1., 2.])); np.roots([1, -3, 2]); np.arange(9).reshape(3, 3) @ np.eye(3)
-np.linalg.det(np.eye(3)); np.linalg.eigvals(np.eye(2)); np.linspace(0, 1, 5).sum(); str(np.array([1.5, 2])); np.gcd(4, 6)
-from fractions import Fraction; str(Fraction(1, 3) + Fraction(1, 6)); float(Fraction(1, 3))
-from decimal import Decimal, getcontext; str(Decimal(1) / Decimal(3)); import statistics; statistics.mean([1, 2, 3])
-import itertools, math, re as _re; list(itertools.permutations(range(3))); math.comb(5, 2); _re.findall(r'\\d+', 'a1b22')
-from collections import Counter, defaultdict; Counter('abca').most_common(1); f'{math.pi:.4f}'; print(x**2 + 1, m, [sqrt(2)])
-"""
-
-WARM_UP_SCIPY = """
-from scipy import optimize, integrate, special, stats
-optimize.brentq(lambda t: t * t - 2, 0, 2); optimize.fsolve(lambda t: t * t - 2, 1.0)
-optimize.minimize(lambda t: (t[0] - 1) ** 2, [0.0]); integrate.quad(lambda t: t, 0, 1); special.comb(5, 2)
-stats.norm.cdf(0); stats.binom.pmf(2, 5, 0.5)
-"""
 
 
 class _Bytes(io.RawIOBase):
@@ -342,7 +289,7 @@ def _close_range(first: int, end: int) -> None:
 
 
 class _SeededNumpyRandom:
-    """An import hook: numpy.random costs ten libraries per fork, so it is loaded and seeded on demand."""
+    """An import hook: numpy.random (ten libraries per fork) is loaded and seeded on demand."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -363,28 +310,32 @@ class _SeededNumpyRandom:
         return spec
 
 
-def _preload(flavour: str) -> list[str]:
-    missing = []
-    for name in LEFT_OUT:
+def _preload(flavour: str) -> tuple[list[str], list[str]]:
+    """Import and warm up; the modules that are not installed and the warm-up lines that failed."""
+    missing, failed = [], []
+    for name in sandbox_warm_up.LEFT_OUT:
         sys.modules[name] = None  # type: ignore[assignment]
-    for name in FLAVOUR_MODULES[flavour]:
+    for name in sandbox_warm_up.FLAVOUR_MODULES[flavour]:
         try:
             __import__(name)
         except ImportError:
             missing.append(name)
-    scripts = [WARM_UP] if "sympy" in sys.modules and "numpy" in sys.modules else []
+    scripts = []
+    if "sympy" in sys.modules and "numpy" in sys.modules:
+        scripts.append(sandbox_warm_up.BASE)
     if flavour == "scipy" and "scipy.stats" in sys.modules:
-        scripts.append(WARM_UP_SCIPY)
+        scripts.append(sandbox_warm_up.SCIPY)
     for script in scripts:
         scope: dict[str, object] = {"__name__": "warm_up"}
-        with contextlib.redirect_stdout(io.StringIO()):
-            for line in script.strip().splitlines():
-                # a library that changed its names costs warmth, not the start
-                with contextlib.suppress(Exception):
+        for line in script.strip().splitlines():
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
                     exec(line, scope)
-    for name in LEFT_OUT:
+            except Exception as error:
+                failed.append(f"{line}: {error!r}")
+    for name in sandbox_warm_up.LEFT_OUT:
         del sys.modules[name]
-    return missing
+    return missing, failed
 
 
 def _become_root(order: dict, locks: isolation.Locks, channel_fd: int, parent: int) -> None:
@@ -429,10 +380,10 @@ def main() -> None:
     parent = os.getppid()
     isolation.die_with_parent(parent)
     sys.dont_write_bytecode = True
-    # an editable install puts its project folder here; states read the interpreter's own folders only
+    # an editable install puts its project folder here; states read only the interpreter's own
     homes = (sys.prefix, sys.base_prefix, sys.exec_prefix, "/usr/lib", "/usr/local/lib")
     sys.path[:] = [path for path in sys.path if path.startswith(tuple(f"{h}/" for h in homes))]
-    missing = _preload(config["flavour"])
+    missing, failed = _preload(config["flavour"])
     isolation.join_library_data()
     paths = isolation.readable_paths(sys.path)
     # opened now: the file system view to come has no /proc
@@ -459,11 +410,12 @@ def main() -> None:
     os.close(mappings_fd)
     announcement = {
         "missing": missing,
+        "failed": failed,
         "namespaces": f"off: {reason}" if reason else "on",
         "landlock_abi": locks.landlock_abi,
         "memory_image_mib": image_bytes >> 20,
         "prefix_open": _prefix_open(),
-        "threads": len(os.listdir(threads_fd)),
+        "threads": len(os.listdir(threads_fd)),  # noqa: PTH208 - a descriptor, not a path
         "address_space": int(os.pread(size_fd, 100, 0).split()[0]) * resource.getpagesize(),
     }
     os.close(threads_fd)
@@ -481,9 +433,4 @@ def main() -> None:
 
 def _prefix_open() -> bool:
     """Whether a user without privileges can reach the standard library."""
-    current = os.path.dirname(os.__file__)
-    while current != "/":
-        if not os.stat(current).st_mode & 1:
-            return False
-        current = os.path.dirname(current)
-    return True
+    return all(folder.stat().st_mode & 1 for folder in Path(os.__file__).parents)

@@ -63,11 +63,12 @@ class SymbolicWorker:
             request = json.dumps([to_json(left), to_json(right), timeout_s]).encode() + b"\n"
         except TypeError:
             return None
+        wait_s = max(WAIT_S, timeout_s)
         begun_s = time.monotonic()
-        if not self._lock.acquire(timeout=WAIT_S):
+        if not self._lock.acquire(timeout=wait_s):
             raise Timeout("other questions kept the worker busy")
         try:
-            if not self._ensure_started(max(0.0, begun_s + WAIT_S - time.monotonic())):
+            if not self._ensure_started(max(0.0, begun_s + wait_s - time.monotonic())):
                 raise Timeout("the worker is still starting")
             reply = self._ask(request, timeout_s)
             self._questions += 1

@@ -209,15 +209,40 @@ def test_continuation_keeps_the_blank_its_first_token_brings() -> None:
 # --- Loading weights --------------------------------------------------------------------------
 
 
-def test_fingerprint_must_be_finite_repeatable_and_new() -> None:
-    check_fingerprint([1.0], [1.0], [2.0], weights_differ=True, tolerance=1e-3)
-    check_fingerprint([1.0], [1.0], [1.0], weights_differ=False, tolerance=1e-3)
-    with pytest.raises(EngineError, match="not finite"):
-        check_fingerprint([math.nan], [math.nan], None, weights_differ=True, tolerance=1e-3)
-    with pytest.raises(EngineError, match=r"differ by 0\.5"):
-        check_fingerprint([1.0], [1.5], None, weights_differ=True, tolerance=1e-3)
-    with pytest.raises(EngineError, match="did not change"):
-        check_fingerprint([1.0], [1.0], [1.0], weights_differ=True, tolerance=1e-3)
+@pytest.mark.parametrize(
+    ("first", "second", "previous", "reference", "differ", "reason"),
+    [
+        (1.0, 1.0, 2.0, 1.0, True, None),
+        (1.0, 1.0, 1.0, None, False, None),
+        (math.nan, math.nan, None, None, True, "not finite"),
+        (1.0, 1.5, None, None, True, r"two calls .* differ by 0\.5"),
+        (1.0, 1.0, 1.0, None, True, "did not change"),
+        (1.0, 1.0, 2.0, 1.25, True, r"differs by 0\.25 from transformers"),
+    ],
+)
+def test_fingerprint_must_be_finite_repeatable_new_and_as_transformers_says(
+    first: float,
+    second: float,
+    previous: float | None,
+    reference: float | None,
+    differ: bool,
+    reason: str | None,
+) -> None:
+    def check() -> None:
+        check_fingerprint(
+            [first],
+            [second],
+            None if previous is None else [previous],
+            reference=None if reference is None else [reference],
+            weights_differ=differ,
+            tolerance=1e-3,
+        )
+
+    if reason is None:
+        check()
+    else:
+        with pytest.raises(EngineError, match=reason):
+            check()
 
 
 def test_weights_digest_sees_a_change_of_content_and_not_of_other_files(tmp_path: Path) -> None:
@@ -280,7 +305,10 @@ class ScriptedEngine:
         self.errored = False
         self.told: list[str] = []
 
-    async def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+    async def collective_rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:
+            self.told.append(method)
+            return
         self.told.append(f"{method} {kwargs['weights_path']}")
         if kwargs["weights_path"] not in self.outputs:
             raise RuntimeError("no such weights")
@@ -307,6 +335,10 @@ class ScriptedReplica(PreferenceReplica):
         self.answer = asyncio.Event()
         self.answer.set()
         self.shapes: dict[str, str] = {}
+        self.references: dict[str, float] = {}
+
+    def _take_reference(self, path: str) -> tuple[float, ...]:
+        return (self.references.get(path, self.scripted.outputs.get(path, 0.0)),) * 2
 
     def _start_engine(self) -> None:
         self._engine = self.scripted
@@ -339,7 +371,13 @@ async def test_load_swaps_weights_and_replies_carry_the_new_version(weights: Non
     after = await replica.evaluate(EvaluationRequest(texts=("a",)))
     assert (before.values, before.preference_version) == ((0.0, 0.0), "r0")
     assert (after.values, after.preference_version) == ((0.5,), "r1")
-    assert replica.scripted.told[:2] == ["reload_weights new", "reset_prefix_cache"]
+    told = replica.scripted.told
+    assert told[told.index("reload_weights new") :] == [
+        "reload_weights new",
+        "repack_tied_head",
+        "reset_prefix_cache",
+        "reset_prefix_cache",
+    ]
     stats = await replica.stats()
     assert (stats.version, stats.loads, stats.requests, stats.healthy) == ("r1", 1, 2, True)
     assert (await replica.ready()).version == "r1"
@@ -358,7 +396,7 @@ async def test_request_in_flight_is_answered_by_the_weights_it_started_with(
         await asyncio.sleep(0.001)
     late = asyncio.create_task(replica.evaluate(EvaluationRequest(texts=("a",))))
     await asyncio.sleep(0)
-    assert replica.scripted.told == []
+    assert "reload_weights new" not in replica.scripted.told
     replica.answer.set()
     assert (await early).preference_version == "r0"
     assert (await late).preference_version == "r1"
@@ -368,9 +406,9 @@ async def test_request_in_flight_is_answered_by_the_weights_it_started_with(
 async def test_loading_what_is_served_does_nothing_unless_forced(weights: None) -> None:
     replica = ScriptedReplica(ScriptedEngine({"old": 0.0}))
     assert await replica.load("old", "r0") == 0.0
-    assert replica.scripted.told == []
+    assert "reload_weights old" not in replica.scripted.told
     await replica.load("old", "r0", force=True)
-    assert replica.scripted.told[0] == "reload_weights old"
+    assert "reload_weights old" in replica.scripted.told
 
 
 async def test_checkpoint_of_another_shape_is_refused_and_old_weights_serve_on(
@@ -403,6 +441,15 @@ async def test_failed_load_makes_the_replica_refuse_requests(
     assert (await replica.stats()).healthy is False
 
 
+async def test_engine_that_does_not_say_what_the_files_say_is_not_served(weights: None) -> None:
+    replica = ScriptedReplica(ScriptedEngine({"new": 0.5}))
+    replica.references = {"new": 0.7}
+    with pytest.raises(EngineError, match="from transformers"):
+        await replica.load("new", "r1")
+    with pytest.raises(EngineError, match="from transformers"):
+        await replica.evaluate(EvaluationRequest(texts=("a",)))
+
+
 async def test_load_gives_up_when_requests_do_not_end_and_old_weights_serve_on(
     weights: None,
 ) -> None:
@@ -431,6 +478,6 @@ async def test_replica_that_was_shut_down_refuses_requests(weights: None) -> Non
     replica = ScriptedReplica(ScriptedEngine({}))
     await replica.ready()
     await replica.shutdown()
-    assert replica.scripted.told == ["shutdown"]
+    assert replica.scripted.told[-1] == "shutdown"
     with pytest.raises(EngineError, match="shut down"):
         await replica.evaluate(EvaluationRequest(texts=("a",)))

@@ -1,4 +1,4 @@
-"""The supervisor: budgets and eviction, replay, recovery from lost parts, and nothing left behind."""
+"""The supervisor: budgets, eviction, replay, recovery from lost parts, nothing left behind."""
 
 from __future__ import annotations
 
@@ -154,7 +154,12 @@ def test_descriptors_and_processes_return_to_their_number(small):
     before = small.stats()
     for round_number in range(5):
         root = small.open(f"leak-{round_number}")
-        codes = ["print(1)", "1/0", "import os\nos._exit(1)", "import os\nos.close(63)\nos._exit(2)"]
+        codes = [
+            "print(1)",
+            "1/0",
+            "import os\nos._exit(1)",
+            "import os\nos.close(63)\nos._exit(2)",
+        ]
         state = small.run(root, codes)[0].state
         small.evict(state)
         small.run(state, ["x = 1"])
@@ -163,9 +168,7 @@ def test_descriptors_and_processes_return_to_their_number(small):
     _wait_until(lambda: small.stats()["descriptors"] <= before["descriptors"])
     after = small.stats()
     assert after["live_processes"] == after["states"] == after["queued"] == 0
-    assert not any(
-        not _alive(pid) for pid in _children(supervisor)
-    ), "a zombie is left"
+    assert not any(not _alive(pid) for pid in _children(supervisor)), "a zombie is left"
 
 
 @pytest.mark.parametrize("layer", ["landlock", "seccomp", "fork_supervision"])
@@ -176,9 +179,7 @@ def test_strict_refuses_to_start_without_a_required_layer(layer):
 
 def test_best_effort_starts_without_layers_says_so_and_still_finds_strangers(caplog):
     withheld = ["fork_supervision", "landlock", "namespaces"]
-    with Sandbox(
-        SandboxLimits(wall_s=20.0), "best_effort", withheld_layers=withheld
-    ) as sandbox:
+    with Sandbox(SandboxLimits(wall_s=20.0), "best_effort", withheld_layers=withheld) as sandbox:
         capabilities = sandbox.capabilities()
         assert not capabilities["complete"]
         assert capabilities["layers"]["landlock"].startswith("off")

@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -106,11 +107,11 @@ def test_program_without_supervision_lets_through_only_forks_with_our_parent():
 
 
 def test_readable_paths_hold_the_interpreter_and_no_home_or_project():
-    paths = isolation.readable_paths(sys.path[1:] + [""])
-    stdlib = os.path.dirname(os.__file__)
+    paths = isolation.readable_paths([*sys.path[1:], ""])
+    stdlib = str(Path(os.__file__).parent)
     assert any(stdlib == path or stdlib.startswith(path + "/") for path in paths)
     assert "/" not in paths
-    assert all(os.path.isabs(path) and os.path.exists(path) for path in paths)
+    assert all(path.startswith("/") and Path(path).exists() for path in paths)
     nested = [p for p in paths if any(p.startswith(q + "/") for q in paths)]
     assert nested == []
 

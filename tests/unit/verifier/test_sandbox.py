@@ -1,4 +1,4 @@
-"""Conformance: what any back end of the step sandbox must do, seen through the public contract only."""
+"""Conformance: what any back end of the step sandbox must do, through the public contract."""
 
 from __future__ import annotations
 
@@ -70,14 +70,18 @@ def test_whatever_is_raised_is_an_error_with_its_name(tree, code, kind):
             ("import numpy as np\nnp.random.seed(1)", "print(np.random.randint(0, 10**6))"),
             "128037\n",
         ),
-        (("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int", "print(P(3))"),
-         "P(x=3)\n"),
+        (
+            ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int", "print(P(3))"),
+            "P(x=3)\n",
+        ),
         (("from fractions import Fraction as F", "print(F(1, 3) + F(1, 6))"), "1/2\n"),
         (("import sys\nwrite = sys.stdout.write", "n = write('kept\\n')"), "kept\n"),
         (("import sys\nsys.setrecursionlimit(5000)", "print(sys.getrecursionlimit())"), "5000\n"),
         (("print(__name__)",), "__main__\n"),
-        (("def f():\n    pass", "import inspect\nprint(inspect.getsource(f))"),
-         "def f():\n    pass\n"),
+        (
+            ("def f():\n    pass", "import inspect\nprint(inspect.getsource(f))"),
+            "def f():\n    pass\n",
+        ),
         (("from __future__ import annotations\ndef f(x: nonsense): ...\nprint(1)",), "1\n"),
         (("print('tab\\tand é ∑ 🙂')",), "tab\tand é ∑ 🙂\n"),
         (("print('a\\0b')",), "a\0b\n"),
@@ -90,7 +94,9 @@ def test_steps_behave_as_one_program(tree, codes, expected):
 
 def test_random_state_is_shared_by_siblings_and_continues_in_children(tree):
     parent = tree.one("import random\nrandom.seed(7)\na = random.random()")
-    left, right = tree.run("print(random.random())  # l", "print(random.random())", state=parent.state)
+    left, right = tree.run(
+        "print(random.random())  # l", "print(random.random())", state=parent.state
+    )
     assert left.stdout == right.stdout
     again = tree.one("import random\nrandom.seed(7)\nrandom.random()\nprint(random.random())")
     assert again.stdout == left.stdout
@@ -115,7 +121,9 @@ def test_empty_and_comment_steps_share_the_state_without_a_fork(tree, strict_san
 
 def test_equal_code_runs_once_within_and_across_calls(tree, strict_sandbox):
     before = strict_sandbox.stats().get("forks", 0)
-    results = tree.run("import time\nprint(time.time_ns())", *["import time\nprint(time.time_ns())\n"] * 3)
+    results = tree.run(
+        "import time\nprint(time.time_ns())", *["import time\nprint(time.time_ns())\n"] * 3
+    )
     again = tree.one("import time\nprint(time.time_ns())")
     assert len({r.state for r in [*results, again]}) == 1
     assert len({r.stdout for r in [*results, again]}) == 1

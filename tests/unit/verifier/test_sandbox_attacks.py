@@ -1,7 +1,8 @@
-"""Attacks on the step sandbox. What an attack would change is looked for from outside the sandbox.
+"""Attacks on the step sandbox. What an attack would change is looked for from outside.
 
-Each attack runs as a step; afterwards the outside (files, sockets, a canary process, /proc) must be as before,
-no secret may be in the output, and the tree must still answer. What the step says of itself proves nothing.
+Each attack runs as a step; afterwards the outside (files, sockets, a canary process, /proc) must
+be as before, no secret may be in the output, and the tree must still answer. What the step says
+of itself proves nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _assert_only_known_processes(tree) -> None:
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """Everything an attack could want to touch, open to all users so only the sandbox protects it."""
+    """What an attack could want to touch, open to all users: only the sandbox protects it."""
     folder = tmp_path_factory.mktemp("outside")
     for parent in [folder, *folder.parents[:3]]:
         with contextlib.suppress(PermissionError):
@@ -86,7 +87,7 @@ def outside(tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 
 def _assert_untouched(outside: SimpleNamespace) -> None:
-    assert sorted(os.listdir(outside.folder)) == ["secret.txt"]
+    assert [path.name for path in outside.folder.iterdir()] == ["secret.txt"]
     assert outside.secret.read_text() == SECRET
     found = outside.secret.stat()
     assert stat.S_IMODE(found.st_mode) == 0o666
@@ -152,7 +153,8 @@ ATTACKS = {
     "our memory": "print(open('/proc/{pid}/mem', 'rb').read(1))",
     "c environ": LIBC + "libc.getenv.restype = ctypes.c_char_p\n"
     "print(libc.getenv(b'SANDBOX_TEST_SECRET'))",
-    "open by handle": LIBC + "h = (ctypes.c_char * 128)()\nassert libc.syscall(304, -100, h, 0) < 0",
+    "open by handle": LIBC
+    + "h = (ctypes.c_char * 128)()\nassert libc.syscall(304, -100, h, 0) < 0",
     "import our package": "import verifier.sandbox\nprint(verifier.sandbox.__file__)",
     # signals and other processes
     "kill canary": "import os\nos.kill({canary}, 9)",
@@ -195,7 +197,8 @@ ATTACKS = {
     # privileges
     "setuid": "import os\nos.setuid(0)",
     "setgroups": "import os\nos.setgroups([0])",
-    "capset": LIBC + "h = (ctypes.c_uint32 * 2)(0x20080522, 0)\nd = (ctypes.c_uint32 * 6)(*[0xffffffff] * 6)\n"
+    "capset": LIBC
+    + "h = (ctypes.c_uint32 * 2)(0x20080522, 0)\nd = (ctypes.c_uint32 * 6)(*[0xffffffff] * 6)\n"
     "assert libc.syscall(126, h, d) != 0",
     "keyring": LIBC + "assert libc.syscall(248, b'user', b'x', b'y', 1, -3) < 0",
     "bpf": LIBC + "a = (ctypes.c_char * 128)()\nassert libc.syscall(321, 0, a, 128) < 0",
@@ -267,7 +270,7 @@ def test_locked_processes_show_their_locks_to_the_outside(tree):
             assert "0" not in fields["Uid"].split()
             assert fields["Groups"].strip() in ("", fields["Gid"].split()[0])
         with contextlib.suppress(PermissionError):
-            names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            names = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
             assert sorted(n.split(":")[0] for n in names) == ["/dev/null"] * 3 + ["socket"]
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             assert SECRET.encode() not in environment
@@ -289,7 +292,10 @@ def test_trees_run_as_different_users_when_started_as_root(strict_sandbox, tree)
 
 
 BOMBS = {
-    "fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", {"timeout"}),
+    "fork bomb": (
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        {"timeout"},
+    ),
     "thread bomb": (
         "import threading\nwhile True: threading.Thread(target=input).start()",
         {"error", "denied"},
@@ -308,7 +314,8 @@ BOMBS = {
         {"timeout"},
     ),
     "ignored signals": (
-        "import signal\nfor n in (2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\nwhile True: pass",
+        "import signal\nfor n in (2, 14, 15, 24): signal.signal(n, signal.SIG_IGN)\n"
+        "while True: pass",
         {"timeout"},
     ),
     "memory error swallowed": (
@@ -349,7 +356,10 @@ BOMBS = {
     ),
     "closed channel": ("import os\nos.close(63)\nwhile True: pass", {"protocol_error"}),
     "all descriptors closed": ("import os\nos.closerange(0, 64)", {"died"}),
-    "garbage reply": ("import socket\nsocket.socket(fileno=63).send(b'ok' * 50)", {"protocol_error"}),
+    "garbage reply": (
+        "import socket\nsocket.socket(fileno=63).send(b'ok' * 50)",
+        {"protocol_error"},
+    ),
     "empty frame flood": (
         "import socket\ns = socket.socket(fileno=63)\nwhile True: s.send(b'x')",
         {"protocol_error", "denied", "error", "died"},
@@ -380,9 +390,11 @@ runner = f.f_locals["self"]
 """
 
 TAMPERINGS = {
-    "builtins": "import builtins\nfor n in ('len', 'print', 'exec', 'compile', 'int', 'str', 'type'):\n"
+    "builtins": "import builtins\n"
+    "for n in ('len', 'print', 'exec', 'compile', 'int', 'str', 'type'):\n"
     "    setattr(builtins, n, None)",
-    "import hook": "import sys\nsys.meta_path.insert(0, None)\nsys.path[:] = []\nsys.modules.clear()",
+    "import hook": "import sys\nsys.meta_path.insert(0, None)\nsys.path[:] = []\n"
+    "sys.modules.clear()",
     "gc": "import gc\ngc.disable()\ngc.callbacks.append(lambda *a: 1 / 0)\ngc.set_threshold(1)",
     "json and os": "import json, os, sys, struct, socket\n"
     "for m in (json, os, struct, socket): m.__dict__.clear()",
@@ -395,9 +407,11 @@ TAMPERINGS = {
     "random": "import random\nrandom.__dict__.clear()",
     "fork hooks": "import os\nos.register_at_fork(before=lambda: 1/0, after_in_child=lambda: 1/0)",
     "timer": "import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.001)",
-    "alarm": "import signal\nsignal.signal(14, lambda *a: 1 / 0)\nsignal.setitimer(0, 0.001, 0.001)",
+    "alarm": "import signal\nsignal.signal(14, lambda *a: 1 / 0)\n"
+    "signal.setitimer(0, 0.001, 0.001)",
     "runner object": FIND_RUNNER + "runner.__dict__.clear()",
-    "runner frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.clear()\n    f = f.f_back",
+    "runner frames": "import sys\nf = sys._getframe()\n"
+    "while f:\n    f.f_globals.clear()\n    f = f.f_back",
     "excepthook": "import sys\nsys.excepthook = sys.unraisablehook = None",
     "audit hook": "import sys\nsys.addaudithook(lambda *a: 1 / 0)",
     "linecache": "import linecache\nlinecache.cache = None",
@@ -470,7 +484,9 @@ def test_state_that_answers_spawn_orders_itself_is_found_out(tree):
 def test_no_descriptor_reaches_a_sibling_through_the_parent(tree):
     parent = tree.one("import os\nf = os.open(os.__file__, os.O_RDONLY)\nos.dup2(f, 0)")
     mover = "os.lseek(0, 1234, 0)"
-    looker = "try: print(os.lseek(0, 0, 1), os.lseek(f, 0, 1))\nexcept OSError as e: print('closed')"
+    looker = (
+        "try: print(os.lseek(0, 0, 1), os.lseek(f, 0, 1))\nexcept OSError as e: print('closed')"
+    )
     results = tree.run(mover, looker, state=parent.state)
     assert "1234" not in results[1].stdout
 
