@@ -10,7 +10,10 @@ Three ways run the same tree of steps in the same run, in turns, and must print 
 * worker: the same concatenation in one warm process that lives through the whole tree.
 Both comparisons fork from a parent that has sympy loaded, which favours them.
 
-Machines differ and are noisy: read the ratios. The last line printed is one JSON object.
+Machines differ and are noisy: read the ratios. The sandbox spreads siblings over the cores it may
+use, as its users would; ratios ending in _cpu compare CPU time instead (the sandbox's with all its
+processes, the others' without their start), which other load disturbs less. The last line printed
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -76,12 +79,16 @@ def expansions(steps: Sequence[str], pass_number: int) -> list[Expansion]:
     return tree
 
 
+Outcome = tuple[float, float, list[list[str]]]
+"""Seconds, CPU seconds, and what each candidate printed."""
+
+
 # --------------------------------------------------------------------------- comparisons
 
 
-def run_concatenated(path: list[str], candidates: list[str]) -> list[str]:
-    """Each candidate after all code of its path, in this process; what the candidate printed."""
-    outputs = []
+def run_concatenated(path: list[str], candidates: list[str]) -> tuple[list[str], float]:
+    """Each candidate after all code of its path, here; what the candidates printed, CPU seconds."""
+    outputs, started = [], time.process_time()
     for candidate in candidates:
         namespace: dict[str, Any] = {"__name__": "__main__"}
         with contextlib.redirect_stdout(io.StringIO()):
@@ -90,7 +97,7 @@ def run_concatenated(path: list[str], candidates: list[str]) -> list[str]:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(candidate, "<candidate>", "exec"), namespace)
         outputs.append(printed.getvalue())
-    return outputs
+    return outputs, time.process_time() - started
 
 
 def serve_comparisons(connection: Connection) -> None:
@@ -109,14 +116,16 @@ def serve_comparisons(connection: Connection) -> None:
         if mode == "end":
             worker.shutdown()
             return
-        started, outputs = time.perf_counter(), []
+        started, outputs, cpu_s = time.perf_counter(), [], 0.0
         for path, candidates in tree:
             if mode == "pools":
                 with ProcessPoolExecutor(1, mp_context=context) as pool:
-                    outputs.append(pool.submit(run_concatenated, path, candidates).result())
+                    printed, spent = pool.submit(run_concatenated, path, candidates).result()
             else:
-                outputs.append(worker.submit(run_concatenated, path, candidates).result())
-        connection.send((time.perf_counter() - started, outputs))
+                printed, spent = worker.submit(run_concatenated, path, candidates).result()
+            outputs.append(printed)
+            cpu_s += spent
+        connection.send((time.perf_counter() - started, cpu_s, outputs))
 
 
 class Comparisons:
@@ -127,7 +136,7 @@ class Comparisons:
         self._process.start()
         return self
 
-    def run(self, mode: str, tree: list[Expansion]) -> tuple[float, list[list[str]]]:
+    def run(self, mode: str, tree: list[Expansion]) -> Outcome:
         self._connection.send((mode, tree))
         return self._connection.recv()
 
@@ -136,7 +145,20 @@ class Comparisons:
         self._process.join(10)
 
 
-def run_tree(sandbox: Sandbox, name: str, tree: list[Expansion]) -> tuple[float, list[list[str]]]:
+def settled_cpu_s(sandbox: Sandbox) -> float:
+    """CPU seconds of supervisor and ended processes, once the ends of closed trees are counted."""
+    last = -1.0
+    while True:
+        stats = sandbox.stats()
+        total = stats["supervisor_cpu_s"] + stats["ended_processes_cpu_s"]
+        if stats["live_processes"] == 0 and total - last < 0.005:
+            return total
+        last = total
+        time.sleep(0.3)
+
+
+def run_tree(sandbox: Sandbox, name: str, tree: list[Expansion]) -> Outcome:
+    cpu_before = settled_cpu_s(sandbox)
     started, outputs = time.perf_counter(), []
     state = sandbox.open(name)
     for _, candidates in tree:
@@ -146,7 +168,7 @@ def run_tree(sandbox: Sandbox, name: str, tree: list[Expansion]) -> tuple[float,
         outputs.append([result.stdout for result in results])
     seconds = time.perf_counter() - started
     sandbox.close(name)
-    return seconds, outputs
+    return seconds, settled_cpu_s(sandbox) - cpu_before, outputs
 
 
 def compare(sandbox: Sandbox, repeats: int) -> dict[str, Any]:
@@ -155,14 +177,16 @@ def compare(sandbox: Sandbox, repeats: int) -> dict[str, Any]:
     with Comparisons() as comparisons:
         for kind, steps in (("sympy", SYMPY_STEPS), ("light", LIGHT_STEPS)):
             seconds: dict[str, list[float]] = {"tree": [], "pools": [], "worker": []}
+            cpu_seconds: dict[str, list[float]] = {name: [] for name in seconds}
             for number in range(repeats):
                 tree = expansions(steps, number)
                 outputs = []
                 for name in seconds:
                     if name == "tree":
-                        spent, printed = run_tree(sandbox, f"{kind}-{number}", tree)
+                        spent, cpu_s, printed = run_tree(sandbox, f"{kind}-{number}", tree)
                     else:
-                        spent, printed = comparisons.run(name, tree)
+                        spent, cpu_s, printed = comparisons.run(name, tree)
+                    cpu_seconds[name].append(cpu_s)
                     seconds[name].append(spent)
                     outputs.append(printed)
                 if not outputs[0] == outputs[1] == outputs[2]:
@@ -171,11 +195,15 @@ def compare(sandbox: Sandbox, repeats: int) -> dict[str, Any]:
                     )
             executions = LEVELS * SIBLINGS
             medians = {name: statistics.median(spent) for name, spent in seconds.items()}
-            for name, spent in medians.items():
-                figures[f"{kind}_{name}_ms_per_step"] = spent / executions * 1e3
+            cpu = {name: statistics.median(spent) for name, spent in cpu_seconds.items()}
+            for name in medians:
+                figures[f"{kind}_{name}_ms_per_step"] = medians[name] / executions * 1e3
+                figures[f"{kind}_{name}_cpu_ms_per_step"] = cpu[name] / executions * 1e3
             prefix = "tree" if kind == "sympy" else "light_tree"
             figures[f"{prefix}_vs_pools"] = medians["pools"] / medians["tree"]
             figures[f"{prefix}_vs_warm_worker"] = medians["worker"] / medians["tree"]
+            figures[f"{prefix}_vs_pools_cpu"] = cpu["pools"] / cpu["tree"]
+            figures[f"{prefix}_vs_warm_worker_cpu"] = cpu["worker"] / cpu["tree"]
     return figures
 
 

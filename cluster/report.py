@@ -169,14 +169,12 @@ def _cost_table(report: Mapping[str, Any]) -> Table:
 def _cells(shares: Mapping[str, float | None] | None) -> str:
     if not shares:
         return ""
-    return " ".join(
-        "-" if shares[column] is None else f"{100 * shares[column]:.0f}" for column in COLUMNS
-    )
+    return " ".join(percent(shares[column], digits=0) for column in COLUMNS)
 
 
-def percent(share: float | None) -> str:
-    """A share as percent with one decimal; "-" for None."""
-    return "-" if share is None else f"{100 * share:.1f}"
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as percent; "-" for None."""
+    return "-" if share is None else f"{100 * share:.{digits}f}"
 
 
 def _seconds(value: float | None) -> str:

@@ -16,15 +16,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import RolloutConfig
+from cluster.config import ConfigError, RolloutConfig
 from cluster.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
 from cluster.model_check import check_policy_checkpoint
 from cluster.progress import ProgressView
 from cluster.report import COLUMNS, hardware, shares_by_level, versions, write_report
 from cluster.run_folder import RunFolder
-from learner.checkpoint import Checkpoint, Kind, directory_digest
+from learner.checkpoint import Checkpoint, Kind, directory_digest, read_prompt_template
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
+from rollout.prompt import TEMPLATES
 from rollout.store import RunStore, TrajectoryStore
 
 ROUND = 1
@@ -35,6 +36,7 @@ class RolloutRun:
     """One rollout run, from its config to its report."""
 
     def __init__(self, config: RolloutConfig, view: ProgressView) -> None:
+        config = with_prompt_template(config)
         self.config = config
         self.view = view
         self.folder = RunFolder(config.run_dir)
@@ -140,6 +142,26 @@ class RolloutRun:
             "versions": versions(),
             "hardware": hardware(),
         }
+
+
+def with_prompt_template(config: RolloutConfig) -> RolloutConfig:
+    """The config with the template the policy was trained with, unless one was asked for.
+
+    Raises:
+        ConfigError: the checkpoint names a template this version does not know.
+    """
+    if "template" in config.search.model_fields_set:
+        return config
+    name = read_prompt_template(config.policy)
+    if name is None:
+        return config
+    if name not in TEMPLATES:
+        raise ConfigError(
+            f"{config.policy}: trained with prompt template {name!r}, expected one of "
+            f"{', '.join(TEMPLATES)}; choose with --set search.template=..."
+        )
+    search = config.search.model_copy(update={"template": name})
+    return config.model_copy(update={"search": search})
 
 
 def _given(kind: Kind, path: Path) -> Checkpoint:

@@ -28,6 +28,9 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["policy", "ppm"]
 
+NOTES_FILE = "rstar.json"
+"""What Hugging Face's files do not say of a checkpoint."""
+
 _HASH_CHUNK_BYTES = 1 << 22
 
 
@@ -162,6 +165,26 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}") from error
         return record
+
+
+def write_prompt_template(directory: Path, name: str) -> None:
+    """Note in a checkpoint directory which prompt template its model was trained with."""
+    (directory / NOTES_FILE).write_text(json.dumps({"prompt_template": name}) + "\n")
+
+
+def read_prompt_template(directory: str | Path) -> str | None:
+    """The prompt template a checkpoint names; None for models trained elsewhere.
+
+    Raises:
+        CheckpointError: the note cannot be read.
+    """
+    path = Path(directory) / NOTES_FILE
+    try:
+        return str(json.loads(path.read_text())["prompt_template"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
 
 def directory_digest(path: Path) -> str:

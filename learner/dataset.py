@@ -129,6 +129,8 @@ class Demonstration:
 class Dataset:
     """What one round trains on, before it is written."""
 
+    template: str
+    """Name of the prompt template all texts were rendered with."""
     sft_train: list[SFTExample]
     sft_validation: list[SFTExample]
     pairs_train: list[PreferencePair]
@@ -237,6 +239,7 @@ def build_dataset(
             pairs_train.append(pair)
             counts[pair.level]["pairs_train"] += 1
     return Dataset(
+        template=template.name,
         sft_train=sft_train,
         sft_validation=sft_validation,
         pairs_train=pairs_train,
@@ -325,8 +328,8 @@ def write_dataset(
 ) -> dict[str, Any]:
     """Write a dataset directory, each file whole and the manifest last; returns the manifest.
 
-    The manifest holds `counts`, `excluded`, `files` (name -> rows, sha256), `digest` over all files
-    and `info`. An existing dataset in the directory is replaced.
+    The manifest holds `template`, `counts`, `excluded`, `files` (name -> rows, sha256), `digest`
+    over all files and `info`. An existing dataset in the directory is replaced.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -346,6 +349,7 @@ def write_dataset(
         files[name] = {"rows": table.num_rows, "sha256": hashlib.sha256(data).hexdigest()}
     digest = hashlib.sha256("".join(f["sha256"] for f in files.values()).encode()).hexdigest()
     manifest = {
+        "template": dataset.template,
         "counts": dataset.counts,
         "excluded": dataset.excluded,
         "files": files,

@@ -49,7 +49,7 @@ from learner.batch import (
     tokenise_pairs,
     tokenise_segments,
 )
-from learner.checkpoint import Checkpoint, CheckpointStore, Kind
+from learner.checkpoint import Checkpoint, CheckpointStore, Kind, write_prompt_template
 from learner.dataset import DatasetError, read_manifest, read_pairs, read_sft
 from learner.fit import (
     FitProgress,
@@ -681,11 +681,14 @@ def _publish(
     state = _gathered_state(engine.module.model, request.config, rank)
     outcome: list[Any] = [None]
     if rank == 0:
+        template = (read_manifest(request.data) or {}).get("template")
 
         def write(directory: Path) -> None:
             with _quiet_loading():
                 engine.module.model.save_pretrained(directory, state_dict=state)
                 prepared.tokenizer.save_pretrained(directory)
+            if template is not None:
+                write_prompt_template(directory, template)
 
         try:
             store = CheckpointStore(request.checkpoints)

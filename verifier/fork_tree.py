@@ -445,6 +445,7 @@ class Supervisor:
             "supervisor_mib": _resident_bytes(self.pid) / 2**20,
             "supervisor_pid": self.pid,
             "supervisor_cpu_s": time.process_time(),
+            "ended_processes_cpu_s": sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]),
         }
 
     def _known(self, state: str) -> _Node:

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from learner.checkpoint import CheckpointError, CheckpointStore
+from learner.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    read_prompt_template,
+    write_prompt_template,
+)
 
 
 def writer(content: str):
@@ -105,3 +111,12 @@ def test_record_of_a_lost_folder_is_an_error(tmp_path):
 def test_impossible_kind_or_round_is_refused(tmp_path, kind, round):
     with pytest.raises(ValueError, match="checkpoint"):
         CheckpointStore(tmp_path).publish(kind, round, writer("x"))
+
+
+def test_checkpoint_names_the_prompt_template_it_was_trained_with(tmp_path: Path) -> None:
+    assert read_prompt_template(tmp_path) is None
+    write_prompt_template(tmp_path, "short")
+    assert read_prompt_template(tmp_path) == "short"
+    (tmp_path / "rstar.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"rstar\.json cannot be read"):
+        read_prompt_template(tmp_path)
