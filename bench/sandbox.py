@@ -151,7 +151,7 @@ def settled_cpu_s(sandbox: Sandbox) -> float:
     while True:
         stats = sandbox.stats()
         total = stats["supervisor_cpu_s"] + stats["ended_processes_cpu_s"]
-        if stats["live_processes"] == 0 and total - last < 0.005:
+        if stats["unreaped_processes"] == 0 and total - last < 0.005:
             return total
         last = total
         time.sleep(0.3)
@@ -325,6 +325,7 @@ def soak(isolation: Any, steps: int) -> dict[str, Any]:
     rng = random.Random(1)
     limits = SandboxLimits(wall_s=0.3, memory_mib=256, live_states_per_tree=64, live_states=128)
     answers: dict[str, int] = {}
+    ends: dict[str, int] = {}
     wrong = 0
     with Sandbox(limits, isolation) as sandbox:
         sandbox.open("first")
@@ -353,6 +354,7 @@ def soak(isolation: Any, steps: int) -> dict[str, Any]:
                     answers[result.status] = answers.get(result.status, 0) + 1
                     if code.startswith(f"v{depth}") and result.stdout != f"{sent + offset}\n":
                         wrong += 1
+                        ends[result.status] = ends.get(result.status, 0) + 1
                 sent += SIBLINGS
                 if results[0].state is None:
                     break
@@ -365,6 +367,7 @@ def soak(isolation: Any, steps: int) -> dict[str, Any]:
         "soak_steps": sent,
         "soak_answers": answers,
         "soak_wrong_honest_answers": wrong,
+        "soak_wrong_honest_statuses": ends,
         "soak_leftover_processes": left,
         "soak_descriptor_growth": after["descriptors"] - before["descriptors"],
         "soak_supervisor_mib_growth": after["supervisor_mib"] - before["supervisor_mib"],

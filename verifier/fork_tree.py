@@ -178,7 +178,7 @@ class _Process:
         *("burning", "channel", "cpu_s", "deadline", "eof_at", "granted", "job", "kill_reason"),
         *("listener",),
         *("node", "nonce", "parent", "parts", "permits", "phase", "pid", "received", "refusals"),
-        *("started", "tree"),
+        *("running_since", "started", "tree"),
     )
 
     def __init__(self, channel: socket.socket, tree: _Tree, job: _Job | None, now: float) -> None:
@@ -191,7 +191,7 @@ class _Process:
         self.listener: int | None = None
         self.permits = self.refusals = 0
         self.granted: deque[float] = deque()
-        self.started = now
+        self.started = self.running_since = now
         self.deadline = now + SPAWN_TIMEOUT_S
         self.kill_reason = ""
         self.eof_at = 0.0
@@ -438,6 +438,7 @@ class Supervisor:
             "trees": len(self.trees) - ("" in self.trees),
             "states": len(self.nodes),
             "live_processes": self.live,
+            "unreaped_processes": len(self.by_pid),
             "running": len(self.active),
             "queued": len(self.queue),
             "live_cap": self.live_cap,
@@ -699,8 +700,7 @@ class Supervisor:
             self._put(request, index, _result("denied", "Depth", message))
             return
         if node.poisoned:
-            message = "the parent state broke the protocol while it waited"
-            self._put(request, index, _result("protocol_error", "ParentState", message))
+            self._put(request, index, _result("protocol_error", "ParentState", _POISONED))
             return
         key = (hashlib.sha256(text.rstrip()).digest(), *(limits[name] for name in _STEP_LIMITS))
         cached = node.cached.get(key)
@@ -930,7 +930,9 @@ class Supervisor:
         else:
             assert process.job is not None
             process.phase = RUNNING
-            process.deadline = process.started + process.job.limits["wall_s"]
+            # from its first word on: before that it was its parent that waited for a core
+            process.running_since = time.monotonic()
+            process.deadline = process.running_since + process.job.limits["wall_s"]
         exited = self.early_exits.pop(pid, None)
         if exited is not None:
             self._on_exit(process, *exited)
@@ -1049,7 +1051,9 @@ class Supervisor:
         self.counts["retries"] += 1
         if job.parent.id not in self.nodes:
             return
-        if job.attempts < MAX_ATTEMPTS:
+        if job.parent.poisoned:
+            self._finish(job, _result("protocol_error", "ParentState", _POISONED), None)
+        elif job.attempts < MAX_ATTEMPTS:
             if job.parent.process is not None:
                 # the parent lives but could not fork: make room before the next try
                 self._evict_some(4, job.parent)
@@ -1307,7 +1311,7 @@ class Supervisor:
             self._kill_unordered()
 
     def _check_limits(self, process: _Process, job: _Job, now: float) -> None:
-        age = now - process.started
+        age = now - process.running_since
         if age < FAST_S and now < process.deadline:
             return
         limits = job.limits
@@ -1320,7 +1324,7 @@ class Supervisor:
         usage = {"wall_s": age, "cpu_s": cpu_s, "memory_mib": resident / 2**20}
         if now >= process.deadline:
             waited = _run_delay_seconds(process.pid)
-            if cpu_s < 0.3 * age and waited > 0.5 * age:
+            if cpu_s < 0.3 * age and waited > 0.3 * age:
                 self._extend(process, job, age, waited)
                 return
             self._kill(process, "wall")
@@ -1339,7 +1343,8 @@ class Supervisor:
         """The machine, not the step, used up the time: give it back, up to ten times the limit."""
         if age < MAX_STRETCH * job.limits["wall_s"]:
             self.counts["contended_extensions"] += 1
-            process.deadline = process.started + max(job.limits["wall_s"] + waited, age + FAST_S)
+            due_s = max(job.limits["wall_s"] + waited, age + FAST_S)
+            process.deadline = process.running_since + due_s
             return
         self._kill(process, "contended")
         process.job = None
@@ -1391,6 +1396,7 @@ _STEP_LIMITS = (
         "code_kib",
     ),
 )
+_POISONED = "the parent state broke the protocol while it waited"
 _NOT_ABOUT_THE_CODE = frozenset({"replay_diverged", "pool_overloaded", "infra_error"})
 
 
