@@ -202,7 +202,9 @@ def plot_report(report: Mapping[str, Any], path: Path) -> Path:
         if method == "greedy" and report.get("cold_start"):
             xs, values = [0, *xs], [_overall(report["cold_start"]["greedy"]), *values]
         _line(right, xs, values, name, "-")
-    right.set_title("held-out problems solved")
+    sizes = report.get("evaluation", {})
+    counts = f" (greedy: {sizes['num_problems']}, others: {sizes['num_search_problems']})"
+    right.set_title("held-out problems solved" + (counts if sizes else ""))
     for axes in (left, right):
         axes.set_xlabel("round (0: cold start)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
