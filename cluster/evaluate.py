@@ -23,6 +23,7 @@ from rollout.search import SearchConfig, StepSandbox, TerminalValue, grade_any, 
 from rollout.seeds import derive_seed
 from rollout.tree import Tree
 from verifier.accuracy import best_by_value, majority_vote
+from verifier.verify import start_symbolic_worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,8 @@ async def evaluate(
     Raises:
         EngineError, SearchError: a part of the system failed.
     """
+    # A symbolic question that has to wait for its process would end undecided.
+    await asyncio.to_thread(start_symbolic_worker)
     chosen = balanced(problems, config.num_problems)
     searched = {p.id for p in balanced(chosen, config.num_search_problems)}
     slots = asyncio.Semaphore(max_open)

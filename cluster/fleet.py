@@ -44,6 +44,7 @@ from rollout.problem import Problem
 from rollout.search import SearchConfig, StepSandbox, run_search
 from rollout.store import Manifest, RunStore, TrajectoryStore
 from rollout.tree import Tree
+from verifier.verify import start_symbolic_worker
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class StageSearch:
     sandbox: StepSandbox
 
     async def __call__(self, problem: Problem, task: SearchTask) -> Tree:
+        # A symbolic question that has to wait for its process would end undecided.
+        await asyncio.to_thread(start_symbolic_worker)
         return await run_search(
             problem,
             config=self.searches[task.stage],
