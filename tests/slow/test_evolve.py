@@ -42,7 +42,7 @@ class Command:
             )
         self.seen: dict[int, psutil.Process] = {}
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 200.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 400.0) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not condition():
             self.look()
@@ -102,7 +102,7 @@ def digests(run_dir: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_run_killed_and_interrupted_ends_whole(
     tmp_path: Path, start: Callable[..., Command]
 ) -> None:
