@@ -22,7 +22,13 @@ from cluster.model_check import check_policy_checkpoint
 from cluster.progress import ProgressView
 from cluster.report import COLUMNS, hardware, shares_by_level, versions, write_report
 from cluster.run_folder import RunFolder
-from learner.checkpoint import Checkpoint, Kind, directory_digest, read_prompt_template
+from learner.checkpoint import (
+    Checkpoint,
+    Kind,
+    checkpoint_directory,
+    directory_digest,
+    read_prompt_template,
+)
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.prompt import TEMPLATES
@@ -36,7 +42,7 @@ class RolloutRun:
     """One rollout run, from its config to its report."""
 
     def __init__(self, config: RolloutConfig, view: ProgressView) -> None:
-        config = with_prompt_template(config)
+        config = with_prompt_template(with_checkpoint_directories(config))
         self.config = config
         self.view = view
         self.folder = RunFolder(config.run_dir)
@@ -142,6 +148,16 @@ class RolloutRun:
             "versions": versions(),
             "hardware": hardware(),
         }
+
+
+def with_checkpoint_directories(config: RolloutConfig) -> RolloutConfig:
+    """The config with `.../round=R/policy` folders replaced by the checkpoint published there."""
+    found = {
+        name: checkpoint_directory(path)
+        for name in ("policy", "ppm")
+        if (path := getattr(config, name)) is not None
+    }
+    return config.model_copy(update=found)
 
 
 def with_prompt_template(config: RolloutConfig) -> RolloutConfig:

@@ -187,6 +187,24 @@ def read_prompt_template(directory: str | Path) -> str | None:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
 
+def checkpoint_directory(path: str | Path) -> Path:
+    """The Hugging Face directory a path means: itself, or what its CURRENT.json names.
+
+    So that `checkpoints/round=4/policy` can be given where its one published checkpoint is meant.
+
+    Raises:
+        CheckpointError: CURRENT.json is there and cannot be read.
+    """
+    path = Path(path)
+    record = path / "CURRENT.json"
+    try:
+        return path / str(json.loads(record.read_bytes())["path"])
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{record} cannot be read: {error!r}") from error
+
+
 def directory_digest(path: Path) -> str:
     """sha256 over names and contents of all files below a directory, in name order.
 

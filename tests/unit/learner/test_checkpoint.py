@@ -8,6 +8,7 @@ import pytest
 from learner.checkpoint import (
     CheckpointError,
     CheckpointStore,
+    checkpoint_directory,
     read_prompt_template,
     write_prompt_template,
 )
@@ -120,3 +121,10 @@ def test_checkpoint_names_the_prompt_template_it_was_trained_with(tmp_path: Path
     (tmp_path / "rstar.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"rstar\.json cannot be read"):
         read_prompt_template(tmp_path)
+
+
+def test_folder_of_a_round_means_the_checkpoint_published_there(tmp_path: Path) -> None:
+    checkpoint = CheckpointStore(tmp_path).publish("policy", 4, writer("weights"))
+    assert checkpoint_directory(tmp_path / "round=4" / "policy") == Path(checkpoint.path)
+    assert checkpoint_directory(checkpoint.path) == Path(checkpoint.path)
+    assert checkpoint_directory(tmp_path / "nowhere") == tmp_path / "nowhere"
