@@ -43,6 +43,7 @@ import logging
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -481,7 +482,7 @@ class RequestGate:
 # --- The replicas -----------------------------------------------------------------------------
 
 
-class _Replica:
+class _Replica(ABC):
     """An engine's life; subclasses say how it is asked."""
 
     _runner: Literal["generate", "pooling"]
@@ -644,14 +645,14 @@ class _Replica:
 
     # What subclasses say.
 
-    def _check_model(self, path: str) -> ModelInfo:
-        raise NotImplementedError
+    @abstractmethod
+    def _check_model(self, path: str) -> ModelInfo: ...
 
-    async def _take_fingerprint(self) -> tuple[float, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    async def _take_fingerprint(self) -> tuple[float, ...]: ...
 
-    def _take_reference(self, path: str) -> tuple[float, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _take_reference(self, path: str) -> tuple[float, ...]: ...
 
     # The engine.
 
