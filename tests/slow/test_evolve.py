@@ -53,8 +53,9 @@ class Command:
 
     def look(self) -> None:
         """Remember all living descendants; some leave the session of their parent."""
-        for child in self.process.children(recursive=True):
-            self.seen.setdefault(child.pid, child)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in self.process.children(recursive=True):
+                self.seen.setdefault(child.pid, child)
 
     def kill_everything(self) -> None:
         self.look()
