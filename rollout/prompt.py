@@ -47,9 +47,6 @@ MARKERS = (
 STOP_STRINGS = (END_OF_STEP, END_OF_CODE, END_OF_ANSWER)
 """A step of a fine-tuned policy ends at one of these."""
 
-BOOTSTRAP_STOP_STRINGS = (END_OF_STEP, END_OF_CODE, END_OF_OUTPUT, END_OF_ANSWER)
-"""Round 1: a few-shot model may write the output block itself; it is cut there."""
-
 MAX_OUTPUT_CHARS = 1024
 """Longer stdout is shown to the model as its first and last halves (released behaviour)."""
 
