@@ -153,10 +153,12 @@ class Fleet:
 
     def describe(self) -> str:
         """For people: what runs."""
-        return (
-            f"{len(self._policies)} policy, {len(self._sandboxes)} sandbox, "
-            f"{self.config.cluster.learner.replicas} learner ranks"
-        )
+        parts = [f"{len(self._policies)} policy", f"{len(self._sandboxes)} sandbox"]
+        if self._preferences:
+            parts.append(f"{len(self._preferences)} PPM")
+        if self._learner is not None:
+            parts.append(f"{self._learner.num_workers} learner ranks")
+        return ", ".join(parts)
 
     async def start(self, policy: Path, *, version: str = "base", learner: bool = True) -> None:
         """Bring up Ray and the actors; the policy engines start from `policy`.
