@@ -36,7 +36,6 @@ _PACKAGES = (
     "deepspeed",
     "pyarrow",
     "sympy",
-    "math-verify",
 )
 
 

@@ -438,6 +438,7 @@ class Supervisor:
             "trees": len(self.trees) - ("" in self.trees),
             "states": len(self.nodes),
             "live_processes": self.live,
+            "zygotes": len(self.zygotes),
             "unreaped_processes": len(self.by_pid),
             "running": len(self.active),
             "queued": len(self.queue),
@@ -535,6 +536,9 @@ class Supervisor:
         zygote.info = json.loads(message[len(READY) :])
         if zygote.info["threads"] != 1:
             self._fail_orders(zygote, f"the zygote has {zygote.info['threads']} threads")
+            return
+        if flavour in zygote.info["missing"]:
+            self._fail_orders(zygote, f"flavour {flavour!r} needs the library {flavour}")
             return
         orders, zygote.orders = zygote.orders, []
         for node in orders:

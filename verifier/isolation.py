@@ -37,6 +37,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+SINGLE_THREADED = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+"""Environment that keeps numerical libraries from starting threads, which states may not have."""
+
 # fork, seccomp notification and the allow-list are written for this machine's system call numbers
 SUPPORTED_MACHINE = "x86_64"
 
@@ -419,7 +422,8 @@ def readable_paths(search_path: Sequence[str]) -> list[str]:
         candidates.append(f"{library}/{name}")
     candidates += ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib"]
     candidates += ["/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
-    existing = {name for name in candidates if name.startswith("/") and Path(name).exists()}
+    # os.access: a path we may not even look at is none for the code either
+    existing = {path for path in candidates if path.startswith("/") and os.access(path, os.F_OK)}
     existing |= {os.path.realpath(path) for path in existing}
     kept: list[str] = []
     for path in sorted(existing - {"/"}, key=lambda name: (len(name), name)):

@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from verifier.isolation import SINGLE_THREADED
+
 logger = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct("<I")
@@ -68,9 +70,9 @@ def interpreter_command(*modules: str) -> list[str]:
 
 def interpreter_environment() -> dict[str, str]:
     """The whole environment of supervisor and zygote: nothing of ours, one thread, fixed hashes."""
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    return {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin", **threads, **kept}
+    fixed = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"}
+    return {**fixed, **SINGLE_THREADED, **kept}
 
 
 class SandboxError(RuntimeError):

@@ -313,7 +313,8 @@ class _SeededNumpyRandom:
 def _preload(flavour: str) -> tuple[list[str], list[str]]:
     """Import and warm up; the modules that are not installed and the warm-up lines that failed."""
     missing, failed = [], []
-    for name in sandbox_warm_up.LEFT_OUT:
+    left_out = sandbox_warm_up.LEFT_OUT if flavour == "base" else ()  # scipy cannot do without
+    for name in left_out:
         sys.modules[name] = None  # type: ignore[assignment]
     for name in sandbox_warm_up.FLAVOUR_MODULES[flavour]:
         try:
@@ -333,7 +334,7 @@ def _preload(flavour: str) -> tuple[list[str], list[str]]:
                     exec(line, scope)
             except Exception as error:
                 failed.append(f"{line}: {error!r}")
-    for name in sandbox_warm_up.LEFT_OUT:
+    for name in left_out:
         del sys.modules[name]
     return missing, failed
 
@@ -399,6 +400,8 @@ def main() -> None:
     sys.argv = [""]
     os.environ.clear()
     os.environ.update({"LC_ALL": "C.UTF-8", "HOME": "/", "PATH": ""})
+    # a numerical library that a step loads must not try to start threads: it would end the process
+    os.environ.update(isolation.SINGLE_THREADED)
     for name in [name for name in sys.modules if name.split(".")[0] == "verifier"]:
         del sys.modules[name]
     fork = isolation.SiblingFork()
