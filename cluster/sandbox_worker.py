@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,9 +28,15 @@ from verifier.sandbox import Isolation
 class TreeSandbox(Protocol):
     """The part of `verifier.AsyncSandbox` used here; see there for the contracts."""
 
-    async def open(self, problem_id: str) -> str: ...
+    async def open(self, problem_id: str, *, flavour: str = "base", seed: int = 0) -> str: ...
 
-    async def run(self, state: str, codes: Sequence[str]) -> list[StepResult]: ...
+    async def run(
+        self, state: str, codes: Sequence[str], limits: SandboxLimits | None = None
+    ) -> list[StepResult]: ...
+
+    async def evict(self, state: str) -> None: ...
+
+    def capabilities(self) -> Mapping[str, Any]: ...
 
     async def close(self, problem_id: str) -> None: ...
 
@@ -78,9 +84,13 @@ class SandboxWorker:
         self._tree_of: dict[str, _OpenTree] = {}
         self._idle_closed = 0
 
-    async def open(self, tree_id: str, owner: str = "") -> str:
+    async def open(
+        self, tree_id: str, owner: str = "", *, flavour: str = "base", seed: int = 0
+    ) -> str:
         """Start a tree for an owner; returns the id of its root state.
 
+        Args:
+            flavour, seed: as `verifier.AsyncSandbox.open` takes them.
         Raises:
             SandboxError: no root could be made.
         """
@@ -90,7 +100,7 @@ class SandboxWorker:
         tree = self._trees[tree_id, owner] = _OpenTree(name, self._clock())
         self._names.add(name)
         try:
-            state = await self._sandbox.open(name)
+            state = await self._sandbox.open(name, flavour=flavour, seed=seed)
         except ValueError as error:
             await self.close(tree_id, owner)
             raise SandboxError(f"tree {name} could not be opened: {error}") from error
@@ -100,9 +110,13 @@ class SandboxWorker:
         self._keep(tree, state)
         return state
 
-    async def run(self, state: str, codes: Sequence[str]) -> list[StepResult]:
+    async def run(
+        self, state: str, codes: Sequence[str], limits: SandboxLimits | None = None
+    ) -> list[StepResult]:
         """Run sibling codes, each on its own copy of `state`; order kept.
 
+        Args:
+            limits: for these steps only; None: the sandbox's.
         Raises:
             SandboxError: the state is not one of an open tree, or the sandbox failed.
         """
@@ -111,7 +125,7 @@ class SandboxWorker:
             raise SandboxError(f"state {state} is not one of an open tree")
         tree.running += 1
         try:
-            results = await self._sandbox.run(state, codes)
+            results = await self._sandbox.run(state, codes, limits)
         except ValueError as error:
             raise SandboxError(f"state {state} is lost: {error}") from error
         finally:
@@ -121,6 +135,13 @@ class SandboxWorker:
             if result.state is not None:
                 self._keep(tree, result.state)
         return results
+
+    async def evict(self, state: str) -> None:
+        """Free the state's process; the next run from it replays."""
+        try:
+            await self._sandbox.evict(state)
+        except ValueError as error:
+            raise SandboxError(f"state {state} is lost: {error}") from error
 
     async def close(self, tree_id: str, owner: str = "") -> None:
         """Free every state of an owner's tree; harmless if it is not open."""
@@ -141,6 +162,10 @@ class SandboxWorker:
         """The sandbox's own counters, open trees, and trees closed because nobody used them."""
         stats = await self._sandbox.stats()
         return {**stats, "open_trees": len(self._trees), "idle_closed": self._idle_closed}
+
+    def capabilities(self) -> dict[str, Any]:
+        """Layer -> "on" or why it is off, and the limits of the pool."""
+        return dict(self._sandbox.capabilities())
 
     def pid(self) -> int:
         """Process id, for logs and tests."""

@@ -13,6 +13,7 @@ as a broken engine does.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -26,7 +27,7 @@ from rollout.engine import (
     GenerationReply,
     GenerationRequest,
 )
-from verifier import StepResult, StepStatus
+from verifier import SandboxLimits, StepResult, StepStatus
 
 T = TypeVar("T")
 
@@ -46,6 +47,30 @@ def completion(text: str, stop: Sequence[str] = (), logprob: float | None = None
         num_tokens=max(1, len(text) // 4),
         logprob=logprob,
     )
+
+
+def random_steps(request: GenerationRequest) -> list[str]:
+    """Steps, programs, answers, failing code and garbage, drawn from the request's seed alone.
+
+    A policy script for the question "3": `bad` is code that a `ScriptedSandbox` may be told to
+    fail on, and its default output should be "3\\n".
+    """
+    rng = random.Random(request.seed)
+    depth = request.prompt.count("<end_of_step>")
+    if request.prompt.endswith("<end_of_output>\n"):
+        choices = [
+            "<answer>It is \\boxed{3}<end_of_answer>",
+            "<answer>It is \\boxed{4}<end_of_answer>",
+            "<answer>none<end_of_answer>",
+        ]
+    else:
+        choices = [
+            f"a = {rng.randrange(3)}\n<end_of_step>",
+            "bad\n<end_of_step>",
+            f"print({depth})\n<end_of_code>",
+            "cut",
+        ]
+    return [rng.choice(choices) for _ in range(request.num_candidates)]
 
 
 def by_suffix(table: Mapping[str, T], text: str) -> T:
@@ -201,8 +226,8 @@ class ScriptedSandbox(_Gated):
         """Codes run from the root to `state`."""
         return self._trees[self._tree_of[state]].codes[state]
 
-    async def open(self, tree_id: str) -> str:
-        """Start a tree.
+    async def open(self, tree_id: str, *, flavour: str = "base", seed: int = 0) -> str:
+        """Start a tree; flavour and seed make no difference.
 
         Raises:
             ValueError: it is open already.
@@ -215,8 +240,10 @@ class ScriptedSandbox(_Gated):
         self._tree_of[root] = tree_id
         return root
 
-    async def run(self, state: str, codes: Sequence[str]) -> list[StepResult]:
-        """Look up each code.
+    async def run(
+        self, state: str, codes: Sequence[str], limits: SandboxLimits | None = None
+    ) -> list[StepResult]:
+        """Look up each code, without limits.
 
         Raises:
             ValueError: the state is not one of an open tree.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from verifier.sandbox import Sandbox, SandboxLimits, StepResult
+from tests.sandbox_backends import Backend, start_backend
+from verifier.sandbox import SandboxLimits, StepResult
 
 _numbers = itertools.count()
 
@@ -15,7 +17,7 @@ _numbers = itertools.count()
 class OpenTree:
     """A tree that a test plays with; `run` from the root unless told otherwise."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Backend) -> None:
         self.sandbox = sandbox
         self.problem_id = f"test-{next(_numbers)}"
         self.root = sandbox.open(self.problem_id)
@@ -41,14 +43,16 @@ class OpenTree:
 
 
 @pytest.fixture(scope="session")
-def strict_sandbox() -> Iterator[Sandbox]:
+def strict_sandbox() -> Iterator[Backend]:
+    """Of the form named by RSTAR_SANDBOX_BACKEND, the blocking one by default."""
     limits = SandboxLimits(wall_s=20.0, memory_mib=512, output_accepted_kib=1024)
-    with Sandbox(limits=limits, isolation="strict") as sandbox:
-        yield sandbox
+    sandbox = start_backend(os.environ.get("RSTAR_SANDBOX_BACKEND", "blocking"), limits, "strict")
+    yield sandbox
+    sandbox.shutdown()
 
 
 @pytest.fixture
-def tree(strict_sandbox: Sandbox) -> Iterator[OpenTree]:
+def tree(strict_sandbox: Backend) -> Iterator[OpenTree]:
     opened = OpenTree(strict_sandbox)
     yield opened
     strict_sandbox.close(opened.problem_id)
