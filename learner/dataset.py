@@ -197,17 +197,13 @@ def build_dataset(
             excluded[level]["unsolved"] += 1
             continue
         counts[level]["solved"] += 1
-        if (
-            record.problem.source in config.synthetic_sources
-            and record.correct < config.min_synthetic_accuracy * record.answered
-        ):
+        if _mislabelled(record, config):
             excluded[level]["low_accuracy"] += 1
             mislabelled.add(problem_id)
             continue
-        ranked = sorted(record.programs.values(), key=_rank)
-        kept = ranked[: config.trajectories_per_problem]
+        kept = _best(record, config)
         counts[level]["trajectories_kept"] += len(kept)
-        excluded[level]["beyond_top"] += len(ranked) - len(kept)
+        excluded[level]["beyond_top"] += len(record.programs) - len(kept)
         validation = is_validation(problem_id, config)
         target = sft_validation if validation else sft_train
         target += [_example(trajectory, template) for trajectory in kept]
@@ -247,6 +243,32 @@ def build_dataset(
         counts=_with_total(counts),
         excluded=_with_total(excluded),
     )
+
+
+def chosen_trajectories(trees: Iterable[Tree], config: DatasetConfig) -> list[Trajectory]:
+    """The trajectories of one problem that `build_dataset` keeps, given all its trees; best first.
+
+    Empty where no answer is correct, or the problem is left out as mislabelled.
+    """
+    record: _ProblemRecord | None = None
+    for tree in trees:
+        record = record or _ProblemRecord(problem=tree.problem)
+        _note_trajectories(record, tree, Counter(), Counter())
+    return [] if record is None or _mislabelled(record, config) else _best(record, config)
+
+
+def _mislabelled(record: _ProblemRecord, config: DatasetConfig) -> bool:
+    """True if a made problem is answered right so rarely that its reference must be wrong."""
+    return (
+        record.problem.source in config.synthetic_sources
+        and record.correct < config.min_synthetic_accuracy * record.answered
+    )
+
+
+def _best(record: _ProblemRecord, config: DatasetConfig) -> list[Trajectory]:
+    """The correct trajectories to keep, best first."""
+    ranked = sorted(record.programs.values(), key=_rank)
+    return ranked[: config.trajectories_per_problem]
 
 
 def _note_trajectories(

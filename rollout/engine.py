@@ -29,6 +29,8 @@ class FinishReason(StrEnum):
     """A stop string or the end-of-sequence token was generated."""
     LENGTH = "length"
     """`max_tokens` or the model's context was reached."""
+    REPETITION = "repetition"
+    """The engine saw it repeat itself and ended it."""
     PROMPT_TOO_LONG = "prompt_too_long"
     """The prompt left no room to generate; the completion is empty."""
 

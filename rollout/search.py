@@ -8,45 +8,72 @@
 
 There is no simulation phase: a rollout is one root-to-terminal path built step by step. Each search
 is a coroutine that awaits the engines; thousands run on one event loop and none waits for another.
-The search keeps no clock and draws every seed from its own (`derive_seed`).
+The search reads no clock of its own and draws every seed from the tree's (`derive_seed`).
+
+What an expansion finds out is gathered beside the tree and becomes part of it in one go, without an
+await, and so does a backup. So a search may be interrupted anywhere, by a failing engine or by a
+cancellation, and goes on from its tree (`run_search(resume=...)`) to the very tree it would have
+become; only an expansion in progress is done again, with the same seed.
+
+Several rollouts of one tree may run at a time (`parallel_rollouts`). They go in step: each walks to
+its leaf, those before it counting as visits that ended in -1 (virtual loss), all leaves are
+expanded at once, then each walks on; their rewards are backed up when the last has ended. That
+costs a wait for the slowest of them, and keeps the tree a function of seed and engines alone.
 
 Deviations from arXiv 2501.04519, which leaves these open:
 - a visited terminal is not selected again, so a search ends early when the tree is exhausted;
 - a failure (too deep, no valid child) backs up -1 along its path (`failure_backup="path"`).
+From the released code, with the preset "released":
+- code ends a branch at its first error (there: the second one in a row, in round 1);
+- a step without an end marker is no step (there: it is run as code, and mostly fails);
+- a path of `max_depth` steps without an answer is a failure (there: it stays open, never visited).
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal, Protocol
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rollout.engine import (
+    EngineError,
+    EvaluationReply,
     EvaluationRequest,
     FinishReason,
+    GenerationReply,
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
 )
 from rollout.problem import Problem
 from rollout.prompt import (
-    STOP_STRINGS,
     TEMPLATES,
     PromptTemplate,
+    Step,
     StepKind,
-    parse_step,
-    render_prompt,
+    read_completion,
+    render_question,
+    render_steps,
+    training_template,
 )
+from rollout.repetition import ends_in_repetition
 from rollout.seeds import derive_seed
 from rollout.selection import Unvisited, select_child
+from rollout.tasks import all_of
 from rollout.tree import Discard, Node, Terminal, Tree, backup, expand, is_answer
-from verifier import GRADER_VERSION, Verdict, verify_answer
+from verifier import GRADER_VERSION, SandboxError, Verdict, verify_answer
+from verifier.equivalence import Reason
 from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
+
+MAX_REOPENINGS = 3
+"""How often a search starts its interpreters anew because the sandbox lost them."""
 
 
 class TerminalValue(StrEnum):
@@ -58,25 +85,52 @@ class TerminalValue(StrEnum):
     """The PPM's value: test time, where no label exists."""
 
 
+_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "unvisited": Unvisited.ZERO,
+        "invalid_candidates": "leaf",
+        "answer_candidates": "first",
+        "failure_backup": "leaf",
+    },
+}
+
+
 class SearchConfig(BaseModel):
     """Everything that shapes a search; defaults follow the paper (rounds 2-3)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: Literal["paper", "released"] = Field(
+        "paper",
+        description="rules where the two differ, unless given themselves: unvisited, "
+        "invalid_candidates, answer_candidates, failure_backup; released: of microsoft/rStar",
+    )
     num_candidates: int = Field(8, ge=1, description="candidates per expansion, n")
     num_answer_candidates: int | None = Field(
         None, ge=1, description="candidates where only the answer can follow; null: num_candidates"
     )
     num_rollouts: int = Field(16, ge=1, description="root-to-terminal descents per tree")
+    parallel_rollouts: int = Field(
+        1, ge=1, description="descents of one tree at a time, kept apart by virtual loss"
+    )
     max_depth: int = Field(16, ge=1, description="steps on a path, the answer included")
     exploration: float = Field(2.0, ge=0, description="c of UCT (Eq. 1)")
     temperature: float = Field(1.0, ge=0, description="sampling temperature of the policy")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
     max_step_tokens: int = Field(2048, ge=1, description="generated tokens per candidate")
+    max_repeats: int | None = Field(
+        8,
+        ge=2,
+        description="a candidate that ends in so many equal passages is discarded as "
+        "repetitive; null: none is",
+    )
     max_generated_tokens: int | None = Field(
         None, ge=1, description="no rollout starts beyond this many tokens; null: no budget"
     )
-    template: Literal["rstar", "short"] = Field("rstar", description="prompt template")
+    template: Literal["rstar", "short", "bootstrap"] = Field(
+        "rstar", description="prompt template; bootstrap: examples for a model never fine-tuned"
+    )
     unvisited: Unvisited = Field(
         Unvisited.INFINITE, description="worth of an unvisited child in UCT: infinite | zero"
     )
@@ -93,20 +147,29 @@ class SearchConfig(BaseModel):
         TerminalValue.LABEL, description="label (data generation) or preference (test time)"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, given: Any) -> Any:
+        preset = given.get("preset") if isinstance(given, dict) else None
+        return {**_PRESETS.get(preset, {}), **given} if isinstance(preset, str) else given
+
     @property
     def prompt_template(self) -> PromptTemplate:
+        """What the policy continues."""
         return TEMPLATES[self.template]
 
+    def trained(self) -> SearchConfig:
+        """The same search for a model that was fine-tuned on what this one finds."""
+        return self.model_copy(update={"template": self.training_template.name})
+
+    @property
+    def training_template(self) -> PromptTemplate:
+        """What the search's steps are trained, and valued by a PPM, under."""
+        return training_template(self.prompt_template)
+
     def released(self) -> SearchConfig:
-        """The same search with the switches of the released code (microsoft/rStar)."""
-        return self.model_copy(
-            update={
-                "unvisited": Unvisited.ZERO,
-                "invalid_candidates": "leaf",
-                "answer_candidates": "first",
-                "failure_backup": "leaf",
-            }
-        )
+        """The same search with the rules of the released code (microsoft/rStar)."""
+        return self.model_copy(update={"preset": "released", **_PRESETS["released"]})
 
 
 class StepSandbox(Protocol):
@@ -121,7 +184,7 @@ class StepSandbox(Protocol):
         ...
 
     async def close(self, tree_id: str) -> None:
-        """Free every state of the tree."""
+        """Free every state of the tree; harmless if it is not open."""
         ...
 
 
@@ -130,6 +193,8 @@ class SearchError(RuntimeError):
 
 
 Grade = Callable[[str, str], Verdict]
+
+Observe = Callable[[Tree, Node], None]
 
 
 def grade_any(problem: Problem, answer: str, grade: Grade = verify_answer) -> Verdict | None:
@@ -156,6 +221,9 @@ async def run_search(
     index: int = 0,
     seed: int,
     grade: Grade = verify_answer,
+    clock: Callable[[], float] | None = None,
+    resume: Tree | None = None,
+    observe: Observe | None = None,
 ) -> Tree:
     """Search one problem and return its tree.
 
@@ -163,30 +231,162 @@ async def run_search(
         preference: the PPM; None means terminal-guided search (rounds 1-2).
         round, index: of the tree, recorded and part of its sandbox id.
         seed: of this tree; the same seed and deterministic engines give the same tree.
+        grade: called on the event loop for plain numbers, else in a thread.
+        clock: seconds, for the tree's timings; None leaves them 0.
+        resume: a tree to go on with, in place: of a search that was interrupted or is to get more
+            rollouts, or a new `Tree` that the caller wants to hold while it grows. Interpreter
+            states are made again by running the code of the paths that are gone on with.
+        observe: told (tree, node) after each change: a node that was expanded, or the terminal a
+            rollout ended at. It must not change the tree.
     Raises:
-        ValueError: `terminal_value` is "preference" and there is no PPM.
-        EngineError, SearchError: a part failed; nothing of the problem is at fault.
+        ValueError: `terminal_value` is "preference" and there is no PPM, or `resume` is of another
+            problem, round, index, seed or grader.
+        EngineError, SandboxError, SearchError: a part failed; nothing of the problem is at fault,
+            and `resume` holds what was found before.
     """
     if config.terminal_value is TerminalValue.PREFERENCE and preference is None:
         raise ValueError('terminal_value="preference" needs a process preference model')
-    tree = Tree(problem=problem, round=round, index=index, seed=seed, grader_version=GRADER_VERSION)
-    tree_id = f"r{round}/{problem.id}/{index}/{seed}"
-    states = {0: await sandbox.open(tree_id)}
+    tree = resume or Tree(problem=problem, round=round, index=index, seed=seed)
+    _check_same(tree, problem, round, index, seed)
+    tree.grader_version = GRADER_VERSION
+    tree.search_config = _as_json(config)
+    tree.note = ""
+    now = clock or _no_clock
+    began_s = now()
+    interpreters = _Interpreters(tree, sandbox)
+    await interpreters.open()
     try:
-        search = _Search(tree, states, config, policy, preference, sandbox, grade)
-        for rollout in range(config.num_rollouts):
-            if tree.root.exhausted:
-                tree.note = "exhausted"
-                break
-            budget = config.max_generated_tokens
-            if budget is not None and tree.generated_tokens >= budget:
-                tree.note = "token budget"
-                break
-            await search.rollout(rollout)
-            tree.num_rollouts += 1
+        search = _Search(tree, config, policy, preference, interpreters, grade, now, observe)
+        await search.run()
     finally:
-        await sandbox.close(tree_id)
+        tree.seconds += now() - began_s
+        await interpreters.close()
     return tree
+
+
+def _check_same(tree: Tree, problem: Problem, round: int, index: int, seed: int) -> None:
+    found = (tree.problem.id, tree.round, tree.index, tree.seed)
+    asked = (problem.id, round, index, seed)
+    if found != asked:
+        raise ValueError(
+            f"the tree to go on with has (problem, round, index, seed) = {found}, asked: {asked}"
+        )
+    if tree.grader_version not in ("", GRADER_VERSION):
+        raise ValueError(
+            f"the tree of problem {problem.id} was graded by {tree.grader_version!r}, this is "
+            f"{GRADER_VERSION!r}: its verdicts cannot be mixed with new ones"
+        )
+
+
+@lru_cache(maxsize=64)
+def _as_json(config: SearchConfig) -> str:
+    """One string for all trees of a config."""
+    return config.model_dump_json()
+
+
+def _no_clock() -> float:
+    return 0.0
+
+
+class _Interpreters:
+    """The interpreter states of one tree, rebuilt where they are missing.
+
+    A state is missing in a tree that is gone on with, and after the sandbox lost it: then the tree
+    is opened again. Both are made up by running the code of the path, whose output must be the
+    recorded one.
+    """
+
+    def __init__(self, tree: Tree, sandbox: StepSandbox) -> None:
+        self.tree = tree
+        self.sandbox = sandbox
+        self.tree_id = f"r{tree.round}/{tree.problem.id}/{tree.index}/{tree.seed}"
+        self._states: dict[int, str] = {}
+        self._openings = 0
+        self._reopening = asyncio.Lock()
+
+    async def open(self) -> None:
+        self._states = {0: await self.sandbox.open(self.tree_id)}
+        self._openings += 1
+
+    async def close(self) -> None:
+        await self.sandbox.close(self.tree_id)
+
+    def keep(self, parent: Node, states: Sequence[tuple[Node, str]], opening: int) -> None:
+        """Remember the states after a node's children; its own is not asked for again."""
+        if opening != self._openings:
+            return  # other rollouts had the tree opened again meanwhile
+        for child, state in states:
+            self._states[child.id] = state
+        if parent.parent >= 0:
+            self._states.pop(parent.id, None)
+
+    async def run(self, node: Node, codes: Sequence[str]) -> tuple[Sequence[StepResult], int]:
+        """Run sibling codes after `node`; also returns which opening of the tree they ran in.
+
+        Raises:
+            EngineError, SandboxError: the sandbox keeps failing.
+            SearchError: it failed on a code, or a path that ran again printed something else.
+        """
+        while True:
+            states, opening = self._states, self._openings
+            try:
+                return await self._run(await self._state(node, states), codes), opening
+            except (EngineError, SandboxError):
+                async with self._reopening:
+                    if self._openings == opening:
+                        if opening > MAX_REOPENINGS:
+                            raise
+                        await self.close()
+                        await self.open()
+
+    async def _state(self, node: Node, states: dict[int, str]) -> str:
+        missing: list[Node] = []
+        while node.id not in states:
+            missing.append(node)
+            node = self.tree.nodes[node.parent]
+        state = states[node.id]
+        for step in reversed(missing):
+            assert step.step is not None
+            (result,) = await self._run(state, [step.step.code])
+            if result.state is None or result.stdout != step.stdout:
+                raise SearchError(
+                    f"problem {self.tree.problem.id}: the code of node {step.id} ran again and "
+                    f"ended {result.status} with {result.stdout[:80]!r}, before "
+                    f"{step.execution_status} with {step.stdout[:80]!r}"
+                )
+            state = states[step.id] = result.state
+        return state
+
+    async def _run(self, state: str, codes: Sequence[str]) -> Sequence[StepResult]:
+        results = await self.sandbox.run(state, codes)
+        for result in results:
+            if result.status in INFRASTRUCTURE_STATUSES:
+                raise SearchError(
+                    f"sandbox failed on problem {self.tree.problem.id}: "
+                    f"{result.status} {result.error_message}"
+                )
+        return results
+
+
+@dataclass(slots=True, kw_only=True)
+class _Expansion:
+    """What is found out about a node, while it is not yet part of the tree."""
+
+    node: Node
+    generation: GenerationReply
+    candidates: list[Node]
+    terminal: Terminal | None = None
+    """Why nothing can follow the node, known without candidates."""
+    states: list[tuple[Node, str]]
+    """Candidates that code may follow, and the interpreter state after each."""
+    opening: int = 0
+    """Which opening of the interpreters the states are of."""
+    evaluation: EvaluationReply | None = None
+    num_executions: int = 0
+    generate_s: float = 0.0
+    execute_s: float = 0.0
+    grade_s: float = 0.0
+    evaluate_s: float = 0.0
 
 
 class _Search:
@@ -195,43 +395,99 @@ class _Search:
     def __init__(
         self,
         tree: Tree,
-        states: dict[int, str],
         config: SearchConfig,
         policy: PolicyEngine,
         preference: PreferenceEngine | None,
-        sandbox: StepSandbox,
+        interpreters: _Interpreters,
         grade: Grade,
+        now: Callable[[], float],
+        observe: Observe | None,
     ) -> None:
         self.tree = tree
-        self.states = states
         self.config = config
         self.policy = policy
         self.preference = preference
-        self.sandbox = sandbox
+        self.interpreters = interpreters
         self.grade = grade
+        self.now = now
+        self.observe = observe
+        self.template = config.prompt_template
+        self.question = render_question(tree.problem.text, self.template)
+        self.valued_question = render_question(tree.problem.text, config.training_template)
+        self.verdicts: dict[str, Verdict | None] = {}
 
-    async def rollout(self, rollout: int) -> None:
-        """Descend from the root to a terminal, expanding on the way, and back up its reward."""
-        node = self.tree.root
-        while node.terminal is None:
-            if not node.expanded:
-                await self._expand(node, rollout)
-                if node.terminal is not None:
-                    break
+    async def run(self) -> None:
+        """Go on until the tree's budget is spent or nothing is left to select."""
+        tree, config = self.tree, self.config
+        while tree.num_rollouts < config.num_rollouts:
+            if tree.root.exhausted:
+                long = tree.root.terminal is Terminal.PROMPT_TOO_LONG
+                tree.note = "prompt too long" if long else "exhausted"
+                return
+            budget = config.max_generated_tokens
+            # A rollout that was interrupted began within the budget.
+            begun = tree.nodes[-1].rollout >= tree.num_rollouts
+            if budget is not None and tree.generated_tokens >= budget and not begun:
+                tree.note = "token budget"
+                return
+            await self._roll_out(
+                min(config.parallel_rollouts, config.num_rollouts - tree.num_rollouts)
+            )
+
+    # -- one rollout, or several in step
+
+    async def _roll_out(self, width: int) -> None:
+        """Descend from the root to terminals, expanding on the way, and back up their rewards.
+
+        A rollout that finds nothing to select ends without a reward: only failing leaves are left
+        below (released rule), or every leaf is taken by another one.
+        """
+        pending: dict[int, int] | None = {} if width > 1 else None
+        places: list[Node | None] = [self.tree.root] * width
+        ended: list[Node] = []
+        while True:
+            leaves: dict[int, int] = {}
+            for number, place in enumerate(places):
+                leaf = self._descend(place, pending) if place is not None else None
+                if leaf is not None and leaf.terminal is not None:
+                    if not any(leaf is other for other in ended):
+                        ended.append(leaf)
+                    leaf = None
+                places[number] = leaf
+                if leaf is not None:
+                    leaves.setdefault(leaf.id, self.tree.num_rollouts + number)
+            if not leaves:
+                break
+            for expansion in await self._look_into(leaves):
+                self._commit(expansion)
+        for leaf in ended:
+            self._back_up(leaf)
+        self.tree.num_rollouts += width
+
+    def _descend(self, node: Node, pending: dict[int, int] | None) -> Node | None:
+        """Walk to a node that is terminal or not expanded; None: nothing is left on the way."""
+        while node.expanded and node.terminal is None:
             child = select_child(
                 self.tree,
                 node,
                 exploration=self.config.exploration,
                 unvisited=self.config.unvisited,
+                pending=pending,
             )
-            if child is None:  # only failing leaves are left below (released rule)
-                node.exhausted = True
-                if node.parent < 0:
-                    return
-                node = self.tree.root
-                continue
+            if child is None:
+                return None
             node = child
-        self._back_up(node)
+            if pending is not None:
+                pending[node.id] = pending.get(node.id, 0) + 1
+        return node
+
+    async def _look_into(self, leaves: dict[int, int]) -> list[_Expansion]:
+        expansions = [
+            self._candidates_after(self.tree.nodes[leaf], rollout)
+            for leaf, rollout in leaves.items()
+        ]
+        # A task for each is a cost that a lone rollout need not pay.
+        return [await expansions[0]] if len(expansions) == 1 else await all_of(expansions)
 
     def _back_up(self, leaf: Node) -> None:
         failed = leaf.terminal is not Terminal.ANSWER
@@ -242,65 +498,104 @@ class _Search:
             reward,
             leaf_only=failed and self.config.failure_backup == "leaf",
         )
+        if self.observe is not None:
+            self.observe(self.tree, leaf)
 
     def _answer_reward(self, leaf: Node) -> float:
         if self.config.terminal_value is TerminalValue.PREFERENCE:
             return leaf.value if leaf.value is not None else -1.0
         return 1.0 if leaf.correct else -1.0
 
-    async def _expand(self, node: Node, rollout: int) -> None:
-        """Generate, run, grade and value the candidates that follow `node`."""
-        candidates = await self._generate(node, rollout)
-        if node.terminal is not None:
+    def _commit(self, expansion: _Expansion) -> None:
+        """Make an expansion part of the tree."""
+        tree, node = self.tree, expansion.node
+        tree.num_requests += 1
+        tree.policy_version = expansion.generation.policy_version
+        tree.prompt_tokens += expansion.generation.prompt_tokens
+        tree.cached_tokens += expansion.generation.cached_tokens
+        tree.generated_tokens += sum(c.num_tokens for c in expansion.generation.completions)
+        tree.num_executions += expansion.num_executions
+        if expansion.evaluation is not None:
+            tree.preference_version = expansion.evaluation.preference_version
+            tree.scored_tokens += expansion.evaluation.num_tokens
+        tree.generate_s += expansion.generate_s
+        tree.execute_s += expansion.execute_s
+        tree.grade_s += expansion.grade_s
+        tree.evaluate_s += expansion.evaluate_s
+        if expansion.terminal is not None:
+            node.terminal = expansion.terminal
             return
-        states = await self._execute(node, candidates)
-        await self._grade_answers(candidates)
-        self._apply_rules(node, candidates)
-        await self._evaluate(node, candidates)
-        expand(self.tree, node, candidates)
-        for child, state in zip(candidates, states, strict=True):
-            if state is not None:
-                self.states[child.id] = state
-            if child.terminal is Terminal.CODE_ERROR:
-                backup(self.tree, child, -1.0, leaf_only=True)
-        if not self.tree.valid_children(node):
+        expand(tree, node, expansion.candidates)
+        self.interpreters.keep(node, expansion.states, expansion.opening)
+        leaf_rule = self.config.failure_backup == "leaf"
+        for child in expansion.candidates:
+            failed = child.terminal is Terminal.CODE_ERROR
+            if failed or (leaf_rule and child.terminal is Terminal.TOO_DEEP):
+                backup(tree, child, -1.0, leaf_only=True)
+        valid = tree.valid_children(node)
+        if not valid or (not leaf_rule and all(child.exhausted for child in valid)):
             node.terminal = Terminal.NO_VALID_CHILD
+        if self.observe is not None:
+            self.observe(tree, node)
 
-    async def _generate(self, node: Node, rollout: int) -> list[Node]:
-        config = self.config
-        tree = self.tree
+    # -- the stages of an expansion
+
+    async def _candidates_after(self, node: Node, rollout: int) -> _Expansion:
+        """Generate, run, grade and value what may follow `node`; the tree stays as it is."""
+        expansion = await self._generate(node, rollout)
+        if expansion.terminal is None:
+            await self._execute(expansion)
+            await self._grade_answers(expansion)
+            await self._evaluate(expansion)
+        return expansion
+
+    async def _generate(self, node: Node, rollout: int) -> _Expansion:
+        config, tree = self.config, self.tree
         num_candidates = config.num_candidates
         if config.num_answer_candidates is not None and _only_answer_follows(node):
             num_candidates = config.num_answer_candidates
-        reply = await self.policy.generate(
-            GenerationRequest(
-                prompt=self._prompt(node),
-                num_candidates=num_candidates,
-                max_tokens=config.max_step_tokens,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                stop=STOP_STRINGS,
-                seed=derive_seed(tree.seed, rollout, node.id),
-                routing_key=tree.problem.id,
-            )
+        request = GenerationRequest(
+            prompt=self.question + render_steps(tree.steps(node)),
+            num_candidates=num_candidates,
+            max_tokens=config.max_step_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            stop=self.template.stop,
+            seed=derive_seed(tree.seed, rollout, node.id),
+            routing_key=tree.problem.id,
         )
-        tree.policy_version = reply.policy_version
-        tree.prompt_tokens += reply.prompt_tokens
-        tree.cached_tokens += reply.cached_tokens
+        began_s = self.now()
+        reply = await self.policy.generate(request)
+        if not reply.completions:
+            raise EngineError(
+                f"the policy returned no completion of {num_candidates} asked for, problem "
+                f"{tree.problem.id}"
+            )
+        expansion = _Expansion(
+            node=node,
+            generation=reply,
+            candidates=[],
+            states=[],
+            generate_s=self.now() - began_s,
+        )
         if all(c.finish is FinishReason.PROMPT_TOO_LONG for c in reply.completions):
-            node.terminal = Terminal.PROMPT_TOO_LONG
-            return []
+            expansion.terminal = Terminal.PROMPT_TOO_LONG
+        else:
+            expansion.candidates = self._read(reply, node, rollout)
+        return expansion
+
+    def _read(self, reply: GenerationReply, node: Node, rollout: int) -> list[Node]:
+        """One candidate for each distinct step of a reply, in order of first appearance."""
         merged: dict[str, Node] = {}
         for completion in reply.completions:
-            tree.generated_tokens += completion.num_tokens
-            known = merged.get(completion.text)
+            step = read_completion(completion.text, self.template, node.step)
+            known = merged.get(step.text)
             if known is not None:
                 known.multiplicity += 1
                 known.num_tokens += completion.num_tokens
                 continue
-            step = parse_step(completion.text)
             logprob = completion.logprob
-            merged[completion.text] = Node(
+            merged[step.text] = Node(
                 id=-1,
                 parent=-1,
                 depth=-1,
@@ -308,102 +603,124 @@ class _Search:
                 num_tokens=completion.num_tokens,
                 logprob=logprob if logprob is not None and math.isfinite(logprob) else None,
                 rollout=rollout,
-                discard=_discard_reason(node, step.kind, step.code, step.answer),
+                discard=self._discard_reason(step, node),
             )
-        return list(merged.values())
+        candidates = list(merged.values())
+        if self.config.answer_candidates == "first":
+            answer = next((c for c in candidates if c.discard is None and is_answer(c)), None)
+            for child in candidates:
+                if answer is not None and child is not answer and child.discard is None:
+                    child.discard = Discard.NOT_KEPT
+        return candidates
 
-    async def _execute(self, node: Node, candidates: list[Node]) -> list[str | None]:
-        """Run the code of valid candidates on the state of `node` and attach what came out.
+    def _discard_reason(self, step: Step, node: Node) -> Discard | None:
+        """Why a step cannot follow `node`; None if it can."""
+        repeats = self.config.max_repeats
+        if repeats is not None and ends_in_repetition(step.body, repeats):
+            return Discard.REPETITIVE
+        if step.kind is StepKind.UNFINISHED:
+            return Discard.UNFINISHED
+        if step.kind is StepKind.ANSWER:
+            return None if step.answer else Discard.NO_ANSWER
+        if _only_answer_follows(node):
+            return Discard.OUT_OF_PLACE
+        return None if step.code.strip() else Discard.EMPTY
 
-        Returns the interpreter state after each candidate, None where no code ran to its end.
-        """
-        states: dict[int, str | None] = {}
-        runnable = [c for c in candidates if c.discard is None and not is_answer(c)]
+    async def _execute(self, expansion: _Expansion) -> None:
+        """Run the code of valid candidates on the state of the node and attach what came out."""
+        runnable = [c for c in expansion.candidates if c.discard is None and not is_answer(c)]
         if not runnable:
-            return [None] * len(candidates)
+            return
         codes = [c.step.code for c in runnable if c.step is not None]
-        results = await self.sandbox.run(self.states[node.id], codes)
-        self.tree.num_executions += len(set(codes))
+        began_s = self.now()
+        results, expansion.opening = await self.interpreters.run(expansion.node, codes)
+        expansion.execute_s = self.now() - began_s
+        expansion.num_executions = len(set(codes))
         for child, result in zip(runnable, results, strict=True):
-            if result.status in INFRASTRUCTURE_STATUSES:
-                raise SearchError(
-                    f"sandbox failed on problem {self.tree.problem.id}: "
-                    f"{result.status} {result.error_message}"
-                )
+            assert child.step is not None
             child.execution_status = result.status
             child.stdout = result.stdout
             if result.status != "ok":
-                child.discard = Discard.CODE_FAILED
                 child.execution_error = f"{result.error_type}: {result.error_message}"
-                continue
-            if child.step is not None and child.step.kind is StepKind.LAST_CODE:
+                if self.config.invalid_candidates == "leaf":
+                    child.terminal = Terminal.CODE_ERROR
+                else:
+                    child.discard = Discard.CODE_FAILED
+            elif expansion.node.depth + 1 >= self.config.max_depth:
+                child.terminal = Terminal.TOO_DEEP
+            if result.status == "ok" and child.step.kind is StepKind.LAST_CODE:
                 child.step = replace(child.step, output=result.stdout)
-            states[id(child)] = result.state
-        return [states.get(id(child)) for child in candidates]
+            elif result.state is not None and child.terminal is None:
+                expansion.states.append((child, result.state))
 
-    async def _grade_answers(self, candidates: list[Node]) -> None:
-        """Set the verdict of each answer; grading may take a while, so not on the event loop."""
-        for child in candidates:
+    async def _grade_answers(self, expansion: _Expansion) -> None:
+        """Set the verdict of each answer."""
+        began_s = self.now()
+        for child in expansion.candidates:
             if child.discard is not None or not is_answer(child):
                 continue
             child.terminal = Terminal.ANSWER
             answer = child.step.answer if child.step is not None else None
-            if answer is None:
-                continue
-            verdict = await asyncio.to_thread(grade_any, self.tree.problem, answer, self.grade)
+            verdict = await self._verdict(answer) if answer is not None else None
             if verdict is not None:
                 child.correct = verdict.equal
-                child.verdict = str(verdict.reason)
+                child.verdict = verdict.reason.value
+        expansion.grade_s = self.now() - began_s
 
-    def _apply_rules(self, node: Node, candidates: list[Node]) -> None:
-        """Depth limit, and the switches between the paper's and the released rules."""
-        answers = [c for c in candidates if c.terminal is Terminal.ANSWER]
-        if self.config.answer_candidates == "first" and answers:
-            for child in candidates:
-                if child is not answers[0] and child.discard is None:
-                    child.discard = Discard.NOT_KEPT
-        for child in candidates:
-            failed_code = child.discard is Discard.CODE_FAILED
-            if failed_code and self.config.invalid_candidates == "leaf":
-                child.discard = None
-                child.terminal = Terminal.CODE_ERROR
-            too_deep = node.depth + 1 >= self.config.max_depth
-            if too_deep and child.discard is None and child.terminal is None:
-                child.terminal = Terminal.TOO_DEEP
+    async def _verdict(self, answer: str) -> Verdict | None:
+        """The verdict on an answer, asked once for each text.
 
-    async def _evaluate(self, node: Node, candidates: list[Node]) -> None:
-        """Give each valid candidate the PPM's value (Eq. 3); a NaN leaves it unscored."""
+        Comparing anything but plain numbers may take a second and wait for another process, so that
+        is done off the event loop.
+        """
+        if answer in self.verdicts:
+            return self.verdicts[answer]
+        problem = self.tree.problem
+        if not problem.golds or all(
+            _PLAIN_NUMBER.fullmatch(text) for text in (answer, *problem.golds)
+        ):
+            verdict = grade_any(problem, answer, self.grade)
+        else:
+            verdict = await asyncio.to_thread(grade_any, problem, answer, self.grade)
+        if verdict is None or verdict.reason is not Reason.UNDECIDED:
+            self.verdicts[answer] = verdict
+        return verdict
+
+    async def _evaluate(self, expansion: _Expansion) -> None:
+        """Give each candidate that can be gone on with, or answers, the PPM's value (Eq. 3).
+
+        A value that is not finite leaves its candidate unscored.
+        """
         if self.preference is None:
             return
-        valid = [c for c in candidates if c.discard is None]
-        if not valid:
+        valued = [
+            c
+            for c in expansion.candidates
+            if c.discard is None and c.terminal in (None, Terminal.ANSWER)
+        ]
+        if not valued:
             return
-        prefix = self._prompt(node)
-        texts = tuple(prefix + c.step.rendered for c in valid if c.step is not None)
+        tree = self.tree
+        prefix = self.valued_question + render_steps(tree.steps(expansion.node))
+        texts = tuple(prefix + c.step.rendered for c in valued if c.step is not None)
+        began_s = self.now()
         reply = await self.preference.evaluate(
-            EvaluationRequest(texts=texts, routing_key=self.tree.problem.id)
+            EvaluationRequest(texts=texts, routing_key=tree.problem.id)
         )
-        self.tree.preference_version = reply.preference_version
-        self.tree.scored_tokens += reply.num_tokens
-        for child, value in zip(valid, reply.values, strict=True):
+        expansion.evaluate_s = self.now() - began_s
+        if len(reply.values) != len(texts):
+            raise EngineError(
+                f"the preference model returned {len(reply.values)} values for {len(texts)} texts, "
+                f"problem {tree.problem.id}"
+            )
+        for child, value in zip(valued, reply.values, strict=True):
             child.value = min(1.0, max(-1.0, value)) if math.isfinite(value) else None
+        expansion.evaluation = reply
 
-    def _prompt(self, node: Node) -> str:
-        return render_prompt(
-            self.tree.problem.text, self.tree.steps(node), self.config.prompt_template
-        )
+
+_PLAIN_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,12}(?:[./][0-9]{1,12})?\s*")
+"""What every grader compares in microseconds."""
 
 
 def _only_answer_follows(node: Node) -> bool:
     return node.step is not None and node.step.kind is StepKind.LAST_CODE
-
-
-def _discard_reason(node: Node, kind: StepKind, code: str, answer: str | None) -> Discard | None:
-    """Why a parsed candidate cannot follow `node`; None if it can."""
-    if kind is StepKind.UNFINISHED:
-        return Discard.UNFINISHED
-    if kind is StepKind.ANSWER:
-        return None if answer else Discard.NO_ANSWER
-    if _only_answer_follows(node):
-        return Discard.OUT_OF_PLACE
-    return None if code.strip() else Discard.EMPTY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from enum import StrEnum
 
 from rollout.tree import Node, Tree
@@ -19,7 +20,13 @@ class Unvisited(StrEnum):
     ZERO = "zero"
 
 
-def uct(child: Node, parent_visits: int, exploration: float, unvisited: Unvisited) -> float:
+def uct(
+    child: Node,
+    parent_visits: int,
+    exploration: float,
+    unvisited: Unvisited,
+    pending: int = 0,
+) -> float:
     """Upper confidence bound of a child: Q(s) + c * sqrt(ln N_parent / N(s)).
 
     Source: arXiv 2501.04519, Eq. 1.
@@ -30,28 +37,48 @@ def uct(child: Node, parent_visits: int, exploration: float, unvisited: Unvisite
             first descent through a root whose children carry PPM values.
         exploration: c >= 0, unitless.
         unvisited: what N(s) = 0 is worth.
+        pending: rollouts of the same tree that are below the child now; each counts as a visit
+            that ended in -1 (virtual loss), so that the next rollout looks elsewhere.
     """
-    if child.visit_count == 0:
+    visits = child.visit_count + pending
+    if visits == 0:
         return math.inf if unvisited is Unvisited.INFINITE else 0.0
+    q_value = (child.value_sum - pending) / visits
     if parent_visits < 1:
-        return child.q_value
-    bonus = exploration * math.sqrt(math.log(parent_visits) / child.visit_count)
-    return child.q_value + bonus
+        return q_value
+    return q_value + exploration * math.sqrt(math.log(parent_visits) / visits)
 
 
 def select_child(
-    tree: Tree, node: Node, *, exploration: float, unvisited: Unvisited
+    tree: Tree,
+    node: Node,
+    *,
+    exploration: float,
+    unvisited: Unvisited,
+    pending: Mapping[int, int] | None = None,
 ) -> Node | None:
     """The valid, not exhausted child with the highest UCT; ties go to the first generated.
 
-    Returns None if there is none.
+    Args:
+        pending: node id -> number of other rollouts below it now; a terminal that one of them is
+            at is taken. None: there are no others.
+    Returns:
+        None if there is none to choose.
     """
     best: Node | None = None
     best_score = -math.inf
-    for child in tree.valid_children(node):
-        if child.exhausted:
+    others = pending or {}
+    parent_visits = node.visit_count
+    if others:
+        parent_visits += sum(others.get(i, 0) for i in node.children)
+    for child_id in node.children:
+        child = tree.nodes[child_id]
+        if child.discard is not None or child.exhausted:
             continue
-        score = uct(child, node.visit_count, exploration, unvisited)
+        below = others.get(child_id, 0)
+        if below and child.terminal is not None:
+            continue
+        score = uct(child, parent_visits, exploration, unvisited, below)
         if best is None or score > best_score:
             best, best_score = child, score
     return best

@@ -1,18 +1,34 @@
 """Trees as an Arrow table, a row per node, and back: the record every later stage reads.
 
-The schema version stands in the table's metadata. Identity and versions stand on every row; what
-describes the whole tree (problem text, gold answers, totals) only on its root row (`node == 0`),
-which thus serves as the row per tree, and is null elsewhere. A node's children are not stored: they
-are the nodes that name it as parent, in id order. A lone surrogate, which Arrow cannot hold, is
-stored as its backslash escape: the one value that does not survive a round trip.
+The schema version stands in the table's metadata; docs/trajectories.md describes every column.
+Identity and versions stand on every row; what describes the whole tree (problem text, gold answers,
+budgets, totals, timings, outcome) only on its root row (`node == 0`), which thus serves as the row
+per tree, and is null elsewhere. Stored although they follow from the rest, for readers without this
+code: `step_code`, `outcome`, `num_nodes`. Not stored: a node's children (the nodes that name it as
+parent, in id order) and Q, which is `value_sum / visit_count` and would add 6 bytes to a node. A
+lone surrogate, which Arrow cannot hold, is stored as its backslash escape: the one value that does
+not survive a round trip.
+
+How a file is encoded was measured on trees of MATH-like text, 16 to a file (`bench.storage`):
+
+    zstd 3, dictionaries everywhere (the defaults)           99.4 bytes per node
+    zstd 12                                                  83.0
+    texts without dictionary: zstd sees siblings together    80.7
+    doubles split by byte                                    75.8
+    pages of 8 MiB: few matches are cut by a page's end      74.6
+    minima and maxima of the key columns only                74.1
+    no Arrow schema beside Parquet's own (4 kB a file)       73.8
+    (zstd 9: 75.8 at twice the speed; zstd 19: 69.8 at a twelfth)
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -20,10 +36,14 @@ from rollout.problem import Level, Problem
 from rollout.prompt import Step, StepKind
 from rollout.tree import Discard, Node, Terminal, Tree
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the table's columns; readers refuse another one."""
 
-_VERSION_KEY = b"rstar.schema_version"
+VERSION_KEY = b"rstar.schema_version"
+"""Where the version stands: the schema's metadata, which Parquet keeps as file metadata."""
+
+ZSTD_LEVEL = 12
+PAGE_BYTES = 8 << 20
 
 _KEY_FIELDS = [
     pa.field("problem_id", pa.string(), nullable=False),
@@ -72,23 +92,44 @@ _TREE_FIELDS = [
     pa.field("problem_text", pa.string()),
     pa.field("problem_answer", pa.string()),
     pa.field("problem_answers_alt", pa.list_(pa.string())),
+    pa.field("outcome", pa.string()),
+    pa.field("note", pa.string()),
+    pa.field("search_config", pa.string()),
     pa.field("num_nodes", pa.int32()),
     pa.field("num_rollouts", pa.int32()),
+    pa.field("num_requests", pa.int64()),
+    pa.field("num_executions", pa.int64()),
     pa.field("generated_tokens", pa.int64()),
     pa.field("prompt_tokens", pa.int64()),
     pa.field("cached_tokens", pa.int64()),
     pa.field("scored_tokens", pa.int64()),
-    pa.field("num_executions", pa.int64()),
+    pa.field("generate_s", pa.float64()),
+    pa.field("execute_s", pa.float64()),
+    pa.field("grade_s", pa.float64()),
+    pa.field("evaluate_s", pa.float64()),
     pa.field("seconds", pa.float64()),
-    pa.field("note", pa.string()),
-    pa.field("solved", pa.bool_()),
 ]
 """Filled on the root row only."""
 
 SCHEMA = pa.schema(
     [*_KEY_FIELDS, *_NODE_FIELDS, *_VERSION_FIELDS, *_TREE_FIELDS],
-    metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
+    metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
+
+_TEXTS = ("step_text", "step_code", "step_output", "stdout", "execution_error", "problem_text")
+_DOUBLES = ("logprob", "value", "value_sum")
+
+_PER_TREE: dict[str, Callable[[Tree], Any]] = {
+    "problem_id": lambda tree: tree.problem.id,
+    "source": lambda tree: tree.problem.source,
+    "level": lambda tree: tree.problem.level,
+    "tree": lambda tree: tree.index,
+    "problem_text": lambda tree: tree.problem.text,
+    "problem_answer": lambda tree: tree.problem.answer,
+    "problem_answers_alt": lambda tree: list(tree.problem.answers_alt),
+    "num_nodes": lambda tree: len(tree.nodes),
+}
+"""Columns that are not a field of `Tree` of the same name."""
 
 
 def trees_to_table(trees: Iterable[Tree]) -> pa.Table:
@@ -97,92 +138,79 @@ def trees_to_table(trees: Iterable[Tree]) -> pa.Table:
     Raises:
         ValueError: ids, parents or children of a tree disagree.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    appends = [columns[name].append for name in SCHEMA.names]
+    trees = list(trees)
     for tree in trees:
         _check_shape(tree)
-        problem = tree.problem
-        key = (problem.id, problem.source, str(problem.level), tree.round, tree.index)
-        versions = (tree.seed, tree.policy_version, tree.preference_version, tree.grader_version)
-        whole: tuple[Any, ...] = (
-            problem.text,
-            problem.answer,
-            list(problem.answers_alt),
-            len(tree.nodes),
-            tree.num_rollouts,
-            tree.generated_tokens,
-            tree.prompt_tokens,
-            tree.cached_tokens,
-            tree.scored_tokens,
-            tree.num_executions,
-            tree.seconds,
-            tree.note,
-            tree.solved,
-        )
-        empty = (None,) * len(whole)
-        for node in tree.nodes:
-            row = (*key, *_node_cells(node), *versions, *(whole if node.id == 0 else empty))
-            for append, cell in zip(appends, row, strict=True):
-                append(cell)
-    arrays = [_array(columns[f.name], f) for f in SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    nodes = [node for tree in trees for node in tree.nodes]
+    steps = [node.step for node in nodes]
+    lengths = np.array([len(tree.nodes) for tree in trees], dtype=np.int64)
+    tree_of_row = np.repeat(np.arange(len(trees)), lengths)
+    is_root = np.zeros(len(nodes), dtype=bool)
+    is_root[np.cumsum(lengths) - lengths] = True
+    every_row = pa.array(tree_of_row, pa.int64())
+    root_rows = pa.array(tree_of_row, pa.int64(), mask=~is_root)
+
+    columns: dict[str, pa.Array] = {}
+    for fields, rows in (
+        (_KEY_FIELDS, every_row),
+        (_VERSION_FIELDS, every_row),
+        (_TREE_FIELDS, root_rows),
+    ):
+        for field in fields:
+            read = _PER_TREE.get(field.name)
+            cells = [read(tree) if read else getattr(tree, field.name) for tree in trees]
+            columns[field.name] = _array(cells, field).take(rows)
+    for field in _NODE_FIELDS:
+        if field.name.startswith("step_"):
+            own = field.name.removeprefix("step_")
+            cells = [None if step is None else getattr(step, own) for step in steps]
+        else:
+            own = "id" if field.name == "node" else field.name
+            cells = [getattr(node, own) for node in nodes]
+        columns[field.name] = _array(cells, field)
+    return pa.Table.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
 def table_to_trees(table: pa.Table) -> list[Tree]:
     """The trees of a table that `trees_to_table` made, equal to what it was given.
 
     Raises:
-        ValueError: another schema version, a missing column or an incomplete tree.
+        ValueError: another schema version, a missing column, an incomplete tree, or a word (step
+            kind, discard, terminal, level) that this version does not know.
     """
     _check_schema(table.schema)
-    columns = [table.column(name).to_pylist() for name in SCHEMA.names]
-    num_keys, num_node = len(_KEY_FIELDS), len(_NODE_FIELDS)
-    at_versions = num_keys + num_node
-    at_whole = at_versions + len(_VERSION_FIELDS)
-    trees: list[Tree] = []
-    expected = 0
-    for row in zip(*columns, strict=True):
-        problem_id, source, level, round_, index = row[:num_keys]
-        node = _node(row[num_keys:at_versions])
-        if node.id == 0:
-            _check_complete(trees, expected)
-            text, answer, alternatives, expected, *totals, _solved = row[at_whole:]
-            rollouts, generated, prompt, cached, scored, executions, seconds, note = totals
-            seed, policy_version, preference_version, grader_version = row[at_versions:at_whole]
-            tree = Tree(
-                problem=Problem(
-                    id=problem_id,
-                    source=source,
-                    level=Level(level),
-                    text=text,
-                    answer=answer,
-                    answers_alt=tuple(alternatives),
-                ),
-                round=round_,
-                index=index,
-                seed=seed,
-                policy_version=policy_version,
-                preference_version=preference_version,
-                grader_version=grader_version,
-                nodes=[node],
-                num_rollouts=rollouts,
-                generated_tokens=generated,
-                prompt_tokens=prompt,
-                cached_tokens=cached,
-                scored_tokens=scored,
-                num_executions=executions,
-                seconds=seconds,
-                note=note,
-            )
-            trees.append(tree)
-            continue
-        if not trees or trees[-1].problem.id != problem_id or len(trees[-1].nodes) != node.id:
-            raise ValueError(f"node {node.id} of problem {problem_id} is out of place")
-        nodes = trees[-1].nodes
-        nodes[node.parent].children.append(node.id)
-        nodes.append(node)
-    _check_complete(trees, expected)
+    bounds = _tree_bounds(table)
+    nodes = _nodes(table)
+    roots = table.take(pa.array([start for start, _ in bounds], pa.int64())).to_pylist()
+    trees = []
+    for (start, stop), root in zip(bounds, roots, strict=True):
+        tree = _tree(root, nodes[start:stop])
+        _attach_children(tree)
+        trees.append(tree)
     return trees
+
+
+def table_to_bytes(table: pa.Table) -> bytes:
+    """A Parquet file (zstd) as bytes."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(
+        sink,
+        SCHEMA,
+        compression="zstd",
+        compression_level=ZSTD_LEVEL,
+        use_dictionary=[
+            f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+            for field in SCHEMA
+            if field.name not in (*_TEXTS, *_DOUBLES)
+        ],
+        column_encoding=dict.fromkeys(_DOUBLES, "BYTE_STREAM_SPLIT"),
+        data_page_size=PAGE_BYTES,
+        write_statistics=[field.name for field in _KEY_FIELDS],
+        store_schema=False,
+    ) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({VERSION_KEY: str(SCHEMA_VERSION)})
+    return sink.getvalue()
 
 
 def _check_shape(tree: Tree) -> None:
@@ -197,23 +225,15 @@ def _check_shape(tree: Tree) -> None:
         if node.parent >= 0:
             children[node.parent].append(node.id)
     for node, found in zip(tree.nodes, children, strict=True):
-        if node.children != found:
+        if node.children != tuple(found):
             raise ValueError(
                 f"problem {tree.problem.id}: node {node.id} lists children {node.children}, but "
                 f"{found} name it as parent"
             )
 
 
-def _check_complete(trees: list[Tree], expected: int) -> None:
-    if trees and len(trees[-1].nodes) != expected:
-        raise ValueError(
-            f"the tree of problem {trees[-1].problem.id} has {len(trees[-1].nodes)} rows, "
-            f"{expected} were written"
-        )
-
-
 def _check_schema(schema: pa.Schema) -> None:
-    found = (schema.metadata or {}).get(_VERSION_KEY)
+    found = (schema.metadata or {}).get(VERSION_KEY)
     if found != str(SCHEMA_VERSION).encode():
         raise ValueError(
             f"trajectory table has schema version {found.decode() if found else 'none'}, "
@@ -224,98 +244,143 @@ def _check_schema(schema: pa.Schema) -> None:
         raise ValueError(f"trajectory table lacks the columns {', '.join(missing)}")
 
 
-def _node_cells(node: Node) -> tuple[Any, ...]:
-    step = node.step
-    if step is None:
-        step_cells: tuple[Any, ...] = (None, None, None, None, None)
-    else:
-        step_cells = (str(step.kind), step.text, step.code, step.output, step.answer)
-    return (
-        node.id,
-        node.parent,
-        node.depth,
-        *step_cells,
-        node.stdout,
-        node.execution_status,
-        node.execution_error,
-        None if node.discard is None else str(node.discard),
-        None if node.terminal is None else str(node.terminal),
-        node.multiplicity,
-        node.num_tokens,
-        node.logprob,
-        node.rollout,
-        node.value,
-        node.reward,
-        node.correct,
-        node.verdict,
-        node.visit_count,
-        node.value_sum,
-        node.expanded,
-        node.exhausted,
+def _tree_bounds(table: pa.Table) -> list[tuple[int, int]]:
+    """First row of each tree and the one after its last.
+
+    Raises:
+        ValueError: rows are missing or out of place; names the problem.
+    """
+    ids = table["node"].to_numpy()
+    starts = np.flatnonzero(ids == 0)
+    stops = np.append(starts, len(ids))[1:]
+    if len(ids) and ids[0] != 0:
+        raise ValueError(f"node {ids[0]} of problem {table['problem_id'][0]} is out of place")
+    problems = table["problem_id"].dictionary_encode().unify_dictionaries()
+    codes = np.concatenate([np.empty(0, int), *(c.indices.to_numpy() for c in problems.chunks)])
+    expected = np.arange(len(ids)) - np.repeat(starts, stops - starts)
+    owner = np.repeat(codes[starts].astype(int), stops - starts)
+    parents = table["parent"].to_numpy()
+    stray = np.where(ids == 0, parents != -1, (parents < 0) | (parents >= ids))
+    wrong = np.flatnonzero((ids != expected) | (codes != owner) | stray)
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(f"node {ids[row]} of problem {table['problem_id'][row]} is out of place")
+    written = table["num_nodes"].take(pa.array(starts, pa.int64())).to_pylist()
+    for start, stop, count in zip(starts, stops, written, strict=True):
+        if stop - start != count:
+            raise ValueError(
+                f"the tree of problem {table['problem_id'][int(start)]} has {stop - start} rows, "
+                f"{count} were written"
+            )
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
+def _attach_children(tree: Tree) -> None:
+    """Fill in the children from the parents."""
+    children: list[list[int]] = [[] for _ in tree.nodes]
+    for node in tree.nodes[1:]:
+        children[node.parent].append(node.id)
+    for node, ids in zip(tree.nodes, children, strict=True):
+        if ids:
+            node.children = tuple(ids)
+
+
+def _nodes(table: pa.Table) -> list[Node]:
+    """A node per row, children still empty."""
+    cells = {f.name: table[f.name].to_pylist() for f in _NODE_FIELDS if f.name != "step_code"}
+    for name, kind in (("step_kind", StepKind), ("discard", Discard), ("terminal", Terminal)):
+        cells[name] = _members(kind, cells[name])
+    steps = [
+        None if kind is None else Step(kind=kind, text=text, output=output, answer=answer)
+        for kind, text, output, answer in zip(
+            *(cells.pop(name) for name in ("step_kind", "step_text", "step_output", "step_answer")),
+            strict=True,
+        )
+    ]
+    return [
+        Node(
+            id=id_,
+            parent=parent,
+            depth=depth,
+            step=step,
+            stdout=stdout,
+            execution_status=execution_status,
+            execution_error=execution_error,
+            discard=discard,
+            terminal=terminal,
+            multiplicity=multiplicity,
+            num_tokens=num_tokens,
+            logprob=logprob,
+            rollout=rollout,
+            value=value,
+            reward=reward,
+            correct=correct,
+            verdict=verdict,
+            visit_count=visit_count,
+            value_sum=value_sum,
+            expanded=expanded,
+            exhausted=exhausted,
+        )
+        for (
+            step,
+            id_,
+            parent,
+            depth,
+            stdout,
+            execution_status,
+            execution_error,
+            discard,
+            terminal,
+            multiplicity,
+            num_tokens,
+            logprob,
+            rollout,
+            value,
+            reward,
+            correct,
+            verdict,
+            visit_count,
+            value_sum,
+            expanded,
+            exhausted,
+        ) in zip(steps, *cells.values(), strict=True)
+    ]
+
+
+def _members(kind: type[StrEnum], cells: list[str | None]) -> list[StrEnum | None]:
+    """The enum member of each cell."""
+    members = {cell: None if cell is None else kind(cell) for cell in set(cells)}
+    return [members[cell] for cell in cells]
+
+
+def _tree(root: Mapping[str, Any], nodes: list[Node]) -> Tree:
+    """The tree of a root row."""
+    fields = {
+        field.name: root[field.name]
+        for field in (*_VERSION_FIELDS, *_TREE_FIELDS)
+        if field.name not in _PER_TREE and field.name != "outcome"
+    }
+    return Tree(
+        problem=Problem(
+            id=root["problem_id"],
+            source=root["source"],
+            level=Level(root["level"]),
+            text=root["problem_text"],
+            answer=root["problem_answer"],
+            answers_alt=tuple(root["problem_answers_alt"]),
+        ),
+        round=root["round"],
+        index=root["tree"],
+        nodes=nodes,
+        **fields,
     )
 
 
-def _node(cells: Sequence[Any]) -> Node:
-    (
-        id_,
-        parent,
-        depth,
-        kind,
-        text,
-        code,
-        output,
-        answer,
-        stdout,
-        execution_status,
-        execution_error,
-        discard,
-        terminal,
-        multiplicity,
-        num_tokens,
-        logprob,
-        rollout,
-        value,
-        reward,
-        correct,
-        verdict,
-        visit_count,
-        value_sum,
-        expanded,
-        exhausted,
-    ) = cells
-    step = None
-    if kind is not None:
-        step = Step(kind=StepKind(kind), text=text, code=code, output=output, answer=answer)
-    return Node(
-        id=id_,
-        parent=parent,
-        depth=depth,
-        step=step,
-        multiplicity=multiplicity,
-        num_tokens=num_tokens,
-        logprob=logprob,
-        rollout=rollout,
-        discard=None if discard is None else Discard(discard),
-        terminal=None if terminal is None else Terminal(terminal),
-        execution_status=execution_status,
-        execution_error=execution_error,
-        stdout=stdout,
-        value=value,
-        reward=reward,
-        correct=correct,
-        verdict=verdict,
-        visit_count=visit_count,
-        value_sum=value_sum,
-        expanded=expanded,
-        exhausted=exhausted,
-    )
-
-
-def _array(cells: list[Any], field_: pa.Field) -> pa.Array:
+def _array(cells: list[Any], field: pa.Field) -> pa.Array:
     try:
-        return pa.array(cells, type=field_.type)
+        return pa.array(cells, type=field.type)
     except UnicodeEncodeError:
-        return pa.array([_escape_surrogates(cell) for cell in cells], type=field_.type)
+        return pa.array([_escape_surrogates(cell) for cell in cells], type=field.type)
 
 
 def _escape_surrogates(cell: Any) -> Any:
@@ -324,10 +389,3 @@ def _escape_surrogates(cell: Any) -> Any:
     if isinstance(cell, str):
         return cell.encode("utf-8", "backslashreplace").decode("utf-8")
     return cell
-
-
-def table_to_bytes(table: pa.Table) -> bytes:
-    """A Parquet file (zstd) as bytes."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()

@@ -6,6 +6,9 @@ not: an invalid one is a node with a `discard` reason and no visits, never selec
     expand: OPEN -> EXPANDED with children, or -> TERMINAL when no valid child came
     backup: N += 1, q += reward along a root-to-terminal path  (arXiv 2501.04519, Eq. 2)
 
+A search that was interrupted goes on from its tree alone: the tree changes by whole expansions and
+whole backups, and says what it was searched with.
+
 A node that was given a PPM value starts at N = 1, q = value (Eq. 3: q(s)^0 = PPM(s); counting it as
 one visit keeps Q = q/N inside [-1, 1], as the released code does).
 """
@@ -32,6 +35,19 @@ class Terminal(StrEnum):
     """Only with the released rule that keeps failing candidates as leaves."""
 
 
+class Outcome(StrEnum):
+    """What a search found, for counts and reports."""
+
+    SOLVED = "solved"
+    """Some answer was judged correct."""
+    UNSOLVED = "unsolved"
+    """It reached answers, none of them correct."""
+    NO_ANSWER = "no_answer"
+    """No rollout reached an answer."""
+    UNLABELLED = "unlabelled"
+    """The problem has no accepted answer to compare with."""
+
+
 class Discard(StrEnum):
     """Why a candidate did not become a selectable child."""
 
@@ -43,7 +59,9 @@ class Discard(StrEnum):
     NO_ANSWER = "no_answer"
     """An answer step without a readable answer."""
     OUT_OF_PLACE = "out_of_place"
-    """A code step after the code was closed, or an answer before it."""
+    """A code step after the code was closed: only the answer can follow its output."""
+    REPETITIVE = "repetitive"
+    """Its text ends in the same passage over and over."""
     NOT_KEPT = "not_kept"
     """Dropped by the released rule that keeps only the first answer of an expansion."""
 
@@ -82,8 +100,8 @@ class Node:
     """The grader's reason."""
     visit_count: int = 0
     value_sum: float = 0.0
-    children: list[int] = field(default_factory=list)
-    """Ids of all candidates of this node's expansion, discarded ones included."""
+    children: tuple[int, ...] = ()
+    """Ids of all candidates of this node's expansion, discarded ones included, ascending."""
     expanded: bool = False
     exhausted: bool = False
     """True: no unvisited terminal and no open node is left below; never selected again."""
@@ -112,9 +130,22 @@ class Tree:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     scored_tokens: int = 0
+    num_requests: int = 0
+    """Requests to the policy; one carries all candidates of an expansion."""
     num_executions: int = 0
-    """Step codes sent to the sandbox, identical siblings counted once."""
+    """Step codes sent to the sandbox, identical siblings counted once, replays left out."""
+    generate_s: float = 0.0
+    """Seconds awaited for the policy, summed over expansions, which may overlap; so the next."""
+    execute_s: float = 0.0
+    """For the sandbox, replays included."""
+    grade_s: float = 0.0
+    """For verdicts on answers."""
+    evaluate_s: float = 0.0
+    """For the PPM."""
     seconds: float = 0.0
+    """From the start of the search to its end, interruptions left out."""
+    search_config: str = ""
+    """The effective `SearchConfig` as JSON, its budgets included; of the last search of several."""
     note: str = ""
     """Why the search ended early, if it did; "" otherwise."""
 
@@ -128,7 +159,8 @@ class Tree:
 
     def valid_children(self, node: Node) -> list[Node]:
         """Children a search may select, in generation order."""
-        return [c for c in (self.nodes[i] for i in node.children) if c.discard is None]
+        nodes = self.nodes
+        return [nodes[i] for i in node.children if nodes[i].discard is None]
 
     def path(self, node: Node) -> list[Node]:
         """Nodes from the root (included) to `node` (included)."""
@@ -151,6 +183,16 @@ class Tree:
         """True if some answer was judged correct."""
         return any(node.correct for node in self.answers())
 
+    @property
+    def outcome(self) -> Outcome:
+        """What the search found."""
+        if not self.problem.golds:
+            return Outcome.UNLABELLED
+        if self.solved:
+            return Outcome.SOLVED
+        visited = any(node.visit_count for node in self.answers())
+        return Outcome.UNSOLVED if visited else Outcome.NO_ANSWER
+
 
 def expand(tree: Tree, node: Node, candidates: Iterable[Node]) -> None:
     """Attach all candidates of one expansion and set their ids.
@@ -163,14 +205,16 @@ def expand(tree: Tree, node: Node, candidates: Iterable[Node]) -> None:
     """
     if node.terminal is not None or node.discard is not None or node.expanded:
         raise ValueError(f"node {node.id} of problem {tree.problem.id} cannot be expanded")
+    ids: list[int] = []
     for child in candidates:
         child.id = len(tree.nodes)
+        ids.append(child.id)
         child.parent = node.id
         child.depth = node.depth + 1
-        if child.discard is None and child.value is not None and child.terminal is None:
+        if child.value is not None and child.discard is None and child.terminal is None:
             child.visit_count, child.value_sum = 1, child.value
         tree.nodes.append(child)
-        node.children.append(child.id)
+    node.children = tuple(ids)
     node.expanded = True
 
 
@@ -200,8 +244,9 @@ def _spread_exhaustion(tree: Tree, node: Node) -> None:
     """Mark each ancestor exhausted while all its valid children are."""
     while node.parent >= 0:
         node = tree.nodes[node.parent]
-        if not node.expanded or not all(c.exhausted for c in tree.valid_children(node)):
-            return
+        for i in node.children:
+            if not tree.nodes[i].exhausted and tree.nodes[i].discard is None:
+                return
         node.exhausted = True
 
 

@@ -55,7 +55,7 @@ def code(source: str, *children: Branch, value: float | None = None) -> Branch:
 def last_code(source: str, *children: Branch, output: str, value: float | None = None) -> Branch:
     """The last code step, with what it printed."""
     parsed = parse_step(f"\n{source}\n{END_OF_CODE}")
-    step = Step(kind=parsed.kind, text=parsed.text, code=parsed.code, output=output)
+    step = Step(kind=parsed.kind, text=parsed.text, output=output)
     return Branch(step=step, children=children, value=value)
 
 

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import contextlib
+import io
+
 import pytest
 
 from rollout.prompt import (
+    BOOTSTRAP_TEMPLATE,
     MARKERS,
     RSTAR_TEMPLATE,
     SHORT_TEMPLATE,
+    STOP_STRINGS,
+    TEMPLATES,
     Step,
     StepKind,
     parse_response,
     parse_step,
+    read_completion,
     render_prompt,
     render_segments,
+    training_template,
 )
 
 SOLUTION = (
@@ -99,3 +107,89 @@ def test_long_output_keeps_its_first_and_last_halves() -> None:
 def test_solution_off_the_grammar_is_refused_with_a_reason(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_response(text)
+
+
+def examples_of_the_bootstrap_prompt() -> list[tuple[str, str]]:
+    """Question and solution of each worked example, as the model reads them."""
+    shown = render_prompt("ASKED", [], BOOTSTRAP_TEMPLATE)
+    _, *parts = shown.split("Question: ")
+    assert parts.pop() == "ASKED\n"
+    texts = [part.split("Now! It's your turn.")[0].rstrip("\n") for part in parts]
+    return [(text.split("\n", 1)[0], text.split("\n", 1)[1]) for text in texts]
+
+
+def test_bootstrap_prompt_ends_where_the_solution_begins_and_adds_steps_as_every_template() -> None:
+    steps = parse_response(SOLUTION)[:2]
+    prompt = render_prompt("2+3?", steps, BOOTSTRAP_TEMPLATE)
+    assert prompt.endswith("\n\nQuestion: 2+3?\n" + "".join(s.rendered for s in steps))
+    for marker in ("<code>", "<end_of_step>", "<output>", "<answer>", "\\boxed{}"):
+        assert marker in prompt.split("demonstration examples")[0]
+
+
+def test_bootstrap_examples_follow_the_grammar_and_print_what_they_say() -> None:
+    examples = examples_of_the_bootstrap_prompt()
+    assert len(examples) == 2
+    for _, solution in examples:
+        steps = parse_response(solution)
+        assert "".join(s.rendered for s in steps) == solution
+        assert steps[-2].text.lstrip().startswith("# Now print the final answer")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec("\n".join(s.code for s in steps), {})
+        assert printed.getvalue().strip() == steps[-2].output
+    assert [parse_response(solution)[-1].answer for _, solution in examples] == [
+        "810",
+        "\\frac{33}{8}",
+    ]
+
+
+def test_bootstrap_solutions_are_trained_under_the_template_of_the_fine_tuned_policy() -> None:
+    assert training_template(BOOTSTRAP_TEMPLATE) is RSTAR_TEMPLATE
+    assert {t.name for t in TEMPLATES.values() if training_template(t) is not t} == {"bootstrap"}
+    assert set(BOOTSTRAP_TEMPLATE.stop) > set(STOP_STRINGS) == set(RSTAR_TEMPLATE.stop)
+
+
+def test_completions_in_the_grammar_are_read_the_same_under_every_template() -> None:
+    previous: Step | None = None
+    for step in parse_response(SOLUTION):
+        for template in TEMPLATES.values():
+            assert read_completion(step.text, template, previous).text == step.text
+        previous = step
+
+
+STEP_1 = Step(kind=StepKind.CODE, text="<code>\nx = 1\n<end_of_step>")
+LAST_STEP = Step(kind=StepKind.LAST_CODE, text="\nprint(x)\n<end_of_code>", output="1")
+
+
+@pytest.mark.parametrize(
+    ("previous", "written", "text"),
+    [
+        # the code marker stands at the first step alone
+        (None, "x = 1\n<end_of_step>", "<code>\nx = 1\n<end_of_step>"),
+        (STEP_1, "<code>\ny = 2\n<end_of_step>", "\ny = 2\n<end_of_step>"),
+        (STEP_1, "y = 2\n<end_of_step>", "\ny = 2\n<end_of_step>"),
+        # Markdown
+        (None, "```python\nx = 1\n```\n<end_of_step>", "<code>\nx = 1\n<end_of_step>"),
+        # an output it made up, closed or not
+        (STEP_1, "\nprint(x)\n<output>9<end_of_output>", "\nprint(x)\n<end_of_code>"),
+        (STEP_1, "\nprint(x)\n<output>9\n<answer>9", "\nprint(x)\n<end_of_code>"),
+        # an answer before the code was run
+        (STEP_1, "\nprint(x)\n<answer>\\boxed{9}<end_of_answer>", "\nprint(x)\n<end_of_code>"),
+        # answers without their markers, or gone on after
+        (LAST_STEP, "<answer>So \\boxed{1}", "<answer>So \\boxed{1}<end_of_answer>"),
+        (LAST_STEP, "So \\boxed{1}.\n\nQuestion:", "<answer>So \\boxed{1}.<end_of_answer>"),
+        (LAST_STEP, "So \\boxed{1}<end_of_answer>", "<answer>So \\boxed{1}<end_of_answer>"),
+        # no end, nothing that could be closed
+        (STEP_1, "y = 2", "\ny = 2"),
+        (LAST_STEP, "<answer>So it is", "<answer>So it is"),
+        (None, "", ""),
+        (None, "\nQuestion:", ""),
+    ],
+)
+def test_completion_of_a_model_that_saw_only_examples_is_put_into_the_grammar(
+    previous: Step | None, written: str, text: str
+) -> None:
+    step = read_completion(written, BOOTSTRAP_TEMPLATE, previous)
+    assert step.text == text
+    assert step.kind is parse_step(text).kind
+    assert read_completion(written, RSTAR_TEMPLATE, previous) == parse_step(written)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import random
-from collections.abc import Sequence
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rollout.engine import Completion, FinishReason, GenerationRequest
+from rollout.engine import Completion, FinishReason
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig, SearchError, run_search
 from rollout.tree import Discard, Terminal, Tree
-from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference
+from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference, random_steps
+from verifier import Verdict, verify_answer
 
 PROBLEM = Problem(id="p", source="s", level=Level.GSM, text="How many?", answer="3")
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_trees.json"
@@ -46,7 +45,7 @@ def search(
     return asyncio.run(
         run_search(
             PROBLEM,
-            config=SearchConfig(template="short", **config),  # type: ignore[arg-type]
+            config=SearchConfig(**{"template": "short", **config}),
             policy=policy,
             preference=preference,
             sandbox=sandbox or ScriptedSandbox(),
@@ -56,24 +55,18 @@ def search(
     )
 
 
-def random_script(request: GenerationRequest) -> Sequence[str]:
-    """Steps, programs, answers, failures and garbage, drawn from the request's seed alone."""
-    rng = random.Random(request.seed)
-    depth = request.prompt.count("<end_of_step>")
-    if request.prompt.endswith("<end_of_output>\n"):
-        choices = [answer("3"), answer("4"), "<answer>none<end_of_answer>"]
-    else:
-        choices = [step(f"a = {rng.randrange(3)}"), step("bad"), last(f"print({depth})"), "cut"]
-    return [rng.choice(choices) for _ in range(request.num_candidates)]
-
-
-def random_search(seed: int, *, ppm: bool, released: bool = False, rollouts: int = 8) -> Tree:
-    config = SearchConfig(template="short", num_candidates=4, num_rollouts=rollouts, max_depth=5)
+def random_search(seed: int, *, ppm: bool, rollouts: int = 8, **config: object) -> Tree:
     return asyncio.run(
         run_search(
             PROBLEM,
-            config=config.released() if released else config,
-            policy=ScriptedPolicy(random_script),
+            config=SearchConfig(
+                template="short",
+                num_candidates=4,
+                num_rollouts=rollouts,
+                max_depth=5,
+                **config,
+            ),
+            policy=ScriptedPolicy(random_steps),
             preference=TablePreference(lambda t: math.sin(len(t))) if ppm else None,
             sandbox=ScriptedSandbox({"bad": Failure()}, default="3\n"),
             round=3 if ppm else 1,
@@ -90,9 +83,22 @@ def as_table(tree: Tree) -> list[list[object]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["terminal_guided", "ppm_augmented", "released"])
-def test_seeded_search_reproduces_the_golden_tree_node_by_node(name: str) -> None:
-    tree = random_search(7, ppm=name == "ppm_augmented", released=name == "released")
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("terminal_guided", {}),
+        ("ppm_augmented", {"ppm": True}),
+        ("released", {"preset": "released"}),
+        ("released_ppm", {"preset": "released", "ppm": True}),
+        ("failing_leaves_charged_to_their_path", {"invalid_candidates": "leaf"}),
+        ("three_rollouts_at_a_time", {"parallel_rollouts": 3}),
+        ("three_at_a_time_with_ppm", {"parallel_rollouts": 3, "ppm": True}),
+    ],
+)
+def test_seeded_search_reproduces_the_golden_tree_node_by_node(
+    name: str, config: dict[str, Any]
+) -> None:
+    tree = random_search(7, **{"ppm": False, **config})
     assert as_table(tree) == json.loads(GOLDEN.read_text(encoding="utf-8"))[name]
 
 
@@ -194,7 +200,7 @@ def test_child_code_runs_on_the_state_its_parent_left() -> None:
     search(policy, sandbox=sandbox, num_candidates=1, num_rollouts=1)
     states = [event[1] for event in sandbox.events if event[0] == "run"]
     assert len(set(states)) == 2
-    assert states[1].endswith(":1")
+    assert str(states[1]).endswith(":1")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +255,7 @@ def test_sandbox_that_fails_itself_stops_the_search_and_labels_nothing() -> None
 
 
 def test_no_rollout_starts_beyond_the_token_budget() -> None:
-    policy = ScriptedPolicy(random_script)
+    policy = ScriptedPolicy(random_steps)
     sandbox = ScriptedSandbox(default="3\n")
     tree = search(policy, sandbox=sandbox, num_rollouts=50, max_generated_tokens=60)
     assert tree.note == "token budget"
@@ -267,44 +273,260 @@ def test_preference_values_at_terminals_need_a_ppm() -> None:
         search(ScriptedPolicy({}), terminal_value="preference")
 
 
-def test_other_searches_beside_it_do_not_change_a_tree() -> None:
-    async def together() -> list[Tree]:
-        sandbox = ScriptedSandbox({"bad": Failure()}, default="3\n")
-        config = SearchConfig(template="short", num_candidates=4, num_rollouts=8, max_depth=5)
-        searches = [
-            run_search(
-                PROBLEM,
-                config=config,
-                policy=ScriptedPolicy(random_script),
-                preference=None,
-                sandbox=sandbox,
-                round=1,
-                index=index,
-                seed=seed,
-            )
-            for index, seed in enumerate((5, 6, 7))
-        ]
-        return list(await asyncio.gather(*searches))
-
-    alone = [as_table(random_search(seed, ppm=False)) for seed in (5, 6, 7)]
-    assert [as_table(tree) for tree in asyncio.run(together())] == alone
+def test_released_rule_keeps_failing_code_as_a_leaf_its_ancestors_never_hear_of() -> None:
+    sandbox = ScriptedSandbox({"bad": Failure()}, default="3\n")
+    policy = ScriptedPolicy(
+        {
+            "<|assistant|>": [step("bad"), last("print(3)")],
+            "<end_of_output>\n": [answer("4"), answer("3")],
+        }
+    )
+    tree = search(policy, sandbox=sandbox, num_candidates=2, num_rollouts=3, preset="released")
+    # the first of the two answers alone is kept, so one rollout exhausts the tree
+    assert as_table(tree) == [
+        [0, -1, "", 1, -1.0],
+        [1, 0, "code_error", 1, -1.0],
+        [2, 0, "", 1, -1.0],
+        [3, 2, "answer", 1, -1.0],
+        [4, 2, "not_kept", 0, 0.0],
+    ]
+    assert tree.nodes[1].execution_error == "ValueError: scripted"
+    assert (tree.num_rollouts, tree.note) == (1, "exhausted")
 
 
-@settings(max_examples=100, deadline=None)
-@given(seed=st.integers(0, 10**6), ppm=st.booleans(), released=st.booleans())
-def test_every_tree_keeps_the_invariants(seed: int, ppm: bool, released: bool) -> None:
-    tree = random_search(seed, ppm=ppm, released=released)
-    for node in tree.nodes:
-        assert -1.0 <= node.q_value <= 1.0
-        valid = tree.valid_children(node)
-        if node.terminal is not None or node.discard is not None:
-            assert valid == []
-        if node.discard is not None:
-            assert node.visit_count == 0
-        if valid and not released:
-            # each visit of an inner node went on to exactly one child
-            own = 1 if ppm and node.parent >= 0 else 0
-            open_once = (None, Terminal.NO_VALID_CHILD)
-            starts = sum(1 for c in valid if c.value is not None and c.terminal in open_once)
-            assert node.visit_count - own == sum(c.visit_count for c in valid) - starts
-    assert tree.root.visit_count == tree.num_rollouts or released
+def test_released_rollout_that_meets_only_failures_ends_without_a_reward() -> None:
+    sandbox = ScriptedSandbox({"bad": Failure()})
+    policy = ScriptedPolicy(
+        {"<|assistant|>": [step("a = 1"), step("a = 2")], "<end_of_step>": [step("bad")]}
+    )
+    tree = search(policy, sandbox=sandbox, num_candidates=2, num_rollouts=8, preset="released")
+    # rollout 1 expands the root and node 1, rollout 2 node 2; then nothing is left
+    assert as_table(tree) == [
+        [0, -1, "", 0, 0.0],
+        [1, 0, "", 0, 0.0],
+        [2, 0, "", 0, 0.0],
+        [3, 1, "code_error", 1, -1.0],
+        [4, 2, "code_error", 1, -1.0],
+    ]
+    assert (tree.num_rollouts, tree.note, tree.outcome) == (2, "exhausted", "no_answer")
+
+
+def test_failing_leaves_alone_below_a_node_cost_its_path_under_the_papers_rule() -> None:
+    sandbox = ScriptedSandbox({"bad": Failure()})
+    policy = ScriptedPolicy({"<|assistant|>": [step("a = 1")], "<end_of_step>": [step("bad")]})
+    tree = search(
+        policy, sandbox=sandbox, num_candidates=1, num_rollouts=8, invalid_candidates="leaf"
+    )
+    assert as_table(tree) == [
+        [0, -1, "", 1, -1.0],
+        [1, 0, "no_valid_child", 1, -1.0],
+        [2, 1, "code_error", 1, -1.0],
+    ]
+
+
+def test_first_answer_of_an_expansion_stops_its_siblings_before_they_run() -> None:
+    sandbox = ScriptedSandbox(default="3\n")
+    policy = ScriptedPolicy({"": [step("a = 1"), answer("3"), answer("4"), "cut"]})
+    tree = search(
+        policy, sandbox=sandbox, num_candidates=4, num_rollouts=1, answer_candidates="first"
+    )
+    assert [n.discard for n in tree.nodes[1:]] == [
+        Discard.NOT_KEPT,
+        None,
+        Discard.NOT_KEPT,
+        Discard.UNFINISHED,
+    ]
+    assert not [event for event in sandbox.events if event[0] == "run"]
+
+
+@pytest.mark.parametrize(
+    ("unvisited", "visits"),
+    [
+        # after two failures the root has N = 2, so a failed child is worth -1 + 2 sqrt(ln 2) = 0.67
+        ("zero", [2, 1, 0]),
+        ("infinite", [1, 1, 1]),
+    ],
+)
+def test_unvisited_child_worth_zero_waits_behind_one_that_failed_once(
+    unvisited: str, visits: list[int]
+) -> None:
+    policy = ScriptedPolicy(
+        {
+            "<|assistant|>": [step("a = 1"), step("a = 2"), step("a = 3")],
+            "<end_of_step>": [answer("4"), answer("5")],
+        }
+    )
+    tree = search(policy, num_candidates=3, num_rollouts=3, unvisited=unvisited)
+    assert [n.visit_count for n in tree.nodes[1:4]] == visits
+
+
+def test_preset_sets_the_rules_that_are_not_given_themselves() -> None:
+    assert SearchConfig(preset="released") == SearchConfig().released()
+    mixed = SearchConfig(preset="released", unvisited="infinite")
+    assert (mixed.unvisited, mixed.failure_backup) == ("infinite", "leaf")
+    assert SearchConfig.model_validate(mixed.model_dump(mode="json")) == mixed
+    with pytest.raises(ValueError, match="preset"):
+        SearchConfig(preset="other")
+
+
+def test_three_rollouts_at_a_time_spread_over_the_children() -> None:
+    policy = ScriptedPolicy(
+        {
+            "<|assistant|>": [last("print(1)"), last("print(2)"), last("print(3)")],
+            "<end_of_output>\n": [answer("3"), answer("4")],
+        }
+    )
+    sandbox = ScriptedSandbox(default="3\n")
+    tree = search(policy, sandbox=sandbox, num_candidates=3, num_rollouts=3, parallel_rollouts=3)
+    # one request for the root that all three wait at, then each child has one rollout of its own
+    assert [n.visit_count for n in tree.nodes[:4]] == [3, 1, 1, 1]
+    assert (tree.num_requests, tree.num_rollouts) == (4, 3)
+
+
+def test_rollouts_at_a_time_await_the_engines_together() -> None:
+    policy = ScriptedPolicy(random_steps)
+    sandbox = ScriptedSandbox({"bad": Failure()}, default="3\n")
+    search(policy, sandbox=sandbox, num_rollouts=12, parallel_rollouts=4)
+    assert policy.max_in_flight > 1
+
+
+def test_rollouts_that_find_every_leaf_taken_end_without_a_reward() -> None:
+    policy = ScriptedPolicy({"": [answer("3")]})
+    tree = search(policy, num_candidates=8, num_rollouts=4, parallel_rollouts=4)
+    assert as_table(tree) == [[0, -1, "", 1, 1.0], [1, 0, "answer", 1, 1.0]]
+    assert tree.num_rollouts == 4
+
+
+def test_tree_says_what_it_was_searched_with_and_what_each_stage_took() -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    config = SearchConfig(template="short", num_candidates=2, num_rollouts=1)
+    tree = asyncio.run(
+        run_search(
+            PROBLEM,
+            config=config,
+            policy=ScriptedPolicy(
+                {"<|assistant|>": [last("print(3)")], "<end_of_output>\n": [answer("3")]}
+            ),
+            preference=TablePreference({}),
+            sandbox=ScriptedSandbox(default="3\n"),
+            round=3,
+            seed=0,
+            clock=clock,
+        )
+    )
+    assert SearchConfig.model_validate_json(tree.search_config) == config
+    assert tree.num_requests == 2
+    # each stage takes one tick; nothing is run in the second expansion
+    assert (tree.generate_s, tree.execute_s, tree.grade_s, tree.evaluate_s) == (2, 1, 2, 2)
+    assert tree.seconds == now - 1.0
+    assert tree.outcome == "solved"
+
+
+def test_without_a_clock_no_time_is_recorded() -> None:
+    tree = random_search(7, ppm=True)
+    assert (tree.seconds, tree.generate_s, tree.evaluate_s) == (0.0, 0.0, 0.0)
+
+
+def test_observer_is_told_of_each_expansion_and_each_end_of_a_rollout() -> None:
+    seen: list[tuple[int, Terminal | None]] = []
+    policy = ScriptedPolicy(
+        {"<|assistant|>": [last("print(3)")], "<end_of_output>\n": [answer("3")]}
+    )
+    asyncio.run(
+        run_search(
+            PROBLEM,
+            config=SearchConfig(template="short", num_candidates=1, num_rollouts=1),
+            policy=policy,
+            preference=None,
+            sandbox=ScriptedSandbox(default="3\n"),
+            round=1,
+            seed=0,
+            observe=lambda tree, node: seen.append((node.id, node.terminal)),
+        )
+    )
+    assert seen == [(0, None), (1, None), (2, Terminal.ANSWER)]
+
+
+def test_bootstrap_search_shows_examples_and_scores_under_the_trained_template() -> None:
+    policy = ScriptedPolicy(
+        {
+            "Question: How many?\n": ["```python\nprint(3)\n<output>3<end_of_output>"],
+            "<end_of_output>\n": ["The answer is \\boxed{3}.\n\nQuestion:"],
+        }
+    )
+    preference = TablePreference({}, default=0.5)
+    tree = search(
+        policy,
+        sandbox=ScriptedSandbox({"print(3)": "3\n"}),
+        preference=preference,
+        num_candidates=1,
+        num_rollouts=1,
+        template="bootstrap",
+    )
+    assert policy.requests[0].prompt.startswith("You are a careful mathematician")
+    assert "\nQuestion:" in policy.requests[0].stop
+    rendered = (
+        "<|user|>:\nHow many?\n<|assistant|>: Let's think step by step and solve the problem with "
+        "code.<code>\nprint(3)\n<end_of_code>\n<output>3<end_of_output>\n"
+    )
+    assert [request.texts for request in preference.requests] == [
+        (rendered,),
+        (rendered + "<answer>The answer is \\boxed{3}.<end_of_answer>",),
+    ]
+    assert tree.solved
+
+
+def test_plain_numbers_are_graded_at_once_and_other_answers_off_the_event_loop() -> None:
+    threads: dict[str, bool] = {}
+
+    def grade(gold: str, candidate: str) -> Verdict:
+        threads[candidate] = threading.current_thread() is threading.main_thread()
+        return verify_answer(gold, candidate)
+
+    asyncio.run(
+        run_search(
+            PROBLEM,
+            config=SearchConfig(template="short", num_candidates=4, num_rollouts=4),
+            policy=ScriptedPolicy({"": [answer("3"), answer("6/2"), answer("\\sqrt{9}")]}),
+            preference=None,
+            sandbox=ScriptedSandbox(),
+            round=1,
+            seed=0,
+            grade=grade,
+        )
+    )
+    assert threads == {"3": True, "6/2": True, "\\sqrt{9}": False}
+
+
+def test_an_answer_is_graded_once_in_a_tree() -> None:
+    asked: list[str] = []
+
+    def grade(gold: str, candidate: str) -> Verdict:
+        asked.append(candidate)
+        return verify_answer(gold, candidate)
+
+    tree = asyncio.run(
+        run_search(
+            PROBLEM,
+            config=SearchConfig(template="short", num_candidates=3, num_rollouts=9),
+            policy=ScriptedPolicy(
+                {
+                    "<|assistant|>": [last("print(1)"), last("print(2)"), last("print(3)")],
+                    "": [answer("3"), answer("4")],
+                }
+            ),
+            preference=None,
+            sandbox=ScriptedSandbox(default="3\n"),
+            round=1,
+            seed=0,
+            grade=grade,
+        )
+    )
+    assert sorted(asked) == ["3", "4"]
+    assert [n.correct for n in tree.answers()] == [True, False] * 3

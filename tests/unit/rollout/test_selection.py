@@ -6,7 +6,7 @@ import pytest
 
 from rollout.problem import Level, Problem
 from rollout.selection import Unvisited, select_child, uct
-from rollout.tree import Discard, Node, Tree, expand
+from rollout.tree import Discard, Node, Terminal, Tree, expand
 
 PROBLEM = Problem(id="p", source="s", level=Level.GSM, text="q", answer="1")
 
@@ -48,3 +48,37 @@ def test_nothing_left_gives_none() -> None:
     tree = Tree(problem=PROBLEM, round=1)
     expand(tree, tree.root, [node(exhausted=True), node(discard=Discard.EMPTY)])
     assert select_child(tree, tree.root, exploration=2.0, unvisited=Unvisited.ZERO) is None
+
+
+def test_rollouts_below_a_child_count_as_visits_that_failed() -> None:
+    # N = 2 + 1, q = 1 - 1: Q = 0, ln 10 = 2.302585, sqrt(2.302585 / 3) = 0.876087
+    assert uct(node(2, 1.0), 10, 2.0, Unvisited.INFINITE, 1) == pytest.approx(2 * 0.876087)
+    assert uct(node(0), 1, 2.0, Unvisited.INFINITE, 1) == -1.0
+
+
+def test_next_rollout_goes_where_no_other_one_is() -> None:
+    tree = Tree(problem=PROBLEM, round=1)
+    expand(tree, tree.root, [node(), node(), node()])
+    pending: dict[int, int] = {}
+    chosen = []
+    for _ in range(4):
+        found = select_child(
+            tree, tree.root, exploration=2.0, unvisited=Unvisited.INFINITE, pending=pending
+        )
+        assert found is not None
+        pending[found.id] = pending.get(found.id, 0) + 1
+        chosen.append(found.id)
+    assert chosen == [1, 2, 3, 1]
+
+
+def test_terminal_another_rollout_is_at_is_taken() -> None:
+    tree = Tree(problem=PROBLEM, round=1)
+    expand(tree, tree.root, [node(terminal=Terminal.ANSWER), node(terminal=Terminal.ANSWER)])
+
+    def choose(pending: dict[int, int]) -> int | None:
+        found = select_child(
+            tree, tree.root, exploration=2.0, unvisited=Unvisited.INFINITE, pending=pending
+        )
+        return found.id if found is not None else None
+
+    assert [choose({}), choose({1: 1}), choose({1: 1, 2: 1})] == [1, 2, None]

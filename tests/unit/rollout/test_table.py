@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
+import re
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout.problem import Level, Problem
 from rollout.prompt import Step, StepKind
-from rollout.table import SCHEMA, table_to_bytes, table_to_trees, trees_to_table
-from rollout.tree import Discard, Node, Terminal, Tree
+from rollout.table import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    table_to_bytes,
+    table_to_trees,
+    trees_to_table,
+)
+from rollout.tree import Discard, Node, Outcome, Terminal, Tree
 from tests.builders import answered, code, discarded, make_problem, make_tree
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -46,12 +57,18 @@ def random_trees(draw: st.DrawFn) -> Tree:
         cached_tokens=draw(count),
         scored_tokens=draw(count),
         num_executions=draw(count),
+        num_requests=draw(count),
+        generate_s=draw(number),
+        execute_s=draw(number),
+        grade_s=draw(number),
+        evaluate_s=draw(number),
         seconds=draw(number),
+        search_config=draw(text),
         note=draw(text),
     )
     for id_ in range(1, draw(st.integers(1, 6))):
         parent = draw(st.integers(0, id_ - 1))
-        tree.nodes[parent].children.append(id_)
+        tree.nodes[parent].children += (id_,)
         tree.nodes.append(
             Node(
                 id=id_,
@@ -60,7 +77,6 @@ def random_trees(draw: st.DrawFn) -> Tree:
                 step=Step(
                     kind=draw(st.sampled_from(StepKind)),
                     text=draw(text),
-                    code=draw(text),
                     output=draw(st.none() | text),
                     answer=draw(st.none() | text),
                 ),
@@ -123,7 +139,7 @@ def test_root_row_is_the_row_per_tree() -> None:
     assert {row["problem_id"] for row in rows} == {"p9"}
     assert [row["num_nodes"] for row in rows] == [5, None, None, None, None]
     assert rows[0]["generated_tokens"] == 77
-    assert rows[0]["solved"] is True
+    assert rows[0]["outcome"] == "solved"
     assert rows[0]["problem_answer"] == "42"
     assert rows[0]["step_kind"] is None
 
@@ -144,6 +160,67 @@ def test_a_lone_surrogate_is_escaped_and_loses_no_other_tree() -> None:
     assert back[1] == good
 
 
+def test_code_and_outcome_are_stored_for_readers_without_this_code() -> None:
+    solved = make_tree(code("x = 1", answered("7", correct=True)))
+    unsolved = make_tree(code("x = 1", answered("8", correct=False)))
+    open_question = make_tree(answered("8", correct=None), problem=make_problem("p2", answer=""))
+    rows = trees_to_table([solved, unsolved, open_question, make_tree(code("y"))]).to_pylist()
+    assert [row["step_code"] for row in rows[:4]] == [None, "x = 1", "print(7)", ""]
+    outcomes = [row["outcome"] for row in rows if row["node"] == 0]
+    assert outcomes == ["solved", "unsolved", "unlabelled", "no_answer"]
+    assert {row["outcome"] for row in rows if row["node"]} == {None}
+
+
+def test_a_file_gives_back_the_table_it_was_written_from() -> None:
+    tree = make_tree(code("x = 1", answered("7", correct=True)), discarded("y = é\U0001f600"))
+    tree.nodes[1].logprob, tree.nodes[1].value = -0.1, 1 / 3
+    table = trees_to_table([tree, tree])
+    back = pq.read_table(io.BytesIO(table_to_bytes(table)))
+    assert back.equals(table)
+    assert back.schema.metadata[VERSION_KEY] == b"2"
+    assert table_to_trees(back) == [tree, tree]
+
+
+def test_a_table_in_several_chunks_is_read_as_one() -> None:
+    trees = [make_tree(code("x"), problem=make_problem(f"p{n}")) for n in range(4)]
+    table = pa.concat_tables([trees_to_table(trees[:1]), trees_to_table(trees[1:])])
+    table = pa.concat_tables([table.slice(0, 3), table.slice(3)])
+    assert table_to_trees(table) == trees
+
+
+def test_duckdb_computes_q_without_code_of_ours(tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    tree = make_tree(
+        code("x = 1", answered("7", correct=True), answered("8", correct=False)), code("y = 2")
+    )
+    path = tmp_path / "shard.parquet"
+    path.write_bytes(table_to_bytes(trees_to_table([tree])))
+    rows = duckdb.sql(
+        f"select node, value_sum / nullif(visit_count, 0) from read_parquet('{path}') order by node"
+    ).fetchall()
+    assert rows[:2] == [(0, 0.0), (1, 0.0)]
+    assert [q for _, q in rows] == [n.q_value if n.visit_count else None for n in tree.nodes]
+    version = duckdb.sql(
+        f"select decode(value) from parquet_kv_metadata('{path}') "
+        "where decode(key) = 'rstar.schema_version'"
+    ).fetchall()
+    assert version == [("2",)]
+
+
+def test_the_document_describes_every_column_with_its_type() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "trajectories.md").read_text(encoding="utf-8")
+    described = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", page, re.MULTILINE))
+    types = {f.name: "list" if pa.types.is_list(f.type) else str(f.type) for f in SCHEMA}
+    assert described == types
+    assert f"schema version {SCHEMA_VERSION}" in page
+
+
+def test_the_document_names_every_word_of_the_enums() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "trajectories.md").read_text(encoding="utf-8")
+    words = {str(word) for kind in (Level, StepKind, Discard, Terminal, Outcome) for word in kind}
+    assert {word for word in words if f"`{word}`" not in page} == set()
+
+
 def test_no_trees_make_a_table_without_rows() -> None:
     table = trees_to_table([])
     assert table.num_rows == 0 and table.schema.equals(SCHEMA)
@@ -152,7 +229,7 @@ def test_no_trees_make_a_table_without_rows() -> None:
 
 def test_a_tree_whose_children_disagree_is_refused() -> None:
     tree = make_tree(code("x = 1"), code("x = 2"))
-    tree.root.children.remove(1)
+    tree.root.children = tree.root.children[1:]
     with pytest.raises(ValueError, match="problem p1: node 0 lists children"):
         trees_to_table([tree])
 
@@ -163,10 +240,36 @@ def test_a_tree_with_a_missing_row_is_refused() -> None:
         table_to_trees(pa.concat_tables([table.slice(0, 2), table.slice(3)]))
 
 
-def test_another_schema_version_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("column", "cells", "message"),
+    [
+        ("parent", [-1, 1, 0], "node 1 of problem p1 is out of place"),
+        ("node", [0, 2, 1], "node 2 of problem p1 is out of place"),
+        ("node", [1, 2, 3], "node 1 of problem p1 is out of place"),
+        ("problem_id", ["p1", "p1", "p2"], "node 2 of problem p2 is out of place"),
+        ("discard", [None, "bored", None], "'bored' is not a valid Discard"),
+    ],
+)
+def test_rows_that_make_no_tree_are_refused(column: str, cells: list, message: str) -> None:
+    table = trees_to_table([make_tree(code("x = 1"), code("x = 2"))])
+    at = table.schema.names.index(column)
+    field = table.schema.field(at)
+    broken = table.set_column(at, field, pa.array(cells, field.type))
+    with pytest.raises(ValueError, match=message):
+        table_to_trees(broken)
+
+
+def test_a_table_without_a_column_is_refused_by_its_name() -> None:
+    table = trees_to_table([make_tree(code("x = 1"))]).drop_columns(["verdict", "seconds"])
+    with pytest.raises(ValueError, match="lacks the columns verdict, seconds"):
+        table_to_trees(table)
+
+
+@pytest.mark.parametrize("version", ["1", "3", "99"])
+def test_another_schema_version_is_refused_by_name(version: str) -> None:
     table = trees_to_table([make_tree(code("x = 1"))])
-    other = table.replace_schema_metadata({b"rstar.schema_version": b"99"})
-    with pytest.raises(ValueError, match="schema version 99, this program reads 1"):
+    other = table.replace_schema_metadata({VERSION_KEY: version.encode()})
+    with pytest.raises(ValueError, match=f"schema version {version}, this program reads 2"):
         table_to_trees(other)
     with pytest.raises(ValueError, match="schema version none"):
         table_to_trees(table.replace_schema_metadata(None))

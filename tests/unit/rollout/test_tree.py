@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rollout.problem import Level, Problem
 from rollout.prompt import Step, StepKind
-from rollout.tree import Discard, Node, Terminal, Tree, backup, expand
+from rollout.tree import Discard, Node, Outcome, Terminal, Tree, backup, expand
 
 PROBLEM = Problem(id="p", source="s", level=Level.GSM, text="q", answer="1")
 
 
 def child(terminal: Terminal | None = None, **more: object) -> Node:
-    step = Step(kind=StepKind.CODE, text="x<end_of_step>", code="x")
+    step = Step(kind=StepKind.CODE, text="x<end_of_step>")
     return Node(id=-1, parent=-1, depth=-1, step=step, terminal=terminal, **more)  # type: ignore[arg-type]
 
 
@@ -88,5 +90,24 @@ def test_reward_outside_its_range_is_refused() -> None:
 def test_discarded_candidates_stay_in_the_record_and_out_of_the_search() -> None:
     tree = Tree(problem=PROBLEM, round=1)
     expand(tree, tree.root, [child(discard=Discard.CODE_FAILED), child()])
-    assert tree.root.children == [1, 2]
+    assert tree.root.children == (1, 2)
     assert [n.id for n in tree.valid_children(tree.root)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("correct", "visits", "gold", "outcome"),
+    [
+        ([False, True], [1, 0], "1", Outcome.SOLVED),
+        ([False, False], [1, 0], "1", Outcome.UNSOLVED),
+        ([False], [0], "1", Outcome.NO_ANSWER),
+        ([], [], "1", Outcome.NO_ANSWER),
+        ([None], [1], "", Outcome.UNLABELLED),
+    ],
+)
+def test_outcome_of_a_tree_follows_from_its_answers(
+    correct: list[bool | None], visits: list[int], gold: str, outcome: Outcome
+) -> None:
+    tree = Tree(problem=replace(PROBLEM, answer=gold), round=1)
+    answers = zip(correct, visits, strict=True)
+    expand(tree, tree.root, [child(Terminal.ANSWER, correct=c, visit_count=n) for c, n in answers])
+    assert tree.outcome == outcome
