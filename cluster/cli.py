@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from cluster.errors import KNOWN_ERRORS, quiet_logging
+from rollout.methods import Method
 
 T = TypeVar("T")
 
@@ -61,7 +62,13 @@ def evolve(
 @app.command()
 def rollout(
     problems: Annotated[Path, typer.Option(help="Problem file: Parquet, JSONL, JSON or CSV.")],
-    policy: Annotated[Path, typer.Option(help="Hugging Face checkpoint directory of the policy.")],
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="Hugging Face checkpoint directory of the policy; without it: the endpoint of the "
+            "config (docs/endpoints.md)."
+        ),
+    ] = None,
     ppm: Annotated[
         Path | None, typer.Option(help="Checkpoint of the PPM; without it: terminal-guided.")
     ] = None,
@@ -81,7 +88,9 @@ def rollout(
     from cluster.progress import ProgressView
     from cluster.rollout_run import RolloutRun, print_rollout_report
 
-    given = {"problems": problems, "policy": policy, "ppm": ppm, "limit": limit}
+    given: dict[str, Any] = {"problems": problems, "ppm": ppm, "limit": limit}
+    if policy is not None:
+        given["policy"] = policy
     given["run_dir"] = run_dir or Path("runs") / f"rollout-{problems.stem}"
     settings = load_config(config, overrides or (), kind=RolloutConfig, given=given)
     console = Console()
@@ -89,6 +98,41 @@ def rollout(
     outcome = _run(run.run(), "the same command")
     print_rollout_report(outcome, console)
     _say(console, f"trees in {run.folder.root}")
+
+
+@app.command()
+def solve(
+    problem: Annotated[
+        str, typer.Argument(help="The problem; - for standard input, @FILE for a text file.")
+    ],
+    policy: Annotated[Path | None, typer.Option(help="Checkpoint directory of the policy.")] = None,
+    ppm: Annotated[Path | None, typer.Option(help="Checkpoint directory of the PPM.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run whose last finished round is asked.")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help="How the answer is found [mcts].")] = None,
+    trajectories: Annotated[int | None, typer.Option(min=1, help="Solutions to find [64].")] = None,
+    config: Annotated[Path | None, typer.Option(help="Solve config, YAML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
+) -> None:
+    """Think about one problem with the trained pair, and show how."""
+    quiet_logging(verbose)
+    from cluster.solve import run_solve
+
+    solving = run_solve(
+        problem,
+        policy=policy,
+        ppm=ppm,
+        run=run,
+        method=method,
+        trajectories=trajectories,
+        config=config,
+        overrides=overrides or (),
+        as_json=as_json,
+    )
+    _run(solving, again="")
 
 
 @app.command()
@@ -106,7 +150,11 @@ def report(
 
 
 def _run(coroutine: Coroutine[Any, Any, T], again: str) -> T:
-    """Run to the end; Ctrl-C cancels once politely, and says how to go on."""
+    """Run to the end; Ctrl-C cancels once politely, and says how to go on.
+
+    Args:
+        again: the command that goes on; "" if nothing is kept.
+    """
 
     async def main() -> T:
         task = asyncio.ensure_future(coroutine)
@@ -117,9 +165,8 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str) -> T:
             nonlocal interrupts
             interrupts += 1
             if interrupts == 1:
-                typer.echo(
-                    "\nstopping: committing what is finished (Ctrl-C again stops at once)", err=True
-                )
+                what = "committing what is finished" if again else "ending the engines"
+                typer.echo(f"\nstopping: {what} (Ctrl-C again stops at once)", err=True)
                 task.cancel()
             else:
                 loop.remove_signal_handler(signal.SIGINT)
@@ -132,7 +179,8 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str) -> T:
     try:
         return asyncio.run(main())
     except (asyncio.CancelledError, KeyboardInterrupt):
-        typer.echo(f"stopped; to go on where it stopped: {again}", err=True)
+        hint = f"; to go on where it stopped: {again}" if again else ""
+        typer.echo(f"stopped{hint}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -19,9 +19,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cluster.admission import AdmissionConfig
+from cluster.endpoint import EndpointConfig
 from cluster.replica import EngineConfig
 from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
+from rollout.difficulty import SuspectConfig
+from rollout.methods import MethodConfig
 from rollout.problem import Level
 from rollout.search import SearchConfig
 from verifier import SandboxLimits
@@ -80,6 +84,22 @@ class EscalationConfig(_Config):
         return base.model_copy(update=own)
 
 
+class HardProblemsConfig(_Config):
+    """What is done about problems that stay unsolved, besides searching them on."""
+
+    max_generated_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="a problem that cost so much is not searched on; null: no cap",
+    )
+    leave_suspects: bool = Field(
+        False, description="do not search problems on whose searches agree on another answer"
+    )
+    suspect: SuspectConfig = Field(
+        default_factory=SuspectConfig, description="when a label is suspect"
+    )
+
+
 class RoundConfig(_Config):
     """One round of self-evolution: how it searches, and with which models."""
 
@@ -89,6 +109,9 @@ class RoundConfig(_Config):
     num_candidates: int | None = Field(None, ge=1, description="overrides search.num_candidates")
     num_rollouts: int | None = Field(None, ge=1, description="overrides search.num_rollouts")
     temperature: float | None = Field(None, ge=0, description="overrides search.temperature")
+    template: Literal["rstar", "short", "bootstrap"] | None = Field(
+        None, description="overrides search.template: bootstrap for a first round without SFT"
+    )
     trees: int = Field(1, ge=1, description="trees per problem, each with its own seed")
     escalation: list[EscalationConfig] = Field(
         default_factory=list, description="stages for problems unsolved so far, in order"
@@ -96,7 +119,7 @@ class RoundConfig(_Config):
 
     def search(self, base: SearchConfig) -> SearchConfig:
         """The search of this round."""
-        names = ("num_candidates", "num_rollouts", "temperature")
+        names = ("num_candidates", "num_rollouts", "temperature", "template")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return base.model_copy(update=own)
 
@@ -132,7 +155,10 @@ class ClusterConfig(_Config):
     learner: ActorConfig = Field(
         default_factory=lambda: ActorConfig(replicas=2), description="learner ranks"
     )
-    max_open_trees: int = Field(64, ge=1, description="searches in flight per rollout worker")
+    max_open_trees: int = Field(64, ge=1, description="most searches open per rollout worker")
+    admission: AdmissionConfig = Field(
+        default_factory=AdmissionConfig, description="how many of them the engines take now"
+    )
     shard_size: int = Field(16, ge=1, description="problems per job")
     lease_s: float = Field(600.0, gt=0, description="a job not renewed for so long is given again")
     start_timeout_s: float = Field(
@@ -186,23 +212,58 @@ class ServingConfig(_Config):
     ppm_engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM, PPM")
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig, description="step code")
     search: SearchConfig = Field(default_factory=SearchConfig, description="of every round")
+    hard_problems: HardProblemsConfig = Field(
+        default_factory=HardProblemsConfig, description="problems that stay unsolved"
+    )
 
     def effective(self) -> dict[str, Any]:
         """The whole config as plain data, defaults included; reading it back gives an equal one."""
         return self.model_dump(mode="json")
 
 
-class RolloutConfig(ServingConfig):
+class GivenModelsConfig(ServingConfig):
+    """What is served is named, not made."""
+
+    policy: Path | None = Field(
+        None, description="Hugging Face checkpoint directory of the policy; null: an endpoint's"
+    )
+    ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
+
+
+class SolveConfig(GivenModelsConfig):
+    """One problem, one answer: `rstar solve`."""
+
+    policy: Path = Field(description="Hugging Face checkpoint directory of the policy")
+    policy_engine: EngineConfig = Field(
+        default_factory=lambda: EngineConfig(gpu_memory_utilization=0.45),
+        description="vLLM, policy; half a GPU, so that one holds both models",
+    )
+    ppm_engine: EngineConfig = Field(
+        default_factory=lambda: EngineConfig(gpu_memory_utilization=0.45), description="vLLM, PPM"
+    )
+    method: MethodConfig = Field(
+        default_factory=MethodConfig, description="how the answer is found, and its budget"
+    )
+
+
+class RolloutConfig(GivenModelsConfig):
     """One pass of search over one problem file with given models: `rstar rollout`."""
 
     problems: Path = Field(description="problem file")
     default_level: Level | None = Field(None, description="level of rows that name none")
     limit: int | None = Field(None, ge=1, description="only the first so many problems")
-    policy: Path = Field(description="Hugging Face checkpoint directory of the policy")
-    ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
+    endpoint: EndpointConfig | None = Field(
+        None, description="completions endpoint that is the policy; null: replicas of `policy`"
+    )
     escalation: list[EscalationConfig] = Field(
         default_factory=list, description="stages for problems unsolved so far, in order"
     )
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> RolloutConfig:
+        if (self.policy is None) == (self.endpoint is None):
+            raise ValueError("give either a policy checkpoint or an endpoint section")
+        return self
 
 
 class RunConfig(ServingConfig):
@@ -211,6 +272,9 @@ class RunConfig(ServingConfig):
     name: str = Field(min_length=1, description="of the run, for people")
     problems: ProblemsConfig = Field(description="what is searched and measured")
     models: LineageConfig = Field(default_factory=LineageConfig, description="starting weights")
+    endpoint: EndpointConfig | None = Field(
+        None, description="completions endpoint that is the policy of round 1; null: replicas"
+    )
     rounds: list[RoundConfig] = Field(min_length=1, description="in order")
     dataset: DatasetConfig = Field(
         default_factory=DatasetConfig, description="trees to training data"
@@ -255,10 +319,19 @@ def load_config(
     """Read a config and apply `a.b=c` overrides (values are YAML).
 
     Args:
-        kind: `RunConfig` or `RolloutConfig`.
+        kind: as `RunConfig` or `RolloutConfig`.
         given: top-level values from the command line; they win over the file.
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), wrong value.
+    """
+    return make_config(read_yaml(path) | dict(given or {}), overrides, kind=kind, source=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a config file, unchecked.
+
+    Raises:
+        ConfigError: unreadable file, or no mapping.
     """
     path = Path(path)
     try:
@@ -269,14 +342,26 @@ def load_config(
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a YAML mapping, got {type(data).__name__}")
-    data |= given or {}
+    return data
+
+
+def make_config(
+    data: dict[str, Any], overrides: Sequence[str] = (), *, kind: type[C], source: str
+) -> C:
+    """Apply `a.b=c` overrides to plain data and check it.
+
+    Args:
+        source: where the data comes from, for messages.
+    Raises:
+        ConfigError: unknown key (with the nearest valid one), wrong value.
+    """
     for override in overrides:
         _apply(data, override)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(f"{path}: {_explain(kind, item)}" for item in error.errors())
+            "\n".join(f"{source}: {_explain(kind, item)}" for item in error.errors())
         ) from None
 
 
@@ -323,7 +408,9 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
         return f"{name!r} is missing"
     message = item["msg"].removeprefix("Value error, ")
     shown = item.get("input")
-    given = "" if isinstance(shown, dict) else f" (got {shown!r})"
+    # What stands there in place of a variable's name or in an address may be a key.
+    secret = location in (("endpoint", "api_key_env"), ("endpoint", "base_url"))
+    given = "" if secret or isinstance(shown, dict) else f" (got {shown!r})"
     return f"{name!r}: {message}{given}"
 
 

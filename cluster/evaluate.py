@@ -1,8 +1,8 @@
 """Held-out accuracy of a policy and its PPM: greedy, majority vote, best-of-N and search.
 
-Majority, best-of-N and search get the same budget for each problem: search may start rollouts until
-it has generated as many tokens as the N samples did. All four use the engines, sandbox and answer
-check of the rollouts; a problem that yields no answer counts as wrong.
+All four are methods of `rollout.methods`, with its accounting. Majority and best-of-N choose among
+the same N samples; search may start rollouts until it has generated as many tokens as these took.
+A problem that yields no answer counts as wrong.
 
 Not covered: benchmark suites, confidence intervals and curves over budgets.
 """
@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.config import EvaluationConfig
 from cluster.report import shares_by_level
 from rollout.engine import PolicyEngine, PreferenceEngine
+from rollout.methods import Method, MethodConfig, Solver, SolveResult, choose
 from rollout.problem import Problem
-from rollout.sampling import Solution, sample_solutions
-from rollout.search import SearchConfig, StepSandbox, TerminalValue, grade_any, run_search
+from rollout.search import SearchConfig, StepSandbox, grade_any
 from rollout.seeds import derive_seed
-from rollout.tree import Tree
-from verifier.accuracy import best_by_value, majority_vote
 from verifier.verify import start_symbolic_worker
+
+_NO_ROLLOUT_LIMIT = 10_000
+"""Of search, which the token budget ends long before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,75 +152,48 @@ async def _evaluate_problem(
     preference: PreferenceEngine | None,
     sandbox: StepSandbox,
 ) -> ProblemEvaluation:
-    def sample(count: int, temperature: float, name: str) -> Any:
-        return sample_solutions(
-            problem,
-            num_samples=count,
-            temperature=temperature,
-            max_tokens=config.max_solution_tokens,
-            template=search.prompt_template,
+    async def solve(method: Method, count: int, budget: int | None = None) -> SolveResult:
+        solver = Solver(
+            config=MethodConfig(
+                name=method,
+                num_trajectories=count,
+                max_generated_tokens=budget,
+                top_k=config.vote_top_k,
+                max_solution_tokens=config.max_solution_tokens,
+            ),
+            search=search.model_copy(update={"num_candidates": config.num_candidates}),
             policy=policy,
-            preference=preference if count > 1 else None,
+            preference=preference,
             sandbox=sandbox,
-            seed=derive_seed(seed, name),
+            round=round,
         )
+        return await solver.solve(problem, seed=seed)
 
-    (greedy,) = await sample(1, 0.0, "greedy")
+    greedy = await solve(Method.GREEDY, 1)
     first = ProblemEvaluation(
         problem_id=problem.id,
         level=problem.level.value,
         greedy=await _right(problem, greedy.answer),
-        greedy_tokens=greedy.num_tokens,
+        greedy_tokens=greedy.generated_tokens,
     )
     if preference is None:
         return first
-    samples: list[Solution] = await sample(config.num_samples, search.temperature, "samples")
-    answers = [s.answer for s in samples]
-    values = [s.value if s.value is not None else -1.0 for s in samples]
-    budget = sum(s.num_tokens for s in samples)
-    tree = await run_search(
-        problem,
-        config=search.model_copy(
-            update={
-                "num_candidates": config.num_candidates,
-                "num_rollouts": 10_000,
-                "max_generated_tokens": budget,
-                "terminal_value": TerminalValue.PREFERENCE,
-            }
-        ),
-        policy=policy,
-        preference=preference,
-        sandbox=sandbox,
-        round=round,
-        index=-1,
-        seed=derive_seed(seed, "search"),
+    samples = await solve(Method.BEST_OF_N, config.num_samples)
+    # The very samples of best-of-N, chosen among by another rule.
+    voted = await asyncio.to_thread(
+        choose, samples.solutions, method=Method.MAJORITY, top_k=1, seed=seed
     )
-    return ProblemEvaluation(
-        problem_id=first.problem_id,
-        level=first.level,
-        greedy=first.greedy,
-        majority=await _right(problem, majority_vote(answers, seed=seed)),
-        best_of_n=await _right(problem, best_by_value(answers, values, seed=seed)),
-        search=await _right(problem, chosen_answer(tree, config.vote_top_k, seed)),
-        any_sample=any([await _right(problem, answer) for answer in answers]),
-        any_search=tree.solved,
-        greedy_tokens=first.greedy_tokens,
-        sample_tokens=budget,
-        search_tokens=tree.generated_tokens,
-    )
-
-
-def chosen_answer(tree: Tree, top_k: int, seed: int) -> str | None:
-    """The answer of a test-time search: majority vote of the `top_k` answers by PPM value.
-
-    Source: the released evaluation (top_n 4); ties by value, then seed.
-    """
-    found = [n for n in tree.answers() if n.visit_count > 0 and n.step is not None]
-    return majority_vote(
-        [n.step.answer if n.step is not None else None for n in found],
-        values=[n.value if n.value is not None else -1.0 for n in found],
-        top_k=top_k,
-        seed=seed,
+    budget = max(samples.generated_tokens, 1)
+    searched = await solve(Method.MCTS, _NO_ROLLOUT_LIMIT, budget)
+    return replace(
+        first,
+        majority=await _right(problem, voted[0].answer if voted else None),
+        best_of_n=await _right(problem, samples.answer),
+        search=await _right(problem, searched.answer),
+        any_sample=any([await _right(problem, s.answer) for s in samples.solutions]),
+        any_search=any(tree.solved for tree in searched.trees),
+        sample_tokens=samples.generated_tokens,
+        search_tokens=searched.generated_tokens,
     )
 
 

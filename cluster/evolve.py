@@ -36,6 +36,7 @@ from learner.dataset import (
     write_dataset,
 )
 from learner.fit import FitProgress, FitRequest, FitResult, PolicyTrainConfig
+from learner.markers import with_markers
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
@@ -99,7 +100,8 @@ class Evolution:
             self.demonstrations = problems.demonstrations
             assert self.config.models.base_model is not None
             self.base_model = self.config.models.base_model
-        check_policy_checkpoint(self.base_model)
+        check_policy_checkpoint(self.base_model, markers=())
+        self.base_model = with_markers(self.base_model, self.folder.marked_base)
         seen: dict[str, Path] = {}
         for path in train_files:
             found, report = read_problems(path, default_level=problems.default_level)
@@ -156,7 +158,8 @@ class Evolution:
         if self._finished():
             return
         self.view.begin("start", "starting engines and learner")
-        await self.fleet.start(self.base_model)
+        # With an endpoint for round 1, replicas start when a checkpoint is to be served.
+        await self.fleet.start(self.base_model if self.config.endpoint is None else None)
         self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
         if self.config.cold_start is not None:
             policy = await self._cold_start(self.config.cold_start)
@@ -186,7 +189,7 @@ class Evolution:
         if read_manifest(directory) is None:
             dataset = build_dataset(
                 (),
-                template=self.config.search.prompt_template,
+                template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=read_demonstrations(self.demonstrations),
             )
@@ -207,7 +210,10 @@ class Evolution:
             return manifest
         settings = self.config.rounds[number - 1]
         self.view.begin("rollout", f"round {number}: rollout", len(self.train))
-        await self.fleet.serve_policy(self.base_model, policy)
+        if number == 1 and self.config.endpoint is not None:
+            await self.fleet.serve_endpoint(self.config.endpoint)
+        else:
+            await self.fleet.serve_policy(self.base_model, policy)
         if settings.preference:
             assert ppm is not None
             await self.fleet.serve_preference(ppm)
@@ -236,6 +242,7 @@ class Evolution:
             f"{totals.trees} trees, {totals.generated_tokens:,} tokens, "
             f"{outcome.solved} of {len(self.train)} problems solved"
         )
+        self.folder.write_suspects(number, outcome.suspects)
         self.folder.record_stage(number, "rollout", seconds, **outcome.facts())
         return outcome.manifest
 
@@ -257,7 +264,7 @@ class Evolution:
         dataset = await asyncio.to_thread(
             build_dataset,
             source,
-            template=self.config.search.prompt_template,
+            template=self.config.search.training_template,
             config=self.config.dataset,
             demonstrations=demonstrations,
         )
@@ -335,7 +342,7 @@ class Evolution:
         evaluation = await evaluate(
             self.test,
             config=self.config.evaluation,
-            search=self.config.search,
+            search=self.config.search.trained(),
             round=number,
             seed=self.config.seed,
             policy=self.fleet.policy,

@@ -2,12 +2,13 @@
 
     driver -- start --> Ray -- coordinator, sandbox workers, policy replicas, learner group
            -- serve_policy / serve_preference --> new weights in the running engines
+           -- serve_endpoint --> a completions endpoint in place of the policy replicas
            -- rollout --> rollout workers, one stage after the other, until the round is sealed
            -- fit     --> learner group
            -- stop    --> drain, then everything ends
 
-The PPM's replicas start when the first PPM is served. Rollout workers live for one round: they
-carry its search settings.
+The PPM's replicas start when the first PPM is served, and so do the policy's where the run starts
+with an endpoint. Rollout workers live for one round: they carry its search settings.
 
 Not covered: growing and shrinking pools while a round runs.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import socket
 import time
@@ -26,9 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ActorConfig, ServingConfig
 from cluster.coordinator import CoordinatorActor, RemoteCoordinator, RoundStatus, audit_round
+from cluster.endpoint import EndpointActor, EndpointConfig, EndpointStats, read_api_key
+from cluster.escalation import EscalationPlan, plan_escalation
 from cluster.jobs import QueueConfig, SearchTask, StagePlan
 from cluster.learner_group import LearnerGroup
 from cluster.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
@@ -39,6 +44,7 @@ from cluster.weight_sync import sync_weights
 from cluster.worker import RolloutWorkerActor, WorkerConfig
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
+from rollout.difficulty import SuspectLabel
 from rollout.engine import EngineError, PolicyEngine, PreferenceEngine
 from rollout.problem import Problem
 from rollout.search import SearchConfig, StepSandbox, run_search
@@ -51,6 +57,10 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.5
 DRAIN_S = 20.0
 """How long a stopped rollout may take to commit what is finished."""
+
+ENDPOINT_WAIT_S = 86_400.0
+"""Bound on one call of the endpoint's actor, which bounds each request itself once it has a slot:
+waiting for one, or for a limit per minute, is no failure."""
 
 Progress = Callable[[int, int, Mapping[str, str]], None]
 
@@ -80,6 +90,10 @@ class RolloutOutcome:
     """By this process's workers; a continued round had more before."""
     executions: int
     prefix_hit_rate: float
+    endpoint: EndpointStats | None = None
+    """What was asked of the endpoint since it was taken; None: replicas were the policy."""
+    suspects: tuple[SuspectLabel, ...] = ()
+    """Unsolved problems whose searches agree on another answer."""
 
     def facts(self) -> dict[str, Any]:
         """For the stage's record."""
@@ -91,7 +105,9 @@ class RolloutOutcome:
             "generated_tokens_per_s": self.generated_tokens / self.seconds,
             "sandbox_steps_per_s": self.executions / self.seconds,
             "prefix_hit_rate": self.prefix_hit_rate,
+            "suspect_labels": len(self.suspects),
             "totals": asdict(self.manifest.totals),
+            **({"endpoint": asdict(self.endpoint)} if self.endpoint is not None else {}),
         }
 
 
@@ -116,6 +132,7 @@ class StageSearch:
             round=task.round,
             index=task.index,
             seed=task.seed,
+            clock=time.monotonic,
         )
 
 
@@ -126,6 +143,9 @@ class Fleet:
         self.config = config
         self.folder = folder
         self._policies: dict[str, Any] = {}
+        self._endpoint: Any = None
+        self._endpoint_version = ""
+        self._endpoint_ended = False
         self._preferences: dict[str, Any] = {}
         self._sandboxes: dict[str, Any] = {}
         self._workers: dict[str, Any] = {}
@@ -138,6 +158,10 @@ class Fleet:
 
     @property
     def policy(self) -> PolicyPool:
+        if self._endpoint is not None:
+            # It sends requests again itself, and knows best when to rest.
+            patient = PoolConfig(deadline_s=ENDPOINT_WAIT_S, attempts=1, rest_s=0.0)
+            return PolicyPool(self._policy_handles, patient)
         return PolicyPool(self._policies, self._pool_config())
 
     @property
@@ -148,20 +172,29 @@ class Fleet:
     def sandbox(self) -> SandboxPool:
         return SandboxPool(self._sandboxes, self._pool_config())
 
+    @property
+    def _policy_handles(self) -> dict[str, Any]:
+        """The actors that are the policy now."""
+        return self._policies if self._endpoint is None else {"endpoint": self._endpoint}
+
     def _pool_config(self) -> PoolConfig:
         return PoolConfig(deadline_s=self.config.cluster.request_timeout_s)
 
     def describe(self) -> str:
         """For people: what runs."""
         parts = [f"{len(self._policies)} policy", f"{len(self._sandboxes)} sandbox"]
+        if self._endpoint is not None:
+            parts.insert(0, self._endpoint_version)
         if self._preferences:
             parts.append(f"{len(self._preferences)} PPM")
         if self._learner is not None:
             parts.append(f"{self._learner.num_workers} learner ranks")
         return ", ".join(parts)
 
-    async def start(self, policy: Path, *, version: str = "base", learner: bool = True) -> None:
-        """Bring up Ray and the actors; the policy engines start from `policy`.
+    async def start(
+        self, policy: Path | None, *, version: str = "base", learner: bool = True
+    ) -> None:
+        """Bring up Ray and the actors; the policy engines start from `policy` (None: later).
 
         Raises:
             EngineError: an actor did not start in time or failed; says which and why.
@@ -185,15 +218,20 @@ class Fleet:
             )
             for number in range(cluster.sandbox.replicas)
         }
+        if policy is not None:
+            await self._start_policies(str(policy), version)
+        await self._ready(self._sandboxes, cluster.sandbox, sign_of_life="stats")
+
+    async def _start_policies(self, path: str, version: str) -> None:
+        settings = self.config.cluster.policy
         self._policies = {
-            f"policy-{number}": PolicyReplicaActor.options(**_options(cluster.policy)).remote(
-                str(policy), self.config.policy_engine, version=version, name=f"policy-{number}"
+            f"policy-{number}": PolicyReplicaActor.options(**_options(settings)).remote(
+                path, self.config.policy_engine, version=version, name=f"policy-{number}"
             )
-            for number in range(cluster.policy.replicas)
+            for number in range(settings.replicas)
         }
         self._policy_version = version
-        await self._ready(self._policies, cluster.policy)
-        await self._ready(self._sandboxes, cluster.sandbox, sign_of_life="stats")
+        await self._ready(self._policies, settings)
 
     def _start_ray(self) -> None:
         cluster = self.config.cluster
@@ -226,13 +264,76 @@ class Fleet:
         self._ray_started = True
 
     async def serve_policy(self, base: Path, checkpoint: Checkpoint | None) -> None:
-        """Have every policy replica serve a checkpoint (None: the base model)."""
+        """Have every policy replica serve a checkpoint (None: the base model).
+
+        Starts them the first time; an endpoint is the policy no more.
+        """
+        await self._leave_endpoint()
         version = checkpoint.version if checkpoint is not None else "base"
         if version == self._policy_version:
             return
         path = checkpoint.path if checkpoint is not None else str(base)
+        if not self._policies:
+            await self._start_policies(path, version)
+            return
         await sync_weights(self._policies, path, version)
         self._policy_version = version
+
+    async def serve_endpoint(self, endpoint: EndpointConfig) -> None:
+        """Make a completions endpoint the policy, until a checkpoint is served.
+
+        Raises:
+            EngineError: its key is not in the environment, or it does not answer.
+        """
+        key = read_api_key(endpoint, os.environ)
+        here = NodeAffinitySchedulingStrategy(
+            node_id=ray.get_runtime_context().get_node_id(), soft=False
+        )
+        actor: Any = EndpointActor.options(scheduling_strategy=here).remote(endpoint)
+        self._endpoint, self._endpoint_version = actor, endpoint.version
+        self._endpoint_ended = False
+        try:
+            async with asyncio.timeout(self.config.cluster.start_timeout_s):
+                # As an argument of a call it is kept nowhere; of the actor, Ray would keep it.
+                await _as_future(actor.ready.remote(key))
+        except TimeoutError:
+            raise EngineError(
+                f"the actor of the endpoint {endpoint.base_url} was not ready after "
+                f"{self.config.cluster.start_timeout_s:.0f} s"
+            ) from None
+        except ray.exceptions.RayError as error:
+            raise EngineError(str(getattr(error, "cause", None) or error)) from None
+
+    async def _leave_endpoint(self) -> None:
+        """End the endpoint's actor, if there is one."""
+        endpoint, self._endpoint = self._endpoint, None
+        if endpoint is not None:
+            try:
+                async with asyncio.timeout(5.0):
+                    await _as_future(endpoint.shutdown.remote())
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                logger.info("The endpoint's actor did not shut down: %s", error)
+            ray.kill(endpoint)
+
+    async def _endpoint_stats(self) -> EndpointStats | None:
+        """What the endpoint has done; None: it is not the policy.
+
+        Raises:
+            EngineError: its actor is gone.
+        """
+        if self._endpoint is None:
+            return None
+        try:
+            return await _as_future(self._endpoint.stats.remote())
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"the endpoint's actor failed: {_cause(error)}") from error
+
+    async def _check_endpoint(self) -> None:
+        """An endpoint that will answer no more (wrong key, budget used up) ends the round."""
+        stats = await self._endpoint_stats()
+        if stats is not None and stats.fatal:
+            self._endpoint_ended = True
+            raise EngineError(stats.fatal)
 
     async def serve_preference(self, checkpoint: Checkpoint) -> None:
         """Have every PPM replica serve a checkpoint; starts them the first time."""
@@ -308,18 +409,20 @@ class Fleet:
             for stage in stages:
                 wanted = list(by_id)
                 if stage.unsolved_only:
-                    solved = await asyncio.to_thread(solved_problems, trees)
-                    wanted = [name for name in wanted if name not in solved]
+                    wanted = (await self._plan_escalation(trees, by_id)).search
                 for name in _tree_stages(stage):
                     if name in planned:  # a continued round: what was planned stands
                         wanted = list(planned[name].problem_ids)
                     if wanted:
                         await self._run_stage(round, name, index, wanted, on_progress, began_s)
                     index += 1
+            left = await self._plan_escalation(trees, by_id)
+            endpoint = await self._endpoint_stats()
             finished = await self._coordinator.status.remote(round)
             manifest = await self._coordinator.seal.remote(round)
         finally:
-            progress = await self._stop_workers()
+            # Without a policy no open search comes to its end.
+            progress = await self._stop_workers(0.0 if self._endpoint_ended else DRAIN_S)
         audit = await asyncio.to_thread(
             audit_round, trees, reported=finished.totals.trees if not finished.sealed else None
         )
@@ -336,6 +439,21 @@ class Fleet:
             generated_tokens=sum(p.finished.generated_tokens for p in progress),
             executions=sum(p.finished.executions for p in progress),
             prefix_hit_rate=cached / prompt if prompt else 0.0,
+            endpoint=endpoint,
+            suspects=tuple(left.suspects),
+        )
+
+    async def _plan_escalation(
+        self, trees: TrajectoryStore, problems: Mapping[str, Problem]
+    ) -> EscalationPlan:
+        settings = self.config.hard_problems
+        return await asyncio.to_thread(
+            plan_escalation,
+            trees,
+            problems,
+            suspect=settings.suspect,
+            leave_suspects=settings.leave_suspects,
+            max_generated_tokens=settings.max_generated_tokens,
         )
 
     async def _run_stage(
@@ -362,6 +480,8 @@ class Fleet:
             await asyncio.sleep(POLL_S)
             self._check_workers()
             status = await self._coordinator.status.remote(round)
+            if not status.finished:
+                await self._check_endpoint()
             stats = await self._coordinator.stats.remote()
             # Workers of earlier rounds are still known to the coordinator.
             workers = [p for name, p in stats.workers.items() if name in self._workers]
@@ -401,8 +521,16 @@ class Fleet:
                 str(self.folder.root),
                 shared,
                 search,
-                WorkerConfig(max_open_trees=cluster.max_open_trees, renew_s=1.0),
-                info={"policy": self._policy_version, "ppm": self._preference_version},
+                WorkerConfig(
+                    max_open_trees=cluster.max_open_trees,
+                    admission=cluster.admission,
+                    renew_s=1.0,
+                ),
+                engines=self.policy if self._endpoint is None else None,
+                info={
+                    "policy": self._endpoint_version if self._endpoint else self._policy_version,
+                    "ppm": self._preference_version,
+                },
             )
         self._worker_runs = [worker.run.remote() for worker in self._workers.values()]
 
@@ -415,9 +543,9 @@ class Fleet:
             except ray.exceptions.RayError as error:
                 raise EngineError(f"a rollout worker failed: {_cause(error)}") from error
 
-    async def _stop_workers(self) -> list[Any]:
+    async def _stop_workers(self, drain_s: float) -> list[Any]:
         """Drain the workers and end them; returns what each reported last."""
-        drains = [worker.drain.remote(DRAIN_S) for worker in self._workers.values()]
+        drains = [worker.drain.remote(drain_s) for worker in self._workers.values()]
         progress: list[Any] = []
         try:
             async with asyncio.timeout(DRAIN_S + 5.0):
@@ -435,7 +563,7 @@ class Fleet:
 
     async def _engine_tokens(self) -> dict[str, int]:
         stats = await asyncio.gather(
-            *(_as_future(handle.stats.remote()) for handle in self._policies.values())
+            *(_as_future(handle.stats.remote()) for handle in self._policy_handles.values())
         )
         return {
             name: sum(getattr(s, name) for s in stats)
@@ -460,6 +588,7 @@ class Fleet:
         if not self._ray_started:
             return
         actors = [*self._policies.values(), *self._preferences.values()]
+        await self._leave_endpoint()
         try:
             async with asyncio.timeout(15.0):
                 await asyncio.gather(

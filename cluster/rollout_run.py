@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import ConfigError, RolloutConfig
+from cluster.config import ConfigError, GivenModelsConfig, RolloutConfig
 from cluster.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
 from cluster.model_check import check_policy_checkpoint
 from cluster.progress import ProgressView
@@ -37,6 +37,8 @@ from rollout.store import RunStore, TrajectoryStore
 ROUND = 1
 """The one round a rollout run has."""
 
+G = TypeVar("G", bound=GivenModelsConfig)
+
 
 class RolloutRun:
     """One rollout run, from its config to its report."""
@@ -55,7 +57,8 @@ class RolloutRun:
             ConfigError, RunFolderError, ProblemFileError, ModelCheckError, StoreError,
             EngineError: what stopped it, named; everything committed stays.
         """
-        check_policy_checkpoint(self.config.policy)
+        if self.config.policy is not None:
+            check_policy_checkpoint(self.config.policy)
         problems, read = read_problems(
             self.config.problems, default_level=self.config.default_level
         )
@@ -72,6 +75,7 @@ class RolloutRun:
                         outcome = await self._search(problems)
                 finally:
                     await self.fleet.stop(self.view.note)
+                self.folder.write_suspects(ROUND, outcome.suspects)
                 self.folder.record_stage(ROUND, "rollout", outcome.seconds, **outcome.facts())
             report = await asyncio.to_thread(self._report, problems, trees, read.skipped)
             write_report(self.folder.root, report)
@@ -81,11 +85,15 @@ class RolloutRun:
         config = self.config
         self.view.plan = ["start", "rollout"]
         self.view.begin("start", "starting engines")
-        await self.fleet.start(
-            config.policy, version=_given("policy", config.policy).version, learner=False
-        )
+        if config.policy is not None:
+            version = given_checkpoint("policy", config.policy).version
+            await self.fleet.start(config.policy, version=version, learner=False)
+        else:
+            assert config.endpoint is not None
+            await self.fleet.start(None, learner=False)
+            await self.fleet.serve_endpoint(config.endpoint)
         if config.ppm is not None:
-            await self.fleet.serve_preference(_given("ppm", config.ppm))
+            await self.fleet.serve_preference(given_checkpoint("ppm", config.ppm))
         self.view.end(self.fleet.describe())
         self.view.begin("rollout", f"rollout of {config.problems.name}", len(problems))
         stages = [
@@ -144,13 +152,14 @@ class RolloutRun:
             "generated_tokens_per_s": stage.get("generated_tokens_per_s"),
             "sandbox_steps_per_s": stage.get("sandbox_steps_per_s"),
             "prefix_hit_rate": stage.get("prefix_hit_rate"),
+            "endpoint": stage.get("endpoint"),
             "config": self.config.effective(),
             "versions": versions(),
             "hardware": hardware(),
         }
 
 
-def with_checkpoint_directories(config: RolloutConfig) -> RolloutConfig:
+def with_checkpoint_directories(config: G) -> G:
     """The config with `.../round=R/policy` folders replaced by the checkpoint published there."""
     found = {
         name: checkpoint_directory(path)
@@ -160,13 +169,13 @@ def with_checkpoint_directories(config: RolloutConfig) -> RolloutConfig:
     return config.model_copy(update=found)
 
 
-def with_prompt_template(config: RolloutConfig) -> RolloutConfig:
+def with_prompt_template(config: G) -> G:
     """The config with the template the policy was trained with, unless one was asked for.
 
     Raises:
         ConfigError: the checkpoint names a template this version does not know.
     """
-    if "template" in config.search.model_fields_set:
+    if config.policy is None or "template" in config.search.model_fields_set:
         return config
     name = read_prompt_template(config.policy)
     if name is None:
@@ -180,7 +189,7 @@ def with_prompt_template(config: RolloutConfig) -> RolloutConfig:
     return config.model_copy(update={"search": search})
 
 
-def _given(kind: Kind, path: Path) -> Checkpoint:
+def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
     """A checkpoint named on the command line; its version is its digest."""
     return Checkpoint(kind=kind, round=0, path=str(path.absolute()), digest=directory_digest(path))
 
@@ -204,6 +213,14 @@ def print_rollout_report(report: dict[str, Any], console: Console) -> None:
         f"branches ended as: {_counts(report['terminals'])}",
         f"candidates left out: {_counts(report['discarded_candidates'])}",
     ]
+    endpoint = report["endpoint"]
+    if endpoint is not None:
+        lines.append(
+            f"{endpoint['version']}: {endpoint['requests']:,} HTTP requests "
+            f"({endpoint['retries']:,} sent again, {endpoint['failed']:,} given up), "
+            f"{endpoint['prompt_tokens']:,} tokens in ({endpoint['cached_tokens']:,} cached), "
+            f"{endpoint['generated_tokens']:,} out"
+        )
     for line in lines:
         console.print(line, markup=False, highlight=False)
 

@@ -2,10 +2,12 @@
 
     RUN/config.yaml                    the effective config of the first start
     RUN/problems/, RUN/base/           only with the miniature: generated files, initial weights
+    RUN/base_with_markers/             only if the base model's tokenizer lacks step markers
     RUN/trajectories/round=R/          trees (rollout.store)
     RUN/datasets/round=R/              SFT examples and preference pairs (learner.dataset)
     RUN/checkpoints/round=R/{policy,ppm}/   (learner.checkpoint); round 0 is the cold start
     RUN/evaluations/round=R.json       held-out verdicts per problem
+    RUN/suspects/round=R.jsonl         unsolved problems whose label may be wrong
     RUN/stages/round=R-STAGE.json      seconds and facts of each finished stage
     RUN/report.json, RUN/report.png    what it all showed
 
@@ -18,17 +20,42 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.config import ConfigError, ServingConfig
+from rollout.difficulty import SuspectLabel
 
-RESUMABLE = ("cluster", "policy_engine", "ppm_engine", "name", "run_dir", "sandbox")
-"""Sections that may differ when a run is continued: they say where it runs, not what it makes."""
+RESUMABLE = (
+    "cluster",
+    "policy_engine",
+    "ppm_engine",
+    "name",
+    "run_dir",
+    "sandbox",
+    *(
+        f"endpoint.{name}"
+        for name in (
+            "api_key_env",
+            "base_url",
+            "deadline_s",
+            "first_pause_s",
+            "max_in_flight",
+            "max_n",
+            "max_pause_s",
+            "max_total_tokens",
+            "request_timeout_s",
+            "requests_per_minute",
+            "tokens_per_minute",
+        )
+    ),
+)
+"""What may differ when a run is continued: it says where it runs, not what it makes."""
 
 
 class RunFolderError(RuntimeError):
@@ -51,6 +78,11 @@ class RunFolder:
     @property
     def base_model(self) -> Path:
         return self.root / "base"
+
+    @property
+    def marked_base(self) -> Path:
+        """The base model with the step markers added, if its tokenizer lacked any."""
+        return self.root / "base_with_markers"
 
     @property
     def problems(self) -> Path:
@@ -99,7 +131,9 @@ class RunFolder:
             return
         earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
         changed = [
-            name for name in _differences(earlier, effective) if name.split(".")[0] not in RESUMABLE
+            name
+            for name in _differences(earlier, effective)
+            if not any(name == part or name.startswith(f"{part}.") for part in RESUMABLE)
         ]
         if changed:
             raise ConfigError(
@@ -126,6 +160,11 @@ class RunFolder:
 
     def record_stage(self, round: int, stage: str, seconds: float, **facts: Any) -> None:
         self.write(_stage_name(round, stage), {"seconds": round_to(seconds), **facts})
+
+    def write_suspects(self, round: int, suspects: Sequence[SuspectLabel]) -> None:
+        """Write the suspect labels of a round, a JSON line each, for a person to look at."""
+        lines = [json.dumps(asdict(suspect), ensure_ascii=False) + "\n" for suspect in suspects]
+        self._write(self.root / f"suspects/round={round}.jsonl", "".join(lines))
 
     def evaluation_name(self, round: int) -> str:
         return f"evaluations/round={round}.json"

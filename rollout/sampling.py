@@ -6,12 +6,12 @@ samples). Same prompts, sandbox, PPM and accounting as `rollout.search`.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rollout.engine import (
+    EngineError,
     EvaluationRequest,
     GenerationReply,
     GenerationRequest,
@@ -20,23 +20,24 @@ from rollout.engine import (
 )
 from rollout.problem import Problem
 from rollout.prompt import (
-    END_OF_ANSWER,
     END_OF_CODE,
     END_OF_STEP,
     PromptTemplate,
     Step,
     StepKind,
-    parse_step,
+    read_completion,
     render_prompt,
+    training_template,
 )
 from rollout.search import SearchError, StepSandbox
 from rollout.seeds import derive_seed
+from rollout.tasks import all_of
 from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """One sampled program, its output and the answer it led to."""
+    """One finished attempt at a problem: steps, their output and the answer they led to."""
 
     steps: tuple[Step, ...]
     answer: str | None
@@ -47,6 +48,8 @@ class Solution:
     """Generated tokens, the answer included."""
     status: str
     """Sandbox status of the program; "" if none was written."""
+    seed: int = 0
+    """Of the request or search it comes from."""
 
 
 async def sample_solutions(
@@ -60,6 +63,7 @@ async def sample_solutions(
     preference: PreferenceEngine | None,
     sandbox: StepSandbox,
     seed: int,
+    top_p: float = 1.0,
 ) -> list[Solution]:
     """Sample `num_samples` complete solutions; `temperature` 0 with one sample is greedy.
 
@@ -73,33 +77,34 @@ async def sample_solutions(
             num_candidates=num_samples,
             max_tokens=max_tokens,
             temperature=temperature,
-            stop=(END_OF_CODE, END_OF_ANSWER),
+            top_p=top_p,
+            stop=tuple(mark for mark in template.stop if mark != END_OF_STEP),
             seed=derive_seed(seed, "program"),
             routing_key=problem.id,
         )
     )
-    programs = [_split_program(completion.text) for completion in reply.completions]
+    programs = [_split_program(completion.text, template) for completion in reply.completions]
     results = await _run_programs(problem, programs, sandbox, seed)
-    solutions = await asyncio.gather(
-        *(
-            _finish(problem, steps, result, tokens, temperature, template, policy, seed, number)
-            for number, (steps, result, tokens) in enumerate(
-                zip(programs, results, _token_counts(reply), strict=True)
-            )
+    solutions = await all_of(
+        _finish(problem, steps, result, tokens, temperature, top_p, template, policy, seed, number)
+        for number, (steps, result, tokens) in enumerate(
+            zip(programs, results, _token_counts(reply), strict=True)
         )
     )
-    if preference is None:
-        return list(solutions)
-    answered = [s for s in solutions if s.answer is not None]
-    if not answered:
-        return list(solutions)
-    values = await preference.evaluate(
-        EvaluationRequest(
-            texts=tuple(render_prompt(problem.text, s.steps, template) for s in answered),
-            routing_key=problem.id,
+    answered = [s for s in solutions if s.answer]
+    if preference is None or not answered:
+        return solutions
+    valued_as = training_template(template)
+    texts = tuple(render_prompt(problem.text, s.steps, valued_as) for s in answered)
+    values = (
+        await preference.evaluate(EvaluationRequest(texts=texts, routing_key=problem.id))
+    ).values
+    if len(values) != len(texts):
+        raise EngineError(
+            f"the preference model returned {len(values)} values for {len(texts)} texts, problem "
+            f"{problem.id}"
         )
-    )
-    valued = {id(s): v for s, v in zip(answered, values.values, strict=True) if math.isfinite(v)}
+    valued = {id(s): v for s, v in zip(answered, values, strict=True) if math.isfinite(v)}
     return [replace(s, value=valued.get(id(s))) for s in solutions]
 
 
@@ -107,12 +112,13 @@ def _token_counts(reply: GenerationReply) -> list[int]:
     return [completion.num_tokens for completion in reply.completions]
 
 
-def _split_program(text: str) -> list[Step]:
+def _split_program(text: str, template: PromptTemplate) -> list[Step]:
     """Steps of a program generated in one piece; [] if it does not end with <end_of_code>."""
-    if not text.endswith(END_OF_CODE):
-        return []
-    parts = text.split(END_OF_STEP)
-    return [parse_step(part + END_OF_STEP) for part in parts[:-1]] + [parse_step(parts[-1])]
+    *first, last = text.split(END_OF_STEP)
+    steps: list[Step] = []
+    for part in (*(part + END_OF_STEP for part in first), last):
+        steps.append(read_completion(part, template, steps[-1] if steps else None))
+    return steps if steps[-1].kind is StepKind.LAST_CODE else []
 
 
 async def _run_programs(
@@ -142,6 +148,7 @@ async def _finish(
     result: StepResult | None,
     num_tokens: int,
     temperature: float,
+    top_p: float,
     template: PromptTemplate,
     policy: PolicyEngine,
     seed: int,
@@ -151,7 +158,12 @@ async def _finish(
     status = result.status if result is not None else ""
     if result is None or status != "ok":
         return Solution(
-            steps=tuple(steps), answer=None, value=None, num_tokens=num_tokens, status=status
+            steps=tuple(steps),
+            answer=None,
+            value=None,
+            num_tokens=num_tokens,
+            status=status,
+            seed=seed,
         )
     steps = [*steps[:-1], replace(steps[-1], output=result.stdout)]
     reply = await policy.generate(
@@ -160,13 +172,14 @@ async def _finish(
             num_candidates=1,
             max_tokens=256,
             temperature=temperature,
-            stop=(END_OF_ANSWER,),
+            top_p=top_p,
+            stop=tuple(mark for mark in template.stop if mark not in (END_OF_STEP, END_OF_CODE)),
             seed=derive_seed(seed, "answer", number),
             routing_key=problem.id,
         )
     )
     completion = reply.completions[0]
-    answer_step = parse_step(completion.text)
+    answer_step = read_completion(completion.text, template, steps[-1])
     answer = answer_step.answer if answer_step.kind is StepKind.ANSWER else None
     return Solution(
         steps=(*steps, answer_step),
@@ -174,4 +187,5 @@ async def _finish(
         value=None,
         num_tokens=num_tokens + completion.num_tokens,
         status=status,
+        seed=seed,
     )

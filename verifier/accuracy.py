@@ -6,6 +6,9 @@ preference model's estimate of each, any scale, higher is better). Answers are g
 then to a seeded draw, so that a result is reproducible and does not lean on the order of the
 samples.
 
+Grouping asks for a mathematical comparison only where the text cannot tell: equal normal forms are
+one answer, two different whole numbers are two.
+
 The paper's test-time protocol (arXiv 2501.04519, section 4) keeps the `top_k` trajectories with the
 highest values and takes the best of them; `majority_vote(..., values=..., top_k=...)` is the voting
 form of it.
@@ -15,12 +18,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verifier.verify import answers_match
+from verifier.answer import normalise
+from verifier.verify import MAX_CHARACTERS, answers_match
 
-Matcher = Callable[[str, str], bool]
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,14}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedAnswer:
+    """One distinct answer among many samples, and how it stands."""
+
+    answer: str
+    """As its best-valued sample wrote it, or the first without values."""
+    votes: int
+    """Samples that gave it and had a vote."""
+    value: float | None
+    """Best value of its samples; None: none of them has one."""
+    members: tuple[int, ...]
+    """Indices of its samples: those with a vote first, best value first, then in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,52 +61,56 @@ class ProblemAccuracy:
     """1.0 when the majority among the top-K by value is right; None without values or top_k."""
 
 
-def answer_groups(
-    answers: Sequence[str | None], *, matcher: Matcher = answers_match
-) -> list[list[int]]:
+def answer_groups(answers: Sequence[str | None]) -> list[list[int]]:
     """Group sample indices by equivalent answer, in order of first appearance; None is left out.
 
     A sample joins the first group whose first member it matches, so each distinct text is compared
     with group heads only.
     """
-    by_text: dict[str, int] = {}
+    by_form: dict[str, int] = {}
     groups: list[list[int]] = []
-    heads: list[str] = []
+    heads: list[tuple[str, bool]] = []
     for index, answer in enumerate(answers):
         if answer is None or not answer.strip():
             continue
-        group = by_text.get(answer)
+        form = (normalise(answer) if len(answer) <= MAX_CHARACTERS else "") or answer
+        group = by_form.get(form)
         if group is None:
+            whole = _WHOLE_NUMBER.fullmatch(form) is not None
             group = next(
-                (place for place, head in enumerate(heads) if matcher(head, answer)), len(heads)
+                (
+                    place
+                    for place, (head, head_whole) in enumerate(heads)
+                    if not (whole and head_whole) and answers_match(head, answer)
+                ),
+                len(heads),
             )
             if group == len(heads):
-                heads.append(answer)
+                heads.append((answer, whole))
                 groups.append([])
-            by_text[answer] = group
+            by_form[form] = group
         groups[group].append(index)
     return groups
 
 
-def majority_vote(
+def rank_answers(
     answers: Sequence[str | None],
     *,
-    values: Sequence[float] | None = None,
+    values: Sequence[float | None] | None = None,
     top_k: int | None = None,
     seed: int = 0,
-    matcher: Matcher = answers_match,
-) -> str | None:
-    """The answer most samples agree on, up to mathematical equality.
+) -> list[RankedAnswer]:
+    """Every distinct answer, the winner of the vote first.
+
+    Order: votes, then best value, then a seeded draw. Answers outside the top K have no vote and
+    follow, best value first.
 
     Args:
-        values: one value per answer, the tie-break between groups of equal size (best value of the
-        group). top_k: vote only among the K answers with the highest values; needs `values`. None:
-        all vote. seed: settles what is still tied, both at the top-K cut and between groups.
-    Returns:
-        The voted answer as written by the group's best-valued (or else first) member; None when no
-        sample has an answer.
+        values: one per answer, higher is better; None ranks below every value.
+        top_k: only the K answers with the highest values vote; needs `values`. None: all vote.
+        seed: settles what is still tied, both at the top-K cut and between groups.
     Raises:
-        ValueError: lengths differ, top_k < 1, or top_k without values.
+        ValueError: lengths differ, a value is NaN, top_k < 1, or top_k without values.
     """
     _check_values(answers, values)
     if top_k is not None:
@@ -95,26 +118,55 @@ def majority_vote(
             raise ValueError("top_k was given without values; ranking needs one value per answer")
         if top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {top_k}")
+    known = [value if value is not None else -math.inf for value in values or [None] * len(answers)]
     rng = random.Random(seed)
     draws = [rng.random() for _ in answers]
-    kept = list(range(len(answers)))
-    if values is not None and top_k is not None:
-        answered = [index for index in kept if answers[index] is not None]
-        kept = sorted(answered, key=lambda index: (-values[index], draws[index]))[:top_k]
-        kept.sort()
-    groups = answer_groups([answers[index] for index in kept], matcher=matcher)
-    if not groups:
-        return None
+    groups = answer_groups(answers)
+    voters = {index for group in groups for index in group}
+    if top_k is not None:
+        voters = set(sorted(voters, key=lambda index: (-known[index], draws[index]))[:top_k])
 
     def strength(group: list[int]) -> tuple[int, float, float]:
-        members = [kept[place] for place in group]
-        best = max(values[index] for index in members) if values is not None else 0.0
-        return len(group), best, max(draws[index] for index in members)
+        voting = [index for index in group if index in voters]
+        heard = voting or group
+        return (
+            len(voting),
+            max(known[index] for index in heard),
+            max(draws[index] for index in heard),
+        )
 
-    winner = [kept[place] for place in max(groups, key=strength)]
-    if values is not None:
-        return answers[max(winner, key=lambda index: (values[index], -index))]
-    return answers[winner[0]]
+    ranked = []
+    for group in sorted(groups, key=strength, reverse=True):
+        members = sorted(group, key=lambda index: (index not in voters, -known[index], index))
+        best = max(known[index] for index in group)
+        ranked.append(
+            RankedAnswer(
+                answer=(answers[members[0]] or "").strip(),
+                votes=sum(index in voters for index in group),
+                value=best if best > -math.inf else None,
+                members=tuple(members),
+            )
+        )
+    return ranked
+
+
+def majority_vote(
+    answers: Sequence[str | None],
+    *,
+    values: Sequence[float | None] | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> str | None:
+    """The answer most samples agree on, up to mathematical equality; the first of `rank_answers`.
+
+    Returns:
+        The voted answer as written by the group's best-valued (or else first) member; None when no
+        sample has an answer.
+    Raises:
+        ValueError: as `rank_answers`.
+    """
+    ranked = rank_answers(answers, values=values, top_k=top_k, seed=seed)
+    return ranked[0].answer if ranked else None
 
 
 def best_by_value(
@@ -157,7 +209,6 @@ def problem_accuracy(
     ks: Sequence[int] = (1, 8, 64),
     top_k: int | None = None,
     seed: int = 0,
-    matcher: Matcher = answers_match,
 ) -> ProblemAccuracy:
     """Grade one problem's samples against its gold answer, or against any of several accepted ones.
 
@@ -174,15 +225,15 @@ def problem_accuracy(
     _check_values(answers, values)
 
     def right(answer: str | None) -> bool:
-        return answer is not None and any(matcher(gold, answer) for gold in accepted)
+        return answer is not None and any(answers_match(gold, answer) for gold in accepted)
 
     num_correct = sum(right(answer) for answer in answers)
-    voted = majority_vote(answers, values=values, seed=seed, matcher=matcher)
+    voted = majority_vote(answers, values=values, seed=seed)
     best = top = None
     if values is not None:
         best = float(right(best_by_value(answers, values, seed=seed)))
         if top_k is not None:
-            chosen = majority_vote(answers, values=values, top_k=top_k, seed=seed, matcher=matcher)
+            chosen = majority_vote(answers, values=values, top_k=top_k, seed=seed)
             top = float(right(chosen))
     return ProblemAccuracy(
         num_samples=len(answers),
@@ -195,11 +246,11 @@ def problem_accuracy(
     )
 
 
-def _check_values(answers: Sequence[str | None], values: Sequence[float] | None) -> None:
+def _check_values(answers: Sequence[str | None], values: Sequence[float | None] | None) -> None:
     if values is None:
         return
     if len(values) != len(answers):
         raise ValueError(f"expected one value per answer, got {len(values)} for {len(answers)}")
     for index, value in enumerate(values):
-        if math.isnan(value):
+        if value is not None and math.isnan(value):
             raise ValueError(f"value {index} is NaN; answers cannot be ranked by it")

@@ -6,12 +6,10 @@ import json
 import pytest
 
 from cluster.config import EvaluationConfig
-from cluster.evaluate import Evaluation, balanced, chosen_answer, evaluate
-from rollout.engine import GenerationRequest
+from cluster.evaluate import Evaluation, balanced, evaluate
+from rollout.engine import Completion, FinishReason, GenerationRequest
 from rollout.problem import Level, Problem
-from rollout.prompt import Step, StepKind
 from rollout.search import SearchConfig
-from rollout.tree import Node, Terminal, Tree, backup, expand
 from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
 
 
@@ -97,22 +95,9 @@ def test_balanced_choice_takes_levels_in_turn() -> None:
     assert [p.id for p in balanced(PROBLEMS, None)] == ["a", "b", "c"]
 
 
-def test_answer_of_a_search_is_the_vote_of_the_best_valued_visited_ones() -> None:
-    tree = Tree(problem=PROBLEMS[0], round=1)
-    values = [("5", 0.9), ("3", 0.8), ("3", 0.7), ("5", 0.1), ("7", 1.0)]
-    nodes = [
-        Node(
-            id=-1,
-            parent=-1,
-            depth=-1,
-            step=Step(kind=StepKind.ANSWER, text=answer(a), answer=a),
-            terminal=Terminal.ANSWER,
-            value=v,
-        )
-        for a, v in values
-    ]
-    expand(tree, tree.root, nodes)
-    for node in nodes[:4]:  # "7" was never visited
-        backup(tree, node, 0.0)
-    assert chosen_answer(tree, top_k=3, seed=0) == "3"
-    assert chosen_answer(tree, top_k=1, seed=0) == "5"
+def test_problem_that_does_not_fit_the_policy_is_a_wrong_answer_everywhere() -> None:
+    too_long = Completion(text="", finish=FinishReason.PROMPT_TOO_LONG)
+    evaluation = run(ScriptedPolicy({"": [too_long]}), TablePreference({}), num_samples=2)
+    for result in evaluation.problems:
+        assert (result.greedy, result.majority, result.best_of_n, result.search) == (False,) * 4
+        assert (result.any_sample, result.any_search, result.search_tokens) == (False, False, 0)

@@ -10,7 +10,9 @@ from verifier.accuracy import (
     majority_vote,
     pass_at_k,
     problem_accuracy,
+    rank_answers,
 )
+from verifier.verify import answers_match
 
 
 def test_answers_vote_together_when_they_are_equal() -> None:
@@ -21,6 +23,52 @@ def test_answers_vote_together_when_they_are_equal() -> None:
 def test_no_answers_give_no_vote() -> None:
     assert majority_vote([None, None]) is None
     assert best_by_value([None], [1.0]) is None
+
+
+def test_grouping_by_text_agrees_with_comparing_all_pairs() -> None:
+    answers = [
+        "7",
+        "007",
+        "7.0",
+        "+7",
+        "-7",
+        "0",
+        "-0",
+        "$7$",
+        "8",
+        "70",
+        "\\text{7}",
+        ".",
+        ",",
+        "7%",
+    ]
+    compared: list[list[int]] = []
+    for index, answer in enumerate(answers):
+        for group in compared:
+            if answers_match(answers[group[0]], answer):
+                group.append(index)
+                break
+        else:
+            compared.append([index])
+    assert answer_groups(answers) == compared
+
+
+def test_ranking_names_every_answer_with_its_votes_best_value_and_samples() -> None:
+    answers = ["1", "2", "1.0", None, "3", "2"]
+    values = [0.2, 0.9, 0.3, 1.0, None, 0.1]
+    ranked = rank_answers(answers, values=values)
+    assert [(r.answer, r.votes, r.value, r.members) for r in ranked] == [
+        ("2", 2, 0.9, (1, 5)),
+        ("1.0", 2, 0.3, (2, 0)),
+        ("3", 1, None, (4,)),
+    ]
+    top = rank_answers(answers, values=values, top_k=3)  # 0.9, 0.3 and 0.2 vote
+    assert [(r.answer, r.votes, r.value, r.members) for r in top] == [
+        ("1.0", 2, 0.3, (2, 0)),
+        ("2", 1, 0.9, (1, 5)),
+        ("3", 0, None, (4,)),
+    ]
+    assert rank_answers([None, " "], values=[0.1, 0.2], top_k=1) == []
 
 
 def test_a_tie_goes_to_the_higher_value() -> None:

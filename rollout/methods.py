@@ -1,0 +1,551 @@
+"""Test-time methods behind one interface: MCTS, step beam search, best-of-N, majority, greedy.
+
+    problem --> method --> solutions --> choose --> answer, runners-up
+                  |  ^
+                  v  |  every request passes the `Meter`: it counts tokens and tells what goes on
+               policy, PPM, sandbox
+
+    method      solutions come from                           the answer is
+    greedy      one program at temperature 0                  its answer
+    majority    N sampled programs                            the vote of all
+    best-of-n   the same N programs, valued by the PPM        the best-valued one
+    beam        step beam searches (`rollout.beam`)           the vote of the top K by PPM value
+    mcts        tree search (`rollout.search`)                the vote of the top K by PPM value
+
+`num_trajectories` is the number of solutions a method may finish: samples, beam slots (searches of
+`beam_width` each), or rollouts. A tree that is exhausted before is followed by another one. With
+`rollouts_per_tree` a trajectory is one independent tree instead, and its best-valued answer its
+solution: the released evaluation, which calls 64 such trees 64 trajectories.
+
+All methods are charged alike: generated tokens, texts valued by the PPM in tokens, seconds. Under
+`max_generated_tokens` nothing new is started once so many were generated: no request for samples
+(sized by what samples cost so far), no step of a beam, no rollout; what was started ends.
+
+Votes group equivalent answers (`verifier.accuracy`); ties go to the higher PPM value, then to the
+seed. Where no solution has a PPM value, all of them vote, and the result says so.
+
+MCTS without a PPM has nothing to be guided by at test time: every answer backs up the same reward
+(the label is withheld from the search), visits spread evenly, and all answers of the tree vote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rollout.beam import search_beam
+from rollout.engine import (
+    EvaluationReply,
+    EvaluationRequest,
+    FinishReason,
+    GenerationReply,
+    GenerationRequest,
+    PolicyEngine,
+    PreferenceEngine,
+)
+from rollout.problem import Problem
+from rollout.prompt import END_OF_ANSWER, render_question
+from rollout.sampling import Solution, sample_solutions
+from rollout.search import SearchConfig, StepSandbox, TerminalValue, run_search
+from rollout.seeds import derive_seed
+from rollout.tasks import all_of
+from rollout.tree import Tree
+from verifier.accuracy import RankedAnswer, rank_answers
+
+T = TypeVar("T")
+
+FIRST_WAVE = 4
+"""Samples of the first request under a token budget, when their cost is not known yet."""
+
+
+class Method(StrEnum):
+    """How answers are found and chosen at test time."""
+
+    GREEDY = "greedy"
+    MAJORITY = "majority"
+    BEST_OF_N = "best-of-n"
+    BEAM = "beam"
+    MCTS = "mcts"
+
+    @property
+    def needs_preference(self) -> bool:
+        """True if the method cannot do without a PPM."""
+        return self in (Method.BEST_OF_N, Method.BEAM)
+
+    @property
+    def uses_preference(self) -> bool:
+        """True if the method makes use of a PPM where there is one."""
+        return self.needs_preference or self is Method.MCTS
+
+
+class MethodConfig(BaseModel):
+    """One method and its budget; sampling and step limits are those of `SearchConfig`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Method = Field(Method.MCTS, description="greedy | majority | best-of-n | beam | mcts")
+    num_trajectories: int = Field(
+        64, ge=1, description="solutions a method may finish: samples, beam slots, rollouts"
+    )
+    max_generated_tokens: int | None = Field(
+        None, ge=1, description="nothing new starts beyond this many tokens; null: no budget"
+    )
+    top_k: int = Field(
+        4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
+    )
+    max_solution_tokens: int = Field(
+        2048, ge=1, description="generated tokens per sampled program (greedy, majority, best-of-n)"
+    )
+    beam_width: int = Field(8, ge=1, description="paths kept after each step of a beam")
+    beam_candidates: int = Field(8, ge=1, description="candidates per path and step of a beam")
+    rollouts_per_tree: int | None = Field(
+        None,
+        ge=1,
+        description="mcts: each trajectory is a tree of so many rollouts; null: they share trees",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a method has used so far."""
+
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    """Of a request once, however many candidates it asks for."""
+    cached_tokens: int = 0
+    """Prompt tokens served from the prefix cache."""
+    scored_tokens: int = 0
+    """Tokens of the texts the PPM valued."""
+    num_requests: int = 0
+    """To the policy."""
+    seconds: float = 0.0
+
+
+class EventKind(StrEnum):
+    """What an event tells."""
+
+    EXTENDS = "extends"
+    """The method has chosen a partial solution and asks for what follows it."""
+    ANSWERED = "answered"
+    """A complete solution was found (and valued, where there is a PPM)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something a method did, as it happens."""
+
+    kind: EventKind
+    text: str
+    """The steps so far as rendered in prompts, question left out; "" at the start."""
+    value: float | None
+    """PPM value of that text; None: not scored."""
+    cost: Cost
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveResult:
+    """What a method made of one problem."""
+
+    method: Method
+    problem_id: str
+    solutions: tuple[Solution, ...]
+    """Everything that was finished, with or without an answer, in the order of its seeds."""
+    ranked: tuple[RankedAnswer, ...]
+    """Distinct answers, the chosen one first; their members index `solutions`."""
+    cost: Cost
+    trees: tuple[Tree, ...] = ()
+    """Of MCTS; other methods keep none."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing about how the result came about, for people."""
+
+    @property
+    def chosen(self) -> Solution | None:
+        """The solution that speaks for the answer; None if no solution has one."""
+        return self.solutions[self.ranked[0].members[0]] if self.ranked else None
+
+    @property
+    def answer(self) -> str | None:
+        return self.ranked[0].answer if self.ranked else None
+
+    @property
+    def value(self) -> float | None:
+        """Best PPM value of the answer; None: no answer, or a method without a PPM."""
+        return self.ranked[0].value if self.ranked else None
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.cost.generated_tokens
+
+    @property
+    def scored_tokens(self) -> int:
+        return self.cost.scored_tokens
+
+    @property
+    def seconds(self) -> float:
+        return self.cost.seconds
+
+
+def choose(
+    solutions: Sequence[Solution], *, method: Method, top_k: int, seed: int
+) -> tuple[RankedAnswer, ...]:
+    """Rank the answers of finished solutions by the rule of a method, the chosen one first.
+
+    Args:
+        top_k: solutions that vote in MCTS and beam search; the other methods have their own number.
+        seed: settles what votes and values leave tied.
+    """
+    answers = [solution.answer for solution in solutions]
+    values = [solution.value for solution in solutions]
+    if not method.uses_preference or not _valued(solutions):
+        return tuple(rank_answers(answers, seed=seed))
+    voters = 1 if method is Method.BEST_OF_N else top_k
+    return tuple(rank_answers(answers, values=values, top_k=voters, seed=seed))
+
+
+def tree_solutions(tree: Tree) -> list[Solution]:
+    """The answers a search has visited, in creation order."""
+    return [
+        Solution(
+            steps=tuple(tree.steps(node)),
+            answer=node.step.answer,
+            value=node.value,
+            num_tokens=sum(n.num_tokens // max(n.multiplicity, 1) for n in tree.path(node)),
+            status="ok",
+            seed=tree.seed,
+        )
+        for node in tree.answers()
+        if node.visit_count > 0 and node.step is not None
+    ]
+
+
+class Meter:
+    """Both engines of one problem, as a method sees them: passes on, counts, tells.
+
+    Cost and events are taken here, at the engines, so that they mean the same for every method.
+    """
+
+    def __init__(
+        self,
+        questions: tuple[str, ...],
+        policy: PolicyEngine,
+        preference: PreferenceEngine | None,
+        on_event: OnEvent | None,
+        clock: Callable[[], float] | None,
+    ) -> None:
+        """
+        Args:
+            questions: prompts before any step, of the policy and of the PPM where they differ;
+                left out of the texts of events.
+            clock: in seconds; None: the seconds of a cost stay 0.
+        """
+        self._questions = questions
+        self._policy = policy
+        self._preference = preference
+        self._on_event = on_event
+        self._clock = clock
+        self._began_s = clock() if clock is not None else 0.0
+        self._cost = Cost()
+        self._values: dict[str, float] = {}
+        self.num_too_long = 0
+        """Requests whose prompt left no room to generate."""
+
+    @property
+    def cost(self) -> Cost:
+        if self._clock is None:
+            return self._cost
+        return replace(self._cost, seconds=self._clock() - self._began_s)
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        """As `PolicyEngine`."""
+        self._tell(EventKind.EXTENDS, request.prompt)
+        reply = await self._policy.generate(request)
+        tokens = sum(completion.num_tokens for completion in reply.completions)
+        self._cost = replace(
+            self._cost,
+            generated_tokens=self._cost.generated_tokens + tokens,
+            prompt_tokens=self._cost.prompt_tokens + reply.prompt_tokens,
+            cached_tokens=self._cost.cached_tokens + reply.cached_tokens,
+            num_requests=self._cost.num_requests + 1,
+        )
+        if all(c.finish is FinishReason.PROMPT_TOO_LONG for c in reply.completions):
+            self.num_too_long += 1
+        if self._preference is None:
+            for text in dict.fromkeys(completion.text for completion in reply.completions):
+                if text.endswith(END_OF_ANSWER):
+                    self._tell(EventKind.ANSWERED, request.prompt + text)
+        return reply
+
+    async def evaluate(self, request: EvaluationRequest) -> EvaluationReply:
+        """As `PreferenceEngine`."""
+        assert self._preference is not None
+        reply = await self._preference.evaluate(request)
+        self._cost = replace(self._cost, scored_tokens=self._cost.scored_tokens + reply.num_tokens)
+        if self._on_event is not None:
+            for text, value in zip(request.texts, reply.values, strict=True):
+                if math.isfinite(value):
+                    self._values[self._solution(text)] = value
+                if text.endswith(END_OF_ANSWER):
+                    self._tell(EventKind.ANSWERED, text)
+        return reply
+
+    def _tell(self, kind: EventKind, text: str) -> None:
+        if self._on_event is not None:
+            solution = self._solution(text)
+            value = self._values.get(solution)
+            self._on_event(Event(kind=kind, text=solution, value=value, cost=self.cost))
+
+    def _solution(self, text: str) -> str:
+        question = next((q for q in self._questions if text.startswith(q)), "")
+        return text[len(question) :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solver:
+    """One method with everything it needs; may solve many problems at a time."""
+
+    config: MethodConfig
+    search: SearchConfig
+    """Sampling, template and step limits of all methods; candidates and switches of MCTS."""
+    policy: PolicyEngine
+    preference: PreferenceEngine | None
+    """The PPM; None: there is none. Greedy and majority do not use it."""
+    sandbox: StepSandbox
+    clock: Callable[[], float] | None = None
+    """In seconds; None: no seconds are counted."""
+    round: int = 0
+    """Recorded in trees."""
+
+    def __post_init__(self) -> None:
+        if self.config.name.needs_preference and self.preference is None:
+            raise ValueError(f"method {self.config.name} needs a process preference model")
+
+    async def solve(
+        self, problem: Problem, *, seed: int, on_event: OnEvent | None = None
+    ) -> SolveResult:
+        """Find and choose an answer.
+
+        Args:
+            seed: the same seed and deterministic engines give the same result. Majority and
+                best-of-N draw the same samples from the same seed.
+            on_event: told what is being extended and found, while it happens.
+        Raises:
+            EngineError, SearchError, SandboxError: a part of the system failed.
+        """
+        method = self.config.name
+        preference = self.preference if method.uses_preference else None
+        templates = (self.search.prompt_template, self.search.training_template)
+        meter = Meter(
+            tuple(render_question(problem.text, template) for template in templates),
+            self.policy,
+            preference,
+            on_event,
+            self.clock,
+        )
+        job = _Job(
+            problem=problem,
+            config=self.config,
+            search=self.search,
+            meter=meter,
+            guided=preference is not None,
+            sandbox=self.sandbox,
+            clock=self.clock,
+            round=self.round,
+            seed=seed,
+        )
+        solutions = await _RUNS[method](job)
+        # Comparing answers may take a while, so not on the event loop.
+        ranked = await asyncio.to_thread(
+            choose, solutions, method=method, top_k=self.config.top_k, seed=seed
+        )
+        return SolveResult(
+            method=method,
+            problem_id=problem.id,
+            solutions=tuple(solutions),
+            ranked=ranked,
+            cost=meter.cost,
+            trees=tuple(job.trees),
+            notes=tuple(_notes(job, solutions, ranked)),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Job:
+    """One problem under way with one method."""
+
+    problem: Problem
+    config: MethodConfig
+    search: SearchConfig
+    meter: Meter
+    guided: bool
+    """Whether the meter has a PPM."""
+    sandbox: StepSandbox
+    clock: Callable[[], float] | None
+    round: int
+    seed: int
+    trees: list[Tree] = field(default_factory=list)
+
+    @property
+    def preference(self) -> Meter | None:
+        return self.meter if self.guided else None
+
+    @property
+    def tokens_left(self) -> float:
+        budget = self.config.max_generated_tokens
+        return math.inf if budget is None else budget - self.meter.cost.generated_tokens
+
+    def spent(self) -> bool:
+        return self.tokens_left <= 0
+
+    async def repeat(self, count: int, one: Callable[[int], Coroutine[Any, Any, T]]) -> list[T]:
+        """Independent searches: side by side, or under a budget in turn until it is used up."""
+        if self.config.max_generated_tokens is None:
+            return await all_of(one(number) for number in range(count))
+        found: list[T] = []
+        while len(found) < count and not self.spent():
+            found.append(await one(len(found)))
+        return found
+
+
+async def _greedy(job: _Job) -> list[Solution]:
+    return await _sample(job, 1, temperature=0.0, seed=derive_seed(job.seed, "greedy"))
+
+
+async def _samples(job: _Job) -> list[Solution]:
+    """Sampled programs: in one request, or under a budget in waves that should just fill it."""
+    solutions: list[Solution] = []
+    wave = 0
+    while len(solutions) < job.config.num_trajectories and not job.spent():
+        size = job.config.num_trajectories - len(solutions)
+        if job.config.max_generated_tokens is not None:
+            spent = job.meter.cost.generated_tokens
+            mean = max(spent / len(solutions), 1.0) if solutions else 0.0
+            size = min(size, max(int(job.tokens_left / mean), 1) if solutions else FIRST_WAVE)
+        names = ("samples", wave) if wave else ("samples",)
+        solutions += await _sample(
+            job, size, temperature=job.search.temperature, seed=derive_seed(job.seed, *names)
+        )
+        wave += 1
+    return solutions
+
+
+async def _sample(job: _Job, count: int, *, temperature: float, seed: int) -> list[Solution]:
+    return await sample_solutions(
+        job.problem,
+        num_samples=count,
+        temperature=temperature,
+        top_p=job.search.top_p,
+        max_tokens=job.config.max_solution_tokens,
+        template=job.search.prompt_template,
+        policy=job.meter,
+        preference=job.preference,
+        sandbox=job.sandbox,
+        seed=seed,
+    )
+
+
+async def _beam(job: _Job) -> list[Solution]:
+    config = job.config
+    width = min(config.beam_width, config.num_trajectories)
+
+    async def one(number: int) -> list[Solution]:
+        return await search_beam(
+            job.problem,
+            width=min(width, config.num_trajectories - number * width),
+            num_candidates=config.beam_candidates,
+            config=job.search,
+            policy=job.meter,
+            preference=job.meter,
+            sandbox=job.sandbox,
+            seed=derive_seed(job.seed, "beam", number),
+            spent=job.spent,
+        )
+
+    found = await job.repeat(math.ceil(config.num_trajectories / width), one)
+    return [solution for solutions in found for solution in solutions]
+
+
+async def _mcts(job: _Job) -> list[Solution]:
+    per_tree = job.config.rollouts_per_tree
+    if per_tree is not None:
+        job.trees = await job.repeat(
+            job.config.num_trajectories, lambda number: _search_tree(job, number, per_tree)
+        )
+        return [best for tree in job.trees for best in _best(tree_solutions(tree))]
+    left = job.config.num_trajectories
+    while left > 0 and not job.spent():
+        tree = await _search_tree(job, len(job.trees), left)
+        job.trees.append(tree)
+        left -= tree.num_rollouts
+        if not tree.root.exhausted or not tree.generated_tokens:
+            break
+    return [solution for tree in job.trees for solution in tree_solutions(tree)]
+
+
+async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
+    settings: dict[str, Any] = {
+        "num_rollouts": num_rollouts,
+        "terminal_value": TerminalValue.PREFERENCE if job.guided else TerminalValue.LABEL,
+    }
+    if job.config.max_generated_tokens is not None:
+        settings["max_generated_tokens"] = int(job.tokens_left)
+    names = ("search", number) if number else ("search",)
+    return await run_search(
+        # Without a PPM the search would back up the verdict, which no method may see at test time.
+        job.problem if job.guided else replace(job.problem, answer="", answers_alt=()),
+        config=job.search.model_copy(update=settings),
+        policy=job.meter,
+        preference=job.preference,
+        sandbox=job.sandbox,
+        round=job.round,
+        index=-1 - number,
+        seed=derive_seed(job.seed, *names),
+        clock=job.clock,
+    )
+
+
+_RUNS: Mapping[Method, Callable[[_Job], Awaitable[list[Solution]]]] = {
+    Method.GREEDY: _greedy,
+    Method.MAJORITY: _samples,
+    Method.BEST_OF_N: _samples,
+    Method.BEAM: _beam,
+    Method.MCTS: _mcts,
+}
+
+
+def _best(solutions: Sequence[Solution]) -> list[Solution]:
+    """The best-valued solution of a tree; all of them where none has a value."""
+    if not _valued(solutions):
+        return list(solutions)
+    return [max(solutions, key=lambda s: s.value if s.value is not None else -math.inf)]
+
+
+def _valued(solutions: Sequence[Solution]) -> bool:
+    """True if the PPM told some solution from the others."""
+    return any(s.value is not None and s.answer is not None for s in solutions)
+
+
+def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnswer]) -> list[str]:
+    notes = []
+    if job.config.name.uses_preference and ranked and not _valued(solutions):
+        why = "the PPM gave no value" if job.guided else "there is no PPM"
+        notes.append(f"{why}: majority vote over all {len(solutions)} solutions")
+    if not ranked:
+        requests = job.meter.cost.num_requests
+        if requests and job.meter.num_too_long == requests:
+            notes.append("the problem does not fit into the policy's context")
+        else:
+            notes.append("no solution reached an answer")
+    if job.spent():
+        notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
+    if len(job.trees) > 1 and job.config.rollouts_per_tree is None:
+        notes.append(f"{len(job.trees)} trees, as {len(job.trees) - 1} were exhausted")
+    return notes
