@@ -136,6 +136,39 @@ def solve(
 
 
 @app.command()
+def tree(
+    run: Annotated[str, typer.Argument(help="Folder of a run, as runs/demo.")],
+    problem: Annotated[str, typer.Argument(help="Problem id, or the beginning of just one.")],
+    round: Annotated[int | None, typer.Option(help="Round [the last that searched it].")] = None,
+    index: Annotated[
+        int | None, typer.Option("--tree", help="Tree of the round [the first that solved it].")
+    ] = None,
+    node: Annotated[int | None, typer.Option(help="Print one node in full.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Fold deeper nodes.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Fold nothing; show candidates left out too.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page instead.")
+    ] = None,
+) -> None:
+    """Show a search tree: Q-values, visits, chosen trajectories and preference pairs."""
+    from cluster.tree_view import show_tree
+
+    show_tree(
+        run,
+        problem,
+        Console(),
+        round=round,
+        tree=index,
+        node=node,
+        depth=depth,
+        everything=everything,
+        page=page,
+    )
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
 ) -> None:
