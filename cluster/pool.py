@@ -10,8 +10,9 @@ more than `spill_over` requests more than the least loaded one. Load is what thi
 flight: each worker has a pool of its own and knows nothing of the others'.
 
 A replica whose actor is gone for good is forgotten; one that restarts or fails rests for a while.
-When no replica is left the call ends with `EngineError`, and so it does after `attempts` tries. A
-pool can be pickled (into an actor); the copy starts with nothing in flight.
+When no replica is left the call waits up to `vacancy_s` for a new one (`set_replicas`) and then
+ends with `EngineError`, and so it does after `attempts` tries. A pool can be pickled (into an
+actor); the copy starts with nothing in flight.
 
 Not covered: routing by policy version; a state in a sandbox does not move, so a tree whose sandbox
 worker died ends with `EngineError` and is searched again.
@@ -31,8 +32,9 @@ from typing import Any, NamedTuple
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
+from cluster.admission import EnginePressure
 from rollout.engine import (
     EngineError,
     EvaluationReply,
@@ -43,6 +45,9 @@ from rollout.engine import (
 from verifier import SandboxError, StepResult
 
 logger = logging.getLogger(__name__)
+
+PRESSURE_TIMEOUT_S = 5.0
+"""A replica that does not say by then how full it is, is not waited for."""
 
 
 class PoolConfig(BaseModel):
@@ -67,6 +72,9 @@ class PoolConfig(BaseModel):
         default=3, ge=1, description="tries of a request, each on another replica"
     )
     rest_s: float = Field(default=2.0, ge=0, description="seconds a failing replica is left alone")
+    vacancy_s: float = Field(
+        default=0.0, ge=0, description="seconds to wait for a replica where none is left"
+    )
 
 
 class Load(NamedTuple):
@@ -154,6 +162,7 @@ class ReplicaPool:
         self._lost: list[str] = []
         self._queue_wait_s = 0.0
         self._retries = 0
+        self._revision = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
         handles = {name: replica.handle for name, replica in self._replicas.items()}
@@ -168,6 +177,22 @@ class ReplicaPool:
         """Send a replica nothing more; requests it has are awaited by their callers."""
         self._replicas.pop(name, None)
         self._wake_all()
+
+    def set_replicas(self, handles: Mapping[str, Any], revision: int) -> None:
+        """Let exactly these replicas take requests from now on.
+
+        Args:
+            revision: of this list, growing; one that comes after a later one is ignored.
+        """
+        if revision <= self._revision:
+            return
+        self._revision = revision
+        for name in [name for name in self._replicas if name not in handles]:
+            self.remove(name)
+        for name, handle in handles.items():
+            known = self._replicas.get(name)
+            if known is None or known.handle != handle:
+                self.add(name, handle)
 
     def names(self) -> list[str]:
         """Replicas that are not gone."""
@@ -247,6 +272,10 @@ class ReplicaPool:
         while True:
             now_s = time.monotonic()
             candidates = [r for r in self._replicas.values() if not only or r.name == only]
+            vacant_until_s = min(deadline_s, start_s + self.config.vacancy_s)
+            if not candidates and not only and now_s < vacant_until_s:
+                await self._wait(vacant_until_s - now_s)
+                continue
             if not candidates:
                 which = f"{self.kind} {only}" if only else f"{self.kind} replica"
                 lost = f" (gone: {', '.join(self._lost)})" if self._lost else ""
@@ -376,6 +405,22 @@ class PolicyPool(ReplicaPool):
         """Send the request to the replica of its tree; see `PolicyEngine.generate`."""
         reply, _ = await self.call("generate", request, key=request.routing_key)
         return reply
+
+    async def pressures(self) -> list[EnginePressure]:
+        """How full the replicas say they are; those that do not say so soon are left out."""
+        found = await asyncio.gather(
+            *(self._pressure(replica) for replica in list(self._replicas.values()))
+        )
+        return [pressure for pressure in found if pressure is not None]
+
+    async def _pressure(self, replica: _Replica) -> EnginePressure | None:
+        """Beside the slots: a replica without room is just the one to ask."""
+        try:
+            async with asyncio.timeout(PRESSURE_TIMEOUT_S):
+                return await replica.handle.pressure.remote()
+        except (TimeoutError, AttributeError, EngineError, RayError):
+            # Requests find out for themselves what is wrong; an endpoint has no such method.
+            return None
 
 
 class PreferencePool(ReplicaPool):

@@ -1,9 +1,10 @@
 """Policy and preference replicas: one vLLM engine each, behind the Protocols of the search.
 
     actor process                                        engine process (vLLM)
-    generate, evaluate --token ids--> AsyncLLM --------> continuous batching, prefix cache
-            ^                             |              lives for the whole run
-            +------- text, values <-------+
+    generate --token ids--> AsyncLLM ------------------> continuous batching, prefix cache
+    evaluate --token ids--> BatchEngine ---------------> (on CPU: a thread of the actor)
+            ^                     |                      lives for the whole run
+            +--- text, values <---+
 
     NEW --ready()--> READY --load()--> LOADING --> READY --shutdown()--> CLOSED
     FAILED from anywhere, when the engine fails
@@ -17,6 +18,8 @@ Weights are loaded in place. A reply carries the version of the weights that wro
 prefix cache and then compares fingerprints (log-probabilities, or values, of fixed texts): they
 must be finite, repeatable, other than before if the weight files differ, and, for a small model in
 float32, what transformers says (an engine may renew a part of its weights only).
+
+Prefix caches are salted with the version: what other weights wrote into one is never found.
 
 Stop strings that are one special token of the tokenizer are handed to the engine core as token
 ids, so that it stops by itself; text is then decoded once, at the end. Whatever the way, the text
@@ -54,6 +57,8 @@ from typing import Any, Literal, Protocol
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.admission import EnginePressure
+from cluster.batch_engine import BatchEngine
 from cluster.engine_process import EndsWithOwner
 from cluster.model_check import (
     GIB,
@@ -82,6 +87,9 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _MAX_REFERENCE_BYTES = 256 << 20
 """Weight files up to this size are also read by transformers, to compare what the engine says."""
+
+_REPEATED_TOKENS = 32
+"""Longest passage whose repetition is looked for."""
 
 _FINGERPRINT_TEXTS = (
     "<|user|>There are 12 boxes with 5 pens each. How many pens are there?<|assistant|><code>",
@@ -129,7 +137,13 @@ class EngineConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="of requests that bring none")
     logprobs: bool = Field(
         default=False,
-        description="return the log-probability of each completion (about 20 % slower)",
+        description="return the log-probability of each completion (15 % slower on CPU)",
+    )
+    max_repeats: int | None = Field(
+        default=None,
+        ge=2,
+        description="a completion that ends in so many equal passages of up to 32 tokens is "
+        "ended there; null: none is (it is looked for at every token)",
     )
     request_timeout_s: float = Field(
         default=600.0, gt=0, description="a request not answered by then is aborted"
@@ -180,6 +194,10 @@ class ReplicaStats:
     """Prompts or texts that did not fit."""
     running_requests: int
     running_sequences: int
+    idle_s: float
+    """Seconds without any request in flight, since the engine first served."""
+    sequence_s: float
+    """Sum over answered requests of sequences x seconds: divided by a time, the mean in flight."""
     waiting_requests: int
     """Held back while weights are loaded."""
     loads: int
@@ -262,6 +280,8 @@ def engine_arguments(
         arguments.setdefault("block_size", 32)
         arguments.setdefault("max_num_batched_tokens", max(4096, max_model_len))
         arguments["enable_chunked_prefill"] = False
+        if runner == "generate":
+            arguments["scheduler_cls"] = "cluster.engine_scheduler.WholeAnswers"
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
@@ -439,6 +459,17 @@ class RequestGate:
         self._idle = asyncio.Event()
         self._idle.set()
         self._exclusive = asyncio.Lock()
+        self._idle_s = 0.0
+        self._idle_since_s = time.monotonic()
+
+    def idle_from_now(self) -> None:
+        """Start to count the time without a request anew."""
+        self._idle_s, self._idle_since_s = 0.0, time.monotonic()
+
+    def idle_s(self) -> float:
+        """Seconds without a request in flight."""
+        now_s = time.monotonic()
+        return self._idle_s + (now_s - self._idle_since_s if not self.running else 0.0)
 
     @property
     def is_open(self) -> bool:
@@ -454,6 +485,8 @@ class RequestGate:
                 await self._open.wait()
         finally:
             self.waiting -= 1
+        if not self.running:
+            self._idle_s += time.monotonic() - self._idle_since_s
         self.running += 1
         self._idle.clear()
         try:
@@ -461,6 +494,7 @@ class RequestGate:
         finally:
             self.running -= 1
             if self.running == 0:
+                self._idle_since_s = time.monotonic()
                 self._idle.set()
 
     @asynccontextmanager
@@ -515,13 +549,16 @@ class _Replica(ABC):
         self._info: ReplicaInfo | None = None
         self._model: ModelInfo | None = None
         self._engine: Any = None
+        self._gauge: Any = None
         self._tokenizer: Any = None
         self._fingerprint: tuple[float, ...] = ()
         self._max_model_len = 0
         self._device = ""
         self._dtype = ""
+        self._salt = _salt(self._version, 0)
         self._next_request = 0
         self._sequences = 0
+        self._sequence_s = 0.0
         self._requests = 0
         self._failed = 0
         self._prompt_tokens = 0
@@ -551,6 +588,7 @@ class _Replica(ABC):
                     self._fail(f"the engine started but cannot serve: {error}")
                     raise EngineError(f"{self._name}: {self._failure}") from error
                 self._state = ReplicaState.READY
+                self._gate.idle_from_now()
                 self._info = self._describe(time.monotonic() - started)
                 logger.info(
                     "Replica serves after %.1f s. replica=%s version=%s path=%s",
@@ -590,7 +628,7 @@ class _Replica(ABC):
             async with self._gate.exclusive(self._config.load_timeout_s):
                 self._check_state()
                 self._state = ReplicaState.LOADING
-                await self._swap_weights(path, reference, differ)
+                await self._swap_weights(path, version, reference, differ)
                 self._path, self._version, self._model = path, version, model
                 self._state = ReplicaState.READY
         except TimeoutError as error:
@@ -630,11 +668,17 @@ class _Replica(ABC):
             too_long=self._too_long,
             running_requests=self._gate.running,
             running_sequences=self._sequences,
+            idle_s=self._gate.idle_s(),
+            sequence_s=self._sequence_s,
             waiting_requests=self._gate.waiting,
             loads=self._loads,
             load_s=self._load_s,
             rss_bytes=_rss_bytes(),
         )
+
+    async def pressure(self) -> EnginePressure | None:
+        """How full the engine is; None before it has started."""
+        return self._gauge.pressure() if self._gauge is not None else None
 
     async def shutdown(self) -> None:
         """End the engine process; further requests are refused."""
@@ -644,6 +688,9 @@ class _Replica(ABC):
             await asyncio.to_thread(engine.shutdown)
 
     # What subclasses say.
+
+    @abstractmethod
+    def _make_engine(self, arguments: dict[str, Any]) -> Any: ...
 
     @abstractmethod
     def _check_model(self, path: str) -> ModelInfo: ...
@@ -668,17 +715,14 @@ class _Replica(ABC):
         self._check_memory(model, on_cpu)
         arguments = engine_arguments(self._config, model, runner=self._runner, on_cpu=on_cpu)
         try:
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            engine = self._make_engine(arguments)
         except Exception as error:
             self._fail(f"the engine did not start: {error}")
             raise EngineError(f"{self._name}: {self._failure} (path={self._path})") from error
         self._engine = engine
         self._tokenizer = engine.get_tokenizer()
         self._model = model
-        self._max_model_len = engine.model_config.max_model_len
+        self._max_model_len = arguments["max_model_len"]
         self._device = "cpu" if on_cpu else "gpu"
         self._dtype = arguments["dtype"]
 
@@ -738,8 +782,9 @@ class _Replica(ABC):
         return self._take_reference(path)
 
     async def _swap_weights(
-        self, path: str, reference: tuple[float, ...] | None, weights_differ: bool
+        self, path: str, version: str, reference: tuple[float, ...] | None, weights_differ: bool
     ) -> None:
+        self._salt = _salt(version, self._loads + 1)
         try:
             async with asyncio.timeout(self._config.load_timeout_s):
                 await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
@@ -794,6 +839,13 @@ class _Replica(ABC):
         self._next_request += 1
         return f"{self._name}-{self._next_request}"
 
+    def _engine_input(self, token_ids: list[int]) -> dict[str, Any]:
+        """What vLLM's own renderer makes of token ids; given so, it does no work of its own.
+
+        The salt keeps what other weights wrote into the prefix cache from ever being found.
+        """
+        return {"type": "token", "prompt_token_ids": token_ids, "cache_salt": self._salt}
+
     @asynccontextmanager
     async def _answering(self, num_sequences: int) -> AsyncIterator[None]:
         """Around one request: gate, deadline, counters, and errors under one name."""
@@ -802,6 +854,7 @@ class _Replica(ABC):
         async with self._gate.request():
             self._check_state()
             self._sequences += num_sequences
+            began_s = time.monotonic()
             try:
                 async with asyncio.timeout(self._config.request_timeout_s):
                     yield
@@ -820,6 +873,7 @@ class _Replica(ABC):
                 raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
             finally:
                 self._sequences -= num_sequences
+                self._sequence_s += num_sequences * (time.monotonic() - began_s)
             self._requests += 1
 
 
@@ -843,7 +897,7 @@ class PolicyReplica(_Replica):
 
     async def _generate(self, request: GenerationRequest) -> GenerationReply:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
         prompt_ids = self._tokenizer.encode(request.prompt)
         room = self._max_model_len - len(prompt_ids)
@@ -860,6 +914,10 @@ class PolicyReplica(_Replica):
             **sampling_arguments(request, stops, room=room, logprobs=self._config.logprobs),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        if self._config.max_repeats is not None:
+            params.repetition_detection = RepetitionDetectionParams(
+                max_pattern_size=_REPEATED_TOKENS, min_count=self._config.max_repeats
+            )
         output = await self._run(prompt_ids, params)
         completions = tuple(
             self._read(choice, request, prompt_ids, bool(stops.strings))
@@ -881,7 +939,7 @@ class PolicyReplica(_Replica):
     def _read(
         self, choice: Any, request: GenerationRequest, prompt_ids: list[int], detokenized: bool
     ) -> Completion:
-        if choice.finish_reason not in ("stop", "length"):
+        if choice.finish_reason not in ("stop", "length", "repetition"):
             raise EngineError(f"completion ended by {choice.finish_reason!r}")
         token_ids = list(choice.token_ids)
         text = (
@@ -889,17 +947,24 @@ class PolicyReplica(_Replica):
             if detokenized
             else decode_continuation(self._tokenizer, prompt_ids, token_ids)
         )
-        return read_completion(
+        stopped = choice.finish_reason == "stop"
+        cut = text.endswith(request.stop) if request.stop else False
+        completion = read_completion(
             text,
             stop=request.stop,
-            stopped=choice.finish_reason == "stop",
-            end_of_sequence=self._tokenizer.decode(token_ids[-1:], skip_special_tokens=False),
+            stopped=stopped,
+            end_of_sequence=self._tokenizer.decode(token_ids[-1:], skip_special_tokens=False)
+            if stopped and not cut
+            else "",
             num_tokens=len(token_ids),
             logprob=choice.cumulative_logprob if self._config.logprobs else None,
         )
+        if choice.finish_reason == "repetition" and completion.stop_string is None:
+            return replace(completion, finish=FinishReason.REPETITION)
+        return completion
 
     async def _run(self, prompt_ids: list[int], params: Any) -> Any:
-        prompt = {"prompt_token_ids": prompt_ids}
+        prompt = self._engine_input(prompt_ids)
         return await _only(self._engine.generate(prompt, params, self._request_id()))
 
     def _special_tokens(self) -> Mapping[str, int]:
@@ -908,6 +973,18 @@ class PolicyReplica(_Replica):
         return self._added_tokens
 
     _added_tokens: dict[str, int] | None = None
+
+    def _make_engine(self, arguments: dict[str, Any]) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from cluster.engine_gauge import EngineGauge
+
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[EngineGauge])
+        assert engine.logger_manager is not None
+        loggers = engine.logger_manager.stat_loggers
+        self._gauge = next(gauge for gauge in loggers if isinstance(gauge, EngineGauge))
+        return engine
 
     def _check_model(self, path: str) -> ModelInfo:
         return check_policy_checkpoint(path, markers=MARKERS)
@@ -964,31 +1041,31 @@ class PreferenceReplica(_Replica):
         """
         async with self._answering(len(request.texts)):
             rows = [self._tokenizer.encode(text) for text in request.texts]
-            values = await asyncio.gather(*(self._value(row) for row in rows))
+            values = await self._values(rows)
             num_tokens = sum(len(row) for row in rows)
             self._prompt_tokens += num_tokens
             return EvaluationReply(
                 values=tuple(values), num_tokens=num_tokens, preference_version=self._version
             )
 
-    async def _value(self, token_ids: list[int]) -> float:
-        from vllm import PoolingParams
+    async def _values(self, rows: Sequence[list[int]]) -> list[float]:
+        fits = [0 < len(row) <= self._max_model_len for row in rows]
+        self._too_long += fits.count(False)
+        fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        outputs, cached = await self._engine.outputs(fitting, self._salt)
+        self._cached_tokens += cached
+        found = iter(outputs)
+        return [math.tanh(next(found)) if fit else math.nan for fit in fits]
 
-        if not 0 < len(token_ids) <= self._max_model_len:
-            self._too_long += 1
-            return math.nan
-        params = PoolingParams(task="classify", use_activation=False)
-        prompt = {"prompt_token_ids": token_ids}
-        output = await _only(self._engine.encode(prompt, params, self._request_id()))
-        self._cached_tokens += output.num_cached_tokens or 0
-        return math.tanh(float(output.outputs.data.squeeze()))
+    def _make_engine(self, arguments: dict[str, Any]) -> Any:
+        return BatchEngine(arguments)
 
     def _check_model(self, path: str) -> ModelInfo:
         return check_preference_checkpoint(path)
 
     async def _take_fingerprint(self) -> tuple[float, ...]:
         rows = [self._tokenizer.encode(t)[: self._max_model_len] for t in _FINGERPRINT_TEXTS]
-        return tuple([await self._value(row) for row in rows])
+        return tuple(await self._values(rows))
 
     def _take_reference(self, path: str) -> tuple[float, ...]:
         from learner.preference_model import load_preference_model, values
@@ -998,6 +1075,11 @@ class PreferenceReplica(_Replica):
             for text in _FINGERPRINT_TEXTS
         ]
         return tuple(values(load_preference_model(path), self._tokenizer, texts))
+
+
+def _salt(version: str, loads: int) -> str:
+    """Of the prefix cache: another one for each load, since a version may be loaded again."""
+    return f"{version}#{loads}"
 
 
 async def _only(outputs: AsyncIterator[Any]) -> Any:

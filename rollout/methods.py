@@ -547,5 +547,5 @@ def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnsw
     if job.spent():
         notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
     if len(job.trees) > 1 and job.config.rollouts_per_tree is None:
-        notes.append(f"{len(job.trees)} trees, as {len(job.trees) - 1} were exhausted")
+        notes.append(f"{len(job.trees)} trees, {len(job.trees) - 1} of them exhausted")
     return notes

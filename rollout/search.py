@@ -603,7 +603,7 @@ class _Search:
                 num_tokens=completion.num_tokens,
                 logprob=logprob if logprob is not None and math.isfinite(logprob) else None,
                 rollout=rollout,
-                discard=self._discard_reason(step, node),
+                discard=self._discard_reason(step, node, completion.finish),
             )
         candidates = list(merged.values())
         if self.config.answer_candidates == "first":
@@ -613,10 +613,12 @@ class _Search:
                     child.discard = Discard.NOT_KEPT
         return candidates
 
-    def _discard_reason(self, step: Step, node: Node) -> Discard | None:
+    def _discard_reason(self, step: Step, node: Node, finish: FinishReason) -> Discard | None:
         """Why a step cannot follow `node`; None if it can."""
         repeats = self.config.max_repeats
-        if repeats is not None and ends_in_repetition(step.body, repeats):
+        if finish is FinishReason.REPETITION or (
+            repeats is not None and ends_in_repetition(step.body, repeats)
+        ):
             return Discard.REPETITIVE
         if step.kind is StepKind.UNFINISHED:
             return Discard.UNFINISHED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,7 @@ class ScriptedReplica(PreferenceReplica):
         self.answer.set()
         self.shapes: dict[str, str] = {}
         self.references: dict[str, float] = {}
+        self.salts: list[str] = []
 
     def _take_reference(self, path: str) -> tuple[float, ...]:
         return (self.references.get(path, self.scripted.outputs.get(path, 0.0)),) * 2
@@ -350,9 +352,10 @@ class ScriptedReplica(PreferenceReplica):
     def _check_model(self, path: str) -> ModelInfo:
         return make_info(path, shape=self.shapes.get(path, "{}"))
 
-    async def _value(self, token_ids: list[int]) -> float:
+    async def _values(self, rows: Sequence[list[int]]) -> list[float]:
+        self.salts.append(self._salt)
         await self.answer.wait()
-        return self.scripted.output
+        return [self.scripted.output] * len(rows)
 
 
 @pytest.fixture
@@ -381,6 +384,36 @@ async def test_load_swaps_weights_and_replies_carry_the_new_version(weights: Non
     stats = await replica.stats()
     assert (stats.version, stats.loads, stats.requests, stats.healthy) == ("r1", 1, 2, True)
     assert (await replica.ready()).version == "r1"
+
+
+async def test_what_other_weights_left_in_the_prefix_cache_is_never_found(weights: None) -> None:
+    replica = ScriptedReplica(ScriptedEngine({"new": 0.5, "old": 0.0}))
+    await replica.evaluate(EvaluationRequest(texts=("a",)))
+    for path, version in (("new", "r1"), ("old", "r0"), ("new", "r1")):
+        await replica.load(path, version)
+        await replica.evaluate(EvaluationRequest(texts=("a",)))
+    assert len(dict.fromkeys(replica.salts)) == 4
+
+
+async def test_time_without_a_request_is_counted_as_idle(weights: None) -> None:
+    replica = ScriptedReplica(ScriptedEngine({}))
+    await replica.ready()
+    replica.answer.clear()
+    asked = asyncio.create_task(replica.evaluate(EvaluationRequest(texts=("a", "b"))))
+    await asyncio.sleep(0)
+    before = (await replica.stats()).idle_s
+    await asyncio.sleep(0.02)
+    assert (await replica.stats()).idle_s == before
+    replica.answer.set()
+    await asked
+    await asyncio.sleep(0.02)
+    stats = await replica.stats()
+    assert stats.idle_s >= before + 0.02
+    assert stats.sequence_s >= 2 * 0.02
+
+
+async def test_pressure_is_unknown_before_the_engine_has_started() -> None:
+    assert await ScriptedReplica(ScriptedEngine({})).pressure() is None
 
 
 async def test_request_in_flight_is_answered_by_the_weights_it_started_with(

@@ -319,7 +319,7 @@ def test_exhausted_tree_is_followed_by_another_until_all_rollouts_are_done() -> 
     )
     assert [tree.num_rollouts for tree in result.trees] == [2, 2, 1]
     assert len({tree.seed for tree in result.trees}) == 3
-    assert result.notes == ("3 trees, as 2 were exhausted",)
+    assert result.notes == ("3 trees, 2 of them exhausted",)
     assert result.generated_tokens == sum(tree.generated_tokens for tree in result.trees)
 
 

@@ -192,3 +192,9 @@ def test_prompt_that_outgrows_the_model_ends_its_branch_alone() -> None:
         Terminal.ANSWER,
     ]
     assert (tree.num_rollouts, tree.outcome) == (2, Outcome.SOLVED)
+
+
+def test_repetition_found_by_the_engine_is_a_named_discard() -> None:
+    looped = Completion(text="x = 1", finish=FinishReason.REPETITION)
+    tree = search(ScriptedPolicy({"": [looped]}), num_candidates=2)
+    assert [(n.discard, n.multiplicity) for n in tree.nodes[1:]] == [(Discard.REPETITIVE, 2)]
