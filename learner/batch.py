@@ -1,26 +1,20 @@
-"""Text to tensors: tokenise, mask, cut into batches, pad.
+"""Text to tensors: tokenise, mask, pack.
 
 A text is tokenised once, whole, and the loss mask is laid over it by character offsets. Step
 boundaries are special tokens, so the ids of `prefix + continuation` are those of the prefix
 followed by those of the continuation: what an engine sees at search time. A text whose loss
 boundary falls inside a token is refused rather than trained with a wrong mask.
 
-    lengths --plan_batches--> steps; each step: micro-batches x ranks -> example numbers
-    examples --collate_*----> padded tensors, right padding, no attention mask
+    texts or nodes of a share --pack_*--> one row of T tokens, without padding, and its `Layout`
 
-No attention mask is needed: attention is causal, padding stands on the right, and nothing reads
-its positions. All ranks hold the same plan, so they agree on the number of steps and micro-batches
-without talking; an example with weight 0 fills a rank's place where there are too few.
+The texts of a node stand in the row as a tree: the tokens all of them begin with once, then what is
+each one's own. That prefix is found among the ids, so it is right for any tokenizer.
 
-Shapes: B sequences, T padded length, P positions that a loss reads, R pairs.
-
-Not covered: packing several examples into one row. A packed batch would be another `collate_policy`
-with position ids; plan and losses stay.
+Shapes: T tokens of a row, B texts, P positions that a loss reads, R pairs.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from learner.attention import Layout, documents, trees
 from learner.pairs import PairKind, PreferencePair
 from rollout.prompt import MARKERS, Segment
 
@@ -60,77 +55,93 @@ class PairGroup:
     """[R] index into `texts`."""
     rejected: tuple[int, ...]
     weights: tuple[float, ...]
+    targets: tuple[float, ...]
+    """Per text, in [-1, 1]: of a step its Q-value, of a whole trajectory 1 or -1 as it is correct
+    or not."""
     kind: PairKind
+    num_shared: int
+    """Tokens that all texts begin with; each has at least one more."""
 
     @property
     def length(self) -> int:
         """Tokens of the longest text."""
         return max(text.length for text in self.texts)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts, each counted whole."""
+        return sum(text.length for text in self.texts)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens the node takes in a row."""
+        return self.num_tokens - self.num_shared * (len(self.texts) - 1)
+
+    @property
+    def branches(self) -> list[int]:
+        """Tokens of each text after the shared ones."""
+        return [text.length - self.num_shared for text in self.texts]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyBatch:
-    """One rank's share of a micro-batch for the next-token loss."""
+    """One packed row for the next-token loss."""
 
     input_ids: torch.Tensor
-    """[B, T] int64."""
+    """[1, T] int64."""
+    position_ids: torch.Tensor
+    """[1, T] int64; from 0 in each text."""
+    layout: Layout
     positions: torch.Tensor
-    """[P] int64 into the flattened [B * T] hidden states whose next token has a loss."""
+    """[P] int64 into the T hidden states whose next token has a loss."""
     targets: torch.Tensor
     """[P] int64, those next tokens."""
 
     def to(self, device: torch.device) -> PolicyBatch:
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            positions=self.positions.to(device),
-            targets=self.targets.to(device),
-        )
+        names = ("input_ids", "position_ids", "positions", "targets")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch:
-    """One rank's share of a micro-batch for the pairwise loss."""
+    """One packed row for the losses of the PPM."""
 
     input_ids: torch.Tensor
-    """[B, T] int64."""
+    """[1, T] int64."""
+    position_ids: torch.Tensor
+    """[1, T] int64; a branch goes on from its prefix."""
+    layout: Layout
     last: torch.Tensor
-    """[B] int64 into the flattened [B * T] hidden states: the last token of each text."""
+    """[B] int64 into the T hidden states: the last token of each text."""
     chosen: torch.Tensor
     """[R] int64 into B."""
     rejected: torch.Tensor
     """[R] int64 into B."""
     weights: torch.Tensor
     """[R] float32; 0 for a filler."""
+    value_targets: torch.Tensor
+    """[B] float32, `PairGroup.targets`."""
+    text_weights: torch.Tensor
+    """[B] float32: 1, or 0 for a filler."""
     positions: torch.Tensor
-    """[P] as in `PolicyBatch`, over the chosen texts; empty without auxiliary loss."""
+    """[P] as in `PolicyBatch`, over the chosen texts; a shared position once for each of them."""
     targets: torch.Tensor
     """[P]."""
 
     def to(self, device: torch.device) -> PreferenceBatch:
-        names = ("input_ids", "last", "chosen", "rejected", "weights", "positions", "targets")
+        names = (
+            "input_ids",
+            "position_ids",
+            "last",
+            "chosen",
+            "rejected",
+            "weights",
+            "value_targets",
+            "text_weights",
+            "positions",
+            "targets",
+        )
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What one rank computes in one micro-batch."""
-
-    examples: tuple[int, ...]
-    filler: bool = False
-    """True: there was nothing left; compute this with weight 0."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedStep:
-    """One optimiser step: `micro[i][r]` is rank r's share of micro-batch i."""
-
-    micro: tuple[tuple[Share, ...], ...]
-
-    @property
-    def examples(self) -> list[int]:
-        """All example numbers of the step, fillers excluded."""
-        return [e for ranks in self.micro for s in ranks if not s.filler for e in s.examples]
 
 
 def check_markers(tokenizer: Any, *, where: str) -> None:
@@ -188,207 +199,114 @@ def tokenise_pairs(tokenizer: Any, pairs: Sequence[PreferencePair]) -> list[Pair
     for pair in pairs:
         key = (pair.problem_id, pair.round, pair.tree_index, pair.kind, pair.node, pair.prefix)
         by_node.setdefault(key, []).append(pair)
-    groups = []
-    for members in by_node.values():
-        chosen = {pair.chosen for pair in members}
-        numbers = {t: i for i, t in enumerate(dict.fromkeys(t for p in members for t in _both(p)))}
-        texts = [
-            tokenise_segments(
-                tokenizer,
-                [
-                    Segment(text=members[0].prefix, trained=False),
-                    Segment(text=text, trained=text in chosen),
-                ],
-                end_of_sequence=False,
-            )
-            for text in numbers
-        ]
-        groups.append(
-            PairGroup(
-                texts=tuple(texts),
-                chosen=tuple(numbers[pair.chosen] for pair in members),
-                rejected=tuple(numbers[pair.rejected] for pair in members),
-                weights=tuple(pair.weight for pair in members),
-                kind=members[0].kind,
-            )
+    return [_group(tokenizer, members) for members in by_node.values()]
+
+
+def _group(tokenizer: Any, members: Sequence[PreferencePair]) -> PairGroup:
+    kind = members[0].kind
+    chosen = {pair.chosen for pair in members}
+    values: dict[str, float] = {}
+    for pair in members:
+        step = kind is PairKind.STEP
+        values.setdefault(pair.chosen, pair.chosen_q if step else 1.0)
+        values.setdefault(pair.rejected, pair.rejected_q if step else -1.0)
+    numbers = {text: number for number, text in enumerate(values)}
+    texts = tuple(
+        tokenise_segments(
+            tokenizer,
+            [
+                Segment(text=members[0].prefix, trained=False),
+                Segment(text=text, trained=text in chosen),
+            ],
+            end_of_sequence=False,
         )
-    return groups
-
-
-def _both(pair: PreferencePair) -> tuple[str, str]:
-    return pair.chosen, pair.rejected
-
-
-def plan_batches(
-    lengths: Sequence[int],
-    counts: Sequence[int],
-    *,
-    rows: Sequence[int] | None = None,
-    max_tokens: int | None,
-    max_examples: int | None,
-    micro_tokens: int,
-    world_size: int,
-    rng: random.Random | None,
-) -> list[PlannedStep]:
-    """Cut one pass over the data into optimiser steps of like lengths, the same on every rank.
-
-    Args:
-        lengths: tokens of the longest row of each example.
-        counts: what an example counts as against `max_examples` (1, or its pairs).
-        rows: sequences of each example; None: one each.
-        max_tokens: most padded tokens of a step (its sequences x its longest); None: no limit.
-        max_examples: most counts in a step; None: no limit. An example over a limit stands alone.
-        micro_tokens: most padded tokens of one forward pass of one rank.
-        rng: shuffles; None keeps the longest-first order (evaluation).
-    """
-    rows = rows or [1] * len(lengths)
-    order = list(range(len(lengths)))
-    if rng is None:
-        order.sort(key=lambda e: -lengths[e])
-    else:
-        rng.shuffle(order)
-        order = _bucketed(order, lengths, rows, max_tokens, max_examples)
-    cut = _cut(order, lengths, counts, rows, max_tokens, max_examples)
-    if rng is not None:
-        rng.shuffle(cut)
-    return [_share(step, lengths, rows, micro_tokens, world_size) for step in cut]
-
-
-def _bucketed(
-    order: list[int],
-    lengths: Sequence[int],
-    rows: Sequence[int],
-    max_tokens: int | None,
-    max_examples: int | None,
-) -> list[int]:
-    """Sort by length inside pools of about 50 steps: like lengths meet, but not always the same."""
-    tokens = sum(lengths[e] * rows[e] for e in order) / max(len(order), 1)
-    limits = [max_examples or len(order)]
-    if max_tokens is not None:
-        limits.append(max(1, int(max_tokens / max(tokens, 1.0))))
-    pool = 50 * min(limits)
-    return [
-        e
-        for start in range(0, len(order), pool)
-        for e in sorted(order[start : start + pool], key=lambda e: lengths[e])
-    ]
-
-
-def _cut(
-    order: Sequence[int],
-    lengths: Sequence[int],
-    counts: Sequence[int],
-    rows: Sequence[int],
-    max_tokens: int | None,
-    max_examples: int | None,
-) -> list[list[int]]:
-    """Fill batches in order up to the limits."""
-    batches: list[list[int]] = []
-    count = width = num_rows = 0
-    for e in order:
-        grown = max(width, lengths[e]) * (num_rows + rows[e])
-        fits = (max_tokens is None or grown <= max_tokens) and (
-            max_examples is None or count + counts[e] <= max_examples
-        )
-        if not batches or not fits:
-            batches.append([])
-            count = width = num_rows = 0
-        batches[-1].append(e)
-        count += counts[e]
-        num_rows += rows[e]
-        width = max(width, lengths[e])
-    return batches
-
-
-def _share(
-    step: Sequence[int],
-    lengths: Sequence[int],
-    rows: Sequence[int],
-    micro_tokens: int,
-    world_size: int,
-) -> PlannedStep:
-    """Deal a step to the ranks so that all have about the same work and as many micro-batches."""
-    dealt = sorted(step, key=lambda e: -lengths[e] * rows[e])
-    hands: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for e in dealt:
-        lightest = loads.index(min(loads))
-        hands[lightest].append(e)
-        loads[lightest] += lengths[e] * rows[e]
-    ones = [1] * len(lengths)
-    cuts = [
-        _cut(sorted(hand, key=lambda e: -lengths[e]), lengths, ones, rows, micro_tokens, None)
-        for hand in hands
-    ]
-    smallest = min(step, key=lambda e: lengths[e] * rows[e])
-    filler = Share(examples=(smallest,), filler=True)
-    micro = tuple(
-        tuple(Share(examples=tuple(cut[i])) if i < len(cut) else filler for cut in cuts)
-        for i in range(max(len(cut) for cut in cuts))
+        for text in values
     )
-    return PlannedStep(micro=micro)
-
-
-def padded_tokens(step: PlannedStep, lengths: Sequence[int], rows: Sequence[int]) -> int:
-    """Tokens a step computes over all ranks, padding included, fillers excluded."""
-    return sum(
-        max(lengths[e] for e in share.examples) * sum(rows[e] for e in share.examples)
-        for ranks in step.micro
-        for share in ranks
-        if not share.filler
+    return PairGroup(
+        texts=texts,
+        chosen=tuple(numbers[pair.chosen] for pair in members),
+        rejected=tuple(numbers[pair.rejected] for pair in members),
+        weights=tuple(pair.weight for pair in members),
+        targets=tuple(values.values()),
+        kind=kind,
+        num_shared=_num_shared([text.ids for text in texts]),
     )
 
 
-def collate_policy(
-    texts: Sequence[TokenisedText], *, pad_id: int, filler: bool = False
-) -> PolicyBatch:
-    """Pad texts on the right and list the positions that have a loss; a filler has none."""
-    ids = _padded([text.ids for text in texts], pad_id)
-    positions, targets = _loss_positions([] if filler else texts, ids.shape[1])
-    return PolicyBatch(input_ids=torch.from_numpy(ids), positions=positions, targets=targets)
+def _num_shared(rows: Sequence[np.ndarray]) -> int:
+    """Leading ids that all rows share, at least one of each left over."""
+    limit = min(len(row) for row in rows) - 1
+    first = rows[0][:limit]
+    for row in rows[1:]:
+        differ = np.flatnonzero(first != row[: len(first)])
+        first = first[: differ[0]] if len(differ) else first
+    return len(first)
 
 
-def collate_preference(
-    groups: Sequence[PairGroup], *, pad_id: int, filler: bool = False
-) -> PreferenceBatch:
-    """Pad the texts of some nodes into one batch and number their pairs in it."""
-    texts = [text for group in groups for text in group.texts]
-    ids = _padded([text.ids for text in texts], pad_id)
-    width = ids.shape[1]
-    chosen, rejected, weights = [], [], []
-    base = 0
+def pack_policy(texts: Sequence[TokenisedText], *, filler: bool = False) -> PolicyBatch:
+    """Put texts into one row and list the positions that have a loss; a filler has none."""
+    lengths = [text.length for text in texts]
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    at = [np.flatnonzero(text.trained) for text in ([] if filler else texts)]
+    return PolicyBatch(
+        input_ids=_row([text.ids for text in texts]),
+        position_ids=_row([np.arange(length) for length in lengths]),
+        layout=documents(lengths),
+        positions=_joined([start + own - 1 for start, own in zip(starts, at, strict=False)]),
+        targets=_joined([text.ids[own] for text, own in zip(texts, at, strict=False)]),
+    )
+
+
+def pack_preference(groups: Sequence[PairGroup], *, filler: bool = False) -> PreferenceBatch:
+    """Put the texts of some nodes into one row as trees and number their pairs in it."""
+    ids: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    last: list[int] = []
+    positions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    chosen: list[int] = []
+    rejected: list[int] = []
+    start = 0
     for group in groups:
+        base = len(last)
         chosen += [base + i for i in group.chosen]
         rejected += [base + i for i in group.rejected]
-        weights += [0.0 if filler else weight for weight in group.weights]
-        base += len(group.texts)
-    positions, targets = _loss_positions([] if filler else texts, width)
+        shared = group.num_shared
+        ids.append(group.texts[0].ids[:shared])
+        places.append(np.arange(shared))
+        branch = start + shared
+        for text in group.texts:
+            ids.append(text.ids[shared:])
+            places.append(np.arange(shared, text.length))
+            if not filler:
+                at = np.flatnonzero(text.trained)
+                before = at - 1
+                positions.append(before + np.where(before < shared, start, branch - shared))
+                targets.append(text.ids[at])
+            branch += text.length - shared
+            last.append(branch - 1)
+        start = branch
+    weights = [0.0 if filler else weight for group in groups for weight in group.weights]
+    values = [target for group in groups for target in group.targets]
     return PreferenceBatch(
-        input_ids=torch.from_numpy(ids),
-        last=torch.tensor([i * width + text.length - 1 for i, text in enumerate(texts)]),
+        input_ids=_row(ids),
+        position_ids=_row(places),
+        layout=trees([(group.num_shared, group.branches) for group in groups]),
+        last=torch.tensor(last),
         chosen=torch.tensor(chosen),
         rejected=torch.tensor(rejected),
         weights=torch.tensor(weights, dtype=torch.float32),
-        positions=positions,
-        targets=targets,
+        value_targets=torch.tensor(values, dtype=torch.float32),
+        text_weights=torch.full((len(last),), 0.0 if filler else 1.0),
+        positions=_joined(positions),
+        targets=_joined(targets),
     )
 
 
-def _padded(rows: Sequence[np.ndarray], pad_id: int) -> np.ndarray:
-    ids = np.full((len(rows), max(len(row) for row in rows)), pad_id, dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    return ids
+def _row(pieces: Sequence[np.ndarray]) -> torch.Tensor:
+    return _joined(pieces)[None]
 
 
-def _loss_positions(
-    texts: Sequence[TokenisedText], width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions before each trained token, and those tokens."""
-    positions = [np.empty(0, dtype=np.int64)]
-    targets = [np.empty(0, dtype=np.int64)]
-    for i, text in enumerate(texts):
-        at = np.flatnonzero(text.trained)
-        positions.append(i * width + at - 1)
-        targets.append(text.ids[at].astype(np.int64))
-    return torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(targets))
+def _joined(pieces: Sequence[np.ndarray]) -> torch.Tensor:
+    joined = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+    return torch.from_numpy(joined.astype(np.int64))

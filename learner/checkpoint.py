@@ -9,6 +9,9 @@ CURRENT.json, which is linked into place whole and never replaced. A writer that
 folder nobody refers to; of two writers of one round the second deletes its own and takes the
 first's. Round 0 is the cold start.
 
+A checkpoint that is not promoted (`hold`) is written too, but CURRENT.json names the earlier one,
+which so serves the round, and says why; `release` promotes it after all.
+
 Not covered: object stores. vLLM, transformers and DeepSpeed read checkpoints through POSIX paths,
 so the root is a local or shared directory.
 """
@@ -78,7 +81,67 @@ class CheckpointStore:
         Raises:
             CheckpointError: nothing could be written, or `write` left the directory empty.
         """
-        folder = self._folder(kind, round)
+        made = self._write(kind, round, write)
+        return self._name(made, made.path, info or {}, None)
+
+    def hold(
+        self,
+        kind: Kind,
+        round: int,
+        previous: str | Path,
+        reason: str,
+        write: Callable[[Path], None] | None,
+        info: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Let an earlier checkpoint serve a round, and keep the new one aside.
+
+        Args:
+            previous: directory of the earlier one.
+            write: fills the directory of the new one; None: it has no weights worth keeping.
+        Returns:
+            What is current afterwards; as `publish`.
+        Raises:
+            CheckpointError: nothing could be written, or the earlier one is gone.
+        """
+        previous = Path(previous).absolute()
+        earlier = Checkpoint(
+            kind=kind, round=round, path=str(previous), digest=directory_digest(previous)
+        )
+        made = self._write(kind, round, write) if write is not None else None
+        aside = {"path": Path(made.path).name, "digest": made.digest} if made is not None else None
+        held = {"reason": reason, "checkpoint": aside}
+        return self._name(earlier, made.path if made is not None else None, info or {}, held)
+
+    def held(self, kind: Kind, round: int) -> str | None:
+        """Why a round's own checkpoint was not promoted; None if it was, or there is none."""
+        record = self._record(kind, round)
+        held = record.get("held") if record is not None else None
+        return held["reason"] if held else None
+
+    def release(self, kind: Kind, round: int) -> Checkpoint:
+        """Promote the checkpoint that was held back.
+
+        Raises:
+            CheckpointError: none was, or it had no weights worth keeping.
+        """
+        record = self._record(kind, round)
+        held = record.get("held") if record is not None else None
+        if record is None or not held or held["checkpoint"] is None:
+            raise CheckpointError(
+                f"no {kind} checkpoint of round {round} is held back with its weights"
+            )
+        record |= held["checkpoint"] | {"held": None}
+        path = self.folder(kind, round) / "CURRENT.json"
+        hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        hidden.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        hidden.replace(path)
+        current = self.current(kind, round)
+        assert current is not None
+        return current
+
+    def _write(self, kind: Kind, round: int, write: Callable[[Path], None]) -> Checkpoint:
+        """A whole checkpoint in a folder that nothing refers to yet."""
+        folder = self.folder(kind, round)
         name = uuid.uuid4().hex
         hidden, final = folder / f".{name}.partial", folder / name
         try:
@@ -87,25 +150,43 @@ class CheckpointStore:
             digest = directory_digest(hidden)
             _sync(hidden)
             hidden.rename(final)
-            checkpoint = Checkpoint(kind=kind, round=round, path=str(final), digest=digest)
-            record = {
-                **asdict(checkpoint),
-                "path": name,
-                "created_unix_s": time.time(),
-                "info": dict(info or {}),
-            }
-            if not _create(folder / "CURRENT.json", json.dumps(record, indent=1).encode()):
-                shutil.rmtree(final)
-                current = self.current(kind, round)
-                assert current is not None
-                return current
         except OSError as error:
             shutil.rmtree(hidden, ignore_errors=True)
             raise CheckpointError(f"cannot write {kind} checkpoint to {folder}: {error}") from error
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
-        return checkpoint
+        return Checkpoint(kind=kind, round=round, path=str(final), digest=digest)
+
+    def _name(
+        self,
+        checkpoint: Checkpoint,
+        made: str | None,
+        info: Mapping[str, Any],
+        held: Mapping[str, Any] | None,
+    ) -> Checkpoint:
+        """Make a checkpoint the current one of its round, unless another is: then `made` goes."""
+        folder = self.folder(checkpoint.kind, checkpoint.round)
+        record = {
+            **asdict(checkpoint),
+            "path": os.path.relpath(checkpoint.path, folder),
+            "created_unix_s": time.time(),
+            "info": dict(info),
+            "held": held,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if _create(folder / "CURRENT.json", json.dumps(record, indent=1).encode()):
+                return checkpoint
+            if made is not None:
+                shutil.rmtree(made)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {checkpoint.kind} checkpoint to {folder}: {error}"
+            ) from error
+        current = self.current(checkpoint.kind, checkpoint.round)
+        assert current is not None
+        return current
 
     def current(self, kind: Kind, round: int) -> Checkpoint | None:
         """The published checkpoint of a round; None if there is none.
@@ -116,7 +197,7 @@ class CheckpointStore:
         record = self._record(kind, round)
         if record is None:
             return None
-        path = self._folder(kind, round) / record["path"]
+        path = Path(os.path.normpath(self.folder(kind, round) / record["path"]))
         if not path.is_dir():
             raise CheckpointError(f"{kind} checkpoint of round {round} is gone: {path}")
         return Checkpoint(kind=kind, round=round, path=str(path), digest=record["digest"])
@@ -148,7 +229,12 @@ class CheckpointStore:
                 f"was changed: digest {found[:16]}, expected {checkpoint.digest[:16]}"
             )
 
-    def _folder(self, kind: Kind, round: int) -> Path:
+    def folder(self, kind: Kind, round: int) -> Path:
+        """Where a round's checkpoints of a kind are, and the logs of their training.
+
+        Raises:
+            ValueError: no such kind or round.
+        """
         if kind not in get_args(Kind):
             raise ValueError(f"checkpoint kind must be one of {get_args(Kind)}, got {kind!r}")
         if round < 0:
@@ -156,7 +242,7 @@ class CheckpointStore:
         return self.root / f"round={round}" / kind
 
     def _record(self, kind: Kind, round: int) -> dict[str, Any] | None:
-        path = self._folder(kind, round) / "CURRENT.json"
+        path = self.folder(kind, round) / "CURRENT.json"
         try:
             record = json.loads(path.read_bytes())
             record["path"], record["digest"], record["info"]

@@ -108,9 +108,9 @@ class SFTExample:
     problem_id: str
     level: str
     origin: str
-    """"tree" or "demonstration"."""
+    """"tree", "demonstration" or "file"."""
     round: int
-    """Round that found it; -1 for a demonstration."""
+    """Round that found it; -1 where no round did."""
     mean_q: float
     segments: tuple[Segment, ...]
 
@@ -129,8 +129,8 @@ class Demonstration:
 class Dataset:
     """What one round trains on, before it is written."""
 
-    template: str
-    """Name of the prompt template all texts were rendered with."""
+    template: str | None
+    """Name of the prompt template all texts were rendered with; None: of none of ours."""
     sft_train: list[SFTExample]
     sft_validation: list[SFTExample]
     pairs_train: list[PreferencePair]

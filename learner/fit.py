@@ -8,8 +8,9 @@ paths are on a file system both sides see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,8 +28,43 @@ class RankError(LearnerError):
     """A rank failed alone: its peers wait inside a collective, so the group must be restarted."""
 
 
+class GateConfig(BaseModel):
+    """When a new checkpoint is not promoted: the one in service before stays.
+
+    Both are judged on the same held-out examples. A loss that is not finite is always reason
+    enough. Without an earlier checkpoint, or with too few examples, nothing is judged.
+
+    The earlier policy wrote most of the held-out trajectories of its round and so has a low loss on
+    them: a sound new one may have half as much again (0.8 to 1.6 times in four rounds of the
+    miniature). The default ratio only stops what is broken.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    action: Literal["hold", "warn", "off"] = Field(
+        "hold", description="hold: the earlier checkpoint stays; warn: only say so; off: not judged"
+    )
+    max_loss_ratio: float = Field(
+        3.0, gt=1.0, description="Policy: most held-out loss, relative to the earlier one's."
+    )
+    max_accuracy_drop: float = Field(
+        0.1,
+        gt=0.0,
+        le=1.0,
+        description="PPM: most held-out pair accuracy lost; it must also be over two standard "
+        "errors.",
+    )
+    min_examples: int = Field(
+        20, ge=1, description="Fewer held-out trajectories or pairs are not judged."
+    )
+
+
 class TrainConfig(BaseModel):
-    """What both training runs share: budget, optimiser, precision, parallelism."""
+    """What both training runs share: budget, optimiser, precision, parallelism.
+
+    Tokens of budgets (`total_tokens`, `batch_tokens`) are those of the texts, each counted whole;
+    nothing is padded.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,16 +74,19 @@ class TrainConfig(BaseModel):
     total_tokens: int | None = Field(
         None,
         ge=1,
-        description="Stop after this many padded tokens over all ranks, repeating the data.",
+        description="Stop after this many tokens over all ranks, repeating the data.",
     )
     batch_tokens: int | None = Field(
-        None, ge=16, description="Most padded tokens in one optimiser step, over all ranks."
+        None, ge=16, description="Most tokens in one optimiser step, over all ranks."
     )
     batch_examples: int | None = Field(
         None, ge=1, description="Most sequences (policy) or pairs (PPM) in one optimiser step."
     )
     micro_batch_tokens: int = Field(
-        16384, ge=16, description="Most padded tokens of one forward pass on one rank."
+        16384,
+        ge=16,
+        description="Tokens of one packed row, which is one forward pass of one rank; a shared "
+        "prefix counts once, a longer example stands alone.",
     )
     max_sequence_tokens: int = Field(
         4096, ge=8, description="Longer examples are left out and counted."
@@ -75,7 +114,25 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU."
     )
+    attention: Literal["auto", "sdpa", "flash"] = Field(
+        "auto", description="auto: variable-length FlashAttention where it runs, else sdpa."
+    )
     num_threads: int = Field(1, ge=1, description="CPU threads of each rank.")
+    save_every_steps: int | None = Field(
+        500,
+        ge=1,
+        description="Optimiser steps between states a fit that is cut off goes on from; null: it "
+        "starts over.",
+    )
+    peak_tflops: float | None = Field(
+        None,
+        gt=0.0,
+        description="Peak TFLOP/s of one rank's device in the training precision, for the model "
+        "FLOP/s utilisation; null: known GPUs by name, else unknown.",
+    )
+    gate: GateConfig = Field(
+        default_factory=GateConfig, description="When the earlier checkpoint stays in service."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -103,10 +160,21 @@ class PreferenceTrainConfig(TrainConfig):
     batch_examples: int | None = Field(
         512, ge=1, description="Most preference pairs in one optimiser step; null: no limit."
     )
+    objective: Literal["pairwise", "q_regression", "outcome"] = Field(
+        "pairwise",
+        description="pairwise: Eq. 4; q_regression: squared distance of the value to the Q-value "
+        "(PQM); outcome: cross-entropy of whole trajectories being correct (ORM).",
+    )
     loss_on: Literal["value", "logit"] = Field(
         "value",
-        description="value: r in Eq. 4 is tanh(logit), as in the paper; logit: the raw head "
-        "output, as in the released code.",
+        description="Pairwise only. value: r in Eq. 4 is tanh(logit), as in the paper; logit: "
+        "logit_scale * logit, as in the released code.",
+    )
+    logit_scale: float = Field(
+        1.0,
+        gt=0.0,
+        description="r / logit with loss_on = logit; 5 makes the served tanh(logit) the released "
+        "tanh(r / 5).",
     )
     lm_weight: float = Field(
         0.0, ge=0.0, description="Weight of an auxiliary next-token loss on the chosen texts."
@@ -117,6 +185,23 @@ class PreferenceTrainConfig(TrainConfig):
     dropout: float = Field(
         0.0, ge=0.0, lt=1.0, description="Dropout in front of the head while training."
     )
+
+
+PPM_PRESETS: Mapping[str, PreferenceTrainConfig] = {
+    "paper": PreferenceTrainConfig(),
+    "released": PreferenceTrainConfig(
+        num_epochs=2.0,
+        loss_on="logit",
+        logit_scale=5.0,
+        dropout=0.1,
+        max_sequence_tokens=2048,
+        weight_decay=0.0,
+    ),
+    "pqm": PreferenceTrainConfig(objective="q_regression"),
+    "orm": PreferenceTrainConfig(objective="outcome"),
+}
+"""Named settings: the paper's, the released scripts', and the two heads it is compared with
+(arXiv 2501.04519, Table 8)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +221,11 @@ class FitRequest:
     """Root of the `CheckpointStore` to publish into."""
     config: PolicyTrainConfig | PreferenceTrainConfig
     seed: int = 0
+    previous: str | None = None
+    """Directory of the checkpoint of this kind in service, which stays there if the new one is
+    clearly worse; None: there is none, or whatever is made is promoted."""
+    force: bool = False
+    """Promote what the gate would hold back."""
 
     def __post_init__(self) -> None:
         expected = PolicyTrainConfig if self.kind == "policy" else PreferenceTrainConfig
@@ -156,7 +246,11 @@ class FitProgress:
     loss: float
     """Of that step's global batch."""
     tokens_per_s: float
-    """Useful (unpadded) tokens over all ranks since the first step."""
+    """Tokens of the texts over all ranks, per second since the first step."""
+    grad_norm: float | None = None
+    """Before clipping; None where it is not known."""
+    mfu: float | None = None
+    """Model FLOP/s over the devices' peak; None where the peak is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,22 +267,64 @@ class FitResult:
     """(step from 1, loss of that global batch), thinned to at most 500 points."""
     final_loss: float
     """Mean loss of the last 20 steps."""
-    padded_tokens: int
+    computed_tokens: int
+    """Tokens of all packed rows: a prefix that texts share once."""
     useful_tokens: int
-    """Without padding."""
+    """Tokens of all texts, each counted whole."""
     loss_tokens: int
     """Tokens the next-token loss applied to; 0 for a PPM without auxiliary loss."""
     seconds_setup: float
     """Reading data and model, building the DeepSpeed engine."""
     seconds_train: float
+    seconds_cpu: float
+    """CPU seconds of this rank's process while it trained, in this attempt; far below
+    `seconds_train` where it waited for a peer or a busy machine."""
     seconds_save: float
     skipped_long: int
     """Examples over max_sequence_tokens."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """On the validation problems. Policy: loss. PPM: pair_accuracy, pair_accuracy_{step,answer},
-    pair_margin, value_chosen, value_rejected, value_correct, value_incorrect, num_pairs."""
+    """On the validation problems. Policy: loss, num_examples. PPM: pair_accuracy,
+    pair_accuracy_{step,answer}, pair_margin, value_chosen, value_rejected, value_correct,
+    value_incorrect, num_pairs, and calibration_error of values as chances of being correct.
+    previous_*: the same of the checkpoint in service, where there is one."""
+    calibration: tuple[tuple[float, float, float], ...] = ()
+    """Held-out trajectories in ten equal bins of the chance (1 + value) / 2: how many, their mean
+    chance, the share that is correct. Empty for a policy."""
+    mean_grad_norm: float | None = None
+    mfu: float | None = None
+    """Model FLOP/s over the devices' peak; None where the peak is not known."""
+    warnings: tuple[str, ...] = ()
+    """What a person should look at, each beginning with a name: `loss_spike`, `not_finite`,
+    `accuracy_at_chance`, `worse_than_previous`."""
+    held: str | None = None
+    """Why the new checkpoint was not promoted, so that `checkpoint` is the earlier one's; None: it
+    was."""
+    resumed_from: int = 0
+    """Steps taken over from an attempt that was cut off."""
 
     @property
     def tokens_per_s(self) -> float:
         """Useful tokens per second over all ranks, set-up and saving excluded."""
         return self.useful_tokens / self.seconds_train if self.seconds_train else 0.0
+
+    @property
+    def padded_tokens(self) -> int:
+        """`computed_tokens`, under the name that reports of earlier runs have it."""
+        return self.computed_tokens
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain data without the checkpoint, which its store knows."""
+        record = asdict(self)
+        del record["checkpoint"]
+        return record
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], checkpoint: Checkpoint) -> FitResult:
+        """The inverse of `as_record`, after a way through JSON."""
+        made = cls(**record, checkpoint=checkpoint)
+        return replace(
+            made,
+            loss_curve=tuple((int(step), float(loss)) for step, loss in made.loss_curve),
+            calibration=tuple((float(n), float(p), float(o)) for n, p, o in made.calibration),
+            warnings=tuple(made.warnings),
+        )

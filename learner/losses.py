@@ -1,4 +1,4 @@
-"""The two losses, as sums: the caller divides by what the whole global batch holds.
+"""The losses, as sums: the caller divides by what the whole global batch holds.
 
 Sums make gradients exact under any split of a batch over ranks and micro-batches.
 """
@@ -43,3 +43,37 @@ def pairwise_loss(
     """
     difference = rewards.index_select(0, chosen) - rewards.index_select(0, rejected)
     return -(weights * F.logsigmoid(difference)).sum()
+
+
+def value_regression_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum of w (tanh(logit) - Q)^2: the head predicts the Q-value itself (PQM).
+
+    Source: the ablation of rStar-Math (arXiv 2501.04519), Table 8.
+
+    Args:
+        logits: [B], one per text.
+        targets: [B] Q-values in [-1, 1].
+        weights: [B] >= 0.
+    """
+    return (weights * (torch.tanh(logits) - targets) ** 2).sum()
+
+
+def outcome_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum of w times the cross-entropy of a trajectory being correct (ORM).
+
+    The chance is (1 + tanh(logit)) / 2 = sigmoid(2 logit), so the value that is served is twice
+    the chance less one.
+
+    Args:
+        logits: [B], one per text.
+        targets: [B], 1 for correct and -1 for incorrect.
+        weights: [B] >= 0.
+    """
+    losses = F.binary_cross_entropy_with_logits(
+        2.0 * logits, (1.0 + targets) / 2.0, reduction="none"
+    )
+    return (weights * losses).sum()

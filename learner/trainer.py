@@ -2,19 +2,22 @@
 
     FitRequest -> read, tokenise, plan (the same on every rank)
                -> DeepSpeed engine over PolicyObjective | PreferenceObjective
-               -> steps -> validation -> rank 0 publishes a Hugging Face checkpoint
+               -> steps, now and then a state to go on from
+               -> validation -> gate -> rank 0 publishes a Hugging Face checkpoint, or holds it
 
 Every rank plans all steps from the same data and seed and computes its own share of each, so
 nothing is negotiated while training. Losses are sums divided by what the *global* batch holds;
 with DeepSpeed's averaging over ranks undone, the gradient does not depend on how a batch was split.
-The run is a function of request and seed: same ranks, same threads, same losses.
+The run is a function of request and seed: same ranks, same threads, same losses, also when it was
+cut off and went on (FlashAttention's backward pass adds in no fixed order: there they are close).
 
 Faults: what every rank sees alike (bad data, a loss that is not finite) raises `LearnerError` on
 all of them, and the group stays usable. What one rank meets alone (out of memory, a dead peer)
-leaves the others inside a collective; the group must be restarted, which is its owner's part.
+leaves the others inside a collective; the group must be restarted, which is its owner's part. A fit
+that is asked for again goes on from its last state, and one that is published is only reported.
 
-Not covered: resuming inside a fit (a restarted fit begins at its first step), and models that do
-not fit into the host memory of one rank while they are loaded.
+Not covered: models that do not fit into the host memory of one rank while they are loaded, and
+going on with another number of ranks (DeepSpeed's states are cut by it).
 """
 
 from __future__ import annotations
@@ -23,34 +26,27 @@ import contextlib
 import logging
 import math
 import os
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from learner.batch import (
-    PairGroup,
-    PlannedStep,
-    PolicyBatch,
-    PreferenceBatch,
-    Share,
-    TokenisedText,
-    check_markers,
-    collate_policy,
-    collate_preference,
-    padded_tokens,
-    plan_batches,
-    tokenise_pairs,
-    tokenise_segments,
+from learner.attention import choose_backend
+from learner.batch import check_markers
+from learner.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    Kind,
+    write_prompt_template,
 )
-from learner.checkpoint import Checkpoint, CheckpointStore, Kind, write_prompt_template
-from learner.dataset import DatasetError, read_manifest, read_pairs, read_sft
+from learner.dataset import DatasetError, read_manifest
 from learner.fit import (
     FitProgress,
     FitRequest,
@@ -61,9 +57,16 @@ from learner.fit import (
     RankError,
     TrainConfig,
 )
-from learner.losses import next_token_loss, pairwise_loss
-from learner.pairs import PairKind
-from learner.preference_model import HEAD_NAME, new_preference_model
+from learner.flops import FlopCounter, flop_counter, peak_flops
+from learner.model_card import write_model_card
+from learner.objectives import PolicyObjective, PreferenceObjective, untied_output
+from learner.packing import PlannedStep
+from learner.preference_model import HEAD_NAME, load_preference_model, new_preference_model
+from learner.resume import FitState, ResumeFolder, fingerprint
+from learner.signals import LossWatch, MetricsLog, chance_warning, judge
+from learner.task import Task, plan_fit, policy_task, preference_task
+from learner.validation import HeldOut, validate
+from rollout.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -72,72 +75,11 @@ _CURVE_POINTS = 500
 _FINAL_STEPS = 20
 
 ProgressCallback = Callable[[FitProgress], None]
+T = TypeVar("T")
 
 
-class PolicyObjective(torch.nn.Module):
-    """A causal language model with the next-token loss as its forward pass."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: PolicyBatch) -> torch.Tensor:
-        """Sum of the next-token loss over the batch's loss positions."""
-        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
-        head = self.model.get_output_embeddings()
-        return next_token_loss(hidden, head.weight, batch.positions, batch.targets, head.bias)
-
-
-class PreferenceObjective(torch.nn.Module):
-    """A PPM with the pairwise loss as its forward pass."""
-
-    def __init__(self, model: Any, config: PreferenceTrainConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
-
-    def logits(self, batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B] head outputs at the last tokens, and the [B, T, H] hidden states."""
-        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False)[0]
-        last = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.last)
-        last = torch.nn.functional.dropout(last, self.config.dropout, self.training)
-        return getattr(self.model, HEAD_NAME)(last).float().squeeze(-1), hidden
-
-    def forward(self, batch: PreferenceBatch, lm_scale: float = 0.0) -> torch.Tensor:
-        """Sum of the pairwise loss, plus `lm_scale` times the sum of the auxiliary loss.
-
-        The [B] values are returned instead in evaluation mode.
-        """
-        logits, hidden = self.logits(batch)
-        if not self.training:
-            return torch.tanh(logits)
-        rewards = torch.tanh(logits) if self.config.loss_on == "value" else logits
-        loss = pairwise_loss(rewards, batch.chosen, batch.rejected, batch.weights)
-        if lm_scale:
-            # The trunk's input embedding reads out the auxiliary loss: the classification form
-            # has no language-model head, and the policies it is meant for tie the two.
-            embedding = self.model.get_input_embeddings().weight
-            loss = loss + lm_scale * next_token_loss(
-                hidden, embedding, batch.positions, batch.targets
-            )
-        return loss
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """The data of a fit, tokenised: policy and PPM differ only here and in their objective."""
-
-    lengths: list[int]
-    counts: list[int]
-    rows: list[int]
-    collate: Callable[[Share], PolicyBatch | PreferenceBatch]
-    denominator: Callable[[PlannedStep], float]
-    """What the loss sum of a global batch is divided by."""
-    useful: list[int]
-    """Unpadded tokens of each example."""
-    trained: list[int]
-    """Tokens of each example with a next-token loss."""
-    skipped_long: int
+class _NotFinite(LearnerError):
+    """The loss or its gradient left the numbers; alike on all ranks."""
 
 
 def run_fit(
@@ -149,12 +91,14 @@ def run_fit(
 ) -> FitResult:
     """Run one training run to its published checkpoint; every rank calls it and gets the result.
 
-    With `world_size` > 1 the caller has set up torch.distributed; alone, a group of one is made.
+    With `world_size` > 1 the caller has set up torch.distributed; alone, a group of one is made. A
+    request that was published before is answered from its record, one that was cut off goes on.
 
     Args:
         progress: called on rank 0 about twice a second and at the last step.
     Raises:
-        LearnerError: bad data or model, or a loss that is not finite; alike on all ranks.
+        LearnerError: bad data or model, a loss that is not finite, or a round that has a checkpoint
+            of another request; alike on all ranks.
         RankError: this rank failed alone.
     """
     started = time.perf_counter()
@@ -162,6 +106,9 @@ def run_fit(
     torch.set_num_threads(request.config.num_threads)
     torch.manual_seed(request.seed)
     try:
+        finished = _from_rank_0(lambda: _finished(request), rank, request)
+        if finished is not None:
+            return finished
         problem, prepared = None, None
         try:
             prepared = _prepare(request)
@@ -169,7 +116,7 @@ def run_fit(
             problem = str(error)
         _agree(problem, request)
         assert prepared is not None
-        return _train(request, prepared, rank, world_size, progress, started)
+        return _Fit(request, prepared, rank, world_size, progress, started).run()
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RankError(_out_of_memory(request, rank, error)) from error
     except RuntimeError as error:
@@ -254,10 +201,8 @@ class _Prepared:
 
     tokenizer: Any
     objective: PolicyObjective | PreferenceObjective
-    train: _Task
-    validation: _Task
-    groups: list[PairGroup]
-    """Validation groups of a PPM; empty for a policy."""
+    train: Task
+    validation: Task
 
 
 def _prepare(request: FitRequest) -> _Prepared:
@@ -272,205 +217,377 @@ def _prepare(request: FitRequest) -> _Prepared:
     except (OSError, ValueError) as error:
         raise LearnerError(f"no tokenizer in checkpoint {request.base}: {error}") from error
     check_markers(tokenizer, where=request.base)
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = tokenizer.eos_token_id
-    dtype = _dtype(config)
-    groups: list[PairGroup] = []
-    model: Any
+    task = policy_task if isinstance(config, PolicyTrainConfig) else preference_task
+    train, validation = (task(tokenizer, request, split) for split in ("train", "validation"))
     with _quiet_loading():
         if isinstance(config, PolicyTrainConfig):
-            train, validation = (
-                _policy_task(tokenizer, request, split, pad_id) for split in ("train", "validation")
-            )
-            model = _load_policy(request.base)
-            objective: PolicyObjective | PreferenceObjective = PolicyObjective(model)
+            objective = _policy_objective(request.base)
         else:
-            train, _ = _preference_task(tokenizer, request, "train", pad_id)
-            validation, groups = _preference_task(tokenizer, request, "validation", pad_id)
             model = new_preference_model(request.base, seed=request.seed, dtype=torch.float32)
-            objective = PreferenceObjective(model, config)
-    vocabulary = model.get_input_embeddings().num_embeddings
+            lm_head = untied_output(request.base) if config.lm_weight else None
+            objective = PreferenceObjective(model, config, lm_head)
+    vocabulary = objective.model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise LearnerError(
             f"checkpoint {request.base} does not fit its tokenizer: {len(tokenizer)} tokens, "
             f"{vocabulary} embeddings"
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    model.to(dtype=dtype)
-    return _Prepared(
-        tokenizer=tokenizer,
-        objective=objective,
-        train=train,
-        validation=validation,
-        groups=groups,
-    )
+        objective.model.gradient_checkpointing_enable()
+    objective.to(dtype=_dtype(config))
+    return _Prepared(tokenizer=tokenizer, objective=objective, train=train, validation=validation)
 
 
-def _load_policy(path: str) -> Any:
+def _policy_objective(path: str) -> PolicyObjective | PreferenceObjective:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return PolicyObjective(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
 
 
-def _policy_task(tokenizer: Any, request: FitRequest, split: str, pad_id: int) -> _Task:
-    config = request.config
-    examples = read_sft(request.data, split)
-    texts = [tokenise_segments(tokenizer, example.segments) for example in examples]
-    kept: list[TokenisedText] = [t for t in texts if t.length <= config.max_sequence_tokens]
-    if split == "train" and not kept:
-        raise LearnerError(_nothing_to_train(request, "trajectories", len(texts)))
-    trained = [text.num_trained for text in kept]
-    return _Task(
-        lengths=[text.length for text in kept],
-        counts=[1] * len(kept),
-        rows=[1] * len(kept),
-        collate=lambda share: collate_policy(
-            [kept[e] for e in share.examples], pad_id=pad_id, filler=share.filler
-        ),
-        denominator=lambda step: float(max(sum(trained[e] for e in step.examples), 1)),
-        useful=[text.length for text in kept],
-        trained=trained,
-        skipped_long=len(texts) - len(kept),
-    )
+class _Fit:
+    """One fit on one rank, after its data and model are there."""
 
+    def __init__(
+        self,
+        request: FitRequest,
+        prepared: _Prepared,
+        rank: int,
+        world_size: int,
+        progress: ProgressCallback | None,
+        started: float,
+    ) -> None:
+        self.request = request
+        self.config = request.config
+        self.prepared = prepared
+        self.task = prepared.train
+        self.rank = rank
+        self.world_size = world_size
+        self.progress = progress
+        self.started = started
+        self.steps = plan_fit(self.task, self.config, world_size=world_size, seed=request.seed)
+        self.store = CheckpointStore(request.checkpoints)
+        self.folder = self.store.folder(request.kind, request.round)
+        self.fingerprint = _fingerprint(request)
+        self.resume = ResumeFolder(self.folder, self.fingerprint, world_size=world_size)
+        self.counter: FlopCounter = flop_counter(prepared.objective.model)
+        self.watch = LossWatch()
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.resumed_from = 0
+        self.earlier_s = 0.0
+        self.engine: Any = None
+        self.peak: float | None = None
 
-def _preference_task(
-    tokenizer: Any, request: FitRequest, split: str, pad_id: int
-) -> tuple[_Task, list[PairGroup]]:
-    config = request.config
-    assert isinstance(config, PreferenceTrainConfig)
-    groups = tokenise_pairs(tokenizer, read_pairs(request.data, split))
-    kept = [group for group in groups if group.length <= config.max_sequence_tokens]
-    if split == "train" and not kept:
-        raise LearnerError(_nothing_to_train(request, "preference pairs", len(groups)))
-    weights = [sum(group.weights) for group in kept]
-    auxiliary = config.lm_weight > 0.0
-    task = _Task(
-        lengths=[group.length for group in kept],
-        counts=[len(group.weights) for group in kept],
-        rows=[len(group.texts) for group in kept],
-        collate=lambda share: collate_preference(
-            [kept[e] for e in share.examples], pad_id=pad_id, filler=share.filler
-        ),
-        denominator=lambda step: sum(weights[e] for e in step.examples) or 1.0,
-        useful=[sum(text.length for text in group.texts) for group in kept],
-        trained=[
-            sum(text.num_trained for text in group.texts) if auxiliary else 0 for group in kept
-        ],
-        skipped_long=len(groups) - len(kept),
-    )
-    return task, kept
-
-
-def _train(
-    request: FitRequest,
-    prepared: _Prepared,
-    rank: int,
-    world_size: int,
-    progress: ProgressCallback | None,
-    started: float,
-) -> FitResult:
-    config, task = request.config, prepared.train
-    steps = plan_fit(task, config, world_size=world_size, seed=request.seed)
-    engine, optimizer = _make_engine(prepared.objective, config, world_size)
-    device = engine.device
-    seconds_setup = time.perf_counter() - started
-    losses: list[float] = []
-    useful = 0
-    begun = reported = time.perf_counter()
-    try:
-        engine.train()
-        for number, step in enumerate(steps):
-            _set_learning_rate(optimizer, learning_rate_share(number, len(steps), config))
-            losses.append(_step(engine, task, step, config, rank, world_size, device))
-            if not math.isfinite(losses[-1]):
-                raise LearnerError(
-                    f"fit {request.fit_id!r}: loss is {losses[-1]} at step {number + 1} of "
-                    f"{len(steps)}; lower learning_rate ({config.learning_rate}) or clip_norm "
-                    f"({config.clip_norm}), or check the base checkpoint {request.base}"
+    def run(self) -> FitResult:
+        """Train, measure, publish."""
+        previous = self._measure_previous()
+        self.engine, optimizer = _make_engine(self.prepared.objective, self.config, self.world_size)
+        try:
+            device = self.engine.device
+            self.peak = peak_flops(device, self.config.peak_tflops)
+            _choose_attention(self.prepared.objective, self.config, device)
+            self._take_up()
+            log = (
+                MetricsLog(self.folder, resumed_from=self.resumed_from) if self.rank == 0 else None
+            )
+            setup_s = time.perf_counter() - self.started
+            begun, begun_cpu = time.perf_counter(), time.process_time()
+            try:
+                try:
+                    self._train(optimizer, log, begun)
+                    broken = None
+                except _NotFinite as error:
+                    if not self._may_hold():
+                        raise
+                    broken = f"not_finite: {error}"
+                train_s = self.earlier_s + time.perf_counter() - begun
+                cpu_s = time.process_time() - begun_cpu
+                found = HeldOut() if broken else self._validate()
+                result = replace(
+                    self._result(found, previous, broken),
+                    seconds_setup=setup_s,
+                    seconds_train=train_s,
+                    seconds_cpu=cpu_s,
+                    mfu=self._mfu(sum(map(self._flops, self.steps)), train_s),
                 )
-            engine.step()
-            useful += sum(task.useful[e] for e in step.examples)
+                if log is not None:
+                    log.end(
+                        len(self.losses),
+                        result.metrics,
+                        warnings=list(result.warnings),
+                        held=result.held,
+                    )
+            finally:
+                if log is not None:
+                    log.close()
+            saving = time.perf_counter()
+            result = self._publish(result, keep=broken is None)
+            return replace(result, seconds_save=time.perf_counter() - saving)
+        finally:
+            self.engine.destroy()
+
+    # ---------------------------------------------------------------- the steps
+
+    def _take_up(self) -> None:
+        """Load the state of an attempt that was cut off, if there is one."""
+        state = _from_rank_0(self.resume.read, self.rank, self.request)
+        if state is None:
+            return
+        self.engine.load_checkpoint(str(self.resume.path), tag=state.tag)
+        self.losses, self.norms = list(state.losses), list(state.grad_norms)
+        self.resumed_from, self.earlier_s = state.step, state.seconds
+        for number, loss in enumerate(self.losses, start=1):
+            self.watch.observe(number, loss)
+        logger.info("fit goes on. fit=%s step=%d", self.request.fit_id, state.step)
+
+    def _train(
+        self, optimizer: torch.optim.Optimizer, log: MetricsLog | None, begun: float
+    ) -> None:
+        config, task, steps = self.config, self.task, self.steps
+        tokens = [task.total(task.tokens, step) for step in steps]
+        flops = [self._flops(step) for step in steps]
+        reported = before = begun
+        first = self.resumed_from
+        self.engine.train()
+        for number in range(first, len(steps)):
+            # Dropout, where a model has any, is drawn anew from the step: the same after a resume.
+            torch.manual_seed(derive_seed(self.request.seed, "step", number, self.rank))
+            rate = learning_rate_share(number, len(steps), config)
+            _set_learning_rate(optimizer, rate)
+            loss = _step(self.engine, task, steps[number], config, self.rank, self.world_size)
+            self._check_finite("loss", loss, number)
+            norm = _update(self.engine, config)
+            if norm is not None:
+                self._check_finite("gradient norm", norm, number)
+                self.norms.append(norm)
+            self.losses.append(loss)
+            self.watch.observe(number + 1, loss)
             now = time.perf_counter()
             last = number + 1 == len(steps)
-            if (
-                progress is not None
-                and rank == 0
-                and (last or now - reported > _PROGRESS_INTERVAL_S)
-            ):
-                reported = now
-                progress(
-                    FitProgress(
-                        fit_id=request.fit_id,
-                        step=number + 1,
-                        num_steps=len(steps),
-                        loss=losses[-1],
-                        tokens_per_s=useful / (now - begun),
-                    )
+            if log is not None:
+                log.step(
+                    number + 1,
+                    {
+                        "loss": loss,
+                        "grad_norm": norm,
+                        "learning_rate": rate * config.learning_rate,
+                        "tokens_per_s": tokens[number] / (now - before),
+                        "mfu": self._mfu(flops[number], now - before),
+                    },
                 )
-        seconds_train = time.perf_counter() - begun
-        metrics = _validate(engine, prepared, config, rank, world_size, device)
-        saving = time.perf_counter()
+            before = now
+            if self.rank == 0 and (last or now - reported > _PROGRESS_INTERVAL_S):
+                reported = now
+                if log is not None:
+                    log.flush()
+                if self.progress is not None:
+                    self.progress(
+                        FitProgress(
+                            fit_id=self.request.fit_id,
+                            step=number + 1,
+                            num_steps=len(steps),
+                            loss=loss,
+                            tokens_per_s=sum(tokens[first : number + 1]) / (now - begun),
+                            grad_norm=norm,
+                            mfu=self._mfu(sum(flops[first : number + 1]), now - begun),
+                        )
+                    )
+            every = config.save_every_steps
+            if every is not None and (number + 1) % every == 0 and not last:
+                self._save_state(self.earlier_s + time.perf_counter() - begun)
+                before = time.perf_counter()
+
+    def _check_finite(self, what: str, value: float, number: int) -> None:
+        if not math.isfinite(value):
+            raise _NotFinite(
+                f"fit {self.request.fit_id!r}: {what} is {value} at step {number + 1} of "
+                f"{len(self.steps)}; lower learning_rate ({self.config.learning_rate}) or "
+                f"clip_norm ({self.config.clip_norm}), or check the base checkpoint "
+                f"{self.request.base}"
+            )
+
+    def _save_state(self, seconds: float) -> None:
+        """Write what an attempt after this one can go on from."""
+        state = FitState(
+            step=len(self.losses), losses=self.losses, grad_norms=self.norms, seconds=seconds
+        )
+        self.engine.save_checkpoint(str(self.resume.path), tag=state.tag, save_latest=False)
+        if self.world_size > 1:
+            dist.barrier()
+        if self.rank == 0:
+            self.resume.commit(state)
+
+    def _flops(self, step: PlannedStep) -> float:
+        task = self.task
+        return self.counter.total(
+            tokens=task.total(task.computed, step),
+            attended=task.total(task.attended, step),
+            outputs=task.total(task.trained, step),
+        )
+
+    def _mfu(self, flops: float, seconds: float) -> float | None:
+        if self.peak is None or seconds <= 0.0:
+            return None
+        return flops / (seconds * self.peak * self.world_size)
+
+    # ---------------------------------------------------------------- what came of it
+
+    def _validate(self) -> HeldOut:
+        self.engine.eval()
+        return validate(
+            self.engine,
+            self.prepared.validation,
+            self.config,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=self.engine.device,
+        )
+
+    def _may_hold(self) -> bool:
+        request = self.request
+        return (
+            self.config.gate.action == "hold" and request.previous is not None and not request.force
+        )
+
+    def _measure_previous(self) -> HeldOut:
+        """The checkpoint in service on this fit's held-out examples; empty if it is not judged."""
+        request, config = self.request, self.config
+        if request.previous is None or config.gate.action == "off" or not self.prepared.validation:
+            return HeldOut()
+        problem = None
+        objective: PolicyObjective | PreferenceObjective | None = None
+        try:
+            with _quiet_loading():
+                if isinstance(config, PreferenceTrainConfig):
+                    objective = PreferenceObjective(load_preference_model(request.previous), config)
+                else:
+                    objective = _policy_objective(request.previous)
+            vocabulary = objective.model.get_input_embeddings().num_embeddings
+            if vocabulary != self.prepared.objective.model.get_input_embeddings().num_embeddings:
+                problem = f"checkpoint in service {request.previous} has another vocabulary"
+        except (OSError, ValueError) as error:
+            problem = f"checkpoint in service {request.previous} cannot be read: {error}"
+        _agree(problem, request)
+        assert objective is not None
+        device = _device(self.rank)
+        objective.to(device=device, dtype=_dtype(config)).eval()
+        _choose_attention(objective, config, device)
+        return validate(
+            objective,
+            self.prepared.validation,
+            config,
+            rank=self.rank,
+            world_size=self.world_size,
+            device=device,
+        )
+
+    def _result(self, found: HeldOut, previous: HeldOut, broken: str | None) -> FitResult:
+        """All but the times and the checkpoint."""
+        task, steps, gate = self.task, self.steps[: len(self.losses)], self.config.gate
+        worse = judge(found.metrics, previous.metrics, gate) if not broken else None
+        said = [*self.watch.warnings(), *chance_warning(found.metrics)]
+        said += [line for line in (broken, worse) if line is not None]
+        useful = sum(task.total(task.tokens, step) for step in steps)
+        return FitResult(
+            fit_id=self.request.fit_id,
+            checkpoint=Checkpoint(
+                kind=self.request.kind, round=self.request.round, path="", digest=""
+            ),
+            steps=len(steps),
+            examples=sum(task.counts),
+            epochs=sum(len(step.examples) for step in steps) / len(task),
+            loss_curve=_thin(self.losses),
+            final_loss=_mean(self.losses[-_FINAL_STEPS:]),
+            computed_tokens=sum(task.total(task.computed, step) for step in steps),
+            useful_tokens=useful,
+            loss_tokens=sum(task.total(task.trained, step) for step in steps),
+            seconds_setup=0.0,
+            seconds_train=0.0,
+            seconds_cpu=0.0,
+            seconds_save=0.0,
+            skipped_long=task.skipped_long,
+            metrics=found.metrics
+            | {f"previous_{name}": value for name, value in previous.metrics.items()},
+            calibration=found.calibration,
+            mean_grad_norm=_mean(self.norms) if self.norms else None,
+            warnings=tuple(said),
+            held=(broken or worse) if self._may_hold() else None,
+            resumed_from=self.resumed_from,
+        )
+
+    def _publish(self, result: FitResult, *, keep: bool) -> FitResult:
+        """Rank 0 writes and publishes; all ranks get the result, or the same error."""
+        request = self.request
+        model = self.engine.module.model
+        state = _gathered_state(model, self.config, self.rank) if keep else {}
+        manifest = read_manifest(request.data) or {}
         info = {
             "fit": request.fit_id,
+            "fingerprint": self.fingerprint,
             "base": request.base,
-            "config": config.model_dump(mode="json"),
+            "config": self.config.model_dump(mode="json"),
             "seed": request.seed,
-            "data_digest": (read_manifest(request.data) or {}).get("digest"),
-            "final_loss": _mean(losses[-_FINAL_STEPS:]),
-            "metrics": metrics,
+            "data_digest": manifest.get("digest"),
+            "data_counts": manifest.get("counts", {}).get("all", {}),
+            "final_loss": result.final_loss,
+            "metrics": result.metrics,
+            "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
+            "result": result.as_record(),
         }
-        checkpoint = _publish(request, prepared, engine, info, rank)
-    finally:
-        engine.destroy()
-    return FitResult(
-        fit_id=request.fit_id,
-        checkpoint=checkpoint,
-        steps=len(steps),
-        examples=sum(task.counts),
-        epochs=sum(len(step.examples) for step in steps) / len(task.lengths),
-        loss_curve=_thin(losses),
-        final_loss=_mean(losses[-_FINAL_STEPS:]),
-        padded_tokens=sum(padded_tokens(step, task.lengths, task.rows) for step in steps),
-        useful_tokens=useful,
-        loss_tokens=sum(task.trained[e] for step in steps for e in step.examples),
-        seconds_setup=seconds_setup,
-        seconds_train=seconds_train,
-        seconds_save=time.perf_counter() - saving,
-        skipped_long=task.skipped_long,
-        metrics=metrics,
-    )
+
+        def write(directory: Path) -> None:
+            with _quiet_loading():
+                model.save_pretrained(directory, state_dict=state)
+                self.prepared.tokenizer.save_pretrained(directory)
+            if manifest.get("template") is not None:
+                write_prompt_template(directory, manifest["template"])
+            write_model_card(directory, request.kind, info)
+
+        def publish() -> Checkpoint:
+            if result.held is None:
+                made = self.store.publish(request.kind, request.round, write, info)
+            else:
+                assert request.previous is not None
+                made = self.store.hold(
+                    request.kind,
+                    request.round,
+                    request.previous,
+                    result.held,
+                    write if keep else None,
+                    info,
+                )
+            self.resume.clear()
+            return made
+
+        return replace(result, checkpoint=_from_rank_0(publish, self.rank, request))
 
 
-def plan_fit(task: _Task, config: TrainConfig, *, world_size: int, seed: int) -> list[PlannedStep]:
-    """All steps of a fit: `total_tokens` padded tokens, or `num_epochs` passes."""
-    steps: list[PlannedStep] = []
-    tokens = epoch = 0
-    while True:
-        one_pass = plan_batches(
-            task.lengths,
-            task.counts,
-            rows=task.rows,
-            max_tokens=config.batch_tokens,
-            max_examples=config.batch_examples,
-            micro_tokens=config.micro_batch_tokens,
-            world_size=world_size,
-            rng=random.Random(f"{seed}:{epoch}"),
+def _fingerprint(request: FitRequest) -> str:
+    return fingerprint(request, (read_manifest(request.data) or {}).get("digest"))
+
+
+def _finished(request: FitRequest) -> FitResult | None:
+    """The result of this very request, if its round has it; None if the round has nothing.
+
+    Raises:
+        LearnerError: the round has the checkpoint of another request.
+    """
+    store = CheckpointStore(request.checkpoints)
+    if store.current(request.kind, request.round) is None:
+        return None
+    info = store.info(request.kind, request.round)
+    if info.get("fingerprint") != _fingerprint(request):
+        raise LearnerError(
+            f"round {request.round} has a {request.kind} checkpoint of another base, dataset, "
+            f"config or seed in {store.folder(request.kind, request.round)}"
         )
-        if config.total_tokens is None:
-            left = config.num_epochs - epoch
-            steps += one_pass[: math.ceil(len(one_pass) * min(left, 1.0))]
-            if left <= 1.0:
-                return steps
-        else:
-            for step in one_pass:
-                steps.append(step)
-                tokens += padded_tokens(step, task.lengths, task.rows)
-                if tokens >= config.total_tokens:
-                    return steps
-        epoch += 1
+    released = request.force and store.held(request.kind, request.round) is not None
+    if released:
+        store.release(request.kind, request.round)
+    current = store.current(request.kind, request.round)
+    assert current is not None
+    result = FitResult.from_record(info["result"], current)
+    return replace(result, held=None) if released else result
 
 
 def learning_rate_share(step: int, num_steps: int, config: TrainConfig) -> float:
@@ -487,22 +604,21 @@ def learning_rate_share(step: int, num_steps: int, config: TrainConfig) -> float
 
 def _step(
     engine: Any,
-    task: _Task,
+    task: Task,
     step: PlannedStep,
     config: TrainConfig,
     rank: int,
     world_size: int,
-    device: torch.device,
 ) -> float:
     """Forward and backward of one global batch; its loss, the same on every rank."""
     scale = 1.0 / task.denominator(step)
     auxiliary = getattr(config, "lm_weight", 0.0)
     if auxiliary:
-        tokens = max(sum(task.trained[e] for e in step.examples), 1)
+        tokens = max(task.total(task.trained, step), 1)
         auxiliary = auxiliary / tokens / scale
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=engine.device)
     for number, shares in enumerate(step.micro):
-        batch = task.collate(shares[rank]).to(device)
+        batch = task.pack(shares[rank]).to(engine.device)
         engine.set_gradient_accumulation_boundary(number + 1 == len(step.micro))
         loss = engine(batch, auxiliary) if auxiliary else engine(batch)
         loss = loss * scale
@@ -512,6 +628,25 @@ def _step(
     if world_size > 1:
         dist.all_reduce(total)
     return float(total)
+
+
+def _update(engine: Any, config: TrainConfig) -> float | None:
+    """Clip and apply the gradient; its norm before clipping, None where DeepSpeed does not say."""
+    if _clips_itself(config):
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+    limit = config.clip_norm or math.inf
+    norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
+    # A gradient that is not finite must not reach the weights: the caller stops on its norm.
+    if math.isfinite(norm):
+        engine.step()
+    return norm
+
+
+def _clips_itself(config: TrainConfig) -> bool:
+    """True if DeepSpeed's optimiser clips and knows the norm; plain float32 has none of its own."""
+    return config.zero_stage > 0 or _dtype(config) != torch.float32
 
 
 def _make_engine(
@@ -543,7 +678,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, *, bfloat16: bool) ->
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.clip_norm,
+        "gradient_clipping": config.clip_norm if _clips_itself(config) else 0.0,
         "bf16": {"enabled": bfloat16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -570,138 +705,6 @@ def _parameter_groups(objective: torch.nn.Module, config: TrainConfig) -> list[d
 def _set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
-
-
-@torch.no_grad()
-def _validate(
-    engine: Any,
-    prepared: _Prepared,
-    config: TrainConfig,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """Metrics on the held-out problems; empty if there are none."""
-    task = prepared.validation
-    if not task.lengths:
-        return {}
-    engine.eval()
-    steps = plan_batches(
-        task.lengths,
-        task.counts,
-        rows=task.rows,
-        max_tokens=config.micro_batch_tokens * world_size,
-        max_examples=None,
-        micro_tokens=config.micro_batch_tokens,
-        world_size=world_size,
-        rng=None,
-    )
-    sums = torch.zeros(len(_PAIR_SUMS), dtype=torch.float64)
-    for step in steps:
-        for shares in step.micro:
-            output = engine(task.collate(shares[rank]).to(device))
-            if shares[rank].filler:
-                continue
-            if prepared.groups:
-                members = [prepared.groups[e] for e in shares[rank].examples]
-                sums += _pair_sums(members, output.float().tolist())
-            else:
-                sums[0] += float(output)
-    if world_size > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    if not prepared.groups:
-        tokens = max(sum(task.trained), 1)
-        return {"loss": float(sums[0]) / tokens, "num_examples": float(len(task.lengths))}
-    return _pair_metrics(dict(zip(_PAIR_SUMS, sums.tolist(), strict=True)))
-
-
-_PAIR_SUMS = (
-    "pairs",
-    "right",
-    "pairs_step",
-    "right_step",
-    "pairs_answer",
-    "right_answer",
-    "margin",
-    "chosen",
-    "rejected",
-    "num_correct",
-    "correct",
-    "num_incorrect",
-    "incorrect",
-)
-
-
-def _pair_sums(groups: Sequence[PairGroup], values: Sequence[float]) -> torch.Tensor:
-    """Sums over the pairs of some groups, in the order of `_PAIR_SUMS`; a tie is half right."""
-    sums = dict.fromkeys(_PAIR_SUMS, 0.0)
-    base = 0
-    for group in groups:
-        for chosen, rejected in zip(group.chosen, group.rejected, strict=True):
-            better, worse = values[base + chosen], values[base + rejected]
-            right = 0.5 if better == worse else float(better > worse)
-            sums["pairs"] += 1
-            sums["right"] += right
-            sums[f"pairs_{group.kind.value}"] += 1
-            sums[f"right_{group.kind.value}"] += right
-            sums["margin"] += better - worse
-            sums["chosen"] += better
-            sums["rejected"] += worse
-        if group.kind is PairKind.ANSWER:
-            for name, members in (("correct", group.chosen), ("incorrect", group.rejected)):
-                for text in set(members):
-                    sums[f"num_{name}"] += 1
-                    sums[name] += values[base + text]
-        base += len(group.texts)
-    return torch.tensor([sums[name] for name in _PAIR_SUMS], dtype=torch.float64)
-
-
-def _pair_metrics(sums: dict[str, float]) -> dict[str, float]:
-    metrics = {"num_pairs": sums["pairs"]}
-    for name, top, bottom in (
-        ("pair_accuracy", "right", "pairs"),
-        ("pair_accuracy_step", "right_step", "pairs_step"),
-        ("pair_accuracy_answer", "right_answer", "pairs_answer"),
-        ("pair_margin", "margin", "pairs"),
-        ("value_chosen", "chosen", "pairs"),
-        ("value_rejected", "rejected", "pairs"),
-        ("value_correct", "correct", "num_correct"),
-        ("value_incorrect", "incorrect", "num_incorrect"),
-    ):
-        if sums[bottom]:
-            metrics[name] = sums[top] / sums[bottom]
-    return metrics
-
-
-def _publish(
-    request: FitRequest, prepared: _Prepared, engine: Any, info: dict[str, Any], rank: int
-) -> Checkpoint:
-    """Rank 0 writes and publishes; all ranks get the checkpoint, or the same error."""
-    state = _gathered_state(engine.module.model, request.config, rank)
-    outcome: list[Any] = [None]
-    if rank == 0:
-        template = (read_manifest(request.data) or {}).get("template")
-
-        def write(directory: Path) -> None:
-            with _quiet_loading():
-                engine.module.model.save_pretrained(directory, state_dict=state)
-                prepared.tokenizer.save_pretrained(directory)
-            if template is not None:
-                write_prompt_template(directory, template)
-
-        try:
-            store = CheckpointStore(request.checkpoints)
-            outcome[0] = store.publish(request.kind, request.round, write, info)
-        except Exception as error:
-            outcome[0] = error
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], Exception):
-        raise LearnerError(
-            f"fit {request.fit_id!r}: checkpoint not published: {outcome[0]}"
-        ) from outcome[0]
-    return outcome[0]
 
 
 def _gathered_state(model: Any, config: TrainConfig, rank: int) -> dict[str, torch.Tensor]:
@@ -771,27 +774,64 @@ def _agree(problem: str | None, request: FitRequest) -> None:
         raise LearnerError(f"fit {request.fit_id!r}: {first}")
 
 
+def _choose_attention(
+    objective: PolicyObjective | PreferenceObjective, config: TrainConfig, device: torch.device
+) -> None:
+    """Set the objective's attention backend. Raises LearnerError if flash is asked for in vain."""
+    shape = objective.model.config
+    heads = shape.num_attention_heads
+    try:
+        objective.backend = choose_backend(
+            config.attention,
+            device,
+            _dtype(config),
+            num_heads=heads,
+            num_key_heads=getattr(shape, "num_key_value_heads", None) or heads,
+            head_size=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
+        )
+    except ValueError as error:
+        raise LearnerError(str(error)) from error
+
+
+def _device(rank: int) -> torch.device:
+    """Where the engine will put this rank."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+
+
+def _from_rank_0(function: Callable[[], T], rank: int, request: FitRequest) -> T:
+    """What a function says on rank 0, on every rank.
+
+    Raises:
+        LearnerError: it failed; alike on all ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = function()
+        except (CheckpointError, LearnerError, OSError, ValueError, KeyError, TypeError) as error:
+            outcome[1] = f"fit {request.fit_id!r}: {error}"
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise LearnerError(outcome[1])
+    return outcome[0]
+
+
 def _dtype(config: TrainConfig) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
 
-def _nothing_to_train(request: FitRequest, what: str, num_read: int) -> str:
-    if num_read:
-        return (
-            f"all {num_read} {what} in {request.data} are longer than max_sequence_tokens = "
-            f"{request.config.max_sequence_tokens}"
-        )
-    return f"no {what} to train on in {request.data}"
-
-
 def _out_of_memory(request: FitRequest, rank: int, error: BaseException) -> str:
     config = request.config
     return (
         f"fit {request.fit_id!r}: rank {rank} is out of memory ({error}); lower micro_batch_tokens "
-        f"({config.micro_batch_tokens}), set gradient_checkpointing "
-        f"({config.gradient_checkpointing}) or raise zero_stage ({config.zero_stage})"
+        f"({config.micro_batch_tokens}) or max_sequence_tokens ({config.max_sequence_tokens}), set "
+        f"gradient_checkpointing ({config.gradient_checkpointing}) or raise zero_stage "
+        f"({config.zero_stage})"
     )
 
 

@@ -106,18 +106,26 @@ def test_bad_request_is_answered_and_the_next_one_still_runs(group, request_of, 
     assert group.fit(request_of(POLICY, 20)).steps > 0
 
 
-def test_killed_rank_costs_time_but_not_the_fit(group, request_of):
-    config = POLICY.model_copy(update={"num_epochs": 300, "total_tokens": 150_000})
-    reference = group.fit(request_of(config, 30))
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_killed_rank_costs_time_but_not_the_fit(group, request_of, stage):
+    config = POLICY.model_copy(
+        update={"total_tokens": 100_000, "zero_stage": stage, "save_every_steps": 20}
+    )
+    reference = group.fit(request_of(config, 30 + 2 * stage))
     killed = []
 
     def kill_one_rank(progress):
-        if not killed:
+        if not killed and progress.step > 25:
             children = psutil.Process().children(recursive=True)
             workers = [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
             killed.append(workers[-1].pid)
             os.kill(workers[-1].pid, signal.SIGKILL)
 
-    result = group.fit(request_of(config, 31), on_progress=kill_one_rank)
+    request = request_of(config, 31 + 2 * stage)
+    result = group.fit(request, on_progress=kill_one_rank)
     assert killed
+    assert result.resumed_from >= 20
     assert result.loss_curve == reference.loss_curve
+    assert result.metrics == reference.metrics
+    # the finished fit is reported, not redone
+    assert group.fit(request).checkpoint == result.checkpoint

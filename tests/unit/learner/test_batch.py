@@ -1,20 +1,12 @@
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from learner.batch import (
-    Share,
     check_markers,
-    collate_policy,
-    collate_preference,
-    padded_tokens,
-    plan_batches,
+    pack_policy,
+    pack_preference,
     tokenise_pairs,
     tokenise_segments,
 )
@@ -103,29 +95,31 @@ def test_each_text_of_a_node_is_tokenised_once(tokenizer):
         assert group.texts[rejected].num_trained == 0
 
 
-def test_collated_targets_are_the_trained_tokens(tokenizer):
+def test_packed_targets_are_the_trained_tokens_and_positions_restart(tokenizer):
     texts = [
         tokenise_segments(
             tokenizer, [Segment(text=a, trained=False), Segment(text=b, trained=True)]
         )
         for a, b in (("ab", "cde"), ("x", "yz"))
     ]
-    batch = collate_policy(texts, pad_id=99)
+    batch = pack_policy(texts)
 
-    assert batch.input_ids.shape == (2, 6)
-    assert batch.input_ids[1].tolist()[4:] == [99, 99]
-    flat = batch.input_ids.flatten()
-    assert flat[batch.positions + 1].tolist() == batch.targets.tolist()
+    assert batch.input_ids.shape == (1, 10)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
+    assert batch.layout.lengths == [6, 4]
+    assert batch.input_ids[0][batch.positions + 1].tolist() == batch.targets.tolist()
     assert tokenizer.decode(batch.targets.tolist()) == f"cde{END_OF_TEXT}yz{END_OF_TEXT}"
 
 
-def test_collated_pairs_point_at_last_tokens(tokenizer):
+def test_packed_nodes_hold_their_shared_tokens_once_and_point_at_last_tokens(tokenizer):
     pairs = tree_pairs(TREE, template=SHORT_TEMPLATE, config=PairConfig())
     groups = tokenise_pairs(tokenizer, pairs)
-    batch = collate_preference(groups, pad_id=0)
+    batch = pack_preference(groups)
 
+    assert batch.input_ids.shape[1] == sum(group.num_computed for group in groups)
     texts = [text for group in groups for text in group.texts]
-    assert batch.input_ids.flatten()[batch.last].tolist() == [t.ids[-1] for t in texts]
+    assert batch.input_ids[0][batch.last].tolist() == [t.ids[-1] for t in texts]
+    assert batch.position_ids[0][batch.last].tolist() == [t.length - 1 for t in texts]
     wanted = [(p.prefix + p.chosen, p.prefix + p.rejected) for p in pairs]
     found = [
         (tokenizer.decode(texts[c].ids), tokenizer.decode(texts[r].ids))
@@ -135,83 +129,35 @@ def test_collated_pairs_point_at_last_tokens(tokenizer):
     assert batch.weights.tolist() == [p.weight for p in pairs]
 
 
+def test_shared_tokens_leave_each_text_at_least_one_of_its_own(tokenizer):
+    step, answer = tokenise_pairs(
+        tokenizer, tree_pairs(TREE, template=SHORT_TEMPLATE, config=PairConfig())
+    )
+    for group in (step, answer):
+        rows = [text.ids.tolist() for text in group.texts]
+        assert len({tuple(row[: group.num_shared]) for row in rows}) == 1
+        assert len({row[group.num_shared] for row in rows}) > 1
+        assert min(group.branches) >= 1
+    prompt = tokenizer("<|user|>How many?<|assistant|>").input_ids
+    assert step.num_shared > len(prompt)
+
+
+def test_targets_are_q_values_of_steps_and_outcomes_of_trajectories(tokenizer):
+    pairs = tree_pairs(TREE, template=SHORT_TEMPLATE, config=PairConfig())
+    step, answer = tokenise_pairs(tokenizer, pairs)
+    by_text = {p.prefix + p.chosen: p.chosen_q for p in pairs if p.kind == "step"}
+    by_text |= {p.prefix + p.rejected: p.rejected_q for p in pairs if p.kind == "step"}
+    assert [by_text[tokenizer.decode(t.ids)] for t in step.texts] == list(step.targets)
+    assert {answer.targets[i] for i in answer.chosen} == {1.0}
+    assert {answer.targets[i] for i in answer.rejected} == {-1.0}
+
+
 def test_filler_has_no_weight_and_no_loss_positions(tokenizer):
     groups = tokenise_pairs(
         tokenizer, tree_pairs(TREE, template=SHORT_TEMPLATE, config=PairConfig())
     )
-    batch = collate_preference(groups, pad_id=0, filler=True)
+    batch = pack_preference(groups, filler=True)
     assert batch.weights.sum().item() == 0.0
+    assert batch.text_weights.sum().item() == 0.0
     assert batch.targets.numel() == 0
-
-
-def plan(lengths, *, tokens=None, examples=None, world=2, micro=10**6, seed=0, rows=None):
-    return plan_batches(
-        lengths,
-        [1] * len(lengths),
-        rows=rows,
-        max_tokens=tokens,
-        max_examples=examples,
-        micro_tokens=micro,
-        world_size=world,
-        rng=None if seed is None else random.Random(seed),
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
-    tokens=st.one_of(st.none(), st.integers(16, 400)),
-    examples=st.one_of(st.none(), st.integers(1, 20)),
-    micro=st.integers(16, 200),
-    world=st.integers(1, 4),
-    seed=st.one_of(st.none(), st.integers(0, 3)),
-)
-def test_every_example_is_planned_once_within_the_limits(
-    lengths, tokens, examples, micro, world, seed
-):
-    steps = plan(lengths, tokens=tokens, examples=examples, micro=micro, world=world, seed=seed)
-
-    assert sorted(e for step in steps for e in step.examples) == list(range(len(lengths)))
-    for step in steps:
-        members = step.examples
-        assert examples is None or len(members) <= examples
-        assert (
-            tokens is None
-            or len(members) == 1
-            or padded_tokens(step, lengths, [1] * len(lengths)) <= tokens
-        )
-        for shares in step.micro:
-            assert len(shares) == world
-            for share in shares:
-                width = max(lengths[e] for e in share.examples)
-                assert len(share.examples) == 1 or width * len(share.examples) <= micro
-
-
-def test_ranks_get_about_the_same_work():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(60, 140, 450).tolist()
-    for step in plan(lengths, tokens=1024):
-        loads = [
-            sum(lengths[e] for e in share.examples if not share.filler) for share in step.micro[0]
-        ]
-        assert abs(loads[0] - loads[1]) <= 140
-
-
-def test_like_lengths_meet_so_that_little_is_padding():
-    rng = np.random.default_rng(1)
-    lengths = rng.integers(100, 2000, 1000).tolist()
-    steps = plan(lengths, tokens=16384)
-    padded = sum(padded_tokens(step, lengths, [1] * len(lengths)) for step in steps)
-    assert padded < 1.1 * sum(lengths)
-
-
-def test_plan_is_a_function_of_the_seed():
-    lengths = list(range(10, 110))
-    assert plan(lengths, tokens=300, seed=1) == plan(lengths, tokens=300, seed=1)
-    assert plan(lengths, tokens=300, seed=1) != plan(lengths, tokens=300, seed=2)
-
-
-def test_rank_without_an_example_is_given_a_filler():
-    (step,) = plan([5], examples=1)
-    assert step.micro == ((Share(examples=(0,)), Share(examples=(0,), filler=True)),)
-    assert step.examples == [0]
+    assert pack_policy(list(groups[0].texts), filler=True).targets.numel() == 0

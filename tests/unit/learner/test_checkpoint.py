@@ -128,3 +128,31 @@ def test_folder_of_a_round_means_the_checkpoint_published_there(tmp_path: Path) 
     assert checkpoint_directory(tmp_path / "round=4" / "policy") == Path(checkpoint.path)
     assert checkpoint_directory(checkpoint.path) == Path(checkpoint.path)
     assert checkpoint_directory(tmp_path / "nowhere") == tmp_path / "nowhere"
+
+
+def test_checkpoint_held_back_leaves_the_earlier_one_current_until_it_is_released(tmp_path):
+    store = CheckpointStore(tmp_path)
+    first = store.publish("policy", 1, writer("first"))
+    held = store.hold("policy", 2, first.path, "worse", writer("second"), {"loss": 9.0})
+
+    assert held == store.current("policy", 2)
+    assert (held.round, held.path, held.digest) == (2, first.path, first.digest)
+    assert checkpoint_directory(tmp_path / "round=2" / "policy").resolve() == Path(first.path)
+    assert store.held("policy", 2) == "worse"
+    assert store.held("policy", 1) is None
+
+    released = store.release("policy", 2)
+    assert (Path(released.path) / "model.safetensors").read_text() == "second"
+    assert store.held("policy", 2) is None
+    assert store.info("policy", 2) == {"loss": 9.0}
+    store.verify(released)
+
+
+def test_checkpoint_held_back_without_weights_cannot_be_released(tmp_path):
+    store = CheckpointStore(tmp_path)
+    first = store.publish("ppm", 1, writer("first"))
+    store.hold("ppm", 2, first.path, "not finite", None)
+    with pytest.raises(CheckpointError, match="held back with its weights"):
+        store.release("ppm", 2)
+    with pytest.raises(CheckpointError, match="held back with its weights"):
+        store.release("ppm", 1)

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from learner.losses import next_token_loss, pairwise_loss
+from learner.losses import (
+    next_token_loss,
+    outcome_loss,
+    pairwise_loss,
+    value_regression_loss,
+)
 
 
 def test_pairwise_loss_equals_numbers_worked_by_hand():
@@ -51,3 +56,17 @@ def test_no_loss_positions_cost_nothing_and_still_give_gradients():
     empty = torch.empty(0, dtype=torch.int64)
     next_token_loss(hidden, torch.ones(4, 3), empty, empty).backward()
     assert hidden.grad.abs().sum().item() == 0.0
+
+
+def test_regression_loss_is_the_squared_distance_of_values_to_q():
+    logits = torch.atanh(torch.tensor([0.5, -0.25, 0.9]))
+    loss = value_regression_loss(
+        logits, torch.tensor([1.0, -0.25, -1.0]), torch.tensor([1.0, 1.0, 0.0])
+    )
+    assert loss.item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_outcome_loss_is_minus_the_log_of_the_chance_given_to_what_happened():
+    logits = torch.atanh(torch.tensor([0.5, 0.5]))  # chance (1 + 0.5) / 2 = 0.75
+    loss = outcome_loss(logits, torch.tensor([1.0, -1.0]), torch.tensor([1.0, 2.0]))
+    assert loss.item() == pytest.approx(-math.log(0.75) - 2 * math.log(0.25), rel=1e-5)

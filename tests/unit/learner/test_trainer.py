@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.checkpoint import CheckpointStore
-from learner.dataset import DatasetConfig, build_dataset, read_sft, write_dataset
+from learner.dataset import (
+    DatasetConfig,
+    build_dataset,
+    read_manifest,
+    read_sft,
+    write_dataset,
+)
 from learner.fit import (
     FitRequest,
+    GateConfig,
     LearnerError,
     PolicyTrainConfig,
     PreferenceTrainConfig,
@@ -125,10 +135,150 @@ def test_auxiliary_loss_is_counted_and_changes_the_training(fit):
     assert auxiliary.loss_curve[0][1] > plain.loss_curve[0][1]
 
 
+def test_auxiliary_loss_of_a_tied_policy_is_read_out_by_its_embedding(fit, tmp_path):
+    tied = write_tiny_policy(tmp_path / "tied", hidden=32, layers=1, tied=True)
+    config = PPM.model_copy(update={"lm_weight": 0.1, "num_epochs": 1})
+    assert fit(config, base=str(tied)).loss_tokens > 0
+
+
+@pytest.mark.parametrize("objective", ["q_regression", "outcome"])
+def test_ablation_heads_learn_what_tells_right_from_wrong(fit, objective):
+    result = fit(PPM.model_copy(update={"objective": objective, "num_epochs": 12}))
+    assert result.metrics["pair_accuracy_answer"] == 1.0
+    assert result.metrics["value_correct"] > 0.3 > -0.3 > result.metrics["value_incorrect"]
+
+
+def test_fit_that_was_cut_off_goes_on_with_the_same_losses(fit, tmp_path):
+    config = POLICY.model_copy(update={"save_every_steps": 3})
+    whole = fit(config, round=1)
+
+    def stop(progress):
+        states = list((tmp_path / "round=2" / "policy" / ".resume").glob("*/STATE.json"))
+        if states and progress.step >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, round=2, progress=stop)
+    again = fit(config, round=2)
+    assert again.resumed_from >= 3
+    assert again.loss_curve == whole.loss_curve
+    assert again.metrics == whole.metrics
+    assert not (tmp_path / "round=2" / "policy" / ".resume").exists()
+    lines = (tmp_path / "round=2" / "policy" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [line["step"] for line in steps[:-1]] == list(range(1, whole.steps + 1))
+    assert [line["loss"] for line in steps[:-1]] == [loss for _, loss in whole.loss_curve]
+
+
+def test_state_of_another_config_is_not_taken_up(fit, tmp_path):
+    config = POLICY.model_copy(update={"save_every_steps": 1})
+
+    def stop(progress):
+        if list((tmp_path / "round=1" / "policy" / ".resume").glob("*/STATE.json")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, progress=stop)
+    other = config.model_copy(update={"learning_rate": 1e-3})
+    assert fit(other).resumed_from == 0
+
+
+def test_finished_fit_is_answered_from_its_record(fit, monkeypatch):
+    first = fit(POLICY)
+
+    def prepare(request):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("learner.trainer._prepare", prepare)
+    assert fit(POLICY) == replace(first, seconds_save=0.0)
+    with pytest.raises(LearnerError, match="round 1 has a policy checkpoint of another"):
+        fit(POLICY, seed=5)
+
+
+def test_model_card_names_data_and_metrics(fit, data):
+    result = fit(POLICY)
+    card = (Path(result.checkpoint.path) / "README.md").read_text()
+    assert read_manifest(data)["digest"] in card
+    assert f"{result.metrics['loss']:.4f}" in card
+    assert "learning_rate: 0.005" in card
+
+
+def test_metrics_are_logged_for_people_and_tensorboard(fit, tmp_path):
+    result = fit(POLICY)
+    folder = tmp_path / "round=1" / "policy"
+    *steps, last = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [line["step"] for line in steps] == list(range(1, result.steps + 1))
+    assert all(line["grad_norm"] > 0 and line["tokens_per_s"] > 0 for line in steps)
+    assert last["validation"] == result.metrics
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert result.mean_grad_norm == pytest.approx(
+        sum(line["grad_norm"] for line in steps) / len(steps)
+    )
+    assert result.mfu is None
+
+
+def test_mfu_is_the_share_of_the_given_peak(fit):
+    result = fit(POLICY.model_copy(update={"peak_tflops": 0.1}))
+    assert 0.0 < result.mfu < 1.0
+
+
+BROKEN = POLICY.model_copy(update={"learning_rate": 30.0, "num_epochs": 1, "warmup_share": 0.0})
+
+
+def test_clearly_worse_policy_is_held_back_and_the_earlier_one_serves(fit, tmp_path):
+    good = fit(POLICY, round=1)
+    gate = {"gate": GateConfig(min_examples=2)}
+    worse = BROKEN.model_copy(update=gate)
+    held = fit(worse, round=2, previous=good.checkpoint.path)
+
+    assert held.held.startswith("worse_than_previous: loss")
+    assert held.held in held.warnings
+    assert held.metrics["previous_loss"] == pytest.approx(good.metrics["loss"], rel=1e-5)
+    store = CheckpointStore(tmp_path)
+    assert store.current("policy", 2).path == good.checkpoint.path == held.checkpoint.path
+    assert store.held("policy", 2) == held.held
+    assert fit(worse, round=2, previous=good.checkpoint.path).held == held.held
+
+    released = fit(worse, round=2, previous=good.checkpoint.path, force=True)
+    assert released.held is None
+    assert store.current("policy", 2).path != good.checkpoint.path
+    assert store.held("policy", 2) is None
+    store.verify(store.current("policy", 2))
+
+
+def test_as_good_a_policy_passes_the_gate(fit):
+    good = fit(POLICY, round=1)
+    config = POLICY.model_copy(update={"gate": GateConfig(min_examples=2)})
+    assert fit(config, round=2, previous=good.checkpoint.path, seed=1).held is None
+
+
+def test_loss_that_is_not_finite_leaves_the_earlier_checkpoint_in_service(fit, tmp_path):
+    good = fit(POLICY, round=1)
+    config = POLICY.model_copy(update={"learning_rate": 1e30, "clip_norm": 0.0})
+    held = fit(config, round=2, previous=good.checkpoint.path)
+    assert held.held.startswith("not_finite: fit 'test': ")
+    assert CheckpointStore(tmp_path).current("policy", 2).path == good.checkpoint.path
+    with pytest.raises(LearnerError, match="at step"):
+        fit(config, round=3, previous=good.checkpoint.path, force=True)
+
+
+def test_ppm_at_chance_is_a_warning_and_calibration_is_measured(fit):
+    config = PPM.model_copy(update={"learning_rate": 1e-9, "num_epochs": 1})
+    result = fit(config)
+    (warning,) = result.warnings
+    assert warning.startswith("accuracy_at_chance: pair accuracy")
+    assert result.held is None
+    answers = sum(count for count, _, _ in result.calibration)
+    assert answers > 0
+    # nothing learned: all chances near a half, half of the trajectories correct
+    assert result.metrics["calibration_error"] == pytest.approx(0.0, abs=0.1)
+
+
 def test_token_budget_repeats_the_data_until_it_is_spent(fit):
     config = POLICY.model_copy(update={"total_tokens": 6000, "batch_tokens": 512})
     result = fit(config)
-    assert 6000 <= result.padded_tokens < 6512
+    assert 6000 <= result.useful_tokens < 6512
+    assert result.computed_tokens == result.useful_tokens
     assert result.epochs > 2
 
 

@@ -1,0 +1,540 @@
+"""What packing, shared prefixes and a second rank are worth to the learner.
+
+    python -m bench.learner [--examples N] [--nodes N] [--json FILE]
+
+A small Llama is trained from one start for one epoch on made-up solutions whose lengths are spread
+as those of MATH are (100 to 2,000 tokens, most a few hundred), one CPU thread a process:
+
+    padded     transformers' Trainer, batches padded to their longest text
+    grouped    the same with batches of like lengths (train_sampling_strategy=group_by_length)
+    packed     this learner: rows without padding
+    two ranks  this learner in two processes over gloo
+    separate   a PPM on 2 x 2 candidates a node, each pair as two padded sequences (Trainer)
+    shared     this learner: every node one tree with its prefix computed once
+
+All see the same examples, batch size, optimiser and schedule, so that the held-out losses of
+padded, packed and two ranks are comparable. Rates are useful tokens (no padding) or pairs per
+second of training, set-up excluded; ratios are of wall time, and of CPU time beside it (`_cpu`) for
+a machine that is shared.
+
+With a GPU, MFU of fine-tuning at the shape of Qwen2.5-Math-1.5B, 4,096-token examples, is measured
+too. Prints a table, then one JSON object on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from bench.answers import hardware
+from learner.attention import documents
+from learner.batch import tokenise_pairs, tokenise_segments
+from learner.dataset import Dataset, SFTExample, read_pairs, read_sft, write_dataset
+from learner.fit import FitRequest, FitResult, PolicyTrainConfig, PreferenceTrainConfig
+from learner.losses import pairwise_loss
+from learner.miniature import write_base_model
+from learner.objectives import PolicyObjective
+from learner.packing import PlannedStep, Share
+from learner.pairs import PairKind, PreferencePair
+from learner.preference_model import new_preference_model
+from learner.trainer import run_fit
+from rollout.problems.miniature import generate
+from rollout.prompt import SHORT_TEMPLATE, Segment, render_question
+
+BATCH_EXAMPLES = 8
+DEVICE_EXAMPLES = 4
+"""Of the Trainer, which adds such batches up, as the released scripts do."""
+BATCH_NODES = 4
+SHAPE = {"hidden_size": 512, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2}
+POLICY = PolicyTrainConfig(
+    num_epochs=1.0,
+    batch_examples=BATCH_EXAMPLES,
+    learning_rate=5e-4,
+    zero_stage=0,
+    weight_decay=0.0,
+    micro_batch_tokens=8192,
+    save_every_steps=None,
+)
+PPM = PreferenceTrainConfig(
+    num_epochs=1.0,
+    batch_examples=4 * BATCH_NODES,
+    learning_rate=3e-4,
+    zero_stage=0,
+    weight_decay=0.0,
+    micro_batch_tokens=8192,
+    save_every_steps=None,
+)
+
+
+def math_like_length(rng: random.Random) -> int:
+    """Tokens of a question and its solution: a log-normal around 450, cut at 100 and 2,000."""
+    return min(max(int(rng.lognormvariate(math.log(450), 0.75)), 100), 2000)
+
+
+def write_world(folder: Path, *, examples: int, nodes: int, seed: int = 0) -> None:
+    """A base model and a dataset of made-up solutions of MATH-like lengths."""
+    from transformers import AutoTokenizer
+
+    rng = random.Random(seed)
+    source = generate(seed=seed, num_demonstrations=180, num_train=1, num_test=1).demonstrations
+    texts = [text for problem in source for text in (problem.text, problem.solution)]
+    write_base_model(folder / "base", seed=seed, texts=texts, max_position_embeddings=4096, **SHAPE)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+
+    def solution(length: int) -> tuple[str, list[str]]:
+        """A question, and steps after it to about so many tokens in all."""
+        steps: list[str] = []
+        held = 0
+        question = render_question(rng.choice(source).text, SHORT_TEMPLATE)
+        held = len(tokenizer(question).input_ids)
+        while held < length:
+            for step in rng.choice(source).solution.split("<end_of_step>"):
+                steps.append(step + "<end_of_step>")
+                held += len(tokenizer(steps[-1]).input_ids)
+                if held >= length:
+                    break
+        return question, steps
+
+    def example(number: int) -> SFTExample:
+        question, steps = solution(math_like_length(rng))
+        return SFTExample(
+            problem_id=f"p{number}",
+            level="math",
+            origin="tree",
+            round=1,
+            mean_q=1.0,
+            segments=(
+                Segment(text=question, trained=False),
+                Segment(text="".join(steps), trained=True),
+            ),
+        )
+
+    def pairs(number: int) -> list[PreferencePair]:
+        """Two right and two wrong candidates after a prefix; of every fourth node whole ones."""
+        kind = PairKind.ANSWER if number % 4 == 0 else PairKind.STEP
+        question, steps = solution(math_like_length(rng))
+        size = max(1, len(steps) // 6)
+        depth = 0 if kind is PairKind.ANSWER else rng.randrange(0, len(steps))
+        end = len(steps) if kind is PairKind.ANSWER else depth + size
+        width = max(1, len(steps[depth:end]))
+
+        def candidate(right: bool) -> str:
+            words = [rng.choice(source).solution.split("<end_of_step>")[0] for _ in range(width)]
+            mark = "# right" if right else "# wrong"
+            return "".join(f"{mark}\n{text}<end_of_step>" for text in words)
+
+        good, bad = [candidate(True) for _ in range(2)], [candidate(False) for _ in range(2)]
+        return [
+            PreferencePair(
+                problem_id=f"p{number}",
+                level="math",
+                round=1,
+                tree_index=0,
+                node=number,
+                kind=kind,
+                prefix=question + "".join(steps[:depth]),
+                chosen=chosen,
+                rejected=rejected,
+                chosen_q=1.0,
+                rejected_q=-1.0,
+                weight=0.25,
+            )
+            for chosen in good
+            for rejected in bad
+        ]
+
+    dataset = Dataset(
+        template=SHORT_TEMPLATE.name,
+        sft_train=[example(n) for n in range(examples)],
+        sft_validation=[example(-n) for n in range(1, 17)],
+        pairs_train=[pair for n in range(nodes) for pair in pairs(n)],
+        pairs_validation=[pair for n in range(8) for pair in pairs(1000 + n)],
+        counts={},
+        excluded={},
+    )
+    write_dataset(dataset, folder / "data")
+
+
+def request(
+    folder: Path, config: PolicyTrainConfig | PreferenceTrainConfig, round: int
+) -> FitRequest:
+    return FitRequest(
+        fit_id=f"bench/{round}",
+        kind="policy" if isinstance(config, PolicyTrainConfig) else "ppm",
+        round=round,
+        base=str(folder / "base"),
+        data=str(folder / "data"),
+        checkpoints=str(folder / "checkpoints"),
+        config=config,
+    )
+
+
+def train_two_ranks(folder: Path) -> FitResult:
+    """The packed run in two processes of one thread each."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.SimpleQueue()
+    made = multiprocessing.spawn(_rank, args=(folder, answer), nprocs=2, join=False)
+    result = answer.get()
+    while not made.join():
+        pass
+    return result
+
+
+def _rank(rank: int, folder: Path, answer: Any) -> None:
+    _be_quiet()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2
+    )
+    result = run_fit(request(folder, POLICY, 2), rank=rank, world_size=2)
+    if rank == 0:
+        answer.put(result)
+    dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seconds:
+    """What a training run took."""
+
+    wall: float
+    cpu: float
+
+
+def seconds_of(result: FitResult) -> Seconds:
+    return Seconds(wall=result.seconds_train, cpu=result.seconds_cpu)
+
+
+class Clock(TrainerCallback):
+    """Takes the time of a Trainer's steps, without its set-up."""
+
+    def __init__(self) -> None:
+        self._wall = self._cpu = 0.0
+        self.spent = Seconds(wall=0.0, cpu=0.0)
+
+    def on_train_begin(self, *given: Any, **named: Any) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def on_train_end(self, *given: Any, **named: Any) -> None:
+        self.spent = Seconds(
+            wall=time.perf_counter() - self._wall, cpu=time.process_time() - self._cpu
+        )
+
+
+def _trainer(
+    folder: Path, model: Any, rows: list[Any], collate: Callable[..., Any], **settings: Any
+) -> Seconds:
+    """One epoch of transformers' Trainer on a model, in place."""
+    loss = settings.pop("loss", None)
+
+    class Quiet(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
+            if loss is None:
+                return super().compute_loss(model, inputs, *given, **named)
+            return loss(model, inputs)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=1,
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=0,
+        **settings,
+    )
+    trainer = Quiet(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    return clock.spent
+
+
+def train_padded(folder: Path, *, grouped: bool) -> tuple[Seconds, float]:
+    """SFT by transformers' Trainer: what it took, held-out loss."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    texts = [tokenise_segments(tokenizer, e.segments) for e in read_sft(folder / "data", "train")]
+    rows = [
+        {
+            "input_ids": text.ids.tolist(),
+            "labels": [
+                int(i) if trained else -100
+                for i, trained in zip(text.ids, text.trained, strict=True)
+            ],
+        }
+        for text in texts
+    ]
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    seconds = _trainer(
+        folder,
+        model,
+        rows,
+        DataCollatorForSeq2Seq(tokenizer, padding=True),
+        per_device_train_batch_size=DEVICE_EXAMPLES,
+        gradient_accumulation_steps=BATCH_EXAMPLES // DEVICE_EXAMPLES,
+        learning_rate=POLICY.learning_rate,
+        train_sampling_strategy="group_by_length" if grouped else "random",
+    )
+    return seconds, held_out_loss(folder, model)
+
+
+@torch.no_grad()
+def held_out_loss(folder: Path, model: Any) -> float:
+    """Mean next-token loss on the validation examples, each computed alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    total = count = 0.0
+    for example in read_sft(folder / "data", "validation"):
+        text = tokenise_segments(tokenizer, example.segments)
+        ids = torch.tensor(text.ids.tolist())[None]
+        labels = torch.where(torch.tensor(text.trained), ids[0], -100)[None]
+        total += float(model.eval()(input_ids=ids, labels=labels).loss) * text.num_trained
+        count += text.num_trained
+    return total / count
+
+
+def train_separate_pairs(folder: Path) -> Seconds:
+    """The PPM by transformers' Trainer, a pair two padded sequences."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    rows = [
+        (group.texts[chosen].ids, group.texts[rejected].ids, weight)
+        for group in tokenise_pairs(tokenizer, read_pairs(folder / "data", "train"))
+        for chosen, rejected, weight in zip(
+            group.chosen, group.rejected, group.weights, strict=True
+        )
+    ]
+
+    def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
+        texts = [row[side].tolist() for side in (0, 1) for row in batch]
+        padded = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
+        return {
+            "input_ids": padded["input_ids"],
+            "attention_mask": padded["attention_mask"],
+            "weights": torch.tensor([row[2] for row in batch]),
+        }
+
+    def loss(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = inputs.pop("weights")
+        rewards = torch.tanh(model(**inputs).logits.squeeze(-1))
+        numbers = torch.arange(len(weights), device=weights.device)
+        total = pairwise_loss(rewards, numbers, numbers + len(weights), weights)
+        return total / weights.sum() / (BATCH_NODES * 4 // DEVICE_EXAMPLES)
+
+    return _trainer(
+        folder,
+        new_preference_model(folder / "base", seed=0, dtype=torch.float32),
+        rows,
+        collate,
+        loss=loss,
+        per_device_train_batch_size=DEVICE_EXAMPLES,
+        gradient_accumulation_steps=4 * BATCH_NODES // DEVICE_EXAMPLES,
+        learning_rate=PPM.learning_rate,
+    )
+
+
+def measure_mfu(tokens_per_step: int = 65536, steps: int = 6) -> dict[str, float]:
+    """MFU and tokens per second of SFT at Qwen2.5-Math-1.5B's shape, on one GPU."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from learner.batch import PolicyBatch
+    from learner.flops import flop_counter, peak_flops
+    from learner.task import Task
+    from learner.trainer import _choose_attention, _ensure_group, _make_engine, _step, _update
+
+    config = PolicyTrainConfig(zero_stage=1, micro_batch_tokens=16384, precision="bfloat16")
+    _ensure_group(0, 1)
+    with torch.device("cuda"):
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=151936,
+                hidden_size=1536,
+                intermediate_size=8960,
+                num_hidden_layers=28,
+                num_attention_heads=12,
+                num_key_value_heads=2,
+                max_position_embeddings=4096,
+                tie_word_embeddings=True,
+            )
+        )
+    objective = PolicyObjective(model).to(torch.bfloat16)
+    counter = flop_counter(model)
+    length, rows = 4096, tokens_per_step // config.micro_batch_tokens
+    per_row = config.micro_batch_tokens // length
+
+    def pack(share: Share) -> PolicyBatch:
+        ids = torch.randint(0, 151_000, (1, per_row * length))
+        positions = torch.arange(length)[None].repeat(1, per_row)
+        return PolicyBatch(
+            input_ids=ids,
+            position_ids=positions,
+            layout=documents([length] * per_row),
+            positions=torch.arange(per_row * length - 1),
+            targets=ids[0, 1:],
+        )
+
+    task = Task(
+        tokens=[],
+        computed=[],
+        attended=[],
+        counts=[],
+        trained=[],
+        pack=pack,
+        denominator=lambda step: float(tokens_per_step),
+        skipped_long=0,
+    )
+    engine, _ = _make_engine(objective, config, 1)
+    _choose_attention(objective, config, engine.device)
+    step = PlannedStep(micro=tuple((Share(examples=()),) for _ in range(rows)))
+    peak = peak_flops(engine.device, None)
+    for number in range(steps):
+        if number == 2:
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+        _step(engine, task, step, config, 0, 1)
+        _update(engine, config)
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - begun) / (steps - 2)
+    flops = counter.total(
+        tokens=tokens_per_step,
+        attended=tokens_per_step / length * length * (length + 1) / 2,
+        outputs=tokens_per_step,
+    )
+    found = {"mfu_tokens_per_s": tokens_per_step / seconds}
+    return found | ({"mfu": flops / seconds / peak} if peak is not None else {})
+
+
+def _be_quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--examples", type=int, default=64, help="solutions to train on")
+    parser.add_argument("--nodes", type=int, default=8, help="nodes of 2 x 2 candidates")
+    parser.add_argument("--json", type=Path, help="also write the JSON object to this file")
+    options = parser.parse_args()
+    _be_quiet()
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_world(folder, examples=options.examples, nodes=options.nodes)
+        # The Trainer first: it would take a process group for a distributed run.
+        padded, padded_loss = train_padded(folder, grouped=False)
+        grouped, grouped_loss = train_padded(folder, grouped=True)
+        separate = train_separate_pairs(folder)
+        packed = run_fit(request(folder, POLICY, 1))
+        ppm = run_fit(request(folder, PPM, 1))
+        both = train_two_ranks(folder)
+    report: dict[str, Any] = {}
+    for name, slow, fast in (
+        ("packed_vs_padded", padded, seconds_of(packed)),
+        ("packed_vs_grouped", grouped, seconds_of(packed)),
+        ("ppm_pairs_vs_separate", separate, seconds_of(ppm)),
+        ("two_ranks_vs_one", seconds_of(packed), seconds_of(both)),
+    ):
+        report |= {name: slow.wall / fast.wall, f"{name}_cpu": slow.cpu / fast.cpu}
+    losses = {
+        "padded": padded_loss,
+        "grouped": grouped_loss,
+        "packed": packed.metrics["loss"],
+        "two_ranks": both.metrics["loss"],
+    }
+    # Batches of like lengths are other batches: that loss is shown, but not held against the rest.
+    spread = max(abs(losses[name] / padded_loss - 1.0) for name in ("packed", "two_ranks"))
+    report |= {
+        "loss": losses,
+        "loss_spread": spread,
+        "tokens_per_s": {
+            "padded": packed.useful_tokens / padded.wall,
+            "grouped": packed.useful_tokens / grouped.wall,
+            "packed": packed.tokens_per_s,
+            "two_ranks": both.tokens_per_s,
+        },
+        "pairs_per_s": {
+            "separate": ppm.examples / separate.wall,
+            "shared": ppm.examples / ppm.seconds_train,
+        },
+        "cpu_s": {
+            "padded": padded.cpu,
+            "grouped": grouped.cpu,
+            "packed": packed.seconds_cpu,
+            "two_ranks": both.seconds_cpu,
+            "separate": separate.cpu,
+            "shared": ppm.seconds_cpu,
+        },
+        "ppm_computed_share": ppm.computed_tokens / ppm.useful_tokens,
+        "examples": options.examples,
+        "tokens": packed.useful_tokens,
+        "pairs": ppm.examples,
+    }
+    if torch.cuda.is_available():
+        report |= measure_mfu()
+    report |= {
+        "seconds": time.perf_counter() - begun,
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
+    }
+    print_report(report)
+    text = json.dumps(report)
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The table for people."""
+    print(f"\n{report['examples']} solutions, {report['tokens']:,} tokens, one epoch")
+    print(f"{'run':<12}{'tokens/s':>12}{'held-out loss':>16}")
+    for name, rate in report["tokens_per_s"].items():
+        print(f"{name:<12}{rate:>12,.0f}{report['loss'][name]:>16.4f}")
+    print(f"\n{report['pairs']} preference pairs, 2 x 2 candidates a node")
+    print(f"{'run':<12}{'pairs/s':>12}")
+    for name, rate in report["pairs_per_s"].items():
+        print(f"{name:<12}{rate:>12.2f}")
+    print(f"\n{'ratio':<24}{'wall':>8}{'CPU':>8}{'goal':>8}")
+    for name, goal in (
+        ("packed_vs_padded", 1.8),
+        ("packed_vs_grouped", 1.1),
+        ("ppm_pairs_vs_separate", 2.0),
+        ("two_ranks_vs_one", 1.5),
+        ("mfu", 0.45),
+    ):
+        if name in report:
+            cpu = f"{report[f'{name}_cpu']:>8.2f}" if f"{name}_cpu" in report else f"{'':>8}"
+            print(f"{name:<24}{report[name]:>8.2f}{cpu}{goal:>8}")
+    print(f"losses within {100 * report['loss_spread']:.2f} %, goal 2 %\n")
+
+
+if __name__ == "__main__":
+    main()

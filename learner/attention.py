@@ -1,0 +1,369 @@
+"""Attention over packed rows: examples side by side that do not see each other.
+
+A row is one sequence of T tokens without padding. A `Layout` says what is where:
+
+    document      [ tokens ]                       causal within itself
+    tree          [ prefix + branch 0 ][ branch 1 ][ branch 2 ]
+                  every branch sees the prefix and, causally, itself
+
+so the candidates of a node cost one prefix between them. Position ids restart with each example
+and go on from the prefix in each branch; with them a packed row computes what its texts would
+compute alone.
+
+One code path: `packed_attention` is registered with transformers under `PACKED`, the model passes
+the layout through, and a backend does the work:
+
+    flash   on a GPU in half precision: variable-length FlashAttention, of the flash_attn package
+            if it is there, else torch's own; branches gather the keys of their prefix
+    sdpa    anywhere: torch's scaled_dot_product_attention, one call a span
+
+`choose_backend` takes flash where its result equals sdpa's on a small row, else sdpa.
+
+Shapes: T tokens of a row, H query heads, K key heads, D head size, S spans.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["sdpa", "flash"]
+
+PACKED = "rstar_packed"
+"""Name of the attention in transformers' registry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Neighbouring tokens that attend causally to each other, and wholly to a prefix."""
+
+    length: int
+    parent: int = -1
+    """Number of the span that begins with the prefix; -1: there is none."""
+    prefix: int = 0
+    """Tokens at the beginning of the parent that are seen."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Layout:
+    """What a packed row holds."""
+
+    spans: tuple[Span, ...]
+    """In the order of the row, which they fill."""
+    _cache: dict[Any, Any] = field(default_factory=dict)
+    """What backends derive once and use in every layer."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [span.length for span in self.spans]
+
+    @property
+    def num_attended(self) -> int:
+        """Pairs of a token and one it sees, itself included."""
+        return sum(s.length * (s.length + 1) // 2 + s.length * s.prefix for s in self.spans)
+
+    def mask(self, number: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """[1, 1, length, prefix + length] additive mask of a span; 0 or -inf."""
+        key = ("mask", number, window)
+        found = self._cache.get(key)
+        if found is None:
+            span = self.spans[number]
+            rows = torch.arange(span.length, device=like.device)[:, None] + span.prefix
+            columns = torch.arange(span.prefix + span.length, device=like.device)[None, :]
+            seen = columns <= rows
+            if window is not None:
+                seen &= columns > rows - window
+            found = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+            found = found.masked_fill_(~seen, -math.inf)[None, None]
+            self._cache[key] = found
+        return found
+
+    def sequences(self, device: torch.device) -> _Sequences:
+        """The spans as variable-length FlashAttention wants them."""
+        found = self._cache.get("sequences")
+        if found is None:
+            starts = [0, *itertools.accumulate(self.lengths)]
+            key_lengths = [span.prefix + span.length for span in self.spans]
+            keys = None
+            if any(span.prefix for span in self.spans):
+                pieces = []
+                for start, span in zip(starts, self.spans, strict=False):
+                    pieces.append(starts[span.parent] + np.arange(span.prefix))
+                    pieces.append(start + np.arange(span.length))
+                keys = torch.from_numpy(np.concatenate(pieces)).to(device)
+            found = _Sequences(
+                query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+                key_starts=torch.tensor(
+                    [0, *itertools.accumulate(key_lengths)], dtype=torch.int32, device=device
+                ),
+                longest_query=max(self.lengths),
+                longest_key=max(key_lengths),
+                keys=keys,
+            )
+            self._cache["sequences"] = found
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sequences:
+    query_starts: torch.Tensor
+    """[S + 1] int32."""
+    key_starts: torch.Tensor
+    """[S + 1] int32."""
+    longest_query: int
+    longest_key: int
+    keys: torch.Tensor | None
+    """Row positions of all spans' keys, in order; None: the row itself."""
+
+
+def documents(lengths: Sequence[int]) -> Layout:
+    """A row of texts that share nothing."""
+    return Layout(spans=tuple(Span(length=length) for length in lengths))
+
+
+def trees(examples: Sequence[tuple[int, Sequence[int]]]) -> Layout:
+    """A row of trees, each a shared prefix and its branches: (prefix length, branch lengths)."""
+    spans: list[Span] = []
+    for prefix, branches in examples:
+        parent = len(spans)
+        spans.append(Span(length=prefix + branches[0]))
+        spans += [Span(length=branch, parent=parent, prefix=prefix) for branch in branches[1:]]
+    return Layout(spans=tuple(spans))
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    backend: Backend = "sdpa",
+    sliding_window: int | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one packed row, as transformers calls it.
+
+    Args:
+        query: [1, H, T, D]; key and value: [1, K, T, D].
+        attention_mask: not used; the layout says it all.
+    Returns:
+        [1, T, H, D] and None for the weights.
+    """
+    if layout is None:
+        raise ValueError("packed attention was called without a layout")
+    longest = max(span.prefix + span.length for span in layout.spans)
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    run = _flash if backend == "flash" else _sdpa
+    return run(query, key, value, layout, scaling, dropout, window), None
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    # `split` gives the backward pass one concatenation; slices would each fill a whole row.
+    queries = query.split(layout.lengths, dim=2)
+    keys = key.split(layout.lengths, dim=2)
+    values = value.split(layout.lengths, dim=2)
+    outputs = []
+    for number, span in enumerate(layout.spans):
+        own_keys, own_values = keys[number], values[number]
+        mask = None
+        if span.prefix:
+            own_keys = torch.cat((keys[span.parent][:, :, : span.prefix], own_keys), dim=2)
+            own_values = torch.cat((values[span.parent][:, :, : span.prefix], own_values), dim=2)
+        if span.prefix or window is not None:
+            mask = layout.mask(number, window, query)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[number],
+                own_keys,
+                own_values,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    places = layout.sequences(query.device)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if places.keys is not None:
+        keys, values = keys.index_select(0, places.keys), values.index_select(0, places.keys)
+    output = _variable_length_kernel()(
+        queries.contiguous(),
+        keys.contiguous(),
+        values.contiguous(),
+        places,
+        scaling,
+        dropout,
+        -1 if window is None else window - 1,
+    )
+    return output[None]
+
+
+@functools.lru_cache(maxsize=1)
+def _variable_length_kernel() -> Any:
+    """The variable-length kernel that is there; both align the causal edge to the last key.
+
+    Raises:
+        ImportError: neither flash_attn nor torch's own can be imported.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        def with_torch(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            places: _Sequences,
+            scaling: float | None,
+            dropout: float,
+            left: int,
+        ) -> torch.Tensor:
+            if dropout:
+                raise ValueError("torch's variable-length attention has no dropout; use sdpa")
+            found = varlen_attn(
+                query,
+                key,
+                value,
+                places.query_starts,
+                places.key_starts,
+                places.longest_query,
+                places.longest_key,
+                scale=scaling,
+                window_size=(left, 0),
+                enable_gqa=True,
+            )
+            assert isinstance(found, torch.Tensor)
+            return found
+
+        return with_torch
+
+    def with_package(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        places: _Sequences,
+        scaling: float | None,
+        dropout: float,
+        left: int,
+    ) -> torch.Tensor:
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            places.query_starts,
+            places.key_starts,
+            places.longest_query,
+            places.longest_key,
+            dropout_p=dropout,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=(left, 0),
+        )
+
+    return with_package
+
+
+def use_packed_attention(model: Any) -> None:
+    """Make a transformers model attend by layout; its forward pass then needs `layout=`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+    model.set_attn_implementation(PACKED)
+
+
+def choose_backend(
+    wanted: Literal["auto", "sdpa", "flash"],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_heads: int,
+    num_key_heads: int,
+    head_size: int,
+) -> Backend:
+    """The attention backend for a model on a device.
+
+    Raises:
+        ValueError: flash is asked for and cannot run there.
+    """
+    if wanted == "sdpa":
+        return "sdpa"
+    problem: str | None = None
+    if device.type != "cuda":
+        problem = f"it needs a GPU, the model is on {device.type}"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        problem = f"it needs half precision, the model is in {dtype}"
+    else:
+        try:
+            problem = _disagreement(device, dtype, num_heads, num_key_heads, head_size)
+        except (ImportError, RuntimeError, ValueError) as error:
+            problem = str(error)
+        if problem is not None and wanted == "auto":
+            logger.warning("attention: sdpa instead of flash, because %s", problem)
+    if problem is None:
+        return "flash"
+    if wanted == "flash":
+        raise ValueError(f"attention = flash cannot be used: {problem}")
+    return "sdpa"
+
+
+def _disagreement(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, head_size: int
+) -> str | None:
+    """How flash differs from sdpa on a small row with branches, values and gradients; None: not."""
+    layout = trees([(40, (20, 30)), (0, (17,)), (5, (9, 1, 12))])
+    total = sum(layout.lengths)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, total, head_size) for heads in (num_heads, num_key_heads, num_key_heads)]
+    found = []
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    for run, kind in ((_sdpa, torch.float32), (_flash, dtype)):
+        own = [tensor.to(device, kind).requires_grad_() for tensor in inputs]
+        output = run(own[0], own[1], own[2], layout, None, 0.0, None)
+        (output.float() ** 2).sum().backward()
+        found.append(
+            [output.detach().float(), *(t.grad.float() for t in own if t.grad is not None)]
+        )
+        layout = Layout(spans=layout.spans)
+    for name, ours, theirs in zip(("output", "dq", "dk", "dv"), *found, strict=True):
+        error = float((ours - theirs).norm() / ours.norm())
+        if not error < 0.03:
+            return f"its {name} differs by {error:.3f} from sdpa's on a test row"
+    return None

@@ -1,0 +1,97 @@
+"""What a fit that was cut off goes on from: DeepSpeed's states and how far they reach.
+
+    checkpoints/round=R/KIND/.resume/FIT/step=N/     each rank's states, written by DeepSpeed
+    checkpoints/round=R/KIND/.resume/FIT/STATE.json  names the step that is whole
+
+FIT is a fingerprint of everything the training depends on, with the number of ranks: another
+request, other data or another group size finds nothing and starts over. STATE.json is replaced
+only after every rank has written, and the older step is removed after that, so at any moment what
+it names is there. The folder goes when the fit is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from learner.fit import FitRequest
+
+STATE_FILE = "STATE.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitState:
+    """How far an attempt came."""
+
+    step: int
+    """Optimiser steps that are done."""
+    losses: list[float]
+    """[step]."""
+    grad_norms: list[float]
+    """[step], or empty where they are not known."""
+    seconds: float
+    """Spent on these steps, over all attempts."""
+
+    @property
+    def tag(self) -> str:
+        """Name of the folder that holds the states."""
+        return f"step={self.step}"
+
+
+def fingerprint(request: FitRequest, data_digest: str | None) -> str:
+    """sha256 over everything the weights depend on, but the number of ranks."""
+    config = request.config.model_dump(mode="json")
+    for name in ("gate", "save_every_steps", "peak_tflops", "num_threads"):
+        del config[name]
+    facts = {
+        "kind": request.kind,
+        "round": request.round,
+        "base": str(Path(request.base).absolute()),
+        "data": data_digest or str(Path(request.data).absolute()),
+        "config": config,
+        "seed": request.seed,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class ResumeFolder:
+    """The states of one fit, on a file system all ranks see."""
+
+    def __init__(self, folder: Path, fit: str, *, world_size: int) -> None:
+        """
+        Args:
+            folder: of the round and kind, in the checkpoint store.
+            fit: fingerprint.
+        """
+        self._all = folder / ".resume"
+        self.path = self._all / f"{fit[:16]}-ranks={world_size}"
+
+    def read(self) -> FitState | None:
+        """The state to go on from; None if there is none that is whole."""
+        try:
+            state = FitState(**json.loads((self.path / STATE_FILE).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return state if (self.path / state.tag).is_dir() else None
+
+    def commit(self, state: FitState) -> None:
+        """Name the step all ranks have written; older ones go."""
+        hidden = self.path / f".{STATE_FILE}.{os.getpid()}"
+        with hidden.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(state)))
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(self.path / STATE_FILE)
+        for other in self.path.glob("step=*"):
+            if other.name != state.tag:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove the states of all fits of this round and kind."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._all)

@@ -1,0 +1,73 @@
+"""A trained PPM has one value for a text: in the trainer's packed row, transformers and vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from cluster.replica import EngineConfig, PreferenceReplica
+from learner.batch import pack_preference, tokenise_pairs
+from learner.dataset import DatasetConfig, build_dataset, read_pairs, write_dataset
+from learner.fit import FitRequest, PreferenceTrainConfig
+from learner.objectives import PreferenceObjective
+from learner.preference_model import load_preference_model
+from learner.trainer import run_fit
+from rollout.engine import EvaluationRequest
+from rollout.prompt import SHORT_TEMPLATE
+from tests.builders import answered, code, make_problem, make_tree
+from tests.models import write_tiny_policy
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-4
+
+
+async def test_trainer_transformers_and_vllm_agree_within_1e_4(tmp_path: Path) -> None:
+    trees = [
+        make_tree(
+            code(f"good = {n}", answered("7", correct=True)),
+            code(f"bad = {n}", answered("8", correct=False)),
+            problem=make_problem(f"p{n}", text=f"{n}?"),
+        )
+        for n in range(12)
+    ]
+    dataset = build_dataset(trees, template=SHORT_TEMPLATE, config=DatasetConfig())
+    write_dataset(dataset, tmp_path / "data")
+    config = PreferenceTrainConfig(num_epochs=4, batch_examples=8, learning_rate=1e-3, zero_stage=0)
+    result = run_fit(
+        FitRequest(
+            fit_id="ppm",
+            kind="ppm",
+            round=1,
+            base=str(write_tiny_policy(tmp_path / "policy")),
+            data=str(tmp_path / "data"),
+            checkpoints=str(tmp_path / "checkpoints"),
+            config=config,
+        )
+    )
+    path = result.checkpoint.path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    groups = tokenise_pairs(tokenizer, read_pairs(tmp_path / "data", "train"))[:8]
+    texts = [tokenizer.decode(text.ids) for group in groups for text in group.texts]
+
+    with torch.no_grad():
+        packed = PreferenceObjective(load_preference_model(path), config).eval()
+        trainer = packed(pack_preference(groups)).tolist()
+        plain = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        transformers = [
+            torch.tanh(plain(**tokenizer(text, return_tensors="pt")).logits).item()
+            for text in texts
+        ]
+    replica = PreferenceReplica(path, EngineConfig(max_model_len=256, kv_cache_gib=0.1))
+    try:
+        await replica.ready()
+        vllm = list((await replica.evaluate(EvaluationRequest(texts=tuple(texts)))).values)
+    finally:
+        await replica.shutdown()
+
+    assert max(trainer) - min(trainer) > 0.05
+    assert trainer == pytest.approx(transformers, abs=TOLERANCE)
+    assert vllm == pytest.approx(transformers, abs=TOLERANCE)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from learner.dataset import DatasetConfig, DatasetError, read_pairs, read_sft, write_dataset
+from learner.plain import plain_dataset
+from rollout.prompt import SHORT_TEMPLATE, render_question
+
+ALL = DatasetConfig(validation_share=0.0)
+
+
+def jsonl(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_prompts_and_responses_become_trajectories(tmp_path):
+    path = tmp_path / "set.parquet"
+    pq.write_table(pa.table({"prompt": ["1+1?", "2+2?"], "response": ["2", "4"]}), path)
+    write_dataset(plain_dataset("policy", path, config=ALL), tmp_path / "data")
+    first, second = read_sft(tmp_path / "data", "train")
+    assert [(s.text, s.trained) for s in first.segments] == [("1+1?", False), ("2", True)]
+    assert second.problem_id != first.problem_id
+
+
+def test_questions_are_rendered_if_a_template_is_named(tmp_path):
+    path = jsonl(tmp_path / "set.jsonl", [{"prompt": "1+1?", "response": "2"}])
+    dataset = plain_dataset("policy", path, config=ALL, template=SHORT_TEMPLATE)
+    assert dataset.template == SHORT_TEMPLATE.name
+    (example,) = dataset.sft_train
+    assert example.segments[0].text == render_question("1+1?", SHORT_TEMPLATE)
+
+
+def test_pairs_of_one_prompt_share_a_node_and_its_weight(tmp_path):
+    rows = [
+        {"prompt": "q", "chosen": good, "rejected": bad}
+        for good in ("2", "two")
+        for bad in ("3", "4")
+    ]
+    path = jsonl(tmp_path / "set.jsonl", [*rows, {"prompt": "r", "chosen": "a", "rejected": "b"}])
+    write_dataset(plain_dataset("ppm", path, config=ALL), tmp_path / "data")
+    pairs = read_pairs(tmp_path / "data", "train")
+    assert [pair.weight for pair in pairs] == [0.25] * 4 + [1.0]
+    assert len({pair.problem_id for pair in pairs}) == 2
+
+
+def test_rows_of_one_prompt_stay_on_one_side_of_the_split(tmp_path):
+    rows = [{"prompt": f"q{n % 20}", "response": str(n)} for n in range(100)]
+    dataset = plain_dataset(
+        "policy", jsonl(tmp_path / "s.jsonl", rows), config=DatasetConfig(validation_share=0.3)
+    )
+    train = {e.problem_id for e in dataset.sft_train}
+    held = {e.problem_id for e in dataset.sft_validation}
+    assert train and held and not train & held
+
+
+def test_own_validation_file_is_the_held_out_set(tmp_path):
+    train = jsonl(tmp_path / "t.jsonl", [{"prompt": "a", "response": "1"}] * 3)
+    held = jsonl(tmp_path / "v.jsonl", [{"prompt": "b", "response": "2"}])
+    dataset = plain_dataset("policy", train, held, config=DatasetConfig(validation_share=0.5))
+    assert (len(dataset.sft_train), len(dataset.sft_validation)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ("policy", [], "holds no rows"),
+        ("policy", ["text"], "one JSON object"),
+        ("policy", [{"promt": "a", "response": "b"}], "no column 'prompt' .* is it 'promt'"),
+        ("policy", [{"prompt": "a", "response": "b"}, {"prompt": "c"}], "row 2: response is empty"),
+        ("ppm", [{"prompt": "a", "chosen": "b"}], "only chosen texts.* needs both classes"),
+        ("ppm", [{"prompt": "a", "rejected": "b"}], "only rejected texts.* needs both classes"),
+        ("ppm", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "same text in all 1 rows"),
+    ],
+)
+def test_bad_set_is_one_clear_error(tmp_path, kind, rows, message):
+    path = jsonl(tmp_path / "set.jsonl", rows)
+    with pytest.raises(DatasetError, match=message):
+        plain_dataset(kind, path, config=ALL)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(DatasetError, match=r"no training file .*nowhere"):
+        plain_dataset("policy", tmp_path / "nowhere.jsonl", config=ALL)
