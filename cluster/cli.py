@@ -11,13 +11,16 @@ import json
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
-from cluster.errors import KNOWN_ERRORS, quiet_logging
+from cluster.errors import explain, quiet_logging
 from rollout.methods import Method
+
+if TYPE_CHECKING:
+    from cluster.progress import ProgressView
 
 T = TypeVar("T")
 
@@ -39,7 +42,9 @@ Overrides = Annotated[
 
 @app.command()
 def evolve(
-    config: Annotated[Path, typer.Argument(help="Run config, YAML.")],
+    config: Annotated[
+        Path, typer.Argument(help="Run config, YAML, or the name of one: demo, one_gpu, paper, ...")
+    ],
     overrides: Overrides = None,
     verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
 ) -> None:
@@ -47,13 +52,15 @@ def evolve(
     quiet_logging(verbose)
     from cluster.config import RunConfig, load_config
     from cluster.evolve import Evolution
+    from cluster.live import command_line
     from cluster.progress import ProgressView
     from cluster.report import print_report
 
     settings = load_config(config, overrides or (), kind=RunConfig)
     console = Console()
-    evolution = Evolution(settings, ProgressView(console))
-    report = _run(evolution.run(), f"rstar evolve {config}")
+    view = ProgressView(console)
+    evolution = Evolution(settings, view)
+    report = _run(evolution.run(), again=command_line(), view=view)
     print_report(report, console)
     root = evolution.folder.root
     _say(console, f"report {root / 'report.json'}, plot {root / 'report.png'}, all else in {root}")
@@ -75,8 +82,8 @@ def rollout(
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the trees go [runs/rollout-PROBLEMS].")
     ] = None,
-    config: Annotated[Path, typer.Option(help="Rollout config, YAML.")] = Path(
-        "deploy/configs/rollout.yaml"
+    config: Annotated[Path, typer.Option(help="Rollout config, or the name of one.")] = Path(
+        "rollout"
     ),
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
     overrides: Overrides = None,
@@ -85,6 +92,7 @@ def rollout(
     """Search the problems of one file with given models and commit the trees."""
     quiet_logging(verbose)
     from cluster.config import RolloutConfig, load_config
+    from cluster.live import command_line
     from cluster.progress import ProgressView
     from cluster.rollout_run import RolloutRun, print_rollout_report
 
@@ -94,8 +102,9 @@ def rollout(
     given["run_dir"] = run_dir or Path("runs") / f"rollout-{problems.stem}"
     settings = load_config(config, overrides or (), kind=RolloutConfig, given=given)
     console = Console()
-    run = RolloutRun(settings, ProgressView(console))
-    outcome = _run(run.run(), "the same command")
+    view = ProgressView(console)
+    run = RolloutRun(settings, view)
+    outcome = _run(run.run(), again=command_line(), view=view)
     print_rollout_report(outcome, console)
     _say(console, f"trees in {run.folder.root}")
 
@@ -169,6 +178,21 @@ def tree(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+    watch: Annotated[bool, typer.Option(help="Again and again, until the run ends.")] = False,
+) -> None:
+    """Show how a run stands, from any shell or machine that sees its folder."""
+    from cluster.status import show_status
+
+    try:
+        show_status(run, Console(), as_json=as_json, watch=watch)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
 ) -> None:
@@ -182,11 +206,12 @@ def report(
     print_report(json.loads(path.read_text(encoding="utf-8")), Console())
 
 
-def _run(coroutine: Coroutine[Any, Any, T], again: str) -> T:
+def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | None = None) -> T:
     """Run to the end; Ctrl-C cancels once politely, and says how to go on.
 
     Args:
         again: the command that goes on; "" if nothing is kept.
+        view: told that the run is to stop; None: a line says so.
     """
 
     async def main() -> T:
@@ -198,8 +223,10 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str) -> T:
             nonlocal interrupts
             interrupts += 1
             if interrupts == 1:
-                what = "committing what is finished" if again else "ending the engines"
-                typer.echo(f"\nstopping: {what} (Ctrl-C again stops at once)", err=True)
+                if view is not None:
+                    view.stop_requested()
+                else:
+                    typer.echo("\nstopping (Ctrl-C again stops at once)", err=True)
                 task.cancel()
             else:
                 loop.remove_signal_handler(signal.SIGINT)
@@ -225,18 +252,9 @@ def main() -> None:
     """Entry point of `rstar`."""
     try:
         app()
-    except KNOWN_ERRORS as error:
-        typer.echo(f"rstar: {error}", err=True)
-        raise SystemExit(1) from None
-    except ExceptionGroup as group:
-        known, unknown = group.split(KNOWN_ERRORS)
-        if known is None or unknown is not None:
+    except Exception as error:
+        line = explain(error)
+        if line is None:
             raise
-        typer.echo(f"rstar: {_first(known)}", err=True)
+        typer.echo(f"rstar: {line}", err=True)
         raise SystemExit(1) from None
-
-
-def _first(group: BaseException) -> BaseException:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group

@@ -1,7 +1,10 @@
 """One YAML file is one run: `RunConfig` composes every package's config and refuses what it does
 not know.
 
-    file --+-- --set a.b=c --> RunConfig --> stored beside the run as config.yaml
+    file or preset --+-- --set a.b=c --> RunConfig --> stored beside the run as config.yaml
+
+A preset is a config that is shipped; its name is enough, as in `rstar evolve demo`.
+docs/configuration.md, made by `cluster.config_reference`, lists every key.
 
 An unknown key is an error that names the file, the key and the nearest valid one; a wrong value is
 an error with field, rule and value. All errors of a file are reported together.
@@ -9,8 +12,8 @@ an error with field, rule and value. All errors of a file are reported together.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cluster.admission import AdmissionConfig
 from cluster.endpoint import EndpointConfig
+from cluster.membership import SupervisionConfig
 from cluster.replica import EngineConfig
+from cluster.scaler import ScalerConfig
+from cluster.spot import SpotConfig
 from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
 from rollout.difficulty import SuspectConfig
@@ -135,6 +141,14 @@ class ActorConfig(_Config):
     )
 
 
+class CostConfig(_Config):
+    """What the machines cost, for the progress view and `rstar status`."""
+
+    usd_per_hour: float | None = Field(
+        None, ge=0, description="dollars per hour of all machines together; null: not shown"
+    )
+
+
 class ClusterConfig(_Config):
     """Where the actors run."""
 
@@ -165,6 +179,24 @@ class ClusterConfig(_Config):
         300.0, gt=0, description="an actor not ready by then is an error that says what is missing"
     )
     request_timeout_s: float = Field(300.0, gt=0, description="deadline of one engine request")
+    checkpoint_open_trees_s: float | None = Field(
+        300.0,
+        gt=0,
+        description="pause between two checkpoints of unfinished searches; null: only on drain",
+    )
+    supervision: SupervisionConfig = Field(
+        default_factory=SupervisionConfig, description="how dead actors are found and replaced"
+    )
+    stalled_after_s: float = Field(
+        120.0, gt=0, description="a part with work and no progress for so long is shown as stalled"
+    )
+    autoscale: dict[Literal["policy", "ppm", "sandbox"], ScalerConfig] = Field(
+        default_factory=dict,
+        description="pools that grow and shrink during rollouts (units: trees); others stay fixed",
+    )
+    spot: SpotConfig | None = Field(
+        None, description="watch the cloud's metadata service on each node; null: do not"
+    )
 
 
 class SandboxConfig(_Config):
@@ -215,6 +247,7 @@ class ServingConfig(_Config):
     hard_problems: HardProblemsConfig = Field(
         default_factory=HardProblemsConfig, description="problems that stay unsolved"
     )
+    cost: CostConfig = Field(default_factory=CostConfig, description="for people")
 
     def effective(self) -> dict[str, Any]:
         """The whole config as plain data, defaults included; reading it back gives an equal one."""
@@ -306,7 +339,62 @@ class RunConfig(ServingConfig):
         return self
 
 
-C = TypeVar("C", bound=ServingConfig)
+class TrainDataConfig(_Config):
+    """What one training run reads: a round of a run, or files."""
+
+    run: Path | None = Field(None, description="folder of a run whose committed round is used")
+    round: int | None = Field(None, ge=0, description="of that run; null: its last")
+    train: Path | None = Field(
+        None, description="Parquet or JSONL: prompt, response; for a PPM prompt, chosen, rejected"
+    )
+    validation: Path | None = Field(
+        None, description="held-out rows; null: a share of the prompts (dataset.validation_share)"
+    )
+    template: Literal["rstar", "short"] | None = Field(
+        None, description="prompts are questions to render so; null: they are used as they are"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TrainDataConfig:
+        if (self.run is None) == (self.train is None):
+            raise ValueError("give either data.run or data.train")
+        return self
+
+
+class TrainRunConfig(_Config):
+    """One training run alone: `rstar train`."""
+
+    run_dir: Path = Field(description="folder for the checkpoint and its logs")
+    seed: int = Field(0, ge=0, description="every random choice follows from it")
+    base: Path | None = Field(
+        None,
+        description="checkpoint to start from, for a PPM the policy; null: that of data.run",
+    )
+    previous: Path | None = Field(
+        None, description="checkpoint in service, which stays there if the new one is worse"
+    )
+    data: TrainDataConfig = Field(description="what is trained on")
+    dataset: DatasetConfig = Field(
+        default_factory=DatasetConfig,
+        description="trees to training data, where the round has none yet; and the split of files",
+    )
+    address: str = Field("local", description='Ray address of more than one rank; "local": own')
+    learner: ActorConfig = Field(
+        default_factory=ActorConfig, description="ranks; one trains in this process"
+    )
+    train_policy: PolicyTrainConfig = Field(
+        default_factory=PolicyTrainConfig, description="rstar train policy"
+    )
+    train_ppm: PreferenceTrainConfig = Field(
+        default_factory=PreferenceTrainConfig, description="rstar train ppm"
+    )
+
+    def effective(self) -> dict[str, Any]:
+        """The whole config as plain data, defaults included."""
+        return self.model_dump(mode="json")
+
+
+C = TypeVar("C", bound=BaseModel)
 
 
 def load_config(
@@ -319,12 +407,47 @@ def load_config(
     """Read a config and apply `a.b=c` overrides (values are YAML).
 
     Args:
+        path: a file, or the name of a preset (`find_config`).
         kind: as `RunConfig` or `RolloutConfig`.
         given: top-level values from the command line; they win over the file.
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest valid one), wrong value.
     """
+    path = find_config(path, kind=kind)
     return make_config(read_yaml(path) | dict(given or {}), overrides, kind=kind, source=str(path))
+
+
+def find_config(path: str | Path, *, kind: type[BaseModel] = RunConfig) -> Path:
+    """The file a config argument means: itself, or the preset of that name.
+
+    Args:
+        kind: of the config, for the names an error lists.
+    Raises:
+        ConfigError: there is no such file, and no such preset.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    shipped = presets(kind)
+    if path.parent == Path() and path.suffix in ("", ".yaml"):
+        if path.stem in shipped:
+            return shipped[path.stem]
+        near = difflib.get_close_matches(path.stem, shipped, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        names = ", ".join(shipped) or "none found"
+        raise ConfigError(f"{path}: no such config file; {hint}presets: {names}")
+    raise ConfigError(f"{path}: no such config file")
+
+
+def presets(kind: type[BaseModel] = RunConfig) -> dict[str, Path]:
+    """The shipped configs of a kind by name: file name without .yaml."""
+    package = Path(__file__).parent
+    # In an installed package they lie inside it, in a checkout beside it.
+    folders = (package / "presets", package.parent / "deploy" / "configs")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    files = sorted(folder.glob("*.yaml")) if folder is not None else []
+    has_rounds = issubclass(kind, RunConfig)
+    return {f.stem: f for f in files if ("rounds" in read_yaml(f)) == has_rounds}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -399,7 +522,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _explain(kind: type[BaseModel], item: Any) -> str:
     location = item["loc"]
     name = ".".join(str(part) for part in location) or "config"
-    if item["type"] == "extra_forbidden":
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         valid = _fields_at(kind, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(valid))}"
@@ -414,26 +537,31 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     return f"{name!r}: {message}{given}"
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Valid keys of the model found by walking `location` from `model`."""
+def _fields_at(section: Any, location: Sequence[Any]) -> list[str]:
+    """Valid keys of the section found by walking `location` from another one."""
     for part in location:
         if isinstance(part, int):
             continue
-        field = model.model_fields.get(str(part))
-        found = _model_in(field.annotation) if field is not None else None
+        found, _ = section_in(typing.get_type_hints(section).get(str(part)))
         if found is None:
             return []
-        model = found
-    return list(model.model_fields)
+        section = found
+    if issubclass(section, BaseModel):
+        return list(section.model_fields)
+    return [field.name for field in dataclasses.fields(section)]
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model inside an annotation such as `X | None` or `list[X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
-        for argument in typing.get_args(annotation):
-            found = _model_in(argument)
-            if found is not None:
-                return found
-    return None
+def section_in(annotation: Any) -> tuple[Any, bool]:
+    """The model or dataclass inside an annotation such as `X | None` or `list[X]`.
+
+    Returns:
+        It (None if there is none) and whether it stands in a list.
+    """
+    if isinstance(annotation, type) and typing.get_origin(annotation) is None:
+        known = issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
+        return (annotation if known else None), False
+    for argument in typing.get_args(annotation):
+        found, in_list = section_in(argument)
+        if found is not None:
+            return found, in_list or typing.get_origin(annotation) is list
+    return None, False

@@ -7,8 +7,8 @@
                     own (several problems) or quarantines it with its error (one problem)
 
 Killed at any moment it comes back by reading plans and commit markers of the rounds that are not
-sealed. Workers go on meanwhile: a lease it does not know is taken over when it is renewed, a
-completion is accepted from anybody. A split and a quarantine are commits as well, so a worker that
+sealed. Workers go on meanwhile: a lease it does not know is taken over when it is renewed (so it
+grants none for the first `adopt_s`), a completion is accepted from anybody. A split and a quarantine are commits as well, so a worker that
 comes late with the whole shard loses against them and no tree is counted twice.
 
 All methods are idempotent and short; Ray may call them again after a restart
@@ -24,7 +24,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import ray
@@ -66,6 +66,10 @@ class WorkerProgress:
     """Trees searched to their end, committed or not."""
     failed_problems: int = 0
     retried_searches: int = 0
+    resumed_trees: int = 0
+    """Searches gone on with from what another worker had left."""
+    requests: int = 0
+    """Of the trees in hand to the policy; any change is a sign of work."""
     lost_leases: int = 0
     error: str = ""
     """The last error a search or a commit ended with."""
@@ -143,13 +147,15 @@ class Coordinator:
         self._resolve_after_s = 0.0
         for round in stored_rounds(self.store):
             self._rebuild(round)
+        self._grants_after_s = clock() + (self._queue.config.adopt_s if self._plans else 0.0)
 
     # -- rounds and stages
 
     def plan(self, plan: StagePlan) -> RoundStatus:
         """Queue what a stage is to search, or go on with it if it was planned before.
 
-        A stored plan stands: its shard size and priority win over those asked for now.
+        A stored plan stands: its shard size, priority and number of workers win over those asked
+        for now.
 
         Raises:
             ValueError: the stage was planned with other problems, another seed or tree index, or
@@ -174,7 +180,7 @@ class Coordinator:
                     f"continue with the first one or start a new run"
                 )
         if (plan.round, plan.stage) not in self._plans:
-            self._adopt(known, trajectories.commits())
+            self._adopt(known, trajectories.commits(trees=False))
         return self.status(plan.round)
 
     def status(self, round: int) -> RoundStatus:
@@ -218,7 +224,8 @@ class Coordinator:
     def grant(self, worker: str) -> Lease | None:
         """Lease the next job to a worker; None if there is none now."""
         self._tick()
-        return self._queue.grant(worker, self._clock())
+        now_s = self._clock()
+        return None if now_s < self._grants_after_s else self._queue.grant(worker, now_s)
 
     def renew(
         self, worker: str, leases: Sequence[tuple[str, str]], progress: WorkerProgress
@@ -242,7 +249,7 @@ class Coordinator:
         """Take note that a job's shard is committed; False if that was known.
 
         Args:
-            commit: the marker that stands in the store, whoever wrote it.
+            commit: the marker that stands in the store, whoever wrote it; `trees` may be left out.
         """
         if self._queue.state(job_id) is None:
             return False  # of a round that is sealed
@@ -297,7 +304,7 @@ class Coordinator:
         if round in self._sealed:
             return
         plans = [StagePlan.from_json(data) for data in trajectories.plans().values()]
-        commits = trajectories.commits() if plans else {}
+        commits = trajectories.commits(trees=False) if plans else {}
         for plan in sorted(plans, key=lambda plan: plan.tree_index):
             self._adopt(plan, commits)
         if plans:
@@ -308,9 +315,10 @@ class Coordinator:
         self._plans[plan.round, plan.stage] = plan
         self._totals[plan.round, plan.stage] = Totals()
         self._quarantined[plan.round, plan.stage] = {}
-        for job in plan_jobs(plan):
+        jobs = plan_jobs(plan)
+        for job in jobs:
             self._queue.add(job)
-        for job, commit in _committed_jobs(plan, commits):
+        for job, commit in _committed_jobs(jobs, commits):
             self._record(job.id, "", commit)
 
     def _record(self, job_id: str, lease_id: str, commit: Commit) -> bool:
@@ -360,10 +368,11 @@ class Coordinator:
 CoordinatorActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Coordinator)
 
 
-def _committed_jobs(plan: StagePlan, commits: Mapping[str, Commit]) -> Iterable[tuple[Job, Commit]]:
-    """Each committed job of a plan with its marker, parents before the parts they handed back."""
-    waiting = plan_jobs(plan)
-    waiting.reverse()
+def _committed_jobs(
+    jobs: Sequence[Job], commits: Mapping[str, Commit]
+) -> Iterable[tuple[Job, Commit]]:
+    """Each committed job of a stage with its marker, parents before the parts they handed back."""
+    waiting = list(reversed(jobs))
     while waiting:
         job = waiting.pop()
         commit = commits.get(job.id)
@@ -413,7 +422,8 @@ class RemoteCoordinator:
         return await self._call("renew", worker, leases, progress)
 
     async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool:
-        return await self._call("complete", job_id, lease_id, commit)
+        # The coordinator needs the sums and the parts; the names of the trees are most of a marker.
+        return await self._call("complete", job_id, lease_id, replace(commit, trees=()))
 
     async def release(self, job_id: str, lease_id: str) -> bool:
         return await self._call("release", job_id, lease_id)
@@ -473,7 +483,12 @@ def audit_round(trajectories: TrajectoryStore, *, reported: int | None = None) -
     """
     plans = [StagePlan.from_json(data) for data in trajectories.plans().values()]
     commits = trajectories.commits()
-    jobs = {job.id: commit for plan in plans for job, commit in _committed_jobs(plan, commits)}
+    committed = [
+        (plan, job, commit)
+        for plan in plans
+        for job, commit in _committed_jobs(plan_jobs(plan), commits)
+    ]
+    jobs = {job.id: commit for _, job, commit in committed}
     manifest = trajectories.manifest()
     files = list(jobs.values()) if manifest is None else list(manifest.files)
     found: Counter[tuple[str, int]] = Counter()
@@ -484,8 +499,7 @@ def audit_round(trajectories: TrajectoryStore, *, reported: int | None = None) -
     expected = {(p, plan.tree_index) for plan in plans for p in plan.problem_ids}
     quarantined = {
         (problem_id, plan.tree_index): error
-        for plan in plans
-        for _, commit in _committed_jobs(plan, commits)
+        for plan, _, commit in committed
         for problem_id, error in commit.failed.items()
     }
     return Audit(

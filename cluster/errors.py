@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from cluster.config import ConfigError
 from cluster.model_check import ModelCheckError
-from cluster.run_folder import RunFolderError
+from cluster.run_folder import RunFolderError, why_not_written
 from learner.checkpoint import CheckpointError
 from learner.dataset import DatasetError
 from learner.fit import LearnerError
@@ -33,6 +34,31 @@ KNOWN_ERRORS: tuple[type[Exception], ...] = (
     StoreError,
 )
 """Their message says what was wrong and where; no traceback helps."""
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell somebody who can do something about it; None: it is a fault of the program.
+
+    A disk that is full or cannot be written is explained wherever it was met. Of several errors at
+    once the first is told, if all of them are of this kind.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        told = [explain(inner) for inner in error.exceptions]
+        return None if None in told else told[0]
+    cause = getattr(error, "cause", None)
+    if isinstance(error, KNOWN_ERRORS) and isinstance(cause, KNOWN_ERRORS):
+        # Ray raises a child of both kinds whose text is the traceback of another process.
+        return str(cause)
+    if isinstance(error, KNOWN_ERRORS):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{why_not_written(error)}; what is committed stays"
+    if os.strerror(errno.ENOSPC) in str(error):  # of a library with errors of its own
+        return f"disk full ({error}); what is committed stays"
+    return None
 
 
 def quiet_logging(verbose: bool) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -24,10 +26,13 @@ import pyarrow.parquet as pq
 from cluster.config import RunConfig
 from cluster.evaluate import Evaluation, evaluate
 from cluster.fleet import Fleet, RolloutStage
+from cluster.lineage import record_lineage, record_start
+from cluster.live import LiveFile
 from cluster.model_check import check_policy_checkpoint
 from cluster.progress import ProgressView
 from cluster.report import hardware, plot_report, shares_by_level, versions, write_report
 from cluster.run_folder import RunFolder
+from cluster.status import problems_by_level
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
     build_dataset,
@@ -57,10 +62,13 @@ class Evolution:
         self.store = RunStore(str(self.folder.root))
         self.checkpoints = CheckpointStore(self.folder.checkpoints)
         self.fleet = Fleet(config, self.folder)
+        self.fleet.note = view.note
         self.train: list[Problem] = []
         self.test: list[Problem] = []
         self.demonstrations: Path | None = None
         self.base_model = Path()
+        self.inputs: list[Path] = []
+        """Files and model directories the run starts from."""
 
     async def run(self) -> dict[str, Any]:
         """Do what is left of the run and return its report.
@@ -69,23 +77,24 @@ class Evolution:
             ConfigError, RunFolderError, ProblemFileError, StoreError, CheckpointError,
             LearnerError, EngineError: what stopped it, named; everything committed stays.
         """
-        began_s = time.monotonic()
         with self.folder.locked():
             self.folder.keep_config(self.config)
             self.store.self_check()
-            self._prepare()
-            self._plan()
-            try:
-                with self.view:
-                    await self._rounds()
-            finally:
-                await self.fleet.stop(self.view.note)
-            earlier = (self.folder.read("seconds.json") or {}).get("seconds_total", 0.0)
-            total = earlier + time.monotonic() - began_s
-            self.folder.write("seconds.json", {"seconds_total": total})
-            report = self.report(total)
-            write_report(self.folder.root, report)
-            plot_report(report, self.folder.root / "report.png")
+            with LiveFile(self.folder.root, self.view.snapshot) as live:
+                self.view.seconds_before = live.seconds_before
+                self.view.usd_per_hour = self.config.cost.usd_per_hour
+                self.view.num_rounds = len(self.config.rounds)
+                self._prepare()
+                self.folder.write_problems(self.train)
+                self._plan()
+                try:
+                    with self.view:
+                        await self._rounds()
+                finally:
+                    await self.fleet.stop(self.view.note)
+                report = self.report(live.seconds_total)
+                write_report(self.folder.root, report)
+                plot_report(report, self.folder.root / "report.png")
         return report
 
     # ---------------------------------------------------------------- before the first round
@@ -100,6 +109,8 @@ class Evolution:
             self.demonstrations = problems.demonstrations
             assert self.config.models.base_model is not None
             self.base_model = self.config.models.base_model
+        given = [*train_files, test_file, self.demonstrations, self.base_model]
+        self.inputs = [path for path in given if path is not None]
         check_policy_checkpoint(self.base_model, markers=())
         self.base_model = with_markers(self.base_model, self.folder.marked_base)
         seen: dict[str, Path] = {}
@@ -132,9 +143,10 @@ class Evolution:
             table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
             texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
             texts += pq.read_table(files.train, columns=["problem"])["problem"].to_pylist()
-            write_base_model(
-                self.base_model, seed=derive_seed(self.config.seed, "base"), texts=texts
-            )
+            partial = self.base_model.with_name(f".{self.base_model.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            write_base_model(partial, seed=derive_seed(self.config.seed, "base"), texts=texts)
+            partial.rename(self.base_model)
         return [files.train], files.test
 
     def _tell(self, lines: Sequence[str]) -> None:
@@ -158,18 +170,32 @@ class Evolution:
         if self._finished():
             return
         self.view.begin("start", "starting engines and learner")
+        # Reading a large base model takes about as long as starting an engine with it.
+        recording = asyncio.create_task(asyncio.to_thread(record_start, self.folder, self.inputs))
         # With an endpoint for round 1, replicas start when a checkpoint is to be served.
         await self.fleet.start(self.base_model if self.config.endpoint is None else None)
+        await recording
         self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
         if self.config.cold_start is not None:
             policy = await self._cold_start(self.config.cold_start)
+            await self._record_lineage(0)
             await self._evaluate(0, policy, None)
         for number in range(1, len(self.config.rounds) + 1):
             await self._rollout(number, policy, ppm)
+            await self._record_lineage(number)
             await self._select(number)
             policy = await self._train_policy(number, policy)
+            await self._record_lineage(number)
             ppm = await self._train_ppm(number, policy)
+            await self._record_lineage(number)
             await self._evaluate(number, policy, ppm)
+
+    async def _record_lineage(self, number: int) -> None:
+        await asyncio.to_thread(record_lineage, self.folder, number)
+
+    def _skip(self, number: int, stage: str, record: str) -> None:
+        """A stage an earlier start has done; what it took helps to tell the time left."""
+        self.view.skip(stage, self.folder.stage(number, record).get("seconds"))
 
     def _finished(self) -> bool:
         """True if every product of the last round is there."""
@@ -181,7 +207,7 @@ class Evolution:
         """Round 0: SFT of the base model on the demonstrations alone."""
         existing = self.checkpoints.current("policy", 0)
         if existing is not None:
-            self.view.skip("cold start")
+            self._skip(0, "cold start", "train_policy")
             return existing
         assert self.demonstrations is not None
         self.view.begin("cold start", "cold start: SFT on demonstrations")
@@ -206,10 +232,10 @@ class Evolution:
         trees = TrajectoryStore(self.store, number)
         manifest = trees.manifest()
         if manifest is not None:
-            self.view.skip("rollout")
+            self._skip(number, "rollout", "rollout")
             return manifest
         settings = self.config.rounds[number - 1]
-        self.view.begin("rollout", f"round {number}: rollout", len(self.train))
+        self.view.begin("rollout", f"round {number}: rollout", len(self.train), round=number)
         if number == 1 and self.config.endpoint is not None:
             await self.fleet.serve_endpoint(self.config.endpoint)
         else:
@@ -242,17 +268,32 @@ class Evolution:
             f"{totals.trees} trees, {totals.generated_tokens:,} tokens, "
             f"{outcome.solved} of {len(self.train)} problems solved"
         )
+        self._tell(outcome.loss_lines())
         self.folder.write_suspects(number, outcome.suspects)
-        self.folder.record_stage(number, "rollout", seconds, **outcome.facts())
+        levels = await asyncio.to_thread(problems_by_level, trees, self.folder.problem_levels())
+        self.folder.record_stage(number, "rollout", seconds, **outcome.facts(), **levels)
+        await self._remove_orphans(trees)
         return outcome.manifest
+
+    async def _remove_orphans(self, trees: TrajectoryStore) -> None:
+        """Delete what killed workers left of a sealed round."""
+        removed = await asyncio.to_thread(
+            trees.remove_orphans,
+            older_than_s=self.config.cluster.lease_s,
+            now_unix_s=time.time(),
+        )
+        if removed:
+            self.view.note(
+                f"round {trees.round}: {len(removed)} files removed that workers left unfinished"
+            )
 
     async def _select(self, number: int) -> None:
         """Trees of all rounds so far -> SFT examples; trees with outcomes -> pairs."""
         directory = self.folder.dataset(number)
         if read_manifest(directory) is not None:
-            self.view.skip("select")
+            self._skip(number, "select", "select")
             return
-        self.view.begin("select", f"round {number}: select")
+        self.view.begin("select", f"round {number}: select", round=number)
         counted = _Counted()
         rounds = range(1, number + 1)
         source = chain.from_iterable(
@@ -261,13 +302,16 @@ class Evolution:
         demonstrations = (
             read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
         )
-        dataset = await asyncio.to_thread(
-            build_dataset,
-            source,
-            template=self.config.search.training_template,
-            config=self.config.dataset,
-            demonstrations=demonstrations,
-        )
+        try:
+            dataset = await asyncio.to_thread(
+                build_dataset,
+                source,
+                template=self.config.search.training_template,
+                config=self.config.dataset,
+                demonstrations=demonstrations,
+            )
+        finally:
+            counted.stop()
         manifest = write_dataset(dataset, directory, info={"rounds": list(rounds)})
         counts = manifest["counts"]["all"]
         seconds = self.view.end(
@@ -284,12 +328,12 @@ class Evolution:
     async def _train_policy(self, number: int, previous: Checkpoint | None) -> Checkpoint:
         existing = self.checkpoints.current("policy", number)
         if existing is not None:
-            self.view.skip("train policy")
+            self._skip(number, "train policy", "train_policy")
             return existing
         start = self.base_model
         if self.config.models.policy_init == "previous" and previous is not None:
             start = Path(previous.path)
-        self.view.begin("train policy", f"round {number}: train policy")
+        self.view.begin("train policy", f"round {number}: train policy", round=number)
         result = await self._fit(number, "policy", start, self.config.train_policy)
         seconds = self.view.end(_fit_summary(result))
         self.folder.record_stage(number, "train_policy", seconds, **_fit_facts(result))
@@ -298,9 +342,9 @@ class Evolution:
     async def _train_ppm(self, number: int, policy: Checkpoint) -> Checkpoint:
         existing = self.checkpoints.current("ppm", number)
         if existing is not None:
-            self.view.skip("train ppm")
+            self._skip(number, "train ppm", "train_ppm")
             return existing
-        self.view.begin("train ppm", f"round {number}: train PPM")
+        self.view.begin("train ppm", f"round {number}: train PPM", round=number)
         result = await self._fit(number, "ppm", Path(policy.path), self.config.train_ppm)
         accuracy = result.metrics.get("pair_accuracy")
         shown = "" if accuracy is None else f", pair accuracy {100 * accuracy:.1f} %"
@@ -322,7 +366,7 @@ class Evolution:
         loop = asyncio.get_running_loop()
 
         def show(progress: FitProgress) -> None:
-            facts = {"loss": f"{progress.loss:.3f}", "tokens/s": f"{progress.tokens_per_s:,.0f}"}
+            facts = {"loss": progress.loss, "tokens/s": progress.tokens_per_s}
             loop.call_soon_threadsafe(self.view.update, progress.step, progress.num_steps, facts)
 
         return await self.fleet.fit(request, show)
@@ -333,23 +377,29 @@ class Evolution:
         """Held-out accuracy of the round's models."""
         name = self.folder.evaluation_name(number)
         if not self.test or self.folder.read(name) is not None:
-            self.view.skip("evaluate")
+            self._skip(number, "evaluate", "evaluate")
             return
-        self.view.begin("evaluate", f"round {number}: evaluate" if number else "evaluate")
+        self.view.begin(
+            "evaluate",
+            f"round {number}: evaluate" if number else "evaluate",
+            round=number or None,
+        )
         await self.fleet.serve_policy(self.base_model, policy)
         if ppm is not None:
             await self.fleet.serve_preference(ppm)
-        evaluation = await evaluate(
-            self.test,
-            config=self.config.evaluation,
-            search=self.config.search.trained(),
-            round=number,
-            seed=self.config.seed,
-            policy=self.fleet.policy,
-            preference=self.fleet.preference if ppm is not None else None,
-            sandbox=self.fleet.sandbox,
-            max_open=self.config.cluster.max_open_trees,
-            on_done=self.view.update,
+        evaluation = await self.fleet.guarded(
+            evaluate(
+                self.test,
+                config=self.config.evaluation,
+                search=self.config.search.trained(),
+                round=number,
+                seed=self.config.seed,
+                policy=self.fleet.policy,
+                preference=self.fleet.preference if ppm is not None else None,
+                sandbox=self.fleet.sandbox,
+                max_open=self.config.cluster.max_open_trees,
+                on_done=self.view.update,
+            )
         )
         self.folder.write(name, evaluation.as_record())
         greedy = evaluation.shares("greedy")
@@ -418,6 +468,8 @@ class Evolution:
             "lost": rollout.get("lost", 0),
             "doubled": rollout.get("doubled", 0),
             "failed_problems": len(manifest.failed),
+            "deaths": rollout.get("deaths", {}),
+            "resumed_trees": rollout.get("resumed_trees", 0),
             "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
         }
 
@@ -439,14 +491,21 @@ class Evolution:
 
 
 class _Counted:
-    """Counts the trajectories of trees that pass by."""
+    """Counts the trajectories of trees that pass by, until it is stopped."""
 
     def __init__(self) -> None:
         self.trajectories = 0
         self.correct = 0
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End a thread that still reads: after Ctrl-C nobody waits for hours of trees."""
+        self._stopped.set()
 
     def count(self, trees: Iterator[Tree], *, only: bool) -> Iterator[Tree]:
         for tree in trees:
+            if self._stopped.is_set():
+                raise RuntimeError("the selection was stopped")
             if only:
                 found = trajectories(tree)
                 self.trajectories += len(found)

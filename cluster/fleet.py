@@ -10,7 +10,11 @@
 The PPM's replicas start when the first PPM is served, and so do the policy's where the run starts
 with an endpoint. Rollout workers live for one round: they carry its search settings.
 
-Not covered: growing and shrinking pools while a round runs.
+Nothing that dies ends the run: replicas, sandbox workers, rollout workers and the coordinator each
+have a keeper (`cluster.keeper`) that replaces what is dead, silent or stalled, until deaths are too
+many. Every pool, here and in the rollout workers, is told at once who is READY (`_announce`).
+
+Not covered: replacing the endpoint's actor; the learner group looks after itself.
 """
 
 from __future__ import annotations
@@ -22,39 +26,61 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import weakref
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import nodes
+from cluster.actors import (
+    CoordinatorKind,
+    PolicyKind,
+    PreferenceKind,
+    SandboxKind,
+    WorkerKind,
+    actor_bundle,
+    actor_options,
+    as_future,
+    end_all,
+)
 from cluster.config import ActorConfig, ServingConfig
-from cluster.coordinator import CoordinatorActor, RemoteCoordinator, RoundStatus, audit_round
+from cluster.coordinator import RemoteCoordinator, RoundStatus, WorkerProgress, audit_round
 from cluster.endpoint import EndpointActor, EndpointConfig, EndpointStats, read_api_key
 from cluster.escalation import EscalationPlan, plan_escalation
-from cluster.jobs import QueueConfig, SearchTask, StagePlan
+from cluster.jobs import JobState, QueueConfig, SearchTask, StagePlan
+from cluster.keeper import ActorKind, PoolKeeper, cause, guard
 from cluster.learner_group import LearnerGroup
-from cluster.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
-from cluster.replica import PolicyReplicaActor, PreferenceReplicaActor
+from cluster.membership import Losses
+from cluster.pool import PolicyPool, PoolConfig, PreferencePool, ReplicaPool, SandboxPool
+from cluster.progress import LEVELS_FACT, solved_by_level
 from cluster.run_folder import RunFolder
-from cluster.sandbox_worker import SandboxWorkerActor
-from cluster.weight_sync import sync_weights
+from cluster.scaler import PoolLoad, Scaler, ask_ray
+from cluster.stall import StallDetector
 from cluster.worker import RolloutWorkerActor, WorkerConfig
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
 from rollout.difficulty import SuspectLabel
 from rollout.engine import EngineError, PolicyEngine, PreferenceEngine
+from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
 from rollout.search import SearchConfig, StepSandbox, run_search
-from rollout.store import Manifest, RunStore, TrajectoryStore
+from rollout.store import Manifest, RunStore, Totals, TrajectoryStore
+from rollout.tasks import all_of
 from rollout.tree import Tree
+from verifier import GRADER_VERSION
 from verifier.verify import start_symbolic_worker
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+MIND_S = 2.0
+"""Pause between two looks at the nodes."""
+
 DRAIN_S = 20.0
 """How long a stopped rollout may take to commit what is finished."""
 
@@ -62,7 +88,10 @@ ENDPOINT_WAIT_S = 86_400.0
 """Bound on one call of the endpoint's actor, which bounds each request itself once it has a slot:
 waiting for one, or for a limit per minute, is no failure."""
 
-Progress = Callable[[int, int, Mapping[str, str]], None]
+Progress = Callable[[int, int, Mapping[str, str | float]], None]
+
+T = TypeVar("T")
+P = TypeVar("P", bound=ReplicaPool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +123,18 @@ class RolloutOutcome:
     """What was asked of the endpoint since it was taken; None: replicas were the policy."""
     suspects: tuple[SuspectLabel, ...] = ()
     """Unsolved problems whose searches agree on another answer."""
+    losses: Mapping[str, Losses] = field(default_factory=dict)
+    """Deaths of actors while it ran, by kind; kinds without any are left out."""
+    resumed_trees: int = 0
+    """Searches gone on with from what a worker had left."""
+
+    def loss_lines(self) -> list[str]:
+        """For people: what died and what that cost."""
+        return [
+            f"{loss.deaths} x {kind} died, {loss.restarts} replaced, {loss.away_s:.1f} s without "
+            f"(last: {loss.last_reason})"
+            for kind, loss in self.losses.items()
+        ]
 
     def facts(self) -> dict[str, Any]:
         """For the stage's record."""
@@ -106,6 +147,8 @@ class RolloutOutcome:
             "sandbox_steps_per_s": self.executions / self.seconds,
             "prefix_hit_rate": self.prefix_hit_rate,
             "suspect_labels": len(self.suspects),
+            "deaths": {kind: asdict(loss) for kind, loss in self.losses.items()},
+            "resumed_trees": self.resumed_trees,
             "totals": asdict(self.manifest.totals),
             **({"endpoint": asdict(self.endpoint)} if self.endpoint is not None else {}),
         }
@@ -120,12 +163,27 @@ class StageSearch:
     preference: PreferenceEngine | None
     sandbox: StepSandbox
 
-    async def __call__(self, problem: Problem, task: SearchTask) -> Tree:
+    POOLS: ClassVar = ("policy", "ppm", "sandbox")
+
+    def set_replicas(self, pool: str, handles: Mapping[str, Any], revision: int) -> None:
+        """Change who serves one of the engines, where it is a pool."""
+        engines = {"policy": self.policy, "ppm": self.preference, "sandbox": self.sandbox}
+        engine = engines[pool]
+        if isinstance(engine, ReplicaPool):
+            engine.set_replicas(handles, revision)
+
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+        search = self.searches[task.stage]
+        if tree.search_config not in ("", search.model_dump_json()):
+            raise ValueError(
+                f"the open tree of problem {problem.id} was searched with other settings than "
+                f"those of stage {task.stage!r}"
+            )
         # A symbolic question that has to wait for its process would end undecided.
         await asyncio.to_thread(start_symbolic_worker)
         return await run_search(
             problem,
-            config=self.searches[task.stage],
+            config=search,
             policy=self.policy,
             preference=self.preference,
             sandbox=self.sandbox,
@@ -133,6 +191,7 @@ class StageSearch:
             index=task.index,
             seed=task.seed,
             clock=time.monotonic,
+            resume=tree,
         )
 
 
@@ -142,51 +201,110 @@ class Fleet:
     def __init__(self, config: ServingConfig, folder: RunFolder) -> None:
         self.config = config
         self.folder = folder
-        self._policies: dict[str, Any] = {}
+        self.note: Callable[[str], None] = logger.info
+        """Told what a person should know now."""
+        self._keepers: dict[str, PoolKeeper] = {}
+        """By kind, in the order they were started."""
+        self._policy_kind = PolicyKind(config.cluster.policy, config.policy_engine)
+        self._preference_kind = PreferenceKind(config.cluster.ppm, config.ppm_engine)
+        self._worker_kind: WorkerKind | None = None
+        self._pools: dict[str, weakref.WeakSet[ReplicaPool]] = {}
+        self._revision = 0
         self._endpoint: Any = None
         self._endpoint_version = ""
         self._endpoint_ended = False
-        self._preferences: dict[str, Any] = {}
-        self._sandboxes: dict[str, Any] = {}
-        self._workers: dict[str, Any] = {}
-        self._worker_runs: list[Any] = []
-        self._coordinator: Any = None
         self._learner: LearnerGroup | None = None
-        self._policy_version = ""
-        self._preference_version = ""
         self._ray_started = False
+        self._minding: asyncio.Task[None] | None = None
+        self._scaler: Scaler | None = None
+        self._work = (0, 0, 0)
+        """Trees of the stage that wait, are open, and were finished."""
 
     @property
     def policy(self) -> PolicyPool:
         if self._endpoint is not None:
             # It sends requests again itself, and knows best when to rest.
             patient = PoolConfig(deadline_s=ENDPOINT_WAIT_S, attempts=1, rest_s=0.0)
-            return PolicyPool(self._policy_handles, patient)
-        return PolicyPool(self._policies, self._pool_config())
+            return PolicyPool({"endpoint": self._endpoint}, patient)
+        return self._pool(PolicyPool, "policy")
 
     @property
     def preference(self) -> PreferencePool:
-        return PreferencePool(self._preferences, self._pool_config())
+        return self._pool(PreferencePool, "ppm")
 
     @property
     def sandbox(self) -> SandboxPool:
-        return SandboxPool(self._sandboxes, self._pool_config())
+        return self._pool(SandboxPool, "sandbox")
 
-    @property
-    def _policy_handles(self) -> dict[str, Any]:
-        """The actors that are the policy now."""
-        return self._policies if self._endpoint is None else {"endpoint": self._endpoint}
+    def _pool(self, kind: type[P], name: str) -> P:
+        """A new pool that is told of all changes."""
+        config = PoolConfig(
+            deadline_s=self.config.cluster.request_timeout_s,
+            vacancy_s=self.config.cluster.start_timeout_s,
+        )
+        pool = kind(self._handles(name), config)
+        self._pools.setdefault(name, weakref.WeakSet()).add(pool)
+        return pool
 
-    def _pool_config(self) -> PoolConfig:
-        return PoolConfig(deadline_s=self.config.cluster.request_timeout_s)
+    def _handles(self, name: str) -> dict[str, Any]:
+        keeper = self._keepers.get(name)
+        return keeper.handles if keeper is not None else {}
+
+    def _announce(self, name: str, handles: Mapping[str, Any]) -> None:
+        """Tell everybody who uses a pool which replicas may be given work."""
+        self._revision += 1
+        for pool in self._pools.get(name, ()):
+            pool.set_replicas(handles, self._revision)
+        workers = self._keepers.get("worker")
+        if workers is None or name not in StageSearch.POOLS:
+            return
+        for worker in workers.all_handles.values():
+            worker.set_replicas.remote(name, dict(handles), self._revision)
+
+    async def _keep(self, name: str, kind: ActorKind, size: int) -> PoolKeeper:
+        """Start a pool of actors and look after it from now on."""
+        keeper = PoolKeeper(
+            kind,
+            size,
+            self.config.cluster.supervision,
+            start_timeout_s=self.config.cluster.start_timeout_s,
+            announce=lambda handles: self._announce(name, handles),
+            note=lambda text: self.note(text),
+        )
+        self._keepers[name] = keeper
+        try:
+            await keeper.start()
+        except BaseException:
+            del self._keepers[name]
+            raise
+        return keeper
+
+    async def guarded(self, work: Awaitable[T]) -> T:
+        """Await what needs the pools.
+
+        Raises:
+            EngineError: members of a pool died too often to go on.
+        """
+        return await guard(work, lambda: list(self._keepers.values()))
+
+    def _losses(self) -> dict[str, Losses]:
+        now_s = time.monotonic()
+        found = {k.kind.kind: k.members.losses(now_s) for k in self._keepers.values()}
+        sandbox = self._keepers.get("sandbox")
+        if sandbox is not None and isinstance(sandbox.kind, SandboxKind):
+            restarts = sum(sandbox.kind.supervisor_restarts.values())
+            found["sandbox supervisor"] = Losses(
+                deaths=restarts, restarts=restarts, last_reason="restarted by its sandbox worker"
+            )
+        return found
 
     def describe(self) -> str:
         """For people: what runs."""
-        parts = [f"{len(self._policies)} policy", f"{len(self._sandboxes)} sandbox"]
+        parts = [f"{len(self._handles(name))} {name}" for name in ("policy", "sandbox")]
         if self._endpoint is not None:
             parts.insert(0, self._endpoint_version)
-        if self._preferences:
-            parts.append(f"{len(self._preferences)} PPM")
+        if self._handles("ppm"):
+            parts.append(f"{len(self._handles('ppm'))} PPM")
         if self._learner is not None:
             parts.append(f"{self._learner.num_workers} learner ranks")
         return ", ".join(parts)
@@ -209,29 +327,105 @@ class Fleet:
                 storage_path=self.folder.root / "ray_train",
             )
             self._learner.start()
-        self._coordinator = CoordinatorActor.options(
-            name=f"coordinator-{uuid.uuid4().hex[:8]}"
-        ).remote(str(self.folder.root), QueueConfig(lease_s=cluster.lease_s))
-        self._sandboxes = {
-            f"sandbox-{number}": SandboxWorkerActor.options(**_options(cluster.sandbox)).remote(
-                limits=self.config.sandbox.limits, isolation=self.config.sandbox.isolation
-            )
-            for number in range(cluster.sandbox.replicas)
-        }
+        coordinator = CoordinatorKind(
+            str(self.folder.root),
+            QueueConfig(lease_s=cluster.lease_s),
+            patience_s=cluster.start_timeout_s,
+        )
+        sandbox = SandboxKind(
+            cluster.sandbox, self.config.sandbox.limits, self.config.sandbox.isolation
+        )
+        started = [
+            self._keep("coordinator", coordinator, 1),
+            self._keep("sandbox", sandbox, cluster.sandbox.replicas),
+        ]
         if policy is not None:
-            await self._start_policies(str(policy), version)
-        await self._ready(self._sandboxes, cluster.sandbox, sign_of_life="stats")
+            started.append(self._serve("policy", self._policy_kind, str(policy), version))
+        await all_of(started)
+        if cluster.address != "local" or cluster.autoscale or cluster.spot is not None:
+            self._minding = asyncio.create_task(self._mind())
 
-    async def _start_policies(self, path: str, version: str) -> None:
-        settings = self.config.cluster.policy
-        self._policies = {
-            f"policy-{number}": PolicyReplicaActor.options(**_options(settings)).remote(
-                path, self.config.policy_engine, version=version, name=f"policy-{number}"
+    async def _serve(
+        self, name: str, kind: PolicyKind | PreferenceKind, path: str, version: str
+    ) -> PoolKeeper:
+        """Have a pool serve a checkpoint; starts it the first time."""
+        same = version == kind.version
+        kind.serve(path, version)
+        keeper = self._keepers.get(name)
+        if keeper is None:
+            return await self._keep(name, kind, kind.settings.replicas)
+        if not same:
+            await keeper.serve()
+        return keeper
+
+    # ---------------------------------------------------------------- nodes come and go
+
+    async def _mind(self) -> None:
+        """Leave nodes that drain, watch new ones for spot notices, and scale; for ever."""
+        watchers: dict[str, Any] = {}
+        spot = self.config.cluster.spot
+        while True:
+            try:
+                if spot is not None:
+                    for node in await asyncio.to_thread(nodes.living):
+                        if node not in watchers:
+                            watchers[node] = nodes.start_spot_watcher(node, spot)
+                await self._leave_draining_nodes()
+                self._scale()
+            except Exception:
+                # Whatever fails here is tried again; what dies meanwhile is replaced anyway.
+                logger.exception("The nodes could not be looked at")
+            await asyncio.sleep(MIND_S)
+
+    async def _leave_draining_nodes(self) -> None:
+        """Drain what runs on nodes that are about to go; it is started anew elsewhere."""
+        ends = await asyncio.to_thread(nodes.draining)
+        if not ends:
+            return
+        for name, keeper in list(self._keepers.items()):
+            if name == "coordinator":
+                continue  # Ray restarts it elsewhere, and it reads the store
+            for member, handle in keeper.handles.items():
+                end_s = ends.get(await asyncio.to_thread(nodes.node_of, handle))
+                if end_s is not None:
+                    left_s = end_s - time.time() if end_s else nodes.ADVICE_S
+                    self.note(f"{member} leaves its node, which goes in {left_s:.0f} s")
+                    # What is not empty by then is retried; half the time is for the rest.
+                    keeper.drain([member], max(1.0, left_s / 2))
+
+    def _scale(self) -> None:
+        """Give pools that may grow and shrink the size their work asks for."""
+        cluster = self.config.cluster
+        settings = {"policy": cluster.policy, "ppm": cluster.ppm, "sandbox": cluster.sandbox}
+        if not cluster.autoscale:
+            return
+        if self._scaler is None:
+            learner = [_learner_resources(cluster.learner)] * cluster.learner.replicas
+            self._scaler = Scaler(
+                {
+                    name: (config, actor_bundle(settings[name]))
+                    for name, config in cluster.autoscale.items()
+                },
+                reserved=learner if self._learner is not None else (),
             )
-            for number in range(settings.replicas)
-        }
-        self._policy_version = version
-        await self._ready(self._policies, settings)
+        now_s = time.monotonic()
+        waiting, open_trees, finished = self._work
+        for name in cluster.autoscale:
+            keeper = self._keepers.get(name)
+            if keeper is None:
+                continue
+            load = PoolLoad(waiting=waiting, in_service=open_trees, served=finished)
+            self._scaler.observe(name, now_s, load, keeper.loads())
+        decision = self._scaler.decide(now_s)
+        for scaled, pool in decision.pools.items():
+            keeper = self._keepers.get(scaled)
+            if keeper is None or pool.target == keeper.members.size:
+                continue
+            self.note(f"{scaled} replicas: {pool.reason}")
+            keeper.resize(pool.target)
+            keeper.drain(pool.drain, cluster.request_timeout_s)
+        if cluster.address != "local":
+            ask_ray(decision.bundles)
 
     def _start_ray(self) -> None:
         cluster = self.config.cluster
@@ -270,14 +464,8 @@ class Fleet:
         """
         await self._leave_endpoint()
         version = checkpoint.version if checkpoint is not None else "base"
-        if version == self._policy_version:
-            return
         path = checkpoint.path if checkpoint is not None else str(base)
-        if not self._policies:
-            await self._start_policies(path, version)
-            return
-        await sync_weights(self._policies, path, version)
-        self._policy_version = version
+        await self._serve("policy", self._policy_kind, path, version)
 
     async def serve_endpoint(self, endpoint: EndpointConfig) -> None:
         """Make a completions endpoint the policy, until a checkpoint is served.
@@ -295,7 +483,7 @@ class Fleet:
         try:
             async with asyncio.timeout(self.config.cluster.start_timeout_s):
                 # As an argument of a call it is kept nowhere; of the actor, Ray would keep it.
-                await _as_future(actor.ready.remote(key))
+                await as_future(actor.ready.remote(key))
         except TimeoutError:
             raise EngineError(
                 f"the actor of the endpoint {endpoint.base_url} was not ready after "
@@ -310,7 +498,7 @@ class Fleet:
         if endpoint is not None:
             try:
                 async with asyncio.timeout(5.0):
-                    await _as_future(endpoint.shutdown.remote())
+                    await as_future(endpoint.shutdown.remote())
             except (TimeoutError, ray.exceptions.RayError) as error:
                 logger.info("The endpoint's actor did not shut down: %s", error)
             ray.kill(endpoint)
@@ -324,9 +512,9 @@ class Fleet:
         if self._endpoint is None:
             return None
         try:
-            return await _as_future(self._endpoint.stats.remote())
+            return await as_future(self._endpoint.stats.remote())
         except ray.exceptions.RayError as error:
-            raise EngineError(f"the endpoint's actor failed: {_cause(error)}") from error
+            raise EngineError(f"the endpoint's actor failed: {cause(error)}") from error
 
     async def _check_endpoint(self) -> None:
         """An endpoint that will answer no more (wrong key, budget used up) ends the round."""
@@ -337,42 +525,7 @@ class Fleet:
 
     async def serve_preference(self, checkpoint: Checkpoint) -> None:
         """Have every PPM replica serve a checkpoint; starts them the first time."""
-        if checkpoint.version == self._preference_version:
-            return
-        if not self._preferences:
-            settings = self.config.cluster.ppm
-            self._preferences = {
-                f"ppm-{number}": PreferenceReplicaActor.options(**_options(settings)).remote(
-                    checkpoint.path,
-                    self.config.ppm_engine,
-                    version=checkpoint.version,
-                    name=f"ppm-{number}",
-                )
-                for number in range(settings.replicas)
-            }
-            await self._ready(self._preferences, settings)
-        else:
-            await sync_weights(self._preferences, checkpoint.path, checkpoint.version)
-        self._preference_version = checkpoint.version
-
-    async def _ready(
-        self, actors: Mapping[str, Any], asked: ActorConfig, sign_of_life: str = "ready"
-    ) -> None:
-        """Wait until each actor answers a call of the method `sign_of_life`."""
-        timeout_s = self.config.cluster.start_timeout_s
-        for name, handle in actors.items():
-            try:
-                await asyncio.wait_for(
-                    _as_future(getattr(handle, sign_of_life).remote()), timeout_s
-                )
-            except TimeoutError:
-                raise EngineError(
-                    f"{name} was not ready after {timeout_s:.0f} s; it asks for {_options(asked)}, "
-                    f"the cluster has {ray.cluster_resources()} "
-                    f"of which free: {ray.available_resources()}"
-                ) from None
-            except ray.exceptions.RayError as error:
-                raise EngineError(f"{name} did not start: {_cause(error)}") from error
+        await self._serve("ppm", self._preference_kind, checkpoint.path, checkpoint.version)
 
     # ---------------------------------------------------------------- rollouts
 
@@ -390,6 +543,7 @@ class Fleet:
         Cancelling drains: trees that are finished are committed, the rest is handed back.
         """
         began_s = time.monotonic()
+        losses_before = self._losses()
         by_id = {problem.id: problem for problem in problems}
         search = StageSearch(
             searches={name: stage.search for stage in stages for name in _tree_stages(stage)},
@@ -397,7 +551,6 @@ class Fleet:
             preference=self.preference if preference else None,
             sandbox=self.sandbox,
         )
-        before = await self._engine_tokens()
         trees = TrajectoryStore(RunStore(str(self.folder.root)), round)
         await self._start_workers(by_id, search)
         planned = {
@@ -418,17 +571,23 @@ class Fleet:
                     index += 1
             left = await self._plan_escalation(trees, by_id)
             endpoint = await self._endpoint_stats()
-            finished = await self._coordinator.status.remote(round)
-            manifest = await self._coordinator.seal.remote(round)
+            finished = await self._ask("status", round)
+            manifest = await self._ask("seal", round)
         finally:
-            # Without a policy no open search comes to its end.
-            progress = await self._stop_workers(0.0 if self._endpoint_ended else DRAIN_S)
+            losses = self._losses()
+            # Without its engines no open search comes to its end.
+            crippled = self._endpoint_ended or any(k.hopeless for k in self._keepers.values())
+            progress = await self._stop_workers(0.0 if crippled else DRAIN_S)
+            self._work = (0, 0, 0)
+        await asyncio.to_thread(OpenTreeStore(trees.store, round).remove_all)
         audit = await asyncio.to_thread(
             audit_round, trees, reported=finished.totals.trees if not finished.sealed else None
         )
-        after = await self._engine_tokens()
-        prompt = after["prompt_tokens"] - before["prompt_tokens"]
-        cached = after["cached_tokens"] - before["cached_tokens"]
+        prompt = sum(p.finished.prompt_tokens for p in progress)
+        cached = sum(p.finished.cached_tokens for p in progress)
+        lost = {
+            kind: loss.since(losses_before.get(kind, Losses())) for kind, loss in losses.items()
+        }
         return RolloutOutcome(
             manifest=manifest,
             solved=len(await asyncio.to_thread(solved_problems, trees)),
@@ -441,6 +600,8 @@ class Fleet:
             prefix_hit_rate=cached / prompt if prompt else 0.0,
             endpoint=endpoint,
             suspects=tuple(left.suspects),
+            losses={kind: loss for kind, loss in lost.items() if loss.deaths},
+            resumed_trees=sum(p.resumed_trees for p in progress),
         )
 
     async def _plan_escalation(
@@ -474,30 +635,39 @@ class Fleet:
             seed=self.config.seed,
             priority=index,
         )
-        status: RoundStatus = await self._coordinator.plan.remote(plan)
+        status: RoundStatus = await self._ask("plan", plan)
         before = sum(stage.totals.trees for other, stage in status.stages.items() if other != name)
+        detector = StallDetector(self.config.cluster.stalled_after_s)
         while not status.finished:
             await asyncio.sleep(POLL_S)
-            self._check_workers()
-            status = await self._coordinator.status.remote(round)
+            self._check()
+            status = await self._ask("status", round)
             if not status.finished:
                 await self._check_endpoint()
-            stats = await self._coordinator.stats.remote()
-            # Workers of earlier rounds are still known to the coordinator.
-            workers = [p for name, p in stats.workers.items() if name in self._workers]
+            workers = list(self._progress().values())
             tokens = sum(p.finished.generated_tokens for p in workers)
             steps = sum(p.finished.executions for p in workers)
             done = sum(p.finished.trees for p in workers)
             solved = sum(p.finished.solved for p in workers)
             elapsed_s = max(time.monotonic() - began_s, 1e-9)
             own = status.stages[name]
-            facts = {
+            facts: dict[str, str | float] = {
                 "stage": name,
+                LEVELS_FACT: solved_by_level(Totals.sum(p.finished for p in workers)),
                 "solved": f"{solved} of {done} trees",
-                "open": str(sum(p.open_trees for p in workers)),
-                "tokens/s": f"{tokens / elapsed_s:,.0f}",
-                "steps/s": f"{steps / elapsed_s:,.0f}",
+                "open": str(sum(p.open_trees for p in self._progress(living=True).values())),
+                "tokens/s": tokens / elapsed_s,
+                "steps/s": steps / elapsed_s,
             }
+            open_trees = sum(p.open_trees for p in self._progress(living=True).values())
+            unfinished = sum(own.counts.problems.values()) - own.counts.problems[JobState.DONE]
+            self._work = (max(0, unfinished - open_trees), open_trees, done)
+            stalls = self._stalls(detector)
+            if stalls:
+                facts["stalled"] = stalls[0]
+            deaths = sum(loss.deaths for loss in self._losses().values())
+            if deaths:
+                facts["replaced"] = f"{deaths} dead actors"
             if own.failed:
                 facts["quarantined"] = str(len(own.failed))
             errors = {p.error for p in workers if p.error}
@@ -507,68 +677,119 @@ class Fleet:
             shown = max(done - before, own.totals.trees)
             on_progress(min(shown, len(problem_ids)), len(problem_ids), facts)
 
+    def _stalls(self, detector: StallDetector) -> list[str]:
+        """Parts that have work and do not move, the causes first."""
+        now_s = time.monotonic()
+        open_trees = sum(p.open_trees for p in self._progress(living=True).values())
+        waits_on = ""
+        for name in StageSearch.POOLS:
+            keeper = self._keepers.get(name)
+            if keeper is None:
+                continue
+            looks = keeper.looks.values()
+            done, open_ = sum(look.done for look in looks), sum(look.open for look in looks)
+            if keeper.members.ready():
+                detector.report(name, now_s, done=done, open=open_)
+            else:
+                waits_on = name
+                detector.report(
+                    name, now_s, done=0, open=open_trees, waits_on=f"a new {keeper.kind.kind}"
+                )
+        if not waits_on and self._keepers.get("policy") is not None:
+            waits_on = "policy"
+        requests = sum(p.requests + p.finished.trees for p in self._progress().values())
+        detector.report("search", now_s, done=requests, open=open_trees, waits_on=waits_on)
+        return [str(stall) for stall in detector.stalls(now_s)]
+
     async def _start_workers(self, problems: Mapping[str, Problem], search: StageSearch) -> None:
         cluster = self.config.cluster
         shared = ray.put(dict(problems))
-        self._workers = {
-            f"worker-{number}-{uuid.uuid4().hex[:6]}": None
-            for number in range(cluster.workers.replicas)
+        config = WorkerConfig(
+            max_open_trees=cluster.max_open_trees,
+            admission=cluster.admission,
+            renew_s=1.0,
+            checkpoint_open_trees_s=cluster.checkpoint_open_trees_s,
+        )
+        info = {
+            "policy": self._endpoint_version if self._endpoint else self._policy_kind.version,
+            "ppm": self._preference_kind.version,
+            "grader": GRADER_VERSION,
         }
-        for name in self._workers:
-            self._workers[name] = RolloutWorkerActor.options(**_options(cluster.workers)).remote(
+        engines = self.policy if self._endpoint is None else None
+
+        def make(name: str) -> Any:
+            # Pickled now, the pools hold the replicas of now; later ones are announced.
+            return RolloutWorkerActor.options(**actor_options(cluster.workers)).remote(
                 name,
-                RemoteCoordinator(self._coordinator),
+                RemoteCoordinator(self._coordinator()),
                 str(self.folder.root),
                 shared,
                 search,
-                WorkerConfig(
-                    max_open_trees=cluster.max_open_trees,
-                    admission=cluster.admission,
-                    renew_s=1.0,
-                ),
-                engines=self.policy if self._endpoint is None else None,
-                info={
-                    "policy": self._endpoint_version if self._endpoint else self._policy_version,
-                    "ppm": self._preference_version,
-                },
+                config,
+                engines=engines,
+                info=info,
             )
-        self._worker_runs = [worker.run.remote() for worker in self._workers.values()]
 
-    def _check_workers(self) -> None:
-        """A worker whose run ended before it was drained has failed."""
-        done, _ = ray.wait(self._worker_runs, num_returns=len(self._worker_runs), timeout=0)
-        for run in done:
-            try:
-                ray.get(run)
-            except ray.exceptions.RayError as error:
-                raise EngineError(f"a rollout worker failed: {_cause(error)}") from error
-
-    async def _stop_workers(self, drain_s: float) -> list[Any]:
-        """Drain the workers and end them; returns what each reported last."""
-        drains = [worker.drain.remote(drain_s) for worker in self._workers.values()]
-        progress: list[Any] = []
-        try:
-            async with asyncio.timeout(DRAIN_S + 5.0):
-                await asyncio.gather(*map(_as_future, drains), return_exceptions=True)
-                results = await asyncio.gather(
-                    *map(_as_future, self._worker_runs), return_exceptions=True
-                )
-                progress = [r for r in results if not isinstance(r, BaseException)]
-        except TimeoutError:
-            logger.warning("Rollout workers did not drain within %.0f s", DRAIN_S)
-        for worker in self._workers.values():
-            ray.kill(worker)
-        self._workers, self._worker_runs = {}, []
-        return progress
-
-    async def _engine_tokens(self) -> dict[str, int]:
-        stats = await asyncio.gather(
-            *(_as_future(handle.stats.remote()) for handle in self._policy_handles.values())
+        self._worker_kind = WorkerKind(
+            cluster.workers, make, incarnation=uuid.uuid4().hex[:6], forget=self._forget_worker
         )
-        return {
-            name: sum(getattr(s, name) for s in stats)
-            for name in ("prompt_tokens", "cached_tokens", "generated_tokens")
-        }
+        await self._keep("worker", self._worker_kind, cluster.workers.replicas)
+
+    def _coordinator(self) -> Any:
+        """The coordinator's handle.
+
+        Raises:
+            EngineError: there is none now.
+        """
+        for handle in self._handles("coordinator").values():
+            return handle
+        raise EngineError("the coordinator is being replaced")
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call the coordinator, which may be replaced meanwhile.
+
+        Raises:
+            EngineError: it died too often.
+        """
+        while True:
+            self._check()
+            try:
+                return await as_future(getattr(self._coordinator(), method).remote(*arguments))
+            except (EngineError, RayActorError) as error:
+                if isinstance(error, ray.exceptions.RayTaskError):
+                    raise
+                logger.info("The coordinator is asked again: %s", error)
+            await asyncio.sleep(POLL_S)
+
+    def _forget_worker(self, name: str) -> None:
+        """End the leases of a worker that is gone; if that is not heard they expire."""
+        for handle in self._handles("coordinator").values():
+            handle.forget_worker.remote(name)
+
+    def _check(self) -> None:
+        """Raises EngineError if members of some pool died too often to go on."""
+        for keeper in self._keepers.values():
+            keeper.check()
+
+    def _progress(self, *, living: bool = False) -> dict[str, WorkerProgress]:
+        """Last reports of this rollout's workers, of dead ones too unless `living`."""
+        if self._worker_kind is None:
+            return {}
+        names = self._worker_kind.runs if living else self._worker_kind.progress
+        progress = self._worker_kind.progress
+        return {name: progress[name] for name in names if name in progress}
+
+    async def _stop_workers(self, drain_s: float) -> list[WorkerProgress]:
+        """Drain the workers and end them; returns what each there ever was reported last."""
+        keeper, kind = self._keepers.pop("worker", None), self._worker_kind
+        if keeper is None or kind is None:
+            return []
+        handles = await keeper.stop()
+        if not await kind.finish(handles, drain_s, DRAIN_S + 5.0):
+            logger.warning("Rollout workers did not drain within %.0f s", DRAIN_S)
+        end_all(handles)
+        self._worker_kind = None
+        return list(kind.progress.values())
 
     # ---------------------------------------------------------------- learner, end
 
@@ -587,29 +808,33 @@ class Fleet:
         """End every actor, and Ray if it was started here. Bounded in time; safe to call twice."""
         if not self._ray_started:
             return
-        actors = [*self._policies.values(), *self._preferences.values()]
+        if self._minding is not None:
+            self._minding.cancel()
+            await asyncio.gather(self._minding, return_exceptions=True)
+            self._minding = None
+            if self._scaler is not None and self.config.cluster.address != "local":
+                ask_ray(())
+                self._scaler = None
         await self._leave_endpoint()
+        handles = {name: await keeper.stop() for name, keeper in self._keepers.items()}
+        self._keepers.clear()
+        engines = [*handles.get("policy", {}).values(), *handles.get("ppm", {}).values()]
         try:
             async with asyncio.timeout(15.0):
                 await asyncio.gather(
-                    *(_as_future(handle.shutdown.remote()) for handle in actors),
+                    *(as_future(handle.shutdown.remote()) for handle in engines),
                     return_exceptions=True,
                 )
         except TimeoutError:
             note("engines did not stop within 15 s; they are killed")
-        for handle in [*actors, *self._sandboxes.values()]:
-            ray.kill(handle)
+        for some in handles.values():
+            end_all(some)
         if self._learner is not None:
             await asyncio.to_thread(self._learner.shutdown, 5.0)
             self._learner = None
-        self._policies, self._preferences, self._sandboxes = {}, {}, {}
         ray.shutdown()
         self._ray_started = False
         shutil.rmtree(self.folder.root / "ray_train", ignore_errors=True)
-
-
-async def _as_future(ref: Any) -> Any:
-    return await ref
 
 
 def _port_is_free(port: int) -> bool:
@@ -635,26 +860,9 @@ def solved_problems(trees: TrajectoryStore) -> set[str]:
     }
 
 
-def _options(settings: ActorConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_cpus": settings.num_cpus}
-    if settings.num_gpus:
-        options["num_gpus"] = settings.num_gpus
-    if settings.resources:
-        options["resources"] = dict(settings.resources)
-    return options
-
-
 def _learner_resources(settings: ActorConfig) -> dict[str, float]:
     resources = dict(settings.resources)
     if settings.num_gpus:
         resources["GPU"] = settings.num_gpus
     resources["CPU"] = settings.num_cpus or 1.0
     return resources
-
-
-def _cause(error: BaseException) -> str:
-    """The message behind a Ray error, without its traceback."""
-    cause = getattr(error, "cause", None)
-    if cause is not None:
-        return f"{type(cause).__name__}: {cause}"
-    return str(error).strip().splitlines()[-1]

@@ -51,6 +51,12 @@ class QueueConfig(BaseModel):
         ge=1,
         description="leases of a job that may end badly before it is split or quarantined",
     )
+    adopt_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="after a restart nothing is leased for so long, while workers renew what they "
+        "hold; longer than the pause between renewals, or jobs in work are leased again",
+    )
 
 
 class JobState(StrEnum):
@@ -126,10 +132,13 @@ class StagePlan:
     """Problems per job."""
     seed: int
     priority: int = 0
+    num_workers: int = 1
+    """Workers expected; see `plan_jobs`."""
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"shard_size must be >= 1, got {self.shard_size}")
+        for name in ("shard_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not self.stage or not all(c.isalnum() or c in "-_" for c in self.stage):
             raise ValueError(f"stage must be letters, digits, - and _, got {self.stage!r}")
         if len(set(self.problem_ids)) != len(self.problem_ids):
@@ -145,6 +154,7 @@ class StagePlan:
                 "shard_size": self.shard_size,
                 "seed": self.seed,
                 "priority": self.priority,
+                "num_workers": self.num_workers,
             }
         ).encode()
 
@@ -155,10 +165,18 @@ class StagePlan:
 
 
 def plan_jobs(plan: StagePlan) -> list[Job]:
-    """Cut a stage's problems, in their order, into jobs with ids that depend on nothing else."""
+    """Cut a stage's problems, in their order, into jobs with ids that depend on nothing else.
+
+    A job gets `shard_size` problems, but never more than an equal share of what is left for each of
+    `num_workers` workers (guided self-scheduling): the last jobs are small, so that no worker sits
+    on many problems while others have none.
+    """
     jobs = []
-    for start in range(0, len(plan.problem_ids), plan.shard_size):
-        problem_ids = plan.problem_ids[start : start + plan.shard_size]
+    start = 0
+    while left := len(plan.problem_ids) - start:
+        size = min(plan.shard_size, -(-left // plan.num_workers))
+        problem_ids = plan.problem_ids[start : start + size]
+        start += size
         jobs.append(
             Job(
                 id=_hash(plan.round, plan.stage, plan.tree_index, list(problem_ids), plan.seed),

@@ -9,6 +9,7 @@ from what was committed.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,13 @@ from rich.table import Table
 
 from cluster.config import ConfigError, GivenModelsConfig, RolloutConfig
 from cluster.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
+from cluster.lineage import record_lineage, record_start
+from cluster.live import LiveFile
 from cluster.model_check import check_policy_checkpoint
 from cluster.progress import ProgressView
 from cluster.report import COLUMNS, hardware, shares_by_level, versions, write_report
 from cluster.run_folder import RunFolder
+from cluster.status import problems_by_level
 from learner.checkpoint import (
     Checkpoint,
     Kind,
@@ -49,6 +53,7 @@ class RolloutRun:
         self.view = view
         self.folder = RunFolder(config.run_dir)
         self.fleet = Fleet(config, self.folder)
+        self.fleet.note = view.note
 
     async def run(self) -> dict[str, Any]:
         """Search what is left of the file and return the report.
@@ -69,17 +74,30 @@ class RolloutRun:
             self.folder.keep_config(self.config)
             trees = TrajectoryStore(RunStore(str(self.folder.root)), ROUND)
             trees.store.self_check()
-            if trees.manifest() is None:
-                try:
-                    with self.view:
-                        outcome = await self._search(problems)
-                finally:
-                    await self.fleet.stop(self.view.note)
-                self.folder.write_suspects(ROUND, outcome.suspects)
-                self.folder.record_stage(ROUND, "rollout", outcome.seconds, **outcome.facts())
-            report = await asyncio.to_thread(self._report, problems, trees, read.skipped)
-            write_report(self.folder.root, report)
+            with LiveFile(self.folder.root, self.view.snapshot) as live:
+                self.view.seconds_before = live.seconds_before
+                self.view.usd_per_hour = self.config.cost.usd_per_hour
+                self.folder.write_problems(problems)
+                if trees.manifest() is None:
+                    given = [self.config.problems, self.config.policy, self.config.ppm]
+                    inputs = [path for path in given if path is not None]
+                    await asyncio.to_thread(record_start, self.folder, inputs)
+                    try:
+                        with self.view:
+                            outcome = await self._search(problems)
+                    finally:
+                        await self.fleet.stop(self.view.note)
+                    await asyncio.to_thread(self._record, outcome, trees)
+                report = await asyncio.to_thread(self._report, problems, trees, read.skipped)
+                write_report(self.folder.root, report)
         return report
+
+    def _record(self, outcome: RolloutOutcome, trees: TrajectoryStore) -> None:
+        self.folder.write_suspects(ROUND, outcome.suspects)
+        levels = problems_by_level(trees, self.folder.problem_levels())
+        self.folder.record_stage(ROUND, "rollout", outcome.seconds, **outcome.facts(), **levels)
+        record_lineage(self.folder, ROUND)
+        trees.remove_orphans(older_than_s=self.config.cluster.lease_s, now_unix_s=time.time())
 
     async def _search(self, problems: list[Problem]) -> RolloutOutcome:
         config = self.config
@@ -95,7 +113,7 @@ class RolloutRun:
         if config.ppm is not None:
             await self.fleet.serve_preference(given_checkpoint("ppm", config.ppm))
         self.view.end(self.fleet.describe())
-        self.view.begin("rollout", f"rollout of {config.problems.name}", len(problems))
+        self.view.begin("rollout", f"rollout of {config.problems.name}", len(problems), round=ROUND)
         stages = [
             RolloutStage(name="base", search=config.search),
             *(
@@ -116,6 +134,8 @@ class RolloutRun:
             on_progress=self.view.update,
         )
         self.view.end(f"{outcome.solved} of {len(problems)} problems solved")
+        for line in outcome.loss_lines():
+            self.view.note(line)
         return outcome
 
     def _report(
@@ -148,6 +168,8 @@ class RolloutRun:
             "generated_tokens": totals.generated_tokens,
             "lost": stage.get("lost"),
             "doubled": stage.get("doubled"),
+            "deaths": stage.get("deaths", {}),
+            "resumed_trees": stage.get("resumed_trees", 0),
             "seconds": stage.get("seconds"),
             "generated_tokens_per_s": stage.get("generated_tokens_per_s"),
             "sandbox_steps_per_s": stage.get("sandbox_steps_per_s"),

@@ -1,6 +1,10 @@
 """Where a run keeps what it made, and how it knows what is done.
 
     RUN/config.yaml                    the effective config of the first start
+    RUN/versions.json                  each start: code, packages, machine, problem files (lineage)
+    RUN/lineage/round=R.json           which models, grader and data made what (lineage)
+    RUN/live.json                      what the driver does right now (live)
+    RUN/problems.parquet               id and level of every problem to search
     RUN/problems/, RUN/base/           only with the miniature: generated files, initial weights
     RUN/base_with_markers/             only if the base model's tokenizer lacks step markers
     RUN/trajectories/round=R/          trees (rollout.store)
@@ -12,12 +16,15 @@
     RUN/report.json, RUN/report.png    what it all showed
 
 A stage is done when its product is there, written whole; nothing else is remembered. The folder
-must be on a file system that all machines of the cluster see.
+must be on a file system that all machines of the cluster see. `rstar status` reads it from any
+machine, at any time, and writes nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +33,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from cluster.config import ConfigError, ServingConfig
 from rollout.difficulty import SuspectLabel
+from rollout.problem import Problem
 
 RESUMABLE = (
     "cluster",
+    "cost",
     "policy_engine",
     "ppm_engine",
     "name",
@@ -100,8 +111,8 @@ class RunFolder:
             lock = (self.root / ".lock").open("a+")
         except OSError as error:
             raise RunFolderError(
-                f"{self.root}: cannot be written: {error.strerror or error}; choose another "
-                "folder with --set run_dir=..."
+                f"{self.root}: {why_not_written(error)}; choose another folder with "
+                "--set run_dir=..."
             ) from error
         with lock:
             try:
@@ -113,9 +124,14 @@ class RunFolder:
                     f"{self.root}: in use by {holder}; wait for it, or choose another folder "
                     "with --set run_dir=..."
                 ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()}")
-            lock.flush()
+            try:
+                lock.truncate(0)
+                os.write(lock.fileno(), f"process {os.getpid()}".encode())
+            except OSError as error:
+                raise RunFolderError(
+                    f"{self.root}: {why_not_written(error)}; free some space, or choose another "
+                    "folder with --set run_dir=..."
+                ) from error
             yield
 
     def keep_config(self, config: ServingConfig) -> None:
@@ -161,6 +177,34 @@ class RunFolder:
     def record_stage(self, round: int, stage: str, seconds: float, **facts: Any) -> None:
         self.write(_stage_name(round, stage), {"seconds": round_to(seconds), **facts})
 
+    def write_problems(self, problems: Sequence[Problem]) -> None:
+        """Write which problems are searched: the one place that tells their number and levels."""
+        table = pa.table(
+            {
+                "id": pa.array([problem.id for problem in problems], pa.string()),
+                "level": pa.array([p.level.value for p in problems], pa.string()),
+            }
+        )
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self._write(self.root / "problems.parquet", sink.getvalue())
+
+    def problem_levels(self) -> dict[str, str]:
+        """Level of every problem that is searched, by id; {} if they are not written yet.
+
+        Raises:
+            RunFolderError: the file cannot be read.
+        """
+        path = self.root / "problems.parquet"
+        try:
+            table = pq.read_table(path, columns=["id", "level"])
+        except FileNotFoundError:
+            return {}
+        except (OSError, pa.ArrowException) as error:
+            raise RunFolderError(f"{path}: cannot be read: {error}") from error
+        ids, levels = (table[name].to_pylist() for name in ("id", "level"))
+        return dict(zip(ids, levels, strict=True))
+
     def write_suspects(self, round: int, suspects: Sequence[SuspectLabel]) -> None:
         """Write the suspect labels of a round, a JSON line each, for a person to look at."""
         lines = [json.dumps(asdict(suspect), ensure_ascii=False) + "\n" for suspect in suspects]
@@ -169,14 +213,25 @@ class RunFolder:
     def evaluation_name(self, round: int) -> str:
         return f"evaluations/round={round}.json"
 
-    def _write(self, path: Path, text: str) -> None:
+    def _write(self, path: Path, data: str | bytes) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
             temporary.replace(path)
         except OSError as error:
-            raise RunFolderError(f"{path}: cannot be written: {error}") from error
+            temporary.unlink(missing_ok=True)
+            raise RunFolderError(f"{path}: {why_not_written(error)}") from error
+
+
+def why_not_written(error: OSError) -> str:
+    """For people: why a file could not be written."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full ({reason})"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot be written: no permission ({reason})"
+    return f"cannot be written: {reason}"
 
 
 def round_to(seconds: float) -> float:

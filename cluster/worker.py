@@ -2,13 +2,14 @@
 
     grant --> shard: one coroutine a problem --> all ended --> commit --> complete --> next
                         |  search raises: again, then quarantined with its error
-                        |  an engine fails: again with back-off; at last the shard ends early:
-                        |    what is finished is committed, the rest handed back
+                        |  an engine fails: on with the same tree, with back-off; at last the
+                        |    shard ends early: what is finished is committed, the rest handed back
                         |  lease lost: the rest of the shard is dropped
                         +- drain: what is finished is committed, the rest handed back
 
-There is no barrier: `max_open_trees` slots are shared by all open shards, and a new lease is taken
-as soon as a slot would stay empty. Problems of a shard do not depend on each other, nor on what
+There is no barrier: the slots for open trees are shared by all open shards, and a new lease is
+taken as soon as a slot would stay empty. Their number follows the policy engines, up to
+`max_open_trees` (`cluster.admission`). Problems of a shard do not depend on each other, nor on what
 else the worker runs.
 
 Whether a shard is done is decided in the store (`TrajectoryStore.commit`). The worker then reports
@@ -18,36 +19,71 @@ when this worker lost its lease long ago.
 While the store cannot be written a finished shard waits in memory, its lease is renewed, no new
 lease is taken, and the commit is tried again with back-off.
 
-Not covered: resuming a tree elsewhere in the middle of its search; a search that never returns
-blocks its shard until the lease is dropped, so engines must bound their waits.
+A search fills a tree that the worker holds, so it goes on from there after an engine failure. What
+is handed back takes its open trees along (`rollout.open_trees`), under the id of the job it
+becomes; with `checkpoint_open_trees_s` they are also kept now and then, for whoever gets the job of
+a worker that dies. A tree that cannot be gone on with is searched from the beginning.
+
+Not covered: a search that never returns blocks its shard until the lease is dropped, so engines
+must bound their waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray.exceptions import RayActorError
 
+from cluster.admission import AdmissionConfig, AdmissionController, EnginePressure, TreeSlots
 from cluster.coordinator import CoordinatorClient, WorkerProgress
 from cluster.jobs import Lease, SearchTask
+from cluster.pool import ReplicaPool
 from rollout.engine import EngineError
+from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
 from rollout.search import SearchError
 from rollout.store import RunStore, StoreError, Totals, TrajectoryStore
+from rollout.table import trees_to_table
 from rollout.tree import Tree
 
 logger = logging.getLogger(__name__)
 
-Search = Callable[[Problem, SearchTask], Awaitable[Tree]]
-"""Searches one problem; raises `EngineError` or `SearchError` if a part of the system failed."""
+Search = Callable[[Problem, SearchTask, Tree], Awaitable[Tree]]
+"""Searches one problem, filling the tree it is given, which may hold a part of the search already.
+
+Raises `EngineError` if an engine failed, and the tree can be gone on with; `SearchError` if another
+part of the system did, and it cannot."""
+
+
+@runtime_checkable
+class PooledSearch(Protocol):
+    """A search over pools whose replicas come and go."""
+
+    def set_replicas(self, pool: str, handles: Mapping[str, Any], revision: int) -> None:
+        """See `RolloutWorker.set_replicas`."""
+        ...
+
+
+class PressuredEngines(Protocol):
+    """Engines that say how full they are; `cluster.pool.PolicyPool` is one."""
+
+    async def pressures(self) -> list[EnginePressure]:
+        """Of those that answer soon; never raises."""
+        ...
+
+
+GC_THRESHOLD = (100_000, 50, 1000)
+"""Trees hold no reference cycles: with Python's own thresholds a third of the time of a worker with
+thousands of open trees goes into looking for them."""
 
 INFRASTRUCTURE_ERRORS = (EngineError, SearchError, RayActorError)
 """Failures that say nothing about the problem being searched."""
@@ -58,7 +94,10 @@ class WorkerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_open_trees: int = Field(default=64, ge=1, description="searches running at once")
+    max_open_trees: int = Field(default=64, ge=1, description="most searches running at once")
+    admission: AdmissionConfig = Field(
+        default_factory=AdmissionConfig, description="how many of them the engines take now"
+    )
     renew_s: float = Field(
         default=10.0, gt=0, description="pause between renewals; well below the lease time"
     )
@@ -83,6 +122,11 @@ class WorkerConfig(BaseModel):
     commit_patience_s: float = Field(
         default=600.0, ge=0, description="how long a finished shard waits for a failing store"
     )
+    checkpoint_open_trees_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="pause between two checkpoints of open trees; null: only on drain",
+    )
 
 
 @dataclass(slots=True)
@@ -93,6 +137,13 @@ class _Shard:
     unstarted: int
     """Problems that wait for a slot."""
     trees: list[Tree] = field(default_factory=list)
+    open: dict[str, Tree] = field(default_factory=dict)
+    """Trees in search, by problem."""
+    kept: dict[str, Tree] = field(default_factory=dict)
+    """Of an earlier holder of the job, not yet gone on with."""
+    has_file: bool = False
+    """Open trees of this job are in the store."""
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     failed: dict[str, str] = field(default_factory=dict)
     error: str = ""
     """Why the shard ends early; "" if it does not."""
@@ -116,6 +167,7 @@ class RolloutWorker:
         search: Search,
         config: WorkerConfig | None = None,
         info: Mapping[str, Any] | None = None,
+        engines: PressuredEngines | None = None,
     ) -> None:
         """
         Args:
@@ -123,6 +175,7 @@ class RolloutWorker:
             root: of the run's store.
             problems: every problem that may be leased, by id.
             info: kept in each commit marker beside writer and stage.
+            engines: what the number of open trees follows; None: it is `max_open_trees`.
         """
         self.name = name
         self.config = config or WorkerConfig()
@@ -131,7 +184,11 @@ class RolloutWorker:
         self._problems = problems
         self._search = search
         self._info = dict(info or {})
-        self._slots = asyncio.Semaphore(self.config.max_open_trees)
+        self._engines = engines
+        self._admission = AdmissionController(self.config.admission, self.config.max_open_trees)
+        self._slots = TreeSlots(
+            self.config.max_open_trees if engines is None else self._admission.limit
+        )
         self._shards: dict[str, _Shard] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = asyncio.Event()
@@ -144,6 +201,7 @@ class RolloutWorker:
         self._finished = Totals()
         self._failed_problems = 0
         self._retried_searches = 0
+        self._resumed_trees = 0
         self._lost_leases = 0
         self._error = ""
 
@@ -155,7 +213,10 @@ class RolloutWorker:
         Raises:
             RayActorError: the coordinator is gone for good.
         """
+        gc.set_threshold(*GC_THRESHOLD)
         renewal = asyncio.create_task(self._renew_forever())
+        looking = asyncio.create_task(self._look_at_engines())
+        keeping = asyncio.create_task(self._keep_open_trees_forever())
         try:
             while not self._draining.is_set():
                 self._changed.clear()
@@ -172,10 +233,10 @@ class RolloutWorker:
             while self._tasks:
                 await asyncio.wait(set(self._tasks))
         finally:
-            renewal.cancel()
-            for task in self._tasks:
+            others = (renewal, looking, keeping, *self._tasks)
+            for task in others:
                 task.cancel()
-            await asyncio.gather(renewal, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*others, return_exceptions=True)
         return self.progress()
 
     async def drain(self, timeout_s: float = 0.0) -> WorkerProgress:
@@ -205,9 +266,26 @@ class RolloutWorker:
             finished=self._finished,
             failed_problems=self._failed_problems,
             retried_searches=self._retried_searches,
+            resumed_trees=self._resumed_trees,
+            requests=sum(
+                tree.num_requests
+                for shard in self._shards.values()
+                for tree in (*shard.trees, *shard.open.values())
+            ),
             lost_leases=self._lost_leases,
             error=self._error,
         )
+
+    def set_replicas(self, pool: str, handles: Mapping[str, Any], revision: int) -> None:
+        """Let a pool of the search consist of these replicas; see `ReplicaPool.set_replicas`.
+
+        Args:
+            pool: "policy", "ppm" or "sandbox".
+        """
+        if isinstance(self._search, PooledSearch):
+            self._search.set_replicas(pool, handles, revision)
+        if pool == "policy" and isinstance(self._engines, ReplicaPool):
+            self._engines.set_replicas(handles, revision)
 
     def pid(self) -> int:
         """Process id, for logs and tests."""
@@ -220,7 +298,7 @@ class RolloutWorker:
         if self._commits_waiting or time.monotonic() < self._paused_until_s:
             return False
         unstarted = sum(shard.unstarted for shard in self._shards.values())
-        return self._open_trees + unstarted < self.config.max_open_trees
+        return self._open_trees + unstarted < self._slots.limit
 
     def _start(self, lease: Lease) -> None:
         shard = _Shard(lease, unstarted=len(lease.job.problem_ids))
@@ -238,6 +316,24 @@ class RolloutWorker:
                 await self._changed.wait()
         except TimeoutError:
             pass
+
+    async def _look_at_engines(self) -> None:
+        """Let the number of slots follow the engines, for ever."""
+        while self._engines is not None:
+            await asyncio.sleep(self.config.admission.look_s)
+            pressures = await self._engines.pressures()
+            before = self._slots.limit
+            limit = self._admission.observe(time.monotonic(), pressures, self._slots.open)
+            if limit != before:
+                logger.info(
+                    "Open trees: %d, before %d: %s worker=%s",
+                    limit,
+                    before,
+                    self._admission.reason,
+                    self.name,
+                )
+                self._slots.limit = limit
+                self._changed.set()
 
     async def _renew_forever(self) -> None:
         while True:
@@ -257,6 +353,7 @@ class RolloutWorker:
         job = shard.lease.job
         try:
             if not await self._committed_already(shard):
+                await self._take_over(shard)
                 await self._search_all(shard)
                 if not shard.dropped:
                     await self._finish(shard)
@@ -304,7 +401,7 @@ class RolloutWorker:
 
     async def _search_problem(self, shard: _Shard, problem_id: str) -> None:
         """Search one problem, with retries, into `shard.trees` or `shard.failed`."""
-        async with self._slots:
+        async with self._slots.slot():
             shard.unstarted -= 1
             self._open_trees += 1
             try:
@@ -321,23 +418,37 @@ class RolloutWorker:
             return
         attempts = engine_attempts = 0
         finished_before = self._finished.trees
+        open_tree = shard.kept.pop(problem_id, None)
+        kept = open_tree is not None and _continues(open_tree, problem, task)
+        self._resumed_trees += kept
+        if open_tree is None or not kept:
+            open_tree = _new_tree(problem, task)
         while True:
+            shard.open[problem_id] = open_tree
+            requests_before = open_tree.num_requests
             try:
-                tree = await self._search(problem, task)
+                tree = await self._search(problem, task, open_tree)
                 if (tree.problem.id, tree.index) != (problem_id, task.index):
                     raise ValueError(
                         f"asked for tree {task.index} of problem {problem_id}, the search returned "
                         f"tree {tree.index} of problem {tree.problem.id}"
                     )
             except INFRASTRUCTURE_ERRORS as error:
-                engine_attempts += 1
+                # A tree that grows does not wait for ever.
+                engine_attempts = (
+                    1 if open_tree.num_requests > requests_before else engine_attempts + 1
+                )
                 self._error = _describe(error)
+                if isinstance(error, SearchError):
+                    kept, open_tree = False, _new_tree(problem, task)
                 if engine_attempts >= self.config.engine_attempts:
                     self._give_up(shard, problem_id, finished_before)
                     return
                 pause_s = self.config.engine_backoff_s * 2 ** (engine_attempts - 1)
             except Exception as error:
-                attempts += 1
+                # What another worker left may be at fault: that is no attempt of this one.
+                attempts += not kept
+                kept, open_tree = False, _new_tree(problem, task)
                 self._error = _describe(error)
                 logger.warning(
                     "A search raised problem=%s attempt=%d", problem_id, attempts, exc_info=True
@@ -347,6 +458,7 @@ class RolloutWorker:
                     return
                 pause_s = 0.0
             else:
+                del shard.open[problem_id]
                 shard.trees.append(tree)
                 self._succeeded_s = time.monotonic()
                 self._finished = Totals.sum((self._finished, Totals.of([tree])))
@@ -377,7 +489,51 @@ class RolloutWorker:
     def _quarantine(self, shard: _Shard, problem_id: str, error: str) -> None:
         logger.error("A problem is quarantined: %s problem=%s", error, problem_id)
         shard.failed[problem_id] = error
+        shard.open.pop(problem_id, None)
         self._failed_problems += 1
+
+    # -- open trees
+
+    async def _take_over(self, shard: _Shard) -> None:
+        """Find what earlier holders of the job have left of its searches."""
+        job = shard.lease.job
+        trees = await asyncio.to_thread(self._open_trees_of(shard).load, job.id)
+        shard.has_file = bool(trees)
+        shard.kept = {tree.problem.id: tree for tree in trees if tree.index == job.tree_index}
+
+    async def _keep_open_trees_forever(self) -> None:
+        """Checkpoint the trees of all shards now and then."""
+        while self.config.checkpoint_open_trees_s is not None:
+            await asyncio.sleep(self.config.checkpoint_open_trees_s)
+            for shard in list(self._shards.values()):
+                async with shard.saving:
+                    if not shard.stop.is_set() and shard.lease.job.id in self._shards:
+                        await self._save(shard, shard.lease.job.id, shard.lease.job.problem_ids)
+
+    async def _save(self, shard: _Shard, job_id: str, problem_ids: Iterable[str]) -> None:
+        """Keep what is known of these problems' trees for whoever holds `job_id` next."""
+        known = {**shard.kept, **shard.open, **{tree.problem.id: tree for tree in shard.trees}}
+        trees = [known[p] for p in problem_ids if p in known and known[p].num_requests]
+        if not trees:
+            return
+        try:
+            # Here, not in the thread: searches go on and change their trees.
+            table = trees_to_table(trees)
+            await asyncio.to_thread(self._open_trees_of(shard).save, job_id, table)
+        except (StoreError, ValueError) as error:
+            logger.warning("Open trees could not be kept: %s job=%s", error, job_id)
+        else:
+            shard.has_file |= job_id == shard.lease.job.id
+
+    async def _forget_open_trees(self, shard: _Shard, job_ids: Sequence[str]) -> None:
+        try:
+            for job_id in job_ids:
+                await asyncio.to_thread(self._open_trees_of(shard).remove, job_id)
+        except StoreError as error:
+            logger.info("Open trees are left until the round is sealed: %s", error)
+
+    def _open_trees_of(self, shard: _Shard) -> OpenTreeStore:
+        return OpenTreeStore(self._store, shard.lease.job.round)
 
     # -- the end of a shard
 
@@ -386,6 +542,8 @@ class RolloutWorker:
         job, lease = shard.lease.job, shard.lease
         done = {tree.problem.id for tree in shard.trees} | shard.failed.keys()
         if not done:
+            async with shard.saving:
+                await self._save(shard, job.id, job.problem_ids)
             if shard.culprit:
                 await self._coordinator.fail(job.id, lease.id, shard.error)
             else:
@@ -395,6 +553,9 @@ class RolloutWorker:
         handed_back = [rest] if rest else []
         if shard.culprit:
             handed_back.append([shard.culprit])
+        # Before the commit, which lets others have the rest.
+        for group in handed_back:
+            await self._save(shard, job.child(group).id, group)
         position = {problem_id: i for i, problem_id in enumerate(job.problem_ids)}
         shard.trees.sort(key=lambda tree: position[tree.problem.id])
         trajectories = TrajectoryStore(self._store, job.round)
@@ -412,6 +573,11 @@ class RolloutWorker:
             self._committed = Totals.sum((self._committed, Totals.of(shard.trees)))
         else:
             logger.warning("A shard was committed by another worker job=%s", job.id)
+            await self._forget_open_trees(shard, [job.child(group).id for group in handed_back])
+        async with shard.saving:
+            shard.stop.set()
+            if shard.has_file:
+                await self._forget_open_trees(shard, [job.id])
         marker = await self._patiently(lambda: trajectories.read_commit(job.id), "read the marker")
         await self._coordinator.complete(job.id, lease.id, marker)
 
@@ -436,6 +602,19 @@ class RolloutWorker:
                 pause_s = min(2 * pause_s, 30.0)
         finally:
             self._commits_waiting -= waiting
+
+
+def _new_tree(problem: Problem, task: SearchTask) -> Tree:
+    return Tree(problem=problem, round=task.round, index=task.index, seed=task.seed)
+
+
+def _continues(tree: Tree, problem: Problem, task: SearchTask) -> bool:
+    """True if a tree that was found is of the very search that is asked for."""
+    found = (tree.problem, tree.round, tree.index, tree.seed)
+    same = found == (problem, task.round, task.index, task.seed)
+    if not same:
+        logger.warning("An open tree of another search is ignored problem=%s", problem.id)
+    return same
 
 
 def _describe(error: BaseException) -> str:

@@ -17,9 +17,11 @@ the loser deletes its own data. No database, no lock and no memory of any proces
 A commit may cover only a part of its shard: `remaining` then names the groups of problems that
 were handed back, each the problems of one new shard. Part and rest are decided by the same marker.
 
-Not covered: removing data files without a marker (what a killed worker left); local file systems
-without hard links, which `self_check` refuses; NFS clients that cache directory listings may see a
-commit late, never wrongly.
+What a killed worker left, a data file no marker names, is removed once the round is sealed and the
+file is older than any lease (`TrajectoryStore.remove_orphans`).
+
+Not covered: local file systems without hard links, which `self_check` refuses; NFS clients that
+cache directory listings may see a commit late, never wrongly.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ import json
 import os
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,7 +115,7 @@ class RunStore:
         """
         full = self._full(path)
         if self._local:
-            return self._retry("read", path, lambda: Path(full).read_bytes())
+            return self._retry("read", path, lambda: _read_whole(full))
         return self._retry("read", path, lambda: self._fs.cat_file(full))
 
     def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
@@ -137,6 +140,34 @@ class RunStore:
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
         return sorted(self._retry("list", prefix, lambda: self._folders(prefix)))
+
+    def unfinished(self, prefix: str) -> list[str]:
+        """Paths of the hidden files directly in a folder that a killed writer left half-written.
+
+        Only local stores have any: elsewhere a file appears whole.
+        """
+        if not self._local:
+            return []
+        base = prefix.strip("/")
+
+        def look() -> list[str]:
+            try:
+                with os.scandir(self._full(base)) as entries:
+                    names = [e.name for e in entries if e.is_file()]
+            except FileNotFoundError:
+                return []
+            return [f"{base}/{n}" for n in names if n.startswith(".") and n.endswith(".tmp")]
+
+        return sorted(self._retry("list", prefix, look))
+
+    def modified_unix_s(self, path: str) -> float:
+        """When a file was written last, by the store's clock.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        when = self._retry("look up", path, lambda: self._fs.modified(self._full(path)))
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
     def delete(self, path: str) -> None:
         """Remove a file; harmless if there is none."""
@@ -276,6 +307,12 @@ def _open_store(
     )
 
 
+def _read_whole(path: str) -> bytes:
+    # Unbuffered and without a Path: a restart reads tens of thousands of small files.
+    with io.FileIO(path) as file:
+        return file.readall()
+
+
 def _write_temporary(target: Path, data: bytes) -> Path:
     """Write and sync a hidden file beside `target`; it is gone again if that fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -336,19 +373,15 @@ class Totals:
     @classmethod
     def sum(cls, parts: Iterable[Totals]) -> Totals:
         """Add totals up."""
-        counts: Counter[str] = Counter()
-        trees_by_level: Counter[str] = Counter()
-        solved_by_level: Counter[str] = Counter()
+        sums: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | {name: {} for name in _COUNTS_BY_LEVEL}
         for part in parts:
             for name in _COUNTS:
-                counts[name] += getattr(part, name)
-            trees_by_level.update(part.trees_by_level)
-            solved_by_level.update(part.solved_by_level)
-        return cls(
-            **{name: counts[name] for name in _COUNTS},
-            trees_by_level=dict(trees_by_level),
-            solved_by_level=dict(solved_by_level),
-        )
+                sums[name] += getattr(part, name)
+            for name in _COUNTS_BY_LEVEL:
+                levels = sums[name]
+                for level, count in getattr(part, name).items():
+                    levels[level] = levels.get(level, 0) + count
+        return cls(**sums)
 
     @classmethod
     def _of_one(cls, tree: Tree) -> Totals:
@@ -368,7 +401,8 @@ class Totals:
         )
 
 
-_COUNTS = [f.name for f in fields(Totals) if not f.name.endswith("_by_level")]
+_COUNTS_BY_LEVEL = [f.name for f in fields(Totals) if f.name.endswith("_by_level")]
+_COUNTS = [f.name for f in fields(Totals) if f.name not in _COUNTS_BY_LEVEL]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -403,12 +437,19 @@ class Commit:
         )
 
     @classmethod
-    def from_json(cls, data: bytes) -> Commit:
-        """Raises ValueError if the bytes are not a commit marker."""
+    def from_json(cls, data: bytes, *, trees: bool = True) -> Commit:
+        """Read a marker.
+
+        Args:
+            trees: False leaves `trees` empty, where only sums and parts are asked for.
+        Raises:
+            ValueError: the bytes are not a commit marker.
+        """
         parsed = _from_json(data, "commit marker")
         try:
+            keys = parsed["trees"] if trees else ()
             parsed["trees"] = tuple(
-                TreeKey(problem_id=p, index=i, solved=bool(s)) for p, i, s in parsed["trees"]
+                TreeKey(problem_id=p, index=i, solved=bool(s)) for p, i, s in keys
             )
             parsed["remaining"] = tuple(tuple(group) for group in parsed["remaining"])
             parsed["totals"] = Totals(**parsed["totals"])
@@ -465,6 +506,10 @@ def _from_json(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"not a {what}: a JSON object was expected")
     return parsed
+
+
+_MARKERS_AT_ONCE = 4096
+"""Bounds the memory of reading a round's markers, which are many times larger than what is kept."""
 
 
 class TrajectoryStore:
@@ -584,17 +629,21 @@ class TrajectoryStore:
         path = self._marker(shard_id)
         return _parse(Commit.from_json, self.store.read(path), path)
 
-    def commits(self) -> dict[str, Commit]:
+    def commits(self, *, trees: bool = True) -> dict[str, Commit]:
         """All markers of the round by shard id.
 
+        Args:
+            trees: False leaves `Commit.trees` empty: half the time for a round of many shards.
         Raises:
             StoreError: a marker cannot be read; the message names it.
         """
         paths = [p for p in self.store.files(f"{self.prefix}/commits") if p.endswith(".json")]
         found: dict[str, Commit] = {}
-        for path, data in self.store.read_many(paths).items():
-            commit = _parse(Commit.from_json, data, path)
-            found[commit.shard] = commit
+        for start in range(0, len(paths), _MARKERS_AT_ONCE):
+            some = self.store.read_many(paths[start : start + _MARKERS_AT_ONCE])
+            for path, data in some.items():
+                commit = _parse(partial(Commit.from_json, trees=trees), data, path)
+                found[commit.shard] = commit
         return found
 
     def solved(self) -> set[str]:
@@ -666,6 +715,44 @@ class TrajectoryStore:
                 "(its SHA-256 differs)"
             )
         return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns))
+
+    # -- what killed workers left
+
+    def remove_orphans(self, *, older_than_s: float, now_unix_s: float) -> list[str]:
+        """Delete files of a sealed round that no marker names; returns their paths.
+
+        Once a round is sealed each of its shards has its marker, so nobody can commit such a file
+        any more. A young one is left alone all the same: a writer that is still at it deletes it
+        itself when it finds the marker, and clocks differ.
+
+        Args:
+            older_than_s: seconds since a file was written, as the lease time.
+            now_unix_s: seconds since 1970.
+        Returns:
+            Nothing if the round is not sealed.
+        Raises:
+            StoreError: the store failed, or a marker cannot be read.
+        """
+        if self.manifest() is None:
+            return []
+        # Listed before the markers are read: what is committed in between is then not among them.
+        left = self.store.files(f"{self.prefix}/data")
+        for folder in ("data", "commits", "plans"):
+            left += self.store.unfinished(f"{self.prefix}/{folder}")
+        left += self.store.unfinished(self.prefix)
+        named = {commit.path for commit in self.commits(trees=False).values()}
+        removed = []
+        for path in left:
+            if path in named:
+                continue
+            try:
+                age_s = now_unix_s - self.store.modified_unix_s(path)
+            except FileNotFoundError:  # its writer has just removed it
+                continue
+            if age_s > older_than_s:
+                self.store.delete(path)
+                removed.append(path)
+        return removed
 
     # -- plans
 

@@ -68,7 +68,7 @@ class HeldSearch:
         self.folder = folder
         self.hold = hold
 
-    async def __call__(self, problem: Problem, task: SearchTask) -> Tree:
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{problem.id}.{uuid.uuid4().hex}").touch()
         while self.hold.exists():
@@ -90,7 +90,7 @@ class EngineSearch:
             "sandbox": sandbox,
         }
 
-    async def __call__(self, problem: Problem, task: SearchTask) -> Tree:
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
         config = SearchConfig(num_candidates=2, num_rollouts=4, template="short")
         return await run_search(
             problem,
@@ -98,6 +98,7 @@ class EngineSearch:
             round=task.round,
             index=task.index,
             seed=task.seed,
+            resume=tree,
             **self.engines,
         )
 
@@ -203,6 +204,23 @@ class PolicyActor(ScriptedPolicy):
 
 
 @ray.remote(num_cpus=0)
+class HeldPolicyActor(ScriptedPolicy):
+    """A scripted policy that notes each request in a folder and waits while a hold file exists."""
+
+    async def hold(self, folder: Path, hold: Path) -> None:
+        self.folder, self.held = folder, hold
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        (self.folder / f"{os.getpid()}.{uuid.uuid4().hex}").touch()
+        while self.held.exists():
+            await asyncio.sleep(0.01)
+        return await super().generate(request)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@ray.remote(num_cpus=0)
 class PreferenceActor(TablePreference):
     """A scripted preference model in a process of its own."""
 
@@ -234,6 +252,42 @@ def test_search_runs_through_pools_of_actors_one_of_which_is_killed(
     assert ray.get(sandboxes["sandbox-0"].stats.remote())["open_trees"] == 0
     for actor in [*policies.values(), preference, *sandboxes.values()]:
         ray.kill(actor)
+
+
+async def test_a_tree_goes_on_when_a_replica_dies_with_its_request(tmp_path: Path) -> None:
+    """The request is answered by the other replica; the search is not started again."""
+    asked, gate = tmp_path / "asked", hold(tmp_path, "policy")
+    asked.mkdir()
+    policies = {f"policy-{n}": HeldPolicyActor.remote(SCRIPT) for n in range(2)}
+    for actor in policies.values():
+        await actor.hold.remote(asked, gate)
+    pids = {await actor.pid.remote(): actor for actor in policies.values()}
+    pool = PolicyPool(policies, PoolConfig(rest_s=0.1))
+    sandbox = ScriptedSandbox({"print(x)": "42\n"})
+    search = asyncio.create_task(
+        run_search(
+            make_problem("p0", answer="42"),
+            config=SearchConfig(num_candidates=2, num_rollouts=2, template="short"),
+            policy=pool,
+            preference=None,
+            sandbox=sandbox,
+            round=1,
+            seed=1,
+        )
+    )
+    async with asyncio.timeout(60):
+        while not (first := list(asked.iterdir())):
+            await asyncio.sleep(0.01)
+        dying = int(first[0].name.partition(".")[0])
+        os.kill(dying, signal.SIGKILL)
+        while len(list(asked.iterdir())) < 2:
+            await asyncio.sleep(0.01)
+        gate.unlink()
+        tree = await search
+    assert tree.solved and pool.stats().retries == 1
+    assert len(pool.names()) == 1 and len(pool.stats().lost) == 1
+    assert {int(note.name.partition(".")[0]) for note in asked.iterdir()} == set(pids)
+    ray.kill(next(actor for pid, actor in pids.items() if pid != dying))
 
 
 def test_killed_worker_loses_no_problem(start: Callable[..., Run], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import ConfigError, RolloutConfig, RunConfig, load_config
+from cluster.config import ConfigError, RolloutConfig, RunConfig, load_config, presets
 
 CONFIGS = Path(__file__).parents[3] / "deploy" / "configs"
 MINIMAL = {
@@ -21,9 +21,10 @@ def write(path: Path, data: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "smoke.yaml"])
+@pytest.mark.parametrize("name", presets())
 def test_shipped_run_configs_are_valid_and_read_back_equal(name: str, tmp_path: Path) -> None:
-    config = load_config(CONFIGS / name, kind=RunConfig)
+    config = load_config(name, kind=RunConfig)
+    assert config.name == name
     again = write(tmp_path / "effective.yaml", config.effective())
     assert load_config(again, kind=RunConfig) == config
 
@@ -34,12 +35,71 @@ def test_shipped_rollout_config_needs_only_problems_and_policy() -> None:
     assert config.ppm is None
 
 
+def test_presets_of_each_command_are_known() -> None:
+    names = ["cluster", "demo", "eight_gpus", "one_gpu", "paper", "smoke"]
+    assert list(presets(RunConfig)) == names
+    assert list(presets(RolloutConfig)) == ["rollout"]
+
+
+def test_file_goes_before_the_preset_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo", kind=RunConfig).name == "demo"
+    assert load_config("demo.yaml", kind=RunConfig).name == "demo"
+    write(tmp_path / "demo.yaml", MINIMAL)
+    assert load_config("demo.yaml", kind=RunConfig).name == "t"
+    (tmp_path / "cluster").mkdir()  # a folder is no config
+    assert load_config("cluster", kind=RunConfig).name == "cluster"
+
+
+def test_unknown_preset_is_told_the_nearest_and_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("dmeo", kind=RunConfig)
+    assert str(caught.value) == (
+        "dmeo: no such config file; did you mean 'demo'? "
+        "presets: cluster, demo, eight_gpus, one_gpu, paper, smoke"
+    )
+    with pytest.raises(ConfigError, match=r"some/where\.yaml: no such config file$"):
+        load_config("some/where.yaml", kind=RunConfig)
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("demo", 0), ("one_gpu", 1), ("eight_gpus", 8)])
+def test_actors_of_a_one_machine_preset_fit_its_gpus(name: str, gpus: int) -> None:
+    config = load_config(name, kind=RunConfig)
+    cluster = config.cluster
+    actors = (cluster.policy, cluster.ppm, cluster.learner, cluster.sandbox, cluster.workers)
+    asked = [actor.num_gpus for actor in actors for _ in range(actor.replicas)]
+    assert sum(asked) == pytest.approx(gpus)
+    if any(0 < share < 1 for share in asked):
+        # Engines that share a GPU leave the learner at least what Ray books for it.
+        engines = (config.policy_engine, config.ppm_engine)
+        taken = sum(engine.gpu_memory_utilization for engine in engines)
+        assert taken <= 1 - cluster.learner.num_gpus
+
+
+def test_paper_preset_has_the_budgets_of_the_paper() -> None:
+    config = load_config("paper", kind=RunConfig)
+    searches = [settings.search(config.search) for settings in config.rounds]
+    assert [s.num_candidates for s in searches] == [5, 8, 8, 16]
+    assert [s.num_rollouts for s in searches] == [8, 16, 16, 16]
+    assert [r.preference for r in config.rounds] == [False, False, True, True]
+    further = [[stage.num_rollouts for stage in r.escalation] for r in config.rounds]
+    assert further == [[], [16], [16], [64, 128]]
+    assert searches[0].template == "bootstrap"
+    assert config.endpoint is not None
+    policy, ppm = config.train_policy, config.train_ppm
+    assert (policy.num_epochs, policy.batch_examples, policy.learning_rate) == (2, 128, 7e-6)
+    assert (ppm.num_epochs, ppm.batch_examples, ppm.learning_rate) == (1, 512, 7e-6)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("serch.top_p=1", "unknown key 'serch'; did you mean 'search'?"),
         ("search.topp=1", "unknown key 'search.topp'; did you mean 'top_p'?"),
         ("rounds.0.preferense=1", "unknown key 'rounds.0.preferense'; did you mean 'preference'?"),
+        ("sandbox.limits.wall=1", "unknown key 'sandbox.limits.wall'; did you mean 'wall_s'?"),
         ("search.top_p=2", "'search.top_p': Input should be less than or equal to 1 (got 2)"),
         ("rounds=[]", "'rounds': List should have at least 1 item"),
         ("rounds.3.trees=2", "rounds is a list of 1, '3' is no index"),

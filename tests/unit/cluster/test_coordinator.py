@@ -193,6 +193,25 @@ def test_worker_keeps_its_lease_over_a_restart(
     assert work(again, lease)
 
 
+def test_restarted_coordinator_grants_nothing_until_workers_have_renewed(
+    coordinator: Coordinator, tmp_path: Path, clock: Clock
+) -> None:
+    coordinator.plan(plan("a", "b", "c"))
+    held = grant(coordinator)
+    again = Coordinator(str(tmp_path), QueueConfig(lease_s=10, adopt_s=3), clock=clock)
+    clock.now_s += 2.9
+    assert again.grant("w2") is None
+    assert again.renew("w1", [(held.job.id, held.id)], WorkerProgress()) == []
+    clock.now_s += 0.1
+    assert grant(again, "w2").job.problem_ids == ("c",)
+
+
+def test_first_coordinator_of_a_run_grants_at_once(tmp_path: Path, clock: Clock) -> None:
+    first = Coordinator(str(tmp_path), QueueConfig(adopt_s=3), clock=clock)
+    first.plan(plan("a"))
+    assert first.grant("w1") is not None
+
+
 # -- leases that end badly
 
 

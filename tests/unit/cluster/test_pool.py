@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from cluster.admission import EnginePressure
 from cluster.pool import Load, PolicyPool, PoolConfig, PreferencePool, SandboxPool, choose
 from cluster.sandbox_worker import SandboxWorker
 from rollout.engine import EngineError, EvaluationRequest, GenerationRequest
@@ -104,6 +105,39 @@ def test_choosing_from_nothing_is_refused() -> None:
         choose([], "k", 0)
 
 
+# -- replicas that come and go
+
+
+async def test_call_waits_for_a_new_replica_where_none_is_left() -> None:
+    first, second = policy(), policy()
+    pool = PolicyPool({"a": first}, PoolConfig(vacancy_s=5, rest_s=0))
+    first.die()
+    call = asyncio.create_task(pool.generate(request()))
+    while pool.names():
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert not call.done()
+    pool.set_replicas({"b": second}, 1)
+    assert (await call).completions
+    assert calls(first=first, second=second) == {"first": 1, "second": 1}
+
+
+async def test_vacancy_that_lasts_is_an_error() -> None:
+    pool = PolicyPool({}, PoolConfig(vacancy_s=0.01))
+    with pytest.raises(EngineError, match="no policy replica is left"):
+        await pool.generate(request())
+
+
+async def test_replicas_are_exchanged_as_a_whole_and_an_old_list_is_ignored() -> None:
+    handles = {name: policy() for name in "abc"}
+    pool = PolicyPool({"a": handles["a"], "b": handles["b"]})
+    pool._replicas["b"].calls = 7
+    pool.set_replicas({"b": handles["b"], "c": handles["c"]}, 2)
+    pool.set_replicas({"a": handles["a"]}, 1)
+    assert sorted(pool.names()) == ["b", "c"]
+    assert pool.stats().replicas["b"].calls == 7
+
+
 # -- calls
 
 
@@ -120,6 +154,37 @@ async def test_preferences_are_asked_the_same_way() -> None:
     pool = PreferencePool({"a": Handle(TablePreference({"good": 0.5}))})
     reply = await pool.evaluate(EvaluationRequest(texts=("is good", "is bad")))
     assert reply.values == (0.5, 0.0)
+
+
+class PressedPolicy(ScriptedPolicy):
+    """A scripted policy that says how full it is."""
+
+    async def pressure(self) -> EnginePressure:
+        return EnginePressure(running=3, waiting=1, kv_usage=0.5, preemptions=2)
+
+
+async def test_replicas_that_cannot_say_how_full_they_are_are_left_out() -> None:
+    dead, endpoint = Handle(PressedPolicy({"": ["x"]})), policy()
+    dead.die()
+    pool = PolicyPool({"a": Handle(PressedPolicy({"": ["x"]})), "b": dead, "c": endpoint})
+    assert await pool.pressures() == [
+        EnginePressure(running=3, waiting=1, kv_usage=0.5, preemptions=2)
+    ]
+    assert pool.names() == ["a", "b", "c"]
+
+
+async def test_a_tree_spills_over_only_while_its_replica_is_too_busy() -> None:
+    gate = asyncio.Event()
+    a, b = policy(gate=gate), policy(gate=gate)
+    pool = PolicyPool({"a": a, "b": b}, PoolConfig(spill_over=2))
+    tasks = [asyncio.create_task(pool.generate(request("tree-1"))) for _ in range(4)]
+    while a.calls + b.calls < 4:
+        await asyncio.sleep(0)
+    assert sorted(calls(a=a, b=b).values()) == [1, 3]
+    gate.set()
+    await asyncio.gather(*tasks)
+    await pool.generate(request("tree-1"))
+    assert sorted(calls(a=a, b=b).values()) == [1, 4]
 
 
 async def test_in_flight_is_bounded_and_the_rest_waits_its_turn() -> None:

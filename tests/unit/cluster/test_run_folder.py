@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from cluster import run_folder
 from cluster.config import ConfigError, RunConfig
 from cluster.run_folder import RunFolder, RunFolderError
+from rollout.problem import Level
+from tests.builders import make_problem
 
 
 def config(**more: object) -> RunConfig:
@@ -42,7 +46,7 @@ def test_run_is_continued_with_an_equal_config_only(tmp_path: Path) -> None:
 def test_run_may_be_continued_on_another_cluster(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.keep_config(config())
-    folder.keep_config(config(cluster={"policy": {"replicas": 4}}))
+    folder.keep_config(config(cluster={"policy": {"replicas": 4}}, cost={"usd_per_hour": 3.0}))
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -50,6 +54,26 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "file" / "run")
     with pytest.raises(RunFolderError, match="cannot be written"), folder.locked():
         pass
+
+
+def test_folder_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder.os, "write", full)
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="disk full"), folder.locked():
+        pass
+
+
+def test_problems_are_read_back_with_their_levels(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.problem_levels() == {}
+    folder.write_problems([make_problem("a", level=Level.MATH), make_problem("b", level=Level.GSM)])
+    assert folder.problem_levels() == {"a": "math", "b": "gsm"}
+    (tmp_path / "problems.parquet").write_bytes(b"cut off")
+    with pytest.raises(RunFolderError, match=r"problems\.parquet: cannot be read"):
+        folder.problem_levels()
 
 
 def test_stage_records_are_read_back_and_missing_ones_are_empty(tmp_path: Path) -> None:
@@ -60,6 +84,6 @@ def test_stage_records_are_read_back_and_missing_ones_are_empty(tmp_path: Path) 
 
 
 def test_damaged_record_is_named(tmp_path: Path) -> None:
-    (tmp_path / "seconds.json").write_text("{", encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"seconds\.json: not JSON"):
-        RunFolder(tmp_path).read("seconds.json")
+    (tmp_path / "stages.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"stages\.json: not JSON"):
+        RunFolder(tmp_path).read("stages.json")

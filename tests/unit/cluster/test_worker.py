@@ -6,14 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.admission import AdmissionConfig, EnginePressure
 from cluster.coordinator import Coordinator, WorkerProgress, audit_round
 from cluster.jobs import JobState, Lease, QueueConfig, SearchTask, StagePlan
 from cluster.worker import RolloutWorker, WorkerConfig
 from rollout.engine import EngineError
+from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
+from rollout.search import SearchError
 from rollout.store import Commit, StoreError, TrajectoryStore
 from rollout.tree import Tree
 from tests.builders import answered, make_problem, make_tree
@@ -76,7 +80,7 @@ class Searches:
         for problem_id in problem_ids:
             self.gates[problem_id].set()
 
-    async def __call__(self, problem: Problem, task: SearchTask) -> Tree:
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
         self.started.append(problem.id)
         self.tasks[problem.id] = task
         self.open.add(problem.id)
@@ -92,6 +96,17 @@ class Searches:
             )
         finally:
             self.open.discard(problem.id)
+
+
+class Engines:
+    """Engines that say what the test sets."""
+
+    def __init__(self, **said: float) -> None:
+        self.said: dict[str, Any] = {"running": 1, "waiting": 0, "kv_usage": 0.0, "preemptions": 0}
+        self.said |= said
+
+    async def pressures(self) -> list[EnginePressure]:
+        return [EnginePressure(**self.said)]
 
 
 class Setting:
@@ -123,8 +138,9 @@ class Setting:
         name: str = "w1",
         *,
         config: WorkerConfig = FAST,
-        search: Callable[[Problem, SearchTask], Awaitable[Tree]] | None = None,
+        search: Callable[[Problem, SearchTask, Tree], Awaitable[Tree]] | None = None,
         unknown: Sequence[str] = (),
+        engines: Engines | None = None,
     ) -> RolloutWorker:
         problems = {p: make_problem(p) for p in self.problem_ids if p not in unknown}
         return RolloutWorker(
@@ -135,6 +151,7 @@ class Setting:
             search or self.searches,
             config,
             info={"versions": {"rstar": "1"}},
+            engines=engines,
         )
 
     @asynccontextmanager
@@ -202,6 +219,25 @@ async def test_open_searches_are_bounded_over_shards(setting: Setting) -> None:
     assert setting.searches.max_open == 4
 
 
+async def test_open_searches_follow_the_engines(setting: Setting) -> None:
+    admission = AdmissionConfig(min_trees=1, start_trees=2, increase=1, look_s=0.01, settle_s=0)
+    config = FAST.model_copy(update={"admission": admission})
+    setting.plan(*"abcdefghij", shard_size=3)
+    setting.searches.hold(*"abcdefghij")
+    engines = Engines(waiting=10)
+    worker = setting.worker(config=config, engines=engines)
+    async with setting.running(worker):
+        await setting.until(lambda: worker._slots.limit == 1)
+        assert setting.searches.max_open <= 2
+        engines.said["waiting"] = 0
+        setting.searches.let_go(*setting.searches.open)
+        await setting.until(lambda: len(setting.searches.open) == FAST.max_open_trees)
+        assert worker._slots.limit == FAST.max_open_trees
+        setting.searches.let_go(*"abcdefghij")
+        await setting.finish()
+    setting.check()
+
+
 async def test_slow_problem_holds_up_no_other_shard(setting: Setting) -> None:
     setting.plan(*"abcdefgh", shard_size=2)
     setting.searches.hold("a")
@@ -238,7 +274,7 @@ async def test_problem_nobody_has_read_is_quarantined(setting: Setting) -> None:
 async def test_search_that_returns_another_tree_is_quarantined(setting: Setting) -> None:
     setting.plan("a")
 
-    async def wrong(problem: Problem, task: SearchTask) -> Tree:
+    async def wrong(problem: Problem, task: SearchTask, tree: Tree) -> Tree:
         return make_tree(problem=problem, index=task.index + 1)
 
     async with setting.running(setting.worker(search=wrong)):
@@ -345,6 +381,150 @@ async def test_drain_gives_open_searches_their_time(setting: Setting) -> None:
     progress = await drain
     await run
     assert progress.committed.trees == 4
+    setting.check()
+
+
+class GrowingSearch:
+    """A search of `steps` steps that may be held, or failed by an engine, before any of them."""
+
+    def __init__(self, steps: int = 4) -> None:
+        self.steps = steps
+        self.asked: list[tuple[str, int]] = []
+        self.hold_at: dict[str, int] = {}
+        self.held: set[str] = set()
+        self.errors: dict[tuple[str, int], Exception] = {}
+
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+        while tree.num_requests < self.steps:
+            step = tree.num_requests
+            if self.hold_at.get(problem.id) == step:
+                self.held.add(problem.id)
+                await asyncio.Event().wait()
+            if (problem.id, step) in self.errors:
+                raise self.errors.pop((problem.id, step))
+            self.asked.append((problem.id, step))
+            await asyncio.sleep(0)
+            tree.num_requests += 1
+            tree.generated_tokens += 10
+        return tree
+
+
+def open_files(setting: Setting) -> list[str]:
+    return setting.inner.store.files("trajectories/round=1/open")
+
+
+async def test_search_goes_on_with_its_tree_after_an_engine_failure(setting: Setting) -> None:
+    setting.plan("a")
+    search = GrowingSearch(steps=30)
+    search.errors = {("a", step): EngineError("died") for step in range(30)}
+    async with setting.running(setting.worker(search=search)):
+        await setting.finish()
+    # More failures than tries of a search that does not move, and no step asked for twice.
+    assert search.asked == [("a", step) for step in range(30)]
+    setting.check()
+
+
+async def test_search_begins_anew_after_a_failure_of_the_search(setting: Setting) -> None:
+    setting.plan("a")
+    search = GrowingSearch()
+    search.errors = {("a", 2): SearchError("printed something else")}
+    async with setting.running(setting.worker(search=search)):
+        await setting.finish()
+    assert [step for _, step in search.asked] == [0, 1, 0, 1, 2, 3]
+    setting.check()
+
+
+async def test_drained_searches_are_gone_on_with_by_the_next_holder(setting: Setting) -> None:
+    setting.plan(*"abcd")
+    first = GrowingSearch()
+    first.hold_at = {"b": 3, "c": 2}
+    async with setting.running(setting.worker(search=first)):
+        await setting.until(lambda: first.held == {"b", "c"} and len(first.asked) == 13)
+    assert len(open_files(setting)) == 1
+    second = GrowingSearch()
+    worker = setting.worker("w2", search=second)
+    async with setting.running(worker):
+        await setting.finish()
+    assert sorted(second.asked) == [("b", 3), ("c", 2), ("c", 3)]
+    assert worker.progress().resumed_trees == 2
+    assert open_files(setting) == []
+    setting.check()
+    tokens = {tree.problem.id: tree.generated_tokens for tree in setting.store.trees()}
+    assert tokens == dict.fromkeys("abcd", 40)
+
+
+async def test_job_handed_back_whole_keeps_its_open_trees(setting: Setting) -> None:
+    setting.plan("a")
+    first, second = GrowingSearch(), GrowingSearch()
+    first.hold_at = {"a": 3}
+    async with setting.running(setting.worker(search=first)):
+        await setting.until(lambda: first.held == {"a"})
+    assert setting.inner.stats().leases.released == 1
+    async with setting.running(setting.worker("w2", search=second)):
+        await setting.finish()
+    assert second.asked == [("a", 3)]
+    setting.check()
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a tree", None])
+async def test_damaged_open_trees_are_ignored(setting: Setting, damage: bytes | None) -> None:
+    setting.plan("a")
+    first, second = GrowingSearch(), GrowingSearch()
+    first.hold_at = {"a": 3}
+    async with setting.running(setting.worker(search=first)):
+        await setting.until(lambda: first.held == {"a"})
+    (path,) = open_files(setting)
+    content = setting.inner.store.read(path)
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    setting.inner.store.put(path, flipped if damage is None else damage)
+    async with setting.running(setting.worker("w2", search=second)):
+        await setting.finish()
+    assert [step for _, step in second.asked] == [0, 1, 2, 3]
+    setting.check()
+
+
+async def test_open_tree_the_search_refuses_costs_no_attempt(setting: Setting) -> None:
+    setting.plan("a")
+    first = GrowingSearch()
+    first.hold_at = {"a": 3}
+    async with setting.running(setting.worker(search=first)):
+        await setting.until(lambda: first.held == {"a"})
+    started: list[int] = []
+
+    async def refuse(problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+        started.append(tree.num_requests)
+        if tree.num_requests:
+            raise ValueError("searched with other settings")
+        return tree
+
+    config = FAST.model_copy(update={"search_attempts": 1})
+    async with setting.running(setting.worker("w2", search=refuse, config=config)):
+        await setting.finish()
+    assert started == [3, 0]
+    setting.check()
+
+
+async def test_open_trees_are_kept_now_and_then_for_the_next_holder_of_a_dead_workers_job(
+    setting: Setting,
+) -> None:
+    setting.plan(*"ab")
+    first, second = GrowingSearch(), GrowingSearch()
+    first.hold_at = {"a": 3}
+    config = FAST.model_copy(update={"checkpoint_open_trees_s": 0.01})
+    worker = setting.worker(search=first, config=config)
+    run = asyncio.create_task(worker.run())
+    await setting.until(lambda: first.held == {"a"} and len(first.asked) == 7)
+    (job,) = setting.inner._queue.jobs(1)
+    kept = OpenTreeStore(setting.inner.store, 1)
+    await setting.until(lambda: sum(tree.num_requests for tree in kept.load(job.id)) == 7)
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+    setting.inner.forget_worker("w1")
+    async with setting.running(setting.worker("w2", search=second)):
+        await setting.finish()
+    assert second.asked == [("a", 3)]
+    assert open_files(setting) == []
     setting.check()
 
 

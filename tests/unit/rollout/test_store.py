@@ -344,6 +344,59 @@ def test_the_first_plan_stands(store: RunStore) -> None:
     assert round_.plans() == {"base": b"one"}
 
 
+# -- what killed workers left
+
+
+def orphan(round_: TrajectoryStore) -> str:
+    """A data file whose writer died before it made the marker."""
+    path = "trajectories/round=2/data/s1-dead.parquet"
+    round_.store.put(path, b"half a shard")
+    return path
+
+
+def test_data_files_without_a_marker_are_removed_from_a_sealed_round(store: RunStore) -> None:
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", trees("a"))
+    left = orphan(round_)
+    round_.seal()
+    later_s = store.modified_unix_s(left) + 61.0
+    assert round_.remove_orphans(older_than_s=60.0, now_unix_s=later_s) == [left]
+    assert not store.exists(left)
+    assert [tree.problem.id for tree in round_.trees()] == ["a"]
+
+
+def test_data_files_without_a_marker_stay_while_a_zombie_may_still_write(store: RunStore) -> None:
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", trees("a"))
+    left = orphan(round_)
+    written_s = store.modified_unix_s(left)
+    assert round_.remove_orphans(older_than_s=60.0, now_unix_s=written_s + 900.0) == []  # no seal
+    round_.seal()
+    assert round_.remove_orphans(older_than_s=60.0, now_unix_s=written_s + 59.0) == []
+    assert store.exists(left)
+
+
+def test_half_written_files_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
+    round_ = TrajectoryStore(RunStore(tmp_path, backoff_s=0), 2)
+    round_.commit("s1", trees("a"))
+    round_.seal()
+    half = [tmp_path / f"trajectories/round=2/{folder}/.x.1.tmp" for folder in ("data", "commits")]
+    for path in half:
+        path.write_bytes(b"")
+    now_s = half[0].stat().st_mtime + 100.0
+    assert len(round_.remove_orphans(older_than_s=60.0, now_unix_s=now_s)) == 2
+    assert not any(path.exists() for path in half)
+
+
+def test_files_of_quarantined_and_handed_back_shards_are_no_orphans(store: RunStore) -> None:
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", [], failed={"a": "boom"})
+    round_.commit("s2", trees("b"), remaining=[["c"]])
+    round_.commit("s3", trees("c"))
+    round_.seal()
+    assert round_.remove_orphans(older_than_s=-1e9, now_unix_s=0.0) == []
+
+
 # -- damage
 
 

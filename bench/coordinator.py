@@ -1,0 +1,294 @@
+"""Figures of the coordinator: at full size on real Ray, after a restart, and at virtual time.
+
+    python -m bench.coordinator [--json FILE] [--problems N] [--replicas N] [--shard-size N]
+                                [--lost-per-hour P] [--latency-curve FILE] [--only PART]
+
+Three parts:
+* actor: the real coordinator actor on real Ray, pinned to one core. Simulated workers in this
+  process, on the other cores, lease every problem, renew and complete, as rollout workers do it:
+  each holds four jobs, one renewal names them all. Nothing is searched and nothing is written (the
+  workers write the markers, not the coordinator). `problems_per_s` is by the clock,
+  `problems_per_cpu_s` by the CPU time of the actor's process, which other load disturbs less.
+* rebuild: as many commit markers as the round has jobs, of 30 trees each, on the local disk; the
+  time in which a new coordinator has read them and knows what is left. The markers are fresh, so
+  the file system has them in memory.
+* simulation: `rstar simulate` with its defaults; what its figures mean is printed by that command.
+
+The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.coordinator import Coordinator, CoordinatorActor, RemoteCoordinator, WorkerProgress
+from cluster.jobs import Job, QueueConfig, StagePlan, plan_jobs
+from cluster.latency import DEFAULT_CURVE, LatencyCurve
+from cluster.simulate import Simulation, SimulationConfig
+from rollout.store import Commit, RunStore, Totals, TrajectoryStore, TreeKey
+
+PARTS = ("actor", "rebuild", "simulation")
+JOBS_HELD = 4
+NUM_WORKERS = 64
+
+
+def make_plan(num_problems: int, shard_size: int) -> StagePlan:
+    """Problem ids as long as those of real sources."""
+    return StagePlan(
+        round=1,
+        stage="base",
+        tree_index=0,
+        problem_ids=tuple(
+            f"numina-olympiad-{i:07d}-{i * 7919 % 1000003:06x}" for i in range(num_problems)
+        ),
+        shard_size=shard_size,
+        seed=1,
+    )
+
+
+def make_commit(job: Job) -> Commit:
+    """The marker a worker would have written for a whole job."""
+    count = len(job.problem_ids)
+    return Commit(
+        shard=job.id,
+        attempt="0123456789abcdef",
+        path=f"trajectories/round={job.round}/data/{job.id}-0123456789abcdef.parquet",
+        num_rows=300 * count,
+        num_bytes=100_000 * count,
+        sha256="0" * 64,
+        trees=tuple(
+            TreeKey(problem_id=problem_id, index=0, solved=i % 4 > 0)
+            for i, problem_id in enumerate(job.problem_ids)
+        ),
+        totals=Totals(
+            trees=count,
+            solved=count * 3 // 4,
+            nodes=300 * count,
+            rollouts=16 * count,
+            generated_tokens=36_000 * count,
+            trees_by_level={"gsm": count // 3, "math": count // 3, "olympiad": count // 3},
+            solved_by_level={"gsm": count // 3, "math": count // 4, "olympiad": count // 6},
+        ),
+        info={"stage": job.stage, "writer": "worker-0-abcdef", "policy": "policy-r1-0123456789"},
+    )
+
+
+# --------------------------------------------------------------------------- actor
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(pid: int, field: str) -> float:
+    """Resident memory of a process: VmRSS now, VmHWM at most so far."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)
+
+
+def pin(pid: int, cores: set[int]) -> None:
+    """Every thread of a process; new ones follow the thread that starts them."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), cores)
+
+
+async def work(name: str, coordinator: RemoteCoordinator) -> int:
+    """Lease, renew and complete until nothing is left; returns the problems done."""
+    done = 0
+    while True:
+        leases = []
+        for _ in range(JOBS_HELD):
+            lease = await coordinator.grant(name)
+            if lease is not None:
+                leases.append(lease)
+        if not leases:
+            return done
+        held = [(lease.job.id, lease.id) for lease in leases]
+        dropped = await coordinator.renew(name, held, WorkerProgress(open_trees=64))
+        assert not dropped, dropped
+        for lease in leases:
+            assert await coordinator.complete(lease.job.id, lease.id, make_commit(lease.job))
+            done += len(lease.job.problem_ids)
+
+
+def actor_figures(num_problems: int, shard_size: int) -> dict[str, float]:
+    cores = sorted(os.sched_getaffinity(0))
+    ray.init(
+        address="local",
+        namespace="bench",
+        num_cpus=len(cores),
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        with tempfile.TemporaryDirectory() as root:
+            actor: Any = CoordinatorActor.remote(root, QueueConfig(lease_s=600.0))
+            pid: Any = ray.get(actor.pid.remote())
+            if len(cores) > 1:
+                pin(pid, {cores[0]})
+                pin(os.getpid(), set(cores[1:]))
+            empty_mib = memory_mib(pid, "VmRSS")
+            began_s = time.perf_counter()
+            ray.get(actor.plan.remote(make_plan(num_problems, shard_size)))
+            plan_s = time.perf_counter() - began_s
+            coordinator = RemoteCoordinator(actor)
+
+            async def everybody() -> int:
+                workers = (work(f"worker-{i}", coordinator) for i in range(NUM_WORKERS))
+                return sum(await asyncio.gather(*workers))
+
+            began_s, began_cpu_s = time.perf_counter(), cpu_s(pid)
+            done = asyncio.run(everybody())
+            wall_s, spent_s = time.perf_counter() - began_s, cpu_s(pid) - began_cpu_s
+            status: Any = ray.get(actor.status.remote(1))
+            assert done == num_problems and status.finished, (done, status)
+            return {
+                "problems_per_s": done / wall_s,
+                "problems_per_cpu_s": done / spent_s,
+                "coordinator_mib": memory_mib(pid, "VmHWM"),
+                "coordinator_after_mib": memory_mib(pid, "VmRSS"),
+                "coordinator_empty_mib": empty_mib,
+                "plan_s": plan_s,
+            }
+    finally:
+        ray.shutdown()
+        os.sched_setaffinity(0, set(cores))
+
+
+# --------------------------------------------------------------------------- rebuild
+
+
+def rebuild_figures(num_problems: int, shard_size: int) -> dict[str, float]:
+    plan = make_plan(num_problems, shard_size)
+    with tempfile.TemporaryDirectory() as root:
+        TrajectoryStore(RunStore(root), plan.round).create_plan(plan.stage, plan.to_json())
+        folder = Path(root, "trajectories/round=1/commits")
+        folder.mkdir()
+        jobs = plan_jobs(plan)
+        # All but the last, so that something is left to do.
+        for job in jobs[:-1]:
+            (folder / f"{job.id}.json").write_bytes(make_commit(job).to_json())
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        coordinator = Coordinator(root)
+        wall_s, spent_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
+        lease = coordinator.grant("worker")
+        assert lease is not None and lease.job == jobs[-1] and coordinator.grant("worker") is None
+    return {
+        "rebuild_25k_markers_s": wall_s,
+        "rebuild_cpu_s": spent_s,
+        "rebuild_markers": len(jobs) - 1,
+    }
+
+
+# --------------------------------------------------------------------------- simulation
+
+
+def simulation_figures(config: SimulationConfig, curve: LatencyCurve) -> dict[str, float]:
+    report = Simulation(config, curve).run()
+    return {
+        "scaling_efficiency": report.scaling_efficiency,
+        "efficiency_of_constant": report.efficiency_of_constant,
+        "utilisation": report.utilisation,
+        "lost": report.lost,
+        "doubled": report.doubled,
+        "quarantined": report.quarantined,
+        "lost_work": report.lost_work,
+        "replicas_lost": report.replicas_lost,
+        "zombie_commits": report.zombie_commits,
+        "races": report.races,
+        "commits_refused": report.commits_refused,
+        "coordinator_kills": report.coordinator_kills,
+        "makespan_s": report.makespan_s,
+        "ideal_s": report.ideal_s,
+        "simulation_wall_s": report.wall_s,
+    }
+
+
+# --------------------------------------------------------------------------- command
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_1min": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), "ray": version("ray")},
+    }
+
+
+GOALS = {
+    "scaling_efficiency": ">= 0.95",
+    "lost": "= 0",
+    "doubled": "= 0",
+    "problems_per_s": ">= 20,000",
+    "rebuild_25k_markers_s": "<= 5",
+    "coordinator_mib": "<= 500",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.coordinator",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, help="also write the JSON object to this file")
+    parser.add_argument("--problems", type=int, default=747_000)
+    parser.add_argument("--replicas", type=int, default=1024, help="of the simulation")
+    parser.add_argument("--shard-size", type=int, default=30, help="of actor and rebuild")
+    parser.add_argument("--lost-per-hour", type=float, default=0.05, help="of the simulation")
+    parser.add_argument("--latency-curve", type=Path, help="JSON file of bench.search")
+    parser.add_argument("--only", choices=PARTS, help="run one part")
+    options = parser.parse_args(arguments)
+    config = SimulationConfig(
+        num_problems=options.problems,
+        num_replicas=options.replicas,
+        lost_per_hour=options.lost_per_hour,
+    )
+    curve = LatencyCurve.read(options.latency_curve) if options.latency_curve else DEFAULT_CURVE
+    parts = (options.only,) if options.only else PARTS
+    figures: dict[str, Any] = {}
+    if "actor" in parts:
+        figures |= actor_figures(options.problems, options.shard_size)
+    if "rebuild" in parts:
+        figures |= rebuild_figures(options.problems, options.shard_size)
+    if "simulation" in parts:
+        figures |= simulation_figures(config, curve)
+    for name, value in figures.items():
+        shown = f"{value:14,.4f}" if isinstance(value, float) else f"{value:>14,}"
+        print(f"{name:28} {shown}   {GOALS.get(name, '')}".rstrip())
+    figures |= {"machine": machine(), "problems": options.problems, "replicas": options.replicas}
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""kill -9 of every kind of process of a run, one after the other, in the middle of its work.
+
+Engines are scripted, so an undisturbed run is known to the last node: it is the same searches in
+this process. Only processes that the test has started are ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.config import RolloutConfig
+from cluster.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.run_folder import RunFolder
+from learner.checkpoint import Checkpoint
+from rollout.engine import EngineError
+from rollout.problem import Problem
+from rollout.search import SearchConfig, run_search
+from rollout.seeds import derive_seed
+from rollout.store import RunStore, TrajectoryStore
+from rollout.tasks import all_of
+from rollout.tree import Tree
+from tests.builders import make_problem
+from tests.fakes import ScriptedPolicy, TablePreference, random_steps
+from tests.saboteur import KINDS, Saboteur, shape, stopped_at_the_end
+from tests.scripted_replicas import (
+    HELD,
+    ScriptedPolicyReplica,
+    ScriptedPreferenceReplica,
+    hash_value,
+)
+from verifier import AsyncSandbox
+
+pytestmark = pytest.mark.timeout(200)
+
+ROOT = Path(__file__).resolve().parents[2]
+SEARCH = SearchConfig(template="short", num_candidates=3, num_rollouts=12, max_depth=5)
+SEED = 5
+PROBLEMS = [
+    make_problem(f"p{n}", text="How many?" if n else HELD, answer="3" if n % 3 else "5")
+    for n in range(60)
+]
+
+
+def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> Fleet:
+    """A fleet of scripted replicas and real sandboxes, watched closely."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    config = RolloutConfig.model_validate(
+        {
+            "run_dir": root,
+            "problems": "unused",
+            "policy": "unused",
+            "seed": SEED,
+            "cluster": {
+                "num_cpus": 2,
+                "object_store_mib": 80,
+                "policy": {"replicas": 2},
+                "sandbox": {"replicas": 2},
+                "workers": {"replicas": 2},
+                "shard_size": 4,
+                "max_open_trees": 4,
+                "checkpoint_open_trees_s": 1.0,
+                "supervision": {"look_s": 0.2, "backoff_s": 0.2, "max_failures": 20},
+                **cluster,
+            },
+        }
+    )
+    fleet = Fleet(config, RunFolder(root))
+    fleet._policy_kind.actor = ray.remote(ScriptedPolicyReplica)
+    fleet._preference_kind.actor = ray.remote(ScriptedPreferenceReplica)
+    return fleet
+
+
+async def start(fleet: Fleet) -> None:
+    fleet.folder.root.mkdir(parents=True)
+    await fleet.start(fleet.folder.root / "hold", version="policy-r0", learner=False)
+    await fleet.serve_preference(Checkpoint(kind="ppm", round=0, path="unused", digest="d"))
+
+
+async def undisturbed() -> dict[str, Tree]:
+    """The trees of a run that nothing happens to."""
+    sandbox = AsyncSandbox(isolation="best_effort", cores=1)
+    try:
+        trees = await all_of(_search(problem, sandbox) for problem in PROBLEMS)
+        return {tree.problem.id: tree for tree in trees}
+    finally:
+        sandbox.shutdown()
+
+
+async def _search(problem: Problem, sandbox: AsyncSandbox) -> Tree:
+    return await run_search(
+        problem,
+        config=SEARCH,
+        policy=ScriptedPolicy(random_steps),
+        preference=TablePreference(hash_value),
+        sandbox=sandbox,
+        round=1,
+        seed=derive_seed(SEED, 1, problem.id, 0),
+    )
+
+
+async def rollout(fleet: Fleet) -> RolloutOutcome:
+    return await fleet.rollout(
+        1,
+        PROBLEMS,
+        [RolloutStage(name="base", search=SEARCH)],
+        preference=True,
+        on_progress=lambda done, total, facts: None,
+    )
+
+
+async def test_run_in_which_one_of_each_kind_is_killed_finds_the_same_trees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = make_fleet(tmp_path / "run", monkeypatch)
+    async with stopped_at_the_end(fleet):
+        await start(fleet)
+        began_s = time.monotonic()
+        saboteur = Saboteur(fleet)
+        hold = fleet.folder.root / "hold"
+        hold.touch()
+        sabotage = asyncio.create_task(saboteur.work())
+        sabotage.add_done_callback(lambda _: hold.unlink())
+        outcome = await rollout(fleet)
+        took_s = time.monotonic() - began_s
+        await sabotage
+    assert {kind: loss.deaths for kind, loss in outcome.losses.items()} == dict.fromkeys(KINDS, 1)
+    assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
+    assert outcome.manifest.failed == {}
+    expected = await undisturbed()
+    store = TrajectoryStore(RunStore(str(tmp_path / "run")), 1)
+    found = {tree.problem.id: tree for tree in store.trees()}
+    assert {p for p, tree in found.items() if tree.solved} == {
+        p for p, tree in expected.items() if tree.solved
+    }
+    assert {p: shape(tree) for p, tree in found.items()} == {
+        p: shape(tree) for p, tree in expected.items()
+    }
+    assert store.store.files("trajectories/round=1/open") == []
+    with capsys.disabled():
+        print(f"\n{outcome.solved} of {len(PROBLEMS)} solved in {took_s:.1f} s;", end=" ")
+        print("; ".join(outcome.loss_lines()))
+
+
+async def test_replica_that_keeps_dying_ends_the_run_with_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"look_s": 0.1, "backoff_s": 0.01, "max_failures": 1}
+    fleet = make_fleet(tmp_path / "run", monkeypatch, supervision=quick, policy={"replicas": 1})
+    async with stopped_at_the_end(fleet):
+        await start(fleet)
+        work = asyncio.create_task(rollout(fleet))
+
+        async def kill_all() -> None:
+            killed: set[str] = set()
+            while not work.done():
+                for name, handle in fleet._handles("policy").items():
+                    if name not in killed:
+                        killed.add(name)
+                        os.kill((await handle.ready.remote()).pid, signal.SIGKILL)
+                await asyncio.sleep(0.05)
+
+        killing = asyncio.create_task(kill_all())
+        with pytest.raises(EngineError, match=r"2 deaths of a policy replica .*died"):
+            await asyncio.wait_for(work, 90)
+        await killing

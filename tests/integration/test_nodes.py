@@ -1,0 +1,217 @@
+"""A rollout over several Ray nodes on one machine, some of which go: killed, or with a notice.
+
+The head holds the coordinator and the driver; replicas, sandbox and rollout workers run on the
+other nodes, by custom resources.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import ray
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from ray.cluster_utils import Cluster
+
+from cluster import nodes
+from cluster.config import RolloutConfig
+from cluster.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.run_folder import RunFolder
+from cluster.spot import SpotConfig
+from rollout.search import SearchConfig
+from rollout.store import RunStore, TrajectoryStore
+from tests.builders import make_problem
+from tests.saboteur import stopped_at_the_end, until
+from tests.scripted_replicas import HELD, ScriptedPolicyReplica
+
+pytestmark = pytest.mark.timeout(240)
+
+ROOT = Path(__file__).resolve().parents[2]
+SEARCH = SearchConfig(template="short", num_candidates=3, num_rollouts=10, max_depth=5)
+PROBLEMS = [make_problem(f"p{n}", text="How many?" if n else HELD, answer="3") for n in range(40)]
+NODE = {
+    "num_cpus": 2,
+    "resources": {"spot": 10},
+    "object_store_memory": 80 * 2**20,
+    "include_dashboard": False,
+}
+FAST_HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "resources": {"head": 10},
+            "object_store_memory": 80 * 2**20,
+            "include_dashboard": False,
+            "_system_config": FAST_HEALTH_CHECK,
+        },
+    )
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def make_fleet(root: Path, cluster: Cluster) -> Fleet:
+    spot = {"resources": {"spot": 1}}
+    config = RolloutConfig.model_validate(
+        {
+            "run_dir": root,
+            "problems": "unused",
+            "policy": "unused",
+            "cluster": {
+                "address": cluster.address,
+                "policy": {"replicas": 2, **spot},
+                "sandbox": {"replicas": 2, **spot},
+                "workers": {"replicas": 2, **spot},
+                "shard_size": 4,
+                "max_open_trees": 4,
+                "checkpoint_open_trees_s": 1.0,
+                "supervision": {"look_s": 0.2, "backoff_s": 0.2, "max_failures": 20},
+            },
+        }
+    )
+    root.mkdir(parents=True)
+    fleet = Fleet(config, RunFolder(root))
+    fleet._policy_kind.actor = ray.remote(ScriptedPolicyReplica)
+    return fleet
+
+
+def finished(fleet: Fleet) -> int:
+    return sum(p.finished.trees for p in fleet._progress().values())
+
+
+def where(fleet: Fleet, name: str) -> set[str]:
+    return {nodes.node_of(handle) for handle in fleet._handles(name).values()}
+
+
+@asynccontextmanager
+async def preempting_cloud() -> AsyncIterator[str]:
+    """A metadata service that says, as GCP does, that whoever asks will be taken; its address."""
+
+    async def answer(request: web.Request) -> web.Response:
+        text = "TRUE" if request.path.endswith("/preempted") else ""
+        known = request.path.startswith("/computeMetadata/")
+        return web.Response(
+            text=text, status=200 if known else 404, headers={"Metadata-Flavor": "Google"}
+        )
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        yield str(server.make_url("/")).rstrip("/")
+
+
+async def rollout(fleet: Fleet) -> RolloutOutcome:
+    return await fleet.rollout(
+        1,
+        PROBLEMS,
+        [RolloutStage(name="base", search=SEARCH)],
+        preference=False,
+        on_progress=lambda done, total, facts: None,
+    )
+
+
+async def test_run_outlives_a_node_that_is_killed_and_leaves_one_that_drains(
+    tmp_path: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = cluster.add_node(**NODE)
+    fleet = make_fleet(tmp_path / "run", cluster)
+    notes: list[str] = []
+    fleet.note = notes.append
+    hold = fleet.folder.root / "hold"
+    hold.touch()
+    async with stopped_at_the_end(fleet, processes=False):
+        await fleet.start(hold, version="policy-r0", learner=False)
+        began_s = time.monotonic()
+        work = asyncio.create_task(rollout(fleet))
+        await until(lambda: finished(fleet) >= 2)
+
+        # a second node joins; the first one dies
+        second = cluster.add_node(**NODE)
+        cluster.remove_node(first, allow_graceful=False)
+        killed_s = time.monotonic()
+        await until(lambda: where(fleet, "policy") == {second.node_id})
+        back_s = time.monotonic() - killed_s
+        before = finished(fleet)
+        await until(lambda: finished(fleet) > before)
+
+        # a third one joins; the second one is told that it has to go
+        third = cluster.add_node(**NODE)
+        told_s = time.monotonic()
+        async with preempting_cloud() as url:
+            watcher = nodes.start_spot_watcher(second.node_id, SpotConfig(url=url, interval_s=0.2))
+            pools = ("policy", "sandbox", "worker")
+            await until(lambda: all(where(fleet, name) == {third.node_id} for name in pools))
+            moved_s = time.monotonic() - told_s
+            ray.kill(watcher)
+        cluster.remove_node(second, allow_graceful=False)
+        hold.unlink()
+        outcome = await work
+        took_s = time.monotonic() - began_s
+    assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
+    assert outcome.manifest.failed == {}
+    assert outcome.losses["policy replica"].deaths == 2
+    assert any("leaves its node" in note for note in notes)
+    trees = TrajectoryStore(RunStore(str(tmp_path / "run")), 1).trees()
+    assert sorted(tree.problem.id for tree in trees) == sorted(p.id for p in PROBLEMS)
+    with capsys.disabled():
+        print(
+            f"\n{took_s:.1f} s in all; serving again {back_s:.1f} s after a node's death, away "
+            f"from a draining node after {moved_s:.1f} s; {outcome.resumed_trees} trees resumed"
+        )
+
+
+async def test_run_outlives_the_head_forgetting_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The GCS of the head is killed and started again, with its tables on disk."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={**NODE, "resources": {"spot": 10}},
+    )
+    fleet = make_fleet(tmp_path / "run", cluster)
+    hold = fleet.folder.root / "hold"
+    hold.touch()
+    try:
+        async with stopped_at_the_end(fleet, processes=False):
+            await fleet.start(hold, version="policy-r0", learner=False)
+            began_s = time.monotonic()
+            work = asyncio.create_task(rollout(fleet))
+            await until(lambda: finished(fleet) >= 2)
+            cluster.head_node.kill_gcs_server()
+            killed_s = time.monotonic()
+            await asyncio.sleep(1.0)
+            before = finished(fleet)
+            cluster.head_node.start_gcs_server()
+            hold.unlink()
+            await until(lambda: finished(fleet) > before)
+            back_s = time.monotonic() - killed_s
+            # What dies now is replaced as before.
+            (worker, *_) = fleet._handles("worker").values()
+            ray.kill(worker)
+            outcome = await work
+            took_s = time.monotonic() - began_s
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
+    with capsys.disabled():
+        print(f"\n{took_s:.1f} s in all; trees finished again {back_s:.1f} s after the GCS' death")

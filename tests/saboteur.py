@@ -1,0 +1,113 @@
+"""Kills processes of a running fleet, one of each kind, and waits until each is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psutil
+
+from cluster.fleet import Fleet
+from rollout.tree import Tree
+
+KINDS = (
+    "coordinator",
+    "rollout worker",
+    "sandbox supervisor",
+    "sandbox worker",
+    "PPM replica",
+    "policy replica",
+)
+"""Last what a run cannot end without, so that it does not end before the last one is replaced."""
+
+
+class Saboteur:
+    """kill -9 in the middle of a rollout."""
+
+    def __init__(self, fleet: Fleet, kinds: Sequence[str] = KINDS) -> None:
+        self.fleet = fleet
+        self.kinds = kinds
+        self.killed: Counter[str] = Counter()
+        """As `RolloutOutcome.losses` counts them."""
+
+    async def work(self) -> None:
+        for kind in self.kinds:
+            await self._some_progress()
+            pid = await _VICTIMS[kind](self)
+            counted = {"policy engine": "policy replica"}.get(kind, kind)
+            self.killed[counted] += 1
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda counted=counted: self._restarts(counted) >= self.killed[counted])
+
+    def _restarts(self, kind: str) -> int:
+        return self.fleet._losses()[kind].restarts
+
+    async def _some_progress(self) -> None:
+        """Wait until trees were finished, or only held ones are left."""
+        before, give_up_s = self._tokens(), time.monotonic() + 5.0
+        await until(lambda: self._tokens() > before or time.monotonic() > give_up_s)
+
+    def _tokens(self) -> int:
+        return sum(p.finished.generated_tokens for p in self.fleet._progress().values())
+
+    def _first(self, name: str) -> Any:
+        return next(iter(self.fleet._handles(name).values()))
+
+    async def _replica(self, name: str) -> int:
+        return (await self._first(name).ready.remote()).pid
+
+    async def _engine(self) -> int:
+        owner = psutil.Process(await self._replica("policy"))
+        return max(owner.children(), key=lambda process: process.memory_info().rss).pid
+
+    async def _supervisor(self) -> int:
+        return (await self._first("sandbox").stats.remote())["supervisor_pid"]
+
+    async def _pid(self, name: str) -> int:
+        return await self._first(name).pid.remote()
+
+
+_VICTIMS: dict[str, Callable[[Saboteur], Awaitable[int]]] = {
+    "rollout worker": lambda at: at._pid("worker"),
+    "policy replica": lambda at: at._replica("policy"),
+    "policy engine": lambda at: at._engine(),
+    "PPM replica": lambda at: at._replica("ppm"),
+    "sandbox supervisor": lambda at: at._supervisor(),
+    "sandbox worker": lambda at: at._pid("sandbox"),
+    "coordinator": lambda at: at._pid("coordinator"),
+}
+"""How the process id of one of each kind is found."""
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 120) -> None:
+    """Wait for something to come true."""
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def stopped_at_the_end(fleet: Fleet, *, processes: bool = True) -> AsyncIterator[None]:
+    """Around the use of a fleet; fails if a process of it is left over.
+
+    Args:
+        processes: False if Ray runs on after it.
+    """
+    try:
+        yield
+    finally:
+        started = psutil.Process().children(recursive=True) if processes else []
+        await fleet.stop()
+        _, alive = psutil.wait_procs(started, timeout=15)
+        assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def shape(tree: Tree) -> list[tuple[Any, ...]]:
+    """All that a search decided."""
+    return [(n.parent, n.step, n.stdout, n.visit_count, n.value_sum) for n in tree.nodes]

@@ -1,0 +1,111 @@
+"""Replicas without a model: the actors of `cluster.replica` with a script in place of an engine.
+
+They take the same arguments and have the same methods, so that a `Fleet` can be run on them. What
+they say is a function of the request alone, which is what makes runs comparable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from cluster.admission import EnginePressure
+from cluster.replica import ReplicaInfo, ReplicaStats
+from rollout.engine import EvaluationReply, EvaluationRequest, GenerationReply, GenerationRequest
+from tests.fakes import ScriptedPolicy, TablePreference, random_steps
+
+HELD = "How many are left?"
+"""The question of problems that a test can hold back, with the checkpoint's path as hold file."""
+
+
+class ScriptedReplica:
+    """What both kinds share; a version is all there is to load."""
+
+    delay_s = 0.01
+    """Of each request: not too fast to be killed at work."""
+
+    def __init__(self, path: str, config: Any = None, *, version: str, name: str) -> None:
+        self.path, self.version, self.name = path, version, name
+        self.requests = 0
+        self.running = 0
+
+    async def ready(self) -> ReplicaInfo:
+        return ReplicaInfo(
+            name=self.name,
+            version=self.version,
+            path=self.path,
+            device="cpu",
+            max_model_len=1,
+            dtype="",
+            pid=os.getpid(),
+            start_s=0.0,
+        )
+
+    async def load(self, path: str, version: str, *, force: bool = False) -> float:
+        self.path, self.version = path, version
+        return 0.0
+
+    async def fingerprint(self) -> tuple[float, ...]:
+        return tuple(map(float, self.version.encode()))
+
+    async def stats(self) -> ReplicaStats:
+        return ReplicaStats(
+            name=self.name,
+            version=self.version,
+            healthy=True,
+            requests=self.requests,
+            failed=0,
+            prompt_tokens=0,
+            cached_tokens=0,
+            generated_tokens=0,
+            too_long=0,
+            running_requests=self.running,
+            running_sequences=self.running,
+            idle_s=0.0,
+            sequence_s=0.0,
+            waiting_requests=0,
+            loads=0,
+            load_s=0.0,
+            rss_bytes=0,
+        )
+
+    async def pressure(self) -> EnginePressure:
+        return EnginePressure(running=self.running, waiting=0, kv_usage=0.0, preemptions=0)
+
+    async def shutdown(self) -> None:
+        return None
+
+    async def _work(self) -> None:
+        self.running += 1
+        try:
+            await asyncio.sleep(self.delay_s)
+        finally:
+            self.running -= 1
+        self.requests += 1
+
+
+class ScriptedPolicyReplica(ScriptedReplica):
+    """Writes steps drawn from the request's seed; says nothing to `HELD` while `path` exists."""
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        while HELD in request.prompt and Path(self.path).exists():
+            await asyncio.sleep(0.05)
+        await self._work()
+        return await ScriptedPolicy(random_steps, version=self.version).generate(request)
+
+
+class ScriptedPreferenceReplica(ScriptedReplica):
+    """Values a text by its hash."""
+
+    async def evaluate(self, request: EvaluationRequest) -> EvaluationReply:
+        await self._work()
+        return await TablePreference(hash_value, version=self.version).evaluate(request)
+
+
+def hash_value(text: str) -> float:
+    """A number in [-1, 1) that depends on all of the text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") / 2**31 - 1
