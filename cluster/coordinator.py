@@ -8,8 +8,9 @@
 
 Killed at any moment it comes back by reading plans and commit markers of the rounds that are not
 sealed. Workers go on meanwhile: a lease it does not know is taken over when it is renewed (so it
-grants none for the first `adopt_s`), a completion is accepted from anybody. A split and a quarantine are commits as well, so a worker that
-comes late with the whole shard loses against them and no tree is counted twice.
+grants none for the first `adopt_s`), a completion is accepted from anybody. A split and a
+quarantine are commits as well, so a worker that comes late with the whole shard loses against them
+and no tree is counted twice.
 
 All methods are idempotent and short; Ray may call them again after a restart
 (`max_task_retries=-1`).
