@@ -10,6 +10,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Coroutine
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from cluster.progress import ProgressView
 
 T = TypeVar("T")
+
+
+class TrainKind(StrEnum):
+    """What `rstar train` trains."""
+
+    POLICY = "policy"
+    PPM = "ppm"
+
 
 app = typer.Typer(
     name="rstar",
@@ -46,6 +55,9 @@ def evolve(
         Path, typer.Argument(help="Run config, YAML, or the name of one: demo, one_gpu, paper, ...")
     ],
     overrides: Overrides = None,
+    force: Annotated[
+        bool, typer.Option(help="Promote checkpoints that the gate holds back.")
+    ] = False,
     verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
 ) -> None:
     """Run all rounds of self-evolution; run it again to go on where it stopped."""
@@ -59,7 +71,7 @@ def evolve(
     settings = load_config(config, overrides or (), kind=RunConfig)
     console = Console()
     view = ProgressView(console)
-    evolution = Evolution(settings, view)
+    evolution = Evolution(settings, view, force=force)
     report = _run(evolution.run(), again=command_line(), view=view)
     print_report(report, console)
     root = evolution.folder.root
@@ -190,6 +202,24 @@ def status(
         show_status(run, Console(), as_json=as_json, watch=watch)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+@app.command()
+def train(
+    kind: Annotated[TrainKind, typer.Argument(help="Which model.")],
+    config: Annotated[Path, typer.Argument(help="Train config, YAML.")],
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option(help="Promote what the gate holds back.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show the logs.")] = False,
+) -> None:
+    """Train one model on a committed round or on plain files."""
+    quiet_logging(verbose)
+    from cluster.live import command_line
+    from cluster.train import print_train_report, run_train
+
+    console = Console()
+    training = run_train(kind.value, config, overrides or (), force, console)
+    print_train_report(_run(training, again=command_line()), console)
 
 
 @app.command()

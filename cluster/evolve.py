@@ -55,8 +55,13 @@ logger = logging.getLogger(__name__)
 class Evolution:
     """One run of self-evolution, from its config to its report."""
 
-    def __init__(self, config: RunConfig, view: ProgressView) -> None:
+    def __init__(self, config: RunConfig, view: ProgressView, *, force: bool = False) -> None:
+        """
+        Args:
+            force: promote checkpoints that the gate holds back, or held back before.
+        """
         self.config = config
+        self.force = force
         self.view = view
         self.folder = RunFolder(config.run_dir)
         self.store = RunStore(str(self.folder.root))
@@ -186,7 +191,7 @@ class Evolution:
             await self._select(number)
             policy = await self._train_policy(number, policy)
             await self._record_lineage(number)
-            ppm = await self._train_ppm(number, policy)
+            ppm = await self._train_ppm(number, policy, ppm)
             await self._record_lineage(number)
             await self._evaluate(number, policy, ppm)
 
@@ -326,7 +331,7 @@ class Evolution:
         )
 
     async def _train_policy(self, number: int, previous: Checkpoint | None) -> Checkpoint:
-        existing = self.checkpoints.current("policy", number)
+        existing = self._existing("policy", number)
         if existing is not None:
             self._skip(number, "train policy", "train_policy")
             return existing
@@ -334,25 +339,40 @@ class Evolution:
         if self.config.models.policy_init == "previous" and previous is not None:
             start = Path(previous.path)
         self.view.begin("train policy", f"round {number}: train policy", round=number)
-        result = await self._fit(number, "policy", start, self.config.train_policy)
+        result = await self._fit(number, "policy", start, self.config.train_policy, previous)
         seconds = self.view.end(_fit_summary(result))
         self.folder.record_stage(number, "train_policy", seconds, **_fit_facts(result))
         return result.checkpoint
 
-    async def _train_ppm(self, number: int, policy: Checkpoint) -> Checkpoint:
-        existing = self.checkpoints.current("ppm", number)
+    async def _train_ppm(
+        self, number: int, policy: Checkpoint, previous: Checkpoint | None
+    ) -> Checkpoint:
+        existing = self._existing("ppm", number)
         if existing is not None:
             self._skip(number, "train ppm", "train_ppm")
             return existing
         self.view.begin("train ppm", f"round {number}: train PPM", round=number)
-        result = await self._fit(number, "ppm", Path(policy.path), self.config.train_ppm)
+        result = await self._fit(number, "ppm", Path(policy.path), self.config.train_ppm, previous)
         accuracy = result.metrics.get("pair_accuracy")
         shown = "" if accuracy is None else f", pair accuracy {100 * accuracy:.1f} %"
         seconds = self.view.end(_fit_summary(result) + shown)
         self.folder.record_stage(number, "train_ppm", seconds, **_fit_facts(result))
         return result.checkpoint
 
-    async def _fit(self, number: int, kind: Any, base: Path, config: Any) -> FitResult:
+    def _existing(self, kind: Any, number: int) -> Checkpoint | None:
+        """What serves a round already; with `force` a checkpoint held back is promoted first."""
+        if self.force and self.checkpoints.held(kind, number):
+            return self.checkpoints.release(kind, number)
+        return self.checkpoints.current(kind, number)
+
+    async def _fit(
+        self,
+        number: int,
+        kind: Any,
+        base: Path,
+        config: Any,
+        previous: Checkpoint | None = None,
+    ) -> FitResult:
         request = FitRequest(
             fit_id=f"round={number}/{kind}",
             kind=kind,
@@ -362,6 +382,8 @@ class Evolution:
             checkpoints=str(self.folder.checkpoints),
             config=config,
             seed=derive_seed(self.config.seed, "fit", number, kind),
+            previous=previous.path if previous is not None else None,
+            force=self.force,
         )
         loop = asyncio.get_running_loop()
 
@@ -369,7 +391,15 @@ class Evolution:
             facts = {"loss": progress.loss, "tokens/s": progress.tokens_per_s}
             loop.call_soon_threadsafe(self.view.update, progress.step, progress.num_steps, facts)
 
-        return await self.fleet.fit(request, show)
+        result = await self.fleet.fit(request, show)
+        for warning in result.warnings:
+            self.view.note(f"round {number}, {kind}: {warning}")
+        if result.held is not None:
+            self.view.note(
+                f"round {number}, {kind}: held back, the checkpoint before stays in service: "
+                f"{result.held}; --force promotes it"
+            )
+        return result
 
     async def _evaluate(
         self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
@@ -544,4 +574,10 @@ def _fit_facts(result: FitResult) -> Mapping[str, Any]:
         "train_s": result.seconds_train,
         "save_s": result.seconds_save,
         "metrics": result.metrics,
+        "calibration": result.calibration,
+        "mean_grad_norm": result.mean_grad_norm,
+        "mfu": result.mfu,
+        "computed_tokens": result.computed_tokens,
+        "warnings": list(result.warnings),
+        "held": result.held,
     }
