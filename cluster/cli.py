@@ -10,6 +10,7 @@ import asyncio
 import json
 import signal
 from collections.abc import Coroutine
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from cluster.progress import ProgressView
 
 T = TypeVar("T")
+
+GPU_KINDS = Path(__file__).parents[1] / "deploy" / "gpus.yaml"
 
 
 class TrainKind(StrEnum):
@@ -220,6 +223,61 @@ def train(
     console = Console()
     training = run_train(kind.value, config, overrides or (), force, console)
     print_train_report(_run(training, again=command_line()), console)
+
+
+@app.command()
+def simulate(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As num_replicas=64, lost_per_hour=0.2."),
+    ] = None,
+    curve: Annotated[
+        Path | None,
+        typer.Option("--latency-curve", help="JSON of `python -m bench.search` [a built-in one]."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Run a round of modelled engines through the real coordinator, at virtual time."""
+    from cluster.config import make_config
+    from cluster.latency import DEFAULT_CURVE, LatencyCurve
+    from cluster.simulate import Simulation, SimulationConfig, print_simulation
+
+    settings = make_config({}, overrides or (), kind=SimulationConfig, source="simulate")
+    known = LatencyCurve.read(curve) if curve is not None else DEFAULT_CURVE
+    result = Simulation(settings, known).run()
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+    else:
+        print_simulation(result, settings, Console(), curve=known)
+
+
+@app.command()
+def plan(
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
+    gpu_kind: Annotated[str, typer.Option(help="A row of the table of GPU kinds.")],
+    on_demand: Annotated[bool, typer.Option(help="At the on-demand price, nothing lost.")] = False,
+    kinds: Annotated[Path, typer.Option(help="Table of GPU kinds, YAML; edit it.")] = GPU_KINDS,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As problems=100000, price_per_hour=2."),
+    ] = None,
+) -> None:
+    """Say how many days and dollars a round would take."""
+    from cluster.config import ConfigError, make_config
+    from cluster.planner import PlanConfig, make_plan, print_plan, read_gpu_kinds
+
+    table = read_gpu_kinds(kinds)
+    if gpu_kind not in table:
+        raise ConfigError(f"{kinds}: no GPU kind {gpu_kind!r}; there are {', '.join(table)}")
+    kind = table[gpu_kind]
+    data = {
+        "gpus": gpus,
+        "tokens_per_s": kind.tokens_per_s,
+        "price_per_hour": kind.on_demand_price if on_demand else kind.spot_price,
+        "lost_per_hour": 0.0 if on_demand else kind.lost_per_hour,
+    }
+    settings = make_config(data, overrides or (), kind=PlanConfig, source="plan")
+    print_plan(make_plan(settings), settings, Console())
 
 
 @app.command()

@@ -9,7 +9,9 @@ import warnings
 from pathlib import Path
 
 from cluster.config import ConfigError
+from cluster.latency import CurveError
 from cluster.model_check import ModelCheckError
+from cluster.planner import PlanError
 from cluster.run_folder import RunFolderError, why_not_written
 from learner.checkpoint import CheckpointError
 from learner.dataset import DatasetError
@@ -23,10 +25,12 @@ from verifier.sandbox import SandboxError
 KNOWN_ERRORS: tuple[type[Exception], ...] = (
     CheckpointError,
     ConfigError,
+    CurveError,
     DatasetError,
     EngineError,
     LearnerError,
     ModelCheckError,
+    PlanError,
     ProblemFileError,
     RunFolderError,
     SandboxError,
