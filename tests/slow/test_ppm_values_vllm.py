@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cluster.replica import EngineConfig, PreferenceReplica
 from learner.batch import pack_preference, tokenise_pairs
 from learner.dataset import DatasetConfig, build_dataset, read_pairs, write_dataset
 from learner.fit import FitRequest, PreferenceTrainConfig
 from learner.objectives import PreferenceObjective
 from learner.preference_model import load_preference_model
 from learner.trainer import run_fit
-from rollout.engine import EvaluationRequest
 from rollout.prompt import SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_tiny_policy
@@ -24,8 +25,40 @@ pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4
 
+# In a process of its own: the engine sets up torch.distributed for itself, and for good.
+SERVE = """
+import asyncio, json, sys
+from cluster.replica import EngineConfig, PreferenceReplica
+from rollout.engine import EvaluationRequest
 
-async def test_trainer_transformers_and_vllm_agree_within_1e_4(tmp_path: Path) -> None:
+async def main():
+    replica = PreferenceReplica(sys.argv[1], EngineConfig(max_model_len=256, kv_cache_gib=0.1))
+    await replica.ready()
+    reply = await replica.evaluate(EvaluationRequest(texts=tuple(json.load(sys.stdin))))
+    await replica.shutdown()
+    print("VALUES", json.dumps(reply.values))
+
+asyncio.run(main())
+"""
+
+
+def served_values(path: str, texts: list[str]) -> list[float]:
+    """The values of a PPM replica on vLLM."""
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, path],
+        input=json.dumps(texts),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [text for text in done.stdout.splitlines() if text.startswith("VALUES ")]
+    return json.loads(line.removeprefix("VALUES "))
+
+
+def test_trainer_transformers_and_vllm_agree_within_1e_4(tmp_path: Path) -> None:
     trees = [
         make_tree(
             code(f"good = {n}", answered("7", correct=True)),
@@ -61,12 +94,7 @@ async def test_trainer_transformers_and_vllm_agree_within_1e_4(tmp_path: Path) -
             torch.tanh(plain(**tokenizer(text, return_tensors="pt")).logits).item()
             for text in texts
         ]
-    replica = PreferenceReplica(path, EngineConfig(max_model_len=256, kv_cache_gib=0.1))
-    try:
-        await replica.ready()
-        vllm = list((await replica.evaluate(EvaluationRequest(texts=tuple(texts)))).values)
-    finally:
-        await replica.shutdown()
+    vllm = served_values(path, texts)
 
     assert max(trainer) - min(trainer) > 0.05
     assert trainer == pytest.approx(transformers, abs=TOLERANCE)
