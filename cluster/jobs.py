@@ -132,13 +132,10 @@ class StagePlan:
     """Problems per job."""
     seed: int
     priority: int = 0
-    num_workers: int = 1
-    """Workers expected; see `plan_jobs`."""
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "num_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size must be >= 1, got {self.shard_size}")
         if not self.stage or not all(c.isalnum() or c in "-_" for c in self.stage):
             raise ValueError(f"stage must be letters, digits, - and _, got {self.stage!r}")
         if len(set(self.problem_ids)) != len(self.problem_ids):
@@ -154,7 +151,6 @@ class StagePlan:
                 "shard_size": self.shard_size,
                 "seed": self.seed,
                 "priority": self.priority,
-                "num_workers": self.num_workers,
             }
         ).encode()
 
@@ -165,18 +161,10 @@ class StagePlan:
 
 
 def plan_jobs(plan: StagePlan) -> list[Job]:
-    """Cut a stage's problems, in their order, into jobs with ids that depend on nothing else.
-
-    A job gets `shard_size` problems, but never more than an equal share of what is left for each of
-    `num_workers` workers (guided self-scheduling): the last jobs are small, so that no worker sits
-    on many problems while others have none.
-    """
+    """Cut a stage's problems, in their order, into jobs with ids that depend on nothing else."""
     jobs = []
-    start = 0
-    while left := len(plan.problem_ids) - start:
-        size = min(plan.shard_size, -(-left // plan.num_workers))
-        problem_ids = plan.problem_ids[start : start + size]
-        start += size
+    for start in range(0, len(plan.problem_ids), plan.shard_size):
+        problem_ids = plan.problem_ids[start : start + plan.shard_size]
         jobs.append(
             Job(
                 id=_hash(plan.round, plan.stage, plan.tree_index, list(problem_ids), plan.seed),
@@ -225,7 +213,8 @@ class LeaseCounters:
 @dataclass(slots=True)
 class _Entry:
     job: Job
-    order: int
+    order: tuple[int, ...]
+    """Place in the queue: the number of its coming, behind it that among its parent's parts."""
     state: JobState = JobState.PENDING
     attempts: int = 0
     """Leases that ended badly."""
@@ -249,7 +238,10 @@ class StageCounts:
 
 
 class JobQueue:
-    """Jobs by priority, then by the order they came; see the module for the transitions."""
+    """Jobs by priority, then by the order they came, parts in their parent's place.
+
+    See the module for the transitions.
+    """
 
     def __init__(self, config: QueueConfig, *, epoch: str = "0") -> None:
         """
@@ -261,7 +253,7 @@ class JobQueue:
         self.epoch = epoch
         self.counters = LeaseCounters()
         self._entries: dict[str, _Entry] = {}
-        self._pending: list[tuple[int, int, str]] = []
+        self._pending: list[tuple[int, tuple[int, ...], str]] = []
         self._expiries: list[tuple[float, str, str]] = []
         self._held: dict[str, set[str]] = {}
         self._counts: dict[tuple[int, str], StageCounts] = {}
@@ -272,9 +264,12 @@ class JobQueue:
 
     def add(self, job: Job) -> bool:
         """Queue a job; False if it is known already."""
+        return self._add(job, (len(self._entries),))
+
+    def _add(self, job: Job, order: tuple[int, ...]) -> bool:
         if job.id in self._entries:
             return False
-        entry = _Entry(job, len(self._entries))
+        entry = _Entry(job, order)
         self._entries[job.id] = entry
         counts = self._counts.setdefault((job.round, job.stage), StageCounts())
         counts.jobs[JobState.PENDING] += 1
@@ -365,8 +360,9 @@ class JobQueue:
         self._move(entry, JobState.DONE)
         handed_back = sum(map(len, groups))
         counts.problems[JobState.DONE] -= handed_back
-        for group in groups:
-            self.add(entry.job.child(group))
+        for number, group in enumerate(groups):
+            # What is handed back is what takes long: at the end of the queue it would end last.
+            self._add(entry.job.child(group), (*entry.order, number))
         return True
 
     def release(self, job_id: str, lease_id: str) -> bool:

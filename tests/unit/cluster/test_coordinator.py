@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster.coordinator import Coordinator, WorkerProgress, audit_round
+from cluster.coordinator import Coordinator, RemoteCoordinator, WorkerProgress, audit_round
 from cluster.jobs import JobState, Lease, QueueConfig, StagePlan
-from rollout.store import RunStore, StoreError, TrajectoryStore
+from rollout.store import Commit, RunStore, StoreError, TrajectoryStore
 from rollout.tree import Tree
 from tests.builders import answered, make_problem, make_tree
 
@@ -323,6 +324,30 @@ def test_completion_of_an_unknown_job_is_ignored(coordinator: Coordinator) -> No
     store = TrajectoryStore(coordinator.store, 9)
     store.commit("alien", [tree("z")])
     assert not coordinator.complete("alien", "x", store.read_commit("alien"))
+
+
+async def test_sums_and_parts_of_a_marker_are_sent_the_names_of_its_trees_are_not(
+    coordinator: Coordinator,
+) -> None:
+    coordinator.plan(plan("a", "b"))
+    lease = grant(coordinator)
+    store = TrajectoryStore(coordinator.store, 1)
+    store.commit(lease.job.id, [tree("a")], remaining=[["b"]])
+    sent = []
+
+    class Method:
+        async def remote(self, job_id: str, lease_id: str, commit: Commit) -> bool:
+            sent.append(commit)
+            return coordinator.complete(job_id, lease_id, commit)
+
+    class Handle:
+        complete = Method()
+
+    marker = store.read_commit(lease.job.id)
+    assert await RemoteCoordinator(Handle()).complete(lease.job.id, lease.id, marker)
+    assert sent == [replace(marker, trees=())]
+    assert coordinator.status(1).totals.trees == 1
+    assert grant(coordinator).job.problem_ids == ("b",)
 
 
 # -- audit

@@ -8,6 +8,7 @@ import pickle
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -223,6 +224,14 @@ def test_a_commit_whose_answer_was_lost_is_still_ones_own(
 
 
 # -- commits
+
+
+def test_markers_can_be_read_without_the_names_of_their_trees(store: RunStore) -> None:
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", trees("a", "b"), failed={"c": "error"}, remaining=[["d"]])
+    whole, light = round_.commits()["s1"], round_.commits(trees=False)["s1"]
+    assert len(whole.trees) == 2 and light.trees == ()
+    assert replace(whole, trees=()) == light
 
 
 def test_a_committed_shard_reads_back_exactly(store: RunStore) -> None:
