@@ -155,8 +155,7 @@ class Coordinator:
     def plan(self, plan: StagePlan) -> RoundStatus:
         """Queue what a stage is to search, or go on with it if it was planned before.
 
-        A stored plan stands: its shard size, priority and number of workers win over those asked
-        for now.
+        A stored plan stands: its shard size and priority win over those asked for now.
 
         Raises:
             ValueError: the stage was planned with other problems, another seed or tree index, or

@@ -33,14 +33,17 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from cluster.config import ConfigError
 from cluster.coordinator import Coordinator, WorkerProgress, audit_round
 from cluster.jobs import Lease, QueueConfig, StagePlan
 from cluster.latency import DEFAULT_CURVE, LatencyCurve
@@ -124,7 +127,7 @@ class SimulationConfig(BaseModel):
     renew_s: float = Field(default=30.0, gt=0, description="pause between renewals")
     poll_s: float = Field(default=5.0, gt=0, description="pause after no job was left")
     checkpoint_s: float | None = Field(
-        default=60.0,
+        default=None,
         gt=0,
         description="trees in work are stored so often, and when a replica leaves by a notice; "
         "whoever gets the problem goes on with them. null: searched again from the root",
@@ -331,7 +334,6 @@ class Simulation:
                     problem_ids=self._ids,
                     shard_size=config.shard_size,
                     seed=config.seed,
-                    num_workers=config.num_replicas,
                 )
             )
             self._at(0.0, self._scale, on_progress)
@@ -764,6 +766,56 @@ class Simulation:
 
 _PROGRESS = WorkerProgress()
 _ANSWER = Step(kind=StepKind.ANSWER, text="simulated", answer="1")
+
+
+def run_simulate(
+    settings: Mapping[str, Any],
+    console: Console,
+    *,
+    latency_curve: Path | None = None,
+    json_file: Path | None = None,
+) -> SimulationReport:
+    """The command: simulate, print, and write the figures to a file if asked.
+
+    Args:
+        settings: fields of `SimulationConfig`; a string is read as YAML.
+        latency_curve: JSON file of bench.search; None: `DEFAULT_CURVE`.
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+        CurveError: the curve cannot be read.
+    """
+    curve = DEFAULT_CURVE if latency_curve is None else LatencyCurve.read(latency_curve)
+    try:
+        config = SimulationConfig.model_validate(
+            {
+                name: yaml.safe_load(value) if isinstance(value, str) else value
+                for name, value in settings.items()
+            }
+        )
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(
+                f"simulation setting {'.'.join(map(str, e['loc'])) or 'bounds'}: {e['msg']}"
+                for e in error.errors()
+            )
+        ) from None
+    shown_s = time.monotonic()
+
+    def show(now_s: float, done: int) -> None:
+        nonlocal shown_s
+        if time.monotonic() - shown_s >= 10.0:
+            shown_s = time.monotonic()
+            console.print(
+                f"{now_s / 3600:.2f} h simulated, {done:,} of {config.num_problems:,} problems",
+                highlight=False,
+            )
+
+    report = Simulation(config, curve).run(show)
+    print_simulation(report, config, console, curve=curve)
+    if json_file is not None:
+        figures = asdict(report) | {"config": config.model_dump(mode="json")}
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 def print_simulation(
