@@ -22,7 +22,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -165,47 +164,6 @@ def make_plan(config: PlanConfig) -> Plan:
         dollars_per_solved=dollars / (config.problems * config.solve_rate),
         expected_losses=losses_per_s * gpu_s,
     )
-
-
-def run_plan(
-    console: Console,
-    table: Path,
-    *,
-    gpus: int,
-    gpu_kind: str,
-    on_demand: bool = False,
-    price: float | None = None,
-    tokens_per_s: float | None = None,
-    **settings: Any,
-) -> Plan:
-    """The command: take price and speed from the table of GPU kinds, plan, print.
-
-    Args:
-        price, tokens_per_s: used instead of the table's.
-        settings: further fields of `PlanConfig`; None: its default.
-    Raises:
-        PlanError: the kind is not in the table, or a value is wrong.
-    """
-    kinds = read_gpu_kinds(table)
-    if gpu_kind not in kinds:
-        raise PlanError(f"{table}: no GPU kind {gpu_kind!r}; it has {', '.join(sorted(kinds))}")
-    kind = kinds[gpu_kind]
-    given = {name: value for name, value in settings.items() if value is not None}
-    if price is None:
-        price = kind.on_demand_price if on_demand else kind.spot_price
-    try:
-        config = PlanConfig(
-            gpus=gpus,
-            price_per_hour=price,
-            tokens_per_s=kind.tokens_per_s if tokens_per_s is None else tokens_per_s,
-            **{"lost_per_hour": 0.0 if on_demand else kind.lost_per_hour, **given},
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PlanError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    plan = make_plan(config)
-    print_plan(plan, config, console)
-    return plan
 
 
 _MEANINGS: Mapping[str, str] = {

@@ -14,8 +14,8 @@ when all of its trees have ended, then completes it.
 What goes wrong, at random and reproducibly:
 - a replica is lost: at once, or after a notice (it stops taking jobs and, before the end, commits
   what is finished and hands back the rest); the loss is noticed `detect_s` later, the scaler asks
-  for another one, which serves after the start times of node and engine; trees in work go on
-  elsewhere from their last checkpoint (the checkpoints are modelled);
+  for another one, which serves after the start times of node and engine; its open trees are
+  searched again from the root, or with `checkpoint_s` from their last checkpoint (modelled too);
 - some lost replicas are only cut off: they go on for a while as zombies and commit shards that
   others hold meanwhile; half of these commits are placed between a rival's data file and its
   marker;
@@ -33,17 +33,14 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import ConfigError
 from cluster.coordinator import Coordinator, WorkerProgress, audit_round
 from cluster.jobs import Lease, QueueConfig, StagePlan
 from cluster.latency import DEFAULT_CURVE, LatencyCurve
@@ -766,56 +763,6 @@ class Simulation:
 
 _PROGRESS = WorkerProgress()
 _ANSWER = Step(kind=StepKind.ANSWER, text="simulated", answer="1")
-
-
-def run_simulate(
-    settings: Mapping[str, Any],
-    console: Console,
-    *,
-    latency_curve: Path | None = None,
-    json_file: Path | None = None,
-) -> SimulationReport:
-    """The command: simulate, print, and write the figures to a file if asked.
-
-    Args:
-        settings: fields of `SimulationConfig`; a string is read as YAML.
-        latency_curve: JSON file of bench.search; None: `DEFAULT_CURVE`.
-    Raises:
-        ConfigError: a setting is unknown or wrong.
-        CurveError: the curve cannot be read.
-    """
-    curve = DEFAULT_CURVE if latency_curve is None else LatencyCurve.read(latency_curve)
-    try:
-        config = SimulationConfig.model_validate(
-            {
-                name: yaml.safe_load(value) if isinstance(value, str) else value
-                for name, value in settings.items()
-            }
-        )
-    except ValidationError as error:
-        raise ConfigError(
-            "\n".join(
-                f"simulation setting {'.'.join(map(str, e['loc'])) or 'bounds'}: {e['msg']}"
-                for e in error.errors()
-            )
-        ) from None
-    shown_s = time.monotonic()
-
-    def show(now_s: float, done: int) -> None:
-        nonlocal shown_s
-        if time.monotonic() - shown_s >= 10.0:
-            shown_s = time.monotonic()
-            console.print(
-                f"{now_s / 3600:.2f} h simulated, {done:,} of {config.num_problems:,} problems",
-                highlight=False,
-            )
-
-    report = Simulation(config, curve).run(show)
-    print_simulation(report, config, console, curve=curve)
-    if json_file is not None:
-        figures = asdict(report) | {"config": config.model_dump(mode="json")}
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return report
 
 
 def print_simulation(

@@ -11,7 +11,6 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.config import ConfigError
 from cluster.latency import DEFAULT_CURVE, CurveError, LatencyCurve
 from cluster.simulate import (
     DEFINITIONS,
@@ -19,7 +18,6 @@ from cluster.simulate import (
     SimulationConfig,
     SimulationReport,
     print_simulation,
-    run_simulate,
 )
 from cluster.simulated_store import DictFileSystem, RacingStore
 from rollout.store import RunStore, TrajectoryStore
@@ -196,20 +194,6 @@ def test_every_figure_is_defined_and_every_assumption_printed() -> None:
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     for name in (*DEFINITIONS, *SimulationConfig.model_fields, "curve"):
         assert name in printed
-
-
-def test_command_reads_settings_prints_and_writes(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=200)
-    file = tmp_path / "figures.json"
-    settings = {"num_problems": 20, "num_replicas": 1, "checkpoint_s": "null", "slow_share": "0.5"}
-    report = run_simulate(settings, console, json_file=file)
-    written = json.loads(file.read_text())
-    assert written["committed"] == report.committed == 20
-    assert written["config"]["slow_share"] == 0.5 and written["config"]["checkpoint_s"] is None
-    with pytest.raises(ConfigError, match="simulation setting num_problem: Extra inputs"):
-        run_simulate({"num_problem": 20}, console)
-    with pytest.raises(ConfigError, match=r"simulation setting slow_share: .* less than or equal"):
-        run_simulate({"slow_share": "1.5"}, console)
 
 
 def test_memory_is_given_back() -> None:
