@@ -1,0 +1,44 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rollout.files import atomic_write, create_only, replacing
+
+
+def test_a_write_replaces_the_whole_file_and_makes_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.json"
+    atomic_write(path, "long old text")
+    atomic_write(path, b"new", durable=True)
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    atomic_write(path, "old")
+    with pytest.raises(ValueError, match="half"), replacing(path) as hidden:
+        hidden.write_text("ne")
+        raise ValueError("half written")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+
+
+def test_one_of_many_creators_wins_and_its_file_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "marker.json"
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda n: create_only(path, f"{n}" * 1000), range(10)))
+    assert won.count(True) == 1
+    assert path.read_text() == f"{won.index(True)}" * 1000
+    assert not create_only(path, "another")
+    assert [p.name for p in tmp_path.iterdir()] == ["marker.json"]
+
+
+def test_a_create_on_a_path_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        create_only(tmp_path / "file" / "below", "x")
