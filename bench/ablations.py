@@ -43,7 +43,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.plain_reasoning import plain_solution
-from cluster.config import (
+from cluster.errors import explain, quiet_logging
+from cluster.evaluation.held_out import Evaluation, balanced, evaluate
+from cluster.fleet.fleet import Fleet
+from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.reports.report import hardware, versions
+from cluster.runs.config import (
     ConfigError,
     RunConfig,
     ServingConfig,
@@ -51,11 +56,6 @@ from cluster.config import (
     make_config,
     read_yaml,
 )
-from cluster.errors import explain, quiet_logging
-from cluster.evaluate import Evaluation, balanced, evaluate
-from cluster.fleet import Fleet
-from cluster.report import hardware, versions
-from cluster.run_folder import RunFolder, RunFolderError
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
     Dataset,

@@ -20,12 +20,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import EvaluationConfig, RunConfig
 from cluster.errors import quiet_logging
-from cluster.evaluate import Evaluation, evaluate
-from cluster.fleet import Fleet
-from cluster.report import COLUMNS, hardware, percent, versions
-from cluster.run_folder import RunFolder
+from cluster.evaluation.held_out import Evaluation, evaluate
+from cluster.fleet.fleet import Fleet
+from cluster.folder.run_folder import RunFolder
+from cluster.reports.report import COLUMNS, hardware, percent, versions
+from cluster.runs.config import EvaluationConfig, RunConfig
 from learner.checkpoint import CheckpointStore
 from learner.fit import FitRequest, FitResult
 from rollout.problems.reader import read_problems

@@ -27,14 +27,14 @@ from typing import Any
 import psutil
 import ray
 
-from cluster import metrics as m
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutStage
-from cluster.pool import PolicyPool, PreferencePool, SandboxPool
-from cluster.report import hardware
-from cluster.run_folder import RunFolder
-from cluster.samples import Samples
-from cluster.sandbox_worker import SandboxWorker, SandboxWorkerActor
+from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.sandbox_worker import SandboxWorker, SandboxWorkerActor
+from cluster.folder.run_folder import RunFolder
+from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
+from cluster.reports.report import hardware
+from cluster.runs.config import RolloutConfig
+from cluster.telemetry import metrics as m
+from cluster.telemetry.samples import Samples
 from learner.checkpoint import Checkpoint
 from rollout.problem import Problem
 from rollout.search import SearchConfig, run_search

@@ -51,13 +51,13 @@ from bench.search_engines import (
     tokens_per_s,
 )
 from bench.search_offline import Job
-from cluster.config import ServingConfig
+from cluster.engines.replica import EngineConfig, PolicyReplica
 from cluster.errors import quiet_logging
-from cluster.fleet import Fleet
-from cluster.replica import EngineConfig, PolicyReplica
-from cluster.report import hardware, versions
-from cluster.run_folder import RunFolder
-from cluster.worker import GC_THRESHOLD
+from cluster.fleet.fleet import Fleet
+from cluster.folder.run_folder import RunFolder
+from cluster.jobs.worker import GC_THRESHOLD
+from cluster.reports.report import hardware, versions
+from cluster.runs.config import ServingConfig
 from learner.checkpoint import (
     Checkpoint,
     CheckpointStore,

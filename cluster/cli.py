@@ -23,7 +23,7 @@ from rollout.methods import Method
 from rollout.problem import DecontaminationRule, Level
 
 if TYPE_CHECKING:
-    from cluster.progress import ProgressView
+    from cluster.telemetry.progress import ProgressView
 
 T = TypeVar("T")
 
@@ -73,11 +73,11 @@ def evolve(
 ) -> None:
     """Run all rounds of self-evolution; run it again to go on where it stopped."""
     quiet_logging(verbose)
-    from cluster.config import RunConfig, load_config
-    from cluster.evolve import Evolution
-    from cluster.live import command_line
-    from cluster.progress import ProgressView
-    from cluster.run_report import show_report
+    from cluster.reports.run_report import show_report
+    from cluster.runs.config import RunConfig, load_config
+    from cluster.runs.evolve import Evolution
+    from cluster.telemetry.live import command_line
+    from cluster.telemetry.progress import ProgressView
 
     settings = load_config(config, overrides or (), kind=RunConfig)
     console = Console()
@@ -114,10 +114,10 @@ def rollout(
 ) -> None:
     """Search the problems of one file with given models and commit the trees."""
     quiet_logging(verbose)
-    from cluster.config import RolloutConfig, load_config
-    from cluster.live import command_line
-    from cluster.progress import ProgressView
-    from cluster.rollout_run import RolloutRun, print_rollout_report
+    from cluster.runs.config import RolloutConfig, load_config
+    from cluster.runs.rollout import RolloutRun, print_rollout_report
+    from cluster.telemetry.live import command_line
+    from cluster.telemetry.progress import ProgressView
 
     given: dict[str, Any] = {"problems": problems, "ppm": ppm, "limit": limit}
     if policy is not None:
@@ -151,7 +151,7 @@ def solve(
 ) -> None:
     """Think about one problem with the trained pair, and show how."""
     quiet_logging(verbose)
-    from cluster.solve import run_solve
+    from cluster.runs.solve import run_solve
 
     solving = run_solve(
         problem,
@@ -185,7 +185,7 @@ def tree(
     ] = None,
 ) -> None:
     """Show a search tree: Q-values, visits, chosen trajectories and preference pairs."""
-    from cluster.tree_view import show_tree
+    from cluster.reports.tree_view import show_tree
 
     show_tree(
         run,
@@ -207,7 +207,7 @@ def status(
     watch: Annotated[bool, typer.Option(help="Again and again, until the run ends.")] = False,
 ) -> None:
     """Show how a run stands, from any shell or machine that sees its folder."""
-    from cluster.status import show_status
+    from cluster.watch.status import show_status
 
     try:
         show_status(run, Console(), as_json=as_json, watch=watch)
@@ -234,7 +234,7 @@ def logs(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Show what the processes of a run logged, and what became of a problem."""
-    from cluster.log_view import show_logs
+    from cluster.watch.log_view import show_logs
 
     try:
         show_logs(
@@ -260,7 +260,7 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
 ) -> None:
     """Watch a run's speed, replicas and waits in the terminal."""
-    from cluster.top import show_top
+    from cluster.watch.top import show_top
 
     try:
         show_top(run, Console(), once=once)
@@ -284,7 +284,7 @@ def dashboard(
     ] = None,
 ) -> None:
     """Serve the run's dashboards as a web page, without Grafana."""
-    from cluster.dashboard import serve_dashboard
+    from cluster.watch.dashboard import serve_dashboard
 
     serving = serve_dashboard(
         run, Console(), host=host, port=port, token=token, prometheus=prometheus
@@ -302,8 +302,8 @@ def train(
 ) -> None:
     """Train one model on a committed round or on plain files."""
     quiet_logging(verbose)
-    from cluster.live import command_line
-    from cluster.train import print_train_report, run_train
+    from cluster.runs.train import print_train_report, run_train
+    from cluster.telemetry.live import command_line
 
     console = Console()
     training = run_train(kind.value, config, overrides or (), force, console)
@@ -315,7 +315,7 @@ def regrade(
     run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
 ) -> None:
     """Judge every stored answer again with this version's grader, and say what changed."""
-    from cluster.regrade import run_regrade
+    from cluster.runs.regrade import run_regrade
 
     try:
         run_regrade(run, Console())
@@ -337,9 +337,9 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Run a round of modelled engines through the real coordinator, at virtual time."""
-    from cluster.config import make_config
-    from cluster.latency import DEFAULT_CURVE, LatencyCurve
-    from cluster.simulate import Simulation, SimulationConfig, print_simulation
+    from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
+    from cluster.planning.simulate import Simulation, SimulationConfig, print_simulation
+    from cluster.runs.config import make_config
 
     settings = make_config({}, overrides or (), kind=SimulationConfig, source="simulate")
     known = LatencyCurve.read(curve) if curve is not None else DEFAULT_CURVE
@@ -362,8 +362,8 @@ def plan(
     ] = None,
 ) -> None:
     """Say how many days and dollars a round would take."""
-    from cluster.config import ConfigError, make_config
-    from cluster.planner import PlanConfig, make_plan, print_plan, read_gpu_kinds
+    from cluster.planning.planner import PlanConfig, make_plan, print_plan, read_gpu_kinds
+    from cluster.runs.config import ConfigError, make_config
 
     table = read_gpu_kinds(kinds)
     if gpu_kind not in table:
@@ -412,13 +412,13 @@ def evaluate(
 ) -> None:
     """Measure a model with several methods and budgets on benchmarks; run it again to go on."""
     quiet_logging(verbose)
-    from cluster.benchmarks import ask, run_evaluate
-    from cluster.live import command_line
-    from cluster.progress import ProgressView
+    from cluster.evaluation.benchmarks import ask, run_evaluate
+    from cluster.telemetry.live import command_line
+    from cluster.telemetry.progress import ProgressView
 
     console = Console()
     if compare is not None:
-        from cluster.compare import show_comparison
+        from cluster.evaluation.compare import show_comparison
 
         show_comparison(*compare, console)
         return
@@ -449,7 +449,7 @@ def report(
     ] = None,
 ) -> None:
     """Print what a run or an evaluation showed, and write its page."""
-    from cluster.run_report import show_report
+    from cluster.reports.run_report import show_report
 
     show_report(run, Console(), page=page)
 
@@ -463,7 +463,7 @@ def check_cluster(
     prices: Annotated[Path, typer.Option(help="Price table, YAML; edit it.")] = MACHINE_PRICES,
 ) -> None:
     """Check a launch file offline and print what its machines cost per hour."""
-    from cluster.launch_check import run_check
+    from cluster.planning.launch_check import run_check
 
     if not run_check(file, Console(), config=config, prices=prices):
         raise typer.Exit(1)
@@ -502,7 +502,7 @@ def problems_import(
     force: Annotated[bool, typer.Option(help="Replace an existing output.")] = False,
 ) -> None:
     """Read problem files into one table without duplicates and benchmark problems."""
-    from cluster.problems import run_import
+    from cluster.runs.problems import run_import
     from rollout.problems.formats import PAPER_SUBSETS, parse_columns
     from rollout.problems.import_report import ImportSettings, report_folder
 
@@ -534,7 +534,7 @@ def problems_stats(
     file: Annotated[str, typer.Argument(help="Problem file of any known format.")],
 ) -> None:
     """Count what a problem file holds: sources, levels, kinds of answers."""
-    from cluster.problems import run_stats
+    from cluster.runs.problems import run_stats
 
     run_stats(file, Console())
 
@@ -548,7 +548,7 @@ def problems_check(
     ] = None,
 ) -> None:
     """Say what is wrong with a problem file; exit status 1 when anything is."""
-    from cluster.problems import run_check
+    from cluster.runs.problems import run_check
 
     if not run_check(file, tuple(against or ()), Console()):
         raise typer.Exit(1)
@@ -573,8 +573,8 @@ def problems_synthesize(
 ) -> None:
     """Have a model write new problems, and keep those on whose answer its solutions agree."""
     quiet_logging(verbose)
-    from cluster.live import command_line
-    from cluster.synthesize import run_synthesize, synthesize_config
+    from cluster.runs.synthesize import run_synthesize, synthesize_config
+    from cluster.telemetry.live import command_line
 
     settings = synthesize_config(
         config,

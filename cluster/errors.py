@@ -8,13 +8,13 @@ import os
 import warnings
 from pathlib import Path
 
-from cluster.config import ConfigError
-from cluster.dashboard import DashboardError
-from cluster.latency import CurveError
-from cluster.model_check import ModelCheckError
-from cluster.planner import PlanError
-from cluster.run_folder import RunFolderError, why_not_written
-from cluster.tracing import TracingError
+from cluster.engines.model_check import ModelCheckError
+from cluster.folder.run_folder import RunFolderError, why_not_written
+from cluster.planning.latency import CurveError
+from cluster.planning.planner import PlanError
+from cluster.runs.config import ConfigError
+from cluster.telemetry.tracing import TracingError
+from cluster.watch.dashboard import DashboardError
 from learner.checkpoint import CheckpointError
 from learner.dataset import DatasetError
 from learner.fit import LearnerError

@@ -18,7 +18,7 @@ data is safe either way: a trajectory is kept for being correct by the new verdi
 Q-values contradict it is dropped for its margin (`learner.pairs`; with `q_source = terminal` pairs
 are ranked by the new rewards).
 
-Pure: reads and writes tables; `cluster.regrade` is the command.
+Pure: reads and writes tables; `cluster.runs.regrade` is the command.
 """
 
 from __future__ import annotations

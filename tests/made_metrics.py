@@ -7,9 +7,9 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster import metrics as m
-from cluster.live import LIVE_FILE, Live, Snapshot
-from cluster.samples import Key, SampleWriter
+from cluster.telemetry import metrics as m
+from cluster.telemetry.live import LIVE_FILE, Live, Snapshot
+from cluster.telemetry.samples import Key, SampleWriter
 
 ROW_S = 10.0
 NUM_ROWS = 180

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from cluster.fleet import Fleet
+from cluster.fleet.fleet import Fleet
 from rollout.tree import Tree
 
 KINDS = (

@@ -76,7 +76,7 @@ class ActorBackend:
     def __init__(self, limits: SandboxLimits, isolation: Any) -> None:
         import ray
 
-        from cluster.sandbox_worker import SandboxWorkerActor
+        from cluster.fleet.sandbox_worker import SandboxWorkerActor
 
         ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
         self._ray = ray

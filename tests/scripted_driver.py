@@ -13,9 +13,9 @@ from typing import Any
 
 import ray
 
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutOutcome, RolloutStage
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.folder.run_folder import RunFolder
+from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
 from tests.builders import make_problem
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica

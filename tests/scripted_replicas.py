@@ -1,4 +1,4 @@
-"""Replicas without a model: the actors of `cluster.replica` with a script in place of an engine.
+"""Replicas without a model: actors as in `cluster.engines.replica`, a script in place of an engine.
 
 They take the same arguments and have the same methods, so that a `Fleet` can be run on them. What
 they say is a function of the request alone, which is what makes runs comparable.
@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.admission import EnginePressure
-from cluster.replica import ReplicaInfo, ReplicaStats
+from cluster.engines.replica import ReplicaInfo, ReplicaStats
+from cluster.jobs.admission import EnginePressure
 from rollout.engine import EvaluationReply, EvaluationRequest, GenerationReply, GenerationRequest
 from tests.fakes import ScriptedPolicy, TablePreference, random_steps
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster import nodes
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutStage
-from cluster.membership import MemberState
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.membership import MemberState
+from cluster.folder.run_folder import RunFolder
+from cluster.machines import nodes
+from cluster.runs.config import RolloutConfig
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore

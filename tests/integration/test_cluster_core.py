@@ -18,11 +18,16 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.coordinator import CoordinatorActor, RemoteCoordinator, RoundStatus, audit_round
-from cluster.jobs import JobState, QueueConfig, SearchTask, StagePlan
-from cluster.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
-from cluster.sandbox_worker import SandboxWorkerActor
-from cluster.worker import RolloutWorkerActor, WorkerConfig
+from cluster.fleet.sandbox_worker import SandboxWorkerActor
+from cluster.jobs.coordinator import (
+    CoordinatorActor,
+    RemoteCoordinator,
+    RoundStatus,
+    audit_round,
+)
+from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
+from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan
+from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
 from rollout.problem import Problem
 from rollout.search import SearchConfig, run_search

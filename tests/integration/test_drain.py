@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster import fleet as fleet_module
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutOutcome, RolloutStage
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import fleet as fleet_module
+from cluster.folder.run_folder import RunFolder
+from cluster.runs.config import RolloutConfig
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore

@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.left_over import left_over, namespace_of
+from cluster.fleet.left_over import left_over, namespace_of
 from rollout.store import RunStore, TrajectoryStore
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_driver import PROBLEMS, make_fleet, rollout

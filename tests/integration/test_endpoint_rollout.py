@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from cluster.config import RolloutConfig, make_config
-from cluster.progress import ProgressView
-from cluster.rollout_run import RolloutRun
+from cluster.runs.config import RolloutConfig, make_config
+from cluster.runs.rollout import RolloutRun
+from cluster.telemetry.progress import ProgressView
 from rollout.engine import EngineError
 from rollout.store import RunStore, TrajectoryStore
 

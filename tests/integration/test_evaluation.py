@@ -16,12 +16,12 @@ import pytest
 import ray
 from rich.console import Console
 
-from cluster.actors import PolicyKind, PreferenceKind
-from cluster.benchmarks import Asked, EvaluationRun, evaluate_config
-from cluster.compare import compare
-from cluster.evaluation_report import write_evaluation
-from cluster.evaluation_results import Arm
-from cluster.progress import ProgressView
+from cluster.evaluation.benchmarks import Asked, EvaluationRun, evaluate_config
+from cluster.evaluation.compare import compare
+from cluster.evaluation.results import Arm
+from cluster.fleet.actors import PolicyKind, PreferenceKind
+from cluster.reports.evaluation_page import write_evaluation
+from cluster.telemetry.progress import ProgressView
 from tests.models import write_tiny_policy, write_tiny_ppm
 from tests.scripted_replicas import ScriptedPolicyReplica, ScriptedPreferenceReplica
 

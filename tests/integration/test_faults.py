@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutOutcome, RolloutStage
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.folder.run_folder import RunFolder
+from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
 from rollout.problem import Problem

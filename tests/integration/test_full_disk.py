@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.config import RolloutConfig
-from cluster.coordinator import audit_round
-from cluster.fleet import Fleet, RolloutStage
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.folder.run_folder import RunFolder
+from cluster.jobs.coordinator import audit_round
+from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
 from rollout.store import RunStore, StoreError, TrajectoryStore
 from tests.builders import make_problem

@@ -20,10 +20,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from ray.cluster_utils import Cluster
 
-from cluster import nodes
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutOutcome, RolloutStage
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.folder.run_folder import RunFolder
+from cluster.machines import nodes
+from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import make_problem

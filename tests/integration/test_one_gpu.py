@@ -17,11 +17,11 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import nodes
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet
-from cluster.replica import ReplicaInfo
-from cluster.run_folder import RunFolder
+from cluster.engines.replica import ReplicaInfo
+from cluster.fleet.fleet import Fleet
+from cluster.folder.run_folder import RunFolder
+from cluster.machines import nodes
+from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_replicas import ScriptedPolicyReplica, ScriptedPreferenceReplica

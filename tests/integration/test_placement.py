@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import ray
 
-from cluster import keeper
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, keeper
+from cluster.folder.run_folder import RunFolder
+from cluster.runs.config import RolloutConfig
 from rollout.engine import EngineError
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_replicas import ScriptedPolicyReplica

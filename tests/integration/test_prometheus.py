@@ -22,15 +22,15 @@ import ray
 import yaml
 from rich.console import Console
 
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutStage
-from cluster.live import LiveFile
-from cluster.metrics import CATALOGUE
-from cluster.panels import DASHBOARDS, Query
-from cluster.progress import ProgressView
-from cluster.replica import RequestGate
-from cluster.run_folder import RunFolder
-from cluster.samples import Samples
+from cluster.engines.replica import RequestGate
+from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.folder.run_folder import RunFolder
+from cluster.runs.config import RolloutConfig
+from cluster.telemetry.live import LiveFile
+from cluster.telemetry.metrics import CATALOGUE
+from cluster.telemetry.progress import ProgressView
+from cluster.telemetry.samples import Samples
+from cluster.watch.panels import DASHBOARDS, Query
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitResult
 from rollout.engine import GenerationReply, GenerationRequest

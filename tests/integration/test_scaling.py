@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutStage
-from cluster.run_folder import RunFolder
+from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.folder.run_folder import RunFolder
+from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
 from tests.builders import make_problem
 from tests.saboteur import stopped_at_the_end, until

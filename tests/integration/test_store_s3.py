@@ -17,8 +17,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from cluster.coordinator import Coordinator, audit_round
-from cluster.jobs import QueueConfig, StagePlan
+from cluster.jobs.coordinator import Coordinator, audit_round
+from cluster.jobs.queue import QueueConfig, StagePlan
 from rollout.open_trees import OpenTreeStore
 from rollout.store import RunStore, StoreError, TrajectoryStore, stored_rounds
 from rollout.table import trees_to_table

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cluster.endpoint import EndpointConfig, EndpointPolicy
+from cluster.engines.endpoint import EndpointConfig, EndpointPolicy
 from rollout.engine import EngineError, FinishReason, GenerationRequest
 from rollout.prompt import END_OF_STEP, SHORT_TEMPLATE, render_question
 from tests.vllm_server import serving_model

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.config import RolloutConfig
-from cluster.fleet import Fleet, RolloutStage
-from cluster.replica import PolicyReplica
-from cluster.run_folder import RunFolder
+from cluster.engines.replica import PolicyReplica
+from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.folder.run_folder import RunFolder
+from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.prompt import SHORT_TEMPLATE, render_question, render_steps

@@ -17,7 +17,7 @@ import pytest
 import ray
 import yaml
 
-from cluster.learner_group import LearnerGroup
+from cluster.fleet.learner_group import LearnerGroup
 from learner.checkpoint import CheckpointStore
 from learner.dataset import DatasetConfig, build_dataset, write_dataset
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig

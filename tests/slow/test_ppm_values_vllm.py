@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 # In a process of its own: the engine sets up torch.distributed for itself, and for good.
 SERVE = """
 import asyncio, json, sys
-from cluster.replica import EngineConfig, PreferenceReplica
+from cluster.engines.replica import EngineConfig, PreferenceReplica
 from rollout.engine import EvaluationRequest
 
 async def main():

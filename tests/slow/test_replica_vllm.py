@@ -21,9 +21,8 @@ from typing import Any
 
 import pytest
 
-from cluster.admission import EnginePressure
-from cluster.model_check import ModelCheckError
-from cluster.replica import (
+from cluster.engines.model_check import ModelCheckError
+from cluster.engines.replica import (
     EngineConfig,
     PolicyReplica,
     PolicyReplicaActor,
@@ -31,7 +30,8 @@ from cluster.replica import (
     ReplicaInfo,
     ReplicaStats,
 )
-from cluster.weight_sync import sync_weights
+from cluster.engines.weight_sync import sync_weights
+from cluster.jobs.admission import EnginePressure
 from rollout.engine import (
     Completion,
     EvaluationRequest,
@@ -59,8 +59,8 @@ PROMPTS = tuple(render_question(question, SHORT_TEMPLATE) for question in QUESTI
 IN_PROCESS = """
 import json, os, sys
 
-from cluster.model_check import check_policy_checkpoint
-from cluster.replica import EngineConfig, engine_arguments, engine_environment
+from cluster.engines.model_check import check_policy_checkpoint
+from cluster.engines.replica import EngineConfig, engine_arguments, engine_environment
 
 config = EngineConfig(max_model_len=512, kv_cache_gib=0.05)
 for name, value in engine_environment(config, on_cpu=True).items():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.synthesize import run_synthesize, synthesize_config
+from cluster.runs.synthesize import run_synthesize, synthesize_config
 from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig
 from learner.miniature import write_base_model

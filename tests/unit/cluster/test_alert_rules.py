@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.metrics import CATALOGUE
+from cluster.telemetry.metrics import CATALOGUE
 from tests.prometheus import MISSING, has_prometheus
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ConfigError
 from cluster.errors import explain
+from cluster.runs.config import ConfigError
 from rollout.store import StoreError
 
 
@@ -48,7 +48,7 @@ def test_error_from_another_process_is_told_without_its_traceback() -> None:
 
 
 def test_files_of_a_full_disk_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.run_folder import RunFolder, RunFolderError
+    from cluster.folder.run_folder import RunFolder, RunFolderError
 
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -13,9 +13,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cluster.config import RunConfig
-from cluster.launch_check import actor_asks, pinned, read_run
-from cluster.placement import NodeResources, explain
+from cluster.machines.placement import NodeResources, explain
+from cluster.planning.launch_check import actor_asks, pinned, read_run
+from cluster.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy" / "kubernetes"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import RunConfig, load_config
+from cluster.runs.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[3]
 SLURM = ROOT / "deploy" / "slurm"

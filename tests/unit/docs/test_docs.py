@@ -24,7 +24,7 @@ import typer
 import yaml
 
 from cluster.cli import app
-from cluster.config import ConfigError, RolloutConfig, RunConfig, load_config
+from cluster.runs.config import ConfigError, RolloutConfig, RunConfig, load_config
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,0 +1,776 @@
+"""A policy behind an OpenAI-compatible completions endpoint: a hosted model, or `vllm serve`.
+
+    generate --> parts of max_n --> slot --> pace, pause --> POST BASE_URL/completions --> reply
+                                     ^                             |
+                                     +------ back-off <--- 429, 5xx, no connection, time-out
+
+It is how a team without eight big GPUs runs the bootstrap round: `rstar rollout` and the first
+round of `rstar evolve` take their policy from the endpoint when the config has one, and start no
+policy replicas for it. What is said on the wire is in `completions_api`.
+
+One actor holds the client, on the machine of the driver, and every rollout worker asks it. Then
+the limit on requests in flight, the limits per minute, the budget, the pause a server asks for and
+the account are each one number, and the key is in one process; a client in each worker would have
+a share of everything and know nothing of the others'. The extra hop costs about a millisecond of
+a request that takes seconds.
+
+A request that fails in a way that may pass is sent again with exponential back-off and jitter,
+until its deadline; it keeps its slot meanwhile, so that a server in trouble gets less, and a
+Retry-After holds back all requests. What will not pass (wrong key, address or model, budget used
+up) ends the endpoint: every later call fails with the same error, and the driver, which reads
+`stats().fatal`, ends the run; what is finished stays. An actor that dies is replaced by one that
+goes on with its account, as last heard.
+
+The API key comes from the environment variable that the config names, is handed to the actor by a
+call and is never written: not to the config, the run's folder, a log or an error. Texts of the
+server are searched for it before they are shown.
+
+Not covered: chat endpoints (see `completions_api`); the price of requests that failed or whose
+stream was closed early, which only the provider knows; several endpoints at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import json
+import logging
+import random
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cluster.engines.completions_api import (
+    OWN_KEYS,
+    BadReplyError,
+    CompletionsReply,
+    Dialect,
+    DialectError,
+    ErrorKind,
+    StreamReader,
+    judge_error,
+    read_reply,
+    request_body,
+    retry_after_s,
+    room_left,
+    split_candidates,
+)
+from cluster.jobs.admission import EnginePressure
+from cluster.telemetry.tracing import Traced
+from rollout.engine import (
+    Completion,
+    EngineError,
+    FinishReason,
+    GenerationReply,
+    GenerationRequest,
+)
+from rollout.prompt import RSTAR_TEMPLATE, render_question
+
+logger = logging.getLogger(__name__)
+
+EXCERPT_CHARS = 300
+"""Of a server's answer, in an error."""
+
+PACE_BURST_S = 1.0
+"""Requests may be early by so much of a limit per minute."""
+
+PROBE_DEADLINE_S = 30.0
+"""For the first request, which shows that address, key and model are right."""
+
+_PROBE = GenerationRequest(
+    prompt=render_question(
+        "There are 12 boxes with 5 pens each. How many pens are there?", RSTAR_TEMPLATE
+    ),
+    num_candidates=1,
+    max_tokens=1,
+    temperature=0.0,
+)
+
+
+class EndpointConfig(BaseModel):
+    """An OpenAI-compatible completions endpoint, and how much of it may be used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_url: str = Field(
+        description="up to and without /completions, as https://api.example.com/v1"
+    )
+    model: str = Field(min_length=1, description="as the endpoint names it")
+    api_key_env: str | None = Field(
+        default=None,
+        description="environment variable that holds the API key; null: no key is sent",
+    )
+    dialect: Dialect = Field(
+        default="openai",
+        description="vllm: says which stop string ended a completion; openai: any other server, "
+        "which is streamed and cut here",
+    )
+    max_n: int = Field(default=16, ge=1, description="candidates in one HTTP request")
+    send_seed: bool = Field(
+        default=True,
+        description="false for servers that refuse a seed or give n equal texts for it",
+    )
+    logprobs: bool = Field(
+        default=False, description="ask for the log-probability of each completion"
+    )
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict, description="further keys of each request, passed as they are"
+    )
+    max_in_flight: int = Field(default=32, ge=1, description="HTTP requests at a time")
+    requests_per_minute: float | None = Field(
+        default=None, gt=0, description="HTTP requests started per minute; null: no limit"
+    )
+    tokens_per_minute: float | None = Field(
+        default=None, gt=0, description="tokens in and out per minute; null: no limit"
+    )
+    max_total_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens in and out after which the run ends, since it was started last; "
+        "requests in flight come on top; null: no limit",
+    )
+    request_timeout_s: float = Field(default=300.0, gt=0, description="one try of a request")
+    deadline_s: float = Field(
+        default=900.0, gt=0, description="all tries of a request with their pauses"
+    )
+    first_pause_s: float = Field(
+        default=1.0, ge=0, description="mean pause after the first failure; doubled each time"
+    )
+    max_pause_s: float = Field(default=60.0, ge=0, description="longest mean pause")
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_address(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+            _ = parts.port
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError("expected an address such as https://api.example.com/v1")
+        if parts.username is not None or parts.password is not None or parts.query:
+            raise ValueError(
+                "an address with a user, password or query; a key belongs into the environment "
+                "variable that endpoint.api_key_env names"
+            )
+        value = value.rstrip("/")
+        if value.endswith("/completions"):
+            raise ValueError("the address is given without /completions")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name_and_no_key(cls, value: str | None) -> str | None:
+        # Upper case only, so that a key given in its place is not taken for a name and written.
+        if value is not None and not (value.isidentifier() and value == value.upper()):
+            raise ValueError(
+                "expected the name of an environment variable, in upper case, not the key itself"
+            )
+        return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        ours = sorted(OWN_KEYS & value.keys())
+        if ours:
+            raise ValueError(f"{', '.join(ours)}: set by the search, or by its own key here")
+        return value
+
+    @property
+    def url(self) -> str:
+        return f"{self.base_url}/completions"
+
+    @property
+    def version(self) -> str:
+        """What replies carry as their policy version."""
+        return f"endpoint:{self.model}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointStats:
+    """Counters since the start, and the present load; names as in `ReplicaStats`."""
+
+    name: str
+    version: str
+    healthy: bool
+    fatal: str
+    """Why no request will be answered any more; "" if they are."""
+    requests: int
+    """HTTP requests answered."""
+    failed: int
+    """HTTP requests given up."""
+    retries: int
+    throttled: int
+    """Answers that asked to slow down (429)."""
+    prompt_tokens: int
+    """Once an HTTP request, however many candidates."""
+    cached_tokens: int
+    """As far as the server tells."""
+    generated_tokens: int
+    """All that were received, those behind a stop string included."""
+    estimated_requests: int
+    """Answers without usage: tokens are counted here, those of the prompt estimated."""
+    too_long: int
+    """Prompts that did not fit."""
+    running_requests: int
+    """HTTP requests with a slot, pauses included."""
+    running_sequences: int
+    waiting_requests: int
+    """HTTP requests that wait for a slot."""
+    paused_s: float
+    """Sum over requests of the time they waited for back-off, Retry-After or a rate limit."""
+
+
+def read_api_key(config: EndpointConfig, environ: Mapping[str, str]) -> str:
+    """The API key, "" if the endpoint needs none.
+
+    Raises:
+        EngineError: the environment variable is not set, or holds no key.
+    """
+    if config.api_key_env is None:
+        return ""
+    key = environ.get(config.api_key_env, "").strip()
+    if not key:
+        raise EngineError(
+            f"the environment variable {config.api_key_env} (endpoint.api_key_env) is not set; "
+            f"it must hold the API key of {config.base_url}"
+        )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise EngineError(
+            f"the environment variable {config.api_key_env} (endpoint.api_key_env) holds "
+            "characters that no API key has"
+        )
+    return key
+
+
+@dataclass(slots=True)
+class Pace:
+    """Spreads what is started evenly over time: `per_minute` of some unit, with a small burst."""
+
+    per_minute: float
+    _free_s: float = field(init=False, default=float("-inf"))
+    """When all that was taken so far is paid off."""
+
+    def take(self, amount: float, now_s: float) -> float:
+        """Seconds to wait before starting something of this size."""
+        wait_s = max(0.0, self._free_s - now_s)
+        self.settle(amount, now_s)
+        return wait_s
+
+    def settle(self, amount: float, now_s: float) -> None:
+        """Book a difference between what was taken and what it came to, without waiting."""
+        self._free_s = max(self._free_s, now_s - PACE_BURST_S) + amount * 60.0 / self.per_minute
+
+
+def backoff_s(attempt: int, *, first_s: float, longest_s: float, rng: random.Random) -> float:
+    """Pause after a failed try: doubled each time, times a random factor in [0.5, 1.5).
+
+    Args:
+        attempt: tries so far, >= 1.
+    """
+    return min(longest_s, first_s * 2.0 ** min(attempt - 1, 60)) * rng.uniform(0.5, 1.5)
+
+
+class _Failure(Exception):
+    """One try failed."""
+
+    def __init__(
+        self,
+        text: str,
+        kind: ErrorKind = ErrorKind.RETRY,
+        *,
+        status: int | None = None,
+        pause_s: float | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.text = text
+        self.kind = kind
+        self.status = status
+        self.pause_s = pause_s
+        """What the server asks to wait; None: it does not say."""
+
+
+class EndpointPolicy(Traced):
+    """`rollout.engine.PolicyEngine` over an endpoint."""
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        *,
+        name: str = "endpoint",
+        before: EndpointStats | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Nothing is sent before `ready` or the first `generate`.
+
+        Args:
+            before: the account of the actor in whose place this one comes; it is gone on with, so
+                that a budget is not begun again.
+        """
+        self.config = config
+        self._name = name
+        self._clock = clock
+        self._sleep = sleep
+        self._rng = rng or random.Random()
+        self._key = ""
+        self._session: aiohttp.ClientSession | None = None
+        self._slots = asyncio.Semaphore(config.max_in_flight)
+        per_minute = config.requests_per_minute
+        self._request_pace = Pace(per_minute) if per_minute is not None else None
+        per_minute = config.tokens_per_minute
+        self._token_pace = Pace(per_minute) if per_minute is not None else None
+        self._resume_s = float("-inf")
+        """No request is sent before: a server asked for a pause."""
+        self._fatal = ""
+        # A prompt's tokens are estimated from its length by what usage has told so far.
+        self._known_chars, self._known_tokens = 3.5, 1.0
+        self._requests = before.requests if before else 0
+        self._failed = before.failed if before else 0
+        self._retries = before.retries if before else 0
+        self._throttled = before.throttled if before else 0
+        self._prompt_tokens = before.prompt_tokens if before else 0
+        self._cached_tokens = before.cached_tokens if before else 0
+        self._generated_tokens = before.generated_tokens if before else 0
+        self._estimated = before.estimated_requests if before else 0
+        self._too_long = before.too_long if before else 0
+        self._running = 0
+        self._sequences = 0
+        self._waiting = 0
+        self._waiting_sequences = 0
+        self._paused_s = before.paused_s if before else 0.0
+
+    # ---------------------------------------------------------------- the engine
+
+    async def ready(self, api_key: str = "") -> str:
+        """Take the key and ask for one token; returns the policy version.
+
+        Raises:
+            EngineError: the endpoint cannot be reached, or refuses the key or the model, or does
+                not speak the configured dialect.
+        """
+        self._key = api_key
+        body = request_body(
+            _PROBE,
+            model=self.config.model,
+            dialect=self.config.dialect,
+            n=1,
+            seed=None,
+            max_tokens=_PROBE.max_tokens,
+            logprobs=False,
+            extra=self.config.extra_body,
+        )
+        deadline_s = min(PROBE_DEADLINE_S, self.config.deadline_s)
+        try:
+            await self._exchange(_PROBE, body, deadline_s=deadline_s)
+        except _Failure as failure:
+            raise self._error(failure.text) from None
+        return self.config.version
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        """Sample continuations; see `PolicyEngine`.
+
+        The candidates may come from several HTTP requests, each with a seed of its own; the
+        prompt's tokens are counted once for each. Where prompt and `max_tokens` do not fit
+        together, as many tokens as there is room for are asked for. A prompt that does not fit by
+        itself gets empty completions that say so.
+
+        Raises:
+            EngineError: the endpoint could not be used, was busy until the deadline, or its budget
+                is used up.
+        """
+        # Greedy candidates are all alike; some servers refuse to write them more than once.
+        wanted = request.num_candidates if request.temperature > 0 else 1
+        tasks = [
+            asyncio.create_task(self._part(request, before, n))
+            for before, n in split_candidates(wanted, self.config.max_n)
+        ]
+        try:
+            replies = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        completions = tuple(c for reply in replies for c in reply.completions)
+        if len(completions) < request.num_candidates:
+            completions *= request.num_candidates
+        return GenerationReply(
+            completions=completions,
+            prompt_tokens=sum(reply.prompt_tokens or 0 for reply in replies),
+            cached_tokens=sum(reply.cached_tokens for reply in replies),
+            policy_version=self.config.version,
+        )
+
+    async def stats(self) -> EndpointStats:
+        """Counters and load."""
+        return EndpointStats(
+            name=self._name,
+            version=self.config.version,
+            healthy=not self._fatal,
+            fatal=self._fatal,
+            requests=self._requests,
+            failed=self._failed,
+            retries=self._retries,
+            throttled=self._throttled,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            estimated_requests=self._estimated,
+            too_long=self._too_long,
+            running_requests=self._running,
+            running_sequences=self._sequences,
+            waiting_requests=self._waiting,
+            paused_s=self._paused_s,
+        )
+
+    async def pressure(self) -> EnginePressure:
+        """How full the slots are, as an engine says it of its batch."""
+        return EnginePressure(
+            running=self._sequences,
+            waiting=self._waiting_sequences,
+            kv_usage=0.0,
+            preemptions=0,
+        )
+
+    async def shutdown(self) -> None:
+        """Close the connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    # ---------------------------------------------------------------- one HTTP request
+
+    async def _part(self, request: GenerationRequest, before: int, n: int) -> CompletionsReply:
+        """`n` candidates of a request, in one HTTP request unless room has to be found."""
+        max_tokens = request.max_tokens
+        seed = request.seed if self.config.send_seed else None
+        while True:
+            body = request_body(
+                request,
+                model=self.config.model,
+                dialect=self.config.dialect,
+                n=n,
+                # As vLLM numbers the candidates of one request: the same texts, however split.
+                seed=seed + before if seed is not None else None,
+                max_tokens=max_tokens,
+                logprobs=self.config.logprobs,
+                extra=self.config.extra_body,
+            )
+            try:
+                return await self._exchange(request, body, deadline_s=self.config.deadline_s)
+            except _Failure as failure:
+                room = room_left(failure.text, max_tokens)
+            if room.max_tokens < 1:
+                self._too_long += 1
+                empty = Completion(text="", finish=FinishReason.PROMPT_TOO_LONG)
+                tokens = room.prompt_tokens or self._estimate(request.prompt)
+                return CompletionsReply(completions=(empty,) * n, prompt_tokens=tokens)
+            max_tokens = room.max_tokens
+
+    async def _exchange(
+        self, request: GenerationRequest, body: dict[str, Any], *, deadline_s: float
+    ) -> CompletionsReply:
+        """Send one HTTP request, again and again while that may help.
+
+        Raises:
+            EngineError: see `generate`.
+            _Failure: the request is too long, and nothing else.
+        """
+        n: int = body["n"]
+        async with self._slot(n):
+            began_s = self._clock()
+            until_s = began_s + deadline_s
+            attempt = 0
+            while True:
+                self._check_usable()
+                tokens = self._expected_tokens(request.prompt, n, body["max_tokens"])
+                # A limit of our own is no failure of the server.
+                until_s += await self._keep_pace(tokens)
+                await self._keep_quiet()
+                attempt += 1
+                try:
+                    reply = await self._try(request, body, until_s - self._clock())
+                except _Failure as failure:
+                    pause_s = self._judge(failure, attempt)
+                    if self._clock() + pause_s >= until_s:
+                        self._failed += 1
+                        raise self._error(
+                            f"gave up after {attempt} tries in {self._clock() - began_s:.0f} s, "
+                            f"last: {failure.text}"
+                        ) from None
+                    self._retries += 1
+                    logger.info(
+                        "A request is sent again in %.1f s: %s endpoint=%s attempt=%d",
+                        pause_s,
+                        failure.text,
+                        self._name,
+                        attempt,
+                    )
+                    await self._pause(pause_s)
+                else:
+                    return self._account(request, reply, tokens)
+
+    @asynccontextmanager
+    async def _slot(self, sequences: int) -> AsyncIterator[None]:
+        self._waiting += 1
+        self._waiting_sequences += sequences
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+            self._waiting_sequences -= sequences
+        self._running += 1
+        self._sequences += sequences
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._sequences -= sequences
+            self._slots.release()
+
+    def _check_usable(self) -> None:
+        budget = self.config.max_total_tokens
+        used = self._prompt_tokens + self._generated_tokens
+        if budget is not None and used >= budget and not self._fatal:
+            raise self._end(
+                f"the budget of {budget:,} tokens (endpoint.max_total_tokens) is used up: "
+                f"{self._prompt_tokens:,} in, {self._generated_tokens:,} out; what is finished is "
+                "kept, and the same command goes on with a new budget"
+            )
+        if self._fatal:
+            raise EngineError(self._fatal)
+
+    async def _keep_pace(self, tokens: float) -> float:
+        """Wait for the rate limits; returns the seconds waited."""
+        now_s = self._clock()
+        waits_s = [0.0]
+        if self._request_pace is not None:
+            waits_s.append(self._request_pace.take(1.0, now_s))
+        if self._token_pace is not None:
+            waits_s.append(self._token_pace.take(tokens, now_s))
+        await self._pause(max(waits_s))
+        return max(waits_s)
+
+    async def _keep_quiet(self) -> None:
+        """Wait for the end of the pause that the server asked for, if it did."""
+        while (wait_s := self._resume_s - self._clock()) > 0:
+            await self._pause(wait_s)
+
+    async def _pause(self, seconds: float) -> None:
+        if seconds > 0:
+            self._paused_s += seconds
+            await self._sleep(seconds)
+
+    def _judge(self, failure: _Failure, attempt: int) -> float:
+        """How long to wait before the request is sent again.
+
+        Raises:
+            EngineError: that would not help.
+            _Failure: the request is too long.
+        """
+        if failure.kind is ErrorKind.TOO_LONG:
+            raise failure
+        # A server that never took a request will not take the next one for being another.
+        refuses_all = failure.kind is ErrorKind.REFUSED and self._requests == 0
+        if failure.kind is ErrorKind.FATAL or refuses_all:
+            self._failed += 1
+            raise self._end(failure.text) from None
+        if failure.kind is ErrorKind.REFUSED:
+            self._failed += 1
+            raise self._error(failure.text) from None
+        own_s = backoff_s(
+            attempt,
+            first_s=self.config.first_pause_s,
+            longest_s=self.config.max_pause_s,
+            rng=self._rng,
+        )
+        if failure.status == 429:
+            self._throttled += 1
+        if failure.pause_s is None:
+            return own_s
+        if failure.pause_s >= self.config.deadline_s:
+            self._failed += 1
+            raise self._end(
+                f"the server asks to come back in {failure.pause_s:,.0f} s, later than "
+                f"endpoint.deadline_s allows: {failure.text}"
+            ) from None
+        self._resume_s = max(self._resume_s, self._clock() + failure.pause_s)
+        # All that wait for the same moment must not come at the same moment.
+        return failure.pause_s + self._rng.uniform(0.0, min(own_s, 1.0))
+
+    async def _try(
+        self, request: GenerationRequest, body: dict[str, Any], left_s: float
+    ) -> CompletionsReply:
+        """Send the request once.
+
+        Raises:
+            _Failure: it was not answered; says what can be done.
+        """
+        limit_s = self.config.request_timeout_s
+        try:
+            async with asyncio.timeout(min(limit_s, left_s)):
+                return await self._post(request, body)
+        except TimeoutError:
+            when = f"within {limit_s:g} s" if limit_s <= left_s else "before the deadline"
+            raise _Failure(f"no answer {when}") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Failure(self._clean(f"{type(error).__name__}: {error}")) from None
+        except DialectError as error:
+            raise _Failure(self._clean(str(error)), ErrorKind.FATAL) from None
+        except (BadReplyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise _Failure(self._clean(f"no completion came: {error}")) from None
+
+    async def _post(self, request: GenerationRequest, body: dict[str, Any]) -> CompletionsReply:
+        n: int = body["n"]
+        async with self._client().post(
+            self.config.url, json=body, proxy=proxy_for(self.config.url), allow_redirects=False
+        ) as response:
+            if response.status != 200:
+                raise self._failure_of(response, await response.text(errors="replace"))
+            if not body.get("stream"):
+                raw = await response.read()
+                data = self._parse(raw.decode("utf-8"))
+                return read_reply(
+                    data,
+                    n=n,
+                    stop=request.stop,
+                    dialect=self.config.dialect,
+                    logprobs=self.config.logprobs,
+                )
+            reader = StreamReader(
+                n=n,
+                stop=request.stop,
+                logprobs=self.config.logprobs,
+                dialect=self.config.dialect,
+            )
+            async for event in _events(response.content):
+                reader.feed(self._parse(event))
+                if reader.ended:
+                    # Leaving the response unread closes its connection, which ends the generation.
+                    response.close()
+                    break
+            return reader.reply()
+
+    def _parse(self, text: str) -> Any:
+        """JSON of an answer with status 200.
+
+        Raises:
+            _Failure: it reports an error; some servers do so in the middle of a stream.
+        """
+        data = json.loads(text)
+        error = data.get("error") if isinstance(data, dict) else None
+        if not error:
+            return data
+        code = error.get("code") if isinstance(error, dict) else None
+        status = code if isinstance(code, int) and code >= 400 else 500
+        raise _Failure(f"HTTP 200, then: {self._clean(text)}", judge_error(status, text))
+
+    def _failure_of(self, response: aiohttp.ClientResponse, text: str) -> _Failure:
+        return _Failure(
+            f"HTTP {response.status} {response.reason or ''}: {self._clean(text)}",
+            judge_error(response.status, text),
+            status=response.status,
+            pause_s=retry_after_s(response.headers.get("Retry-After"), time.time()),
+        )
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            self._session = aiohttp.ClientSession(
+                headers=headers,
+                # The semaphore is the limit; time-outs are the callers'.
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        return self._session
+
+    # ---------------------------------------------------------------- accounts and errors
+
+    def _account(
+        self, request: GenerationRequest, reply: CompletionsReply, expected: float
+    ) -> CompletionsReply:
+        if reply.prompt_tokens is None:
+            tokens = self._estimate(request.prompt)
+        else:
+            tokens = reply.prompt_tokens
+            self._known_chars += len(request.prompt)
+            self._known_tokens += tokens
+        self._requests += 1
+        self._prompt_tokens += tokens
+        self._cached_tokens += reply.cached_tokens
+        self._generated_tokens += reply.generated_tokens
+        self._estimated += reply.estimated
+        if self._token_pace is not None:
+            difference = tokens + reply.generated_tokens - expected
+            self._token_pace.settle(difference, self._clock())
+        return CompletionsReply(
+            completions=reply.completions,
+            prompt_tokens=tokens,
+            generated_tokens=reply.generated_tokens,
+            cached_tokens=reply.cached_tokens,
+            estimated=reply.estimated,
+        )
+
+    def _estimate(self, prompt: str) -> int:
+        return max(1, round(len(prompt) * self._known_tokens / self._known_chars))
+
+    def _expected_tokens(self, prompt: str, n: int, max_tokens: int) -> float:
+        """Tokens a request will come to, by those before it."""
+        if self._requests == 0:
+            return self._estimate(prompt) + n * max_tokens
+        return self._estimate(prompt) + self._generated_tokens / self._requests
+
+    def _error(self, text: str) -> EngineError:
+        return EngineError(f"endpoint {self.config.model} at {self.config.base_url}: {text}")
+
+    def _end(self, text: str) -> EngineError:
+        """The error of this call and of every later one."""
+        error = self._error(text)
+        self._fatal = str(error)
+        return error
+
+    def _clean(self, text: str) -> str:
+        """An excerpt of a server's text in one line, without the key: servers quote it."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        text = " ".join(text.split())
+        return text if len(text) <= EXCERPT_CHARS else f"{text[:EXCERPT_CHARS]}..."
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[str]:
+    """The data of server-sent events up to [DONE]."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest = ""
+    async for chunk in content.iter_any():
+        rest += decoder.decode(chunk)
+        *lines, rest = rest.split("\n")
+        for line in lines:
+            name, _, data = line.partition(":")
+            if name.strip() != "data":
+                continue
+            if data.strip() == "[DONE]":
+                return
+            yield data
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address.
+
+    aiohttp's own `trust_env` would also look for credentials in ~/.netrc and refuse to send both.
+    """
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
+EndpointActor = ray.remote(num_cpus=0)(EndpointPolicy)

@@ -1,0 +1,57 @@
+"""How full a vLLM engine is, as its scheduler last said, read in the process that asks it.
+
+vLLM hands what its scheduler counts to "stat loggers". `EngineGauge` keeps the last of it and adds
+up preemptions. It is a `PrometheusStatLogger` by name only: vLLM adds one of those, which costs as
+much CPU time as the rest of a small engine's front end, unless it is given one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from cluster.jobs.admission import EnginePressure
+
+
+class EngineGauge(PrometheusStatLogger):
+    """Keeps the last `EnginePressure` of one engine."""
+
+    def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+        self._running = 0
+        self._waiting = 0
+        self._kv_usage = 0.0
+        self._preemptions = 0
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Called by vLLM, often; either argument may be None."""
+        if scheduler_stats is not None:
+            self._running = scheduler_stats.num_running_reqs
+            self._waiting = scheduler_stats.num_waiting_reqs
+            self._kv_usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self._preemptions += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to tell."""
+
+    def record_admission_rejection(self, reason: str) -> None:
+        """Nothing to count."""
+
+    def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
+        """Engines of this project do not sleep."""
+
+    def pressure(self) -> EnginePressure:
+        """The last known state; zeros before the first step."""
+        return EnginePressure(
+            running=self._running,
+            waiting=self._waiting,
+            kv_usage=self._kv_usage,
+            preemptions=self._preemptions,
+        )

@@ -1,0 +1,462 @@
+"""What a keeper knows of each kind of actor of a run: how it is made, looked at, and synchronised.
+
+PolicyKind, PreferenceKind   one engine each; serve a checkpoint, loaded in place
+SandboxKind                  CPU actors; no version
+CoordinatorKind              one; restarted by Ray in its place, else replaced
+EndpointKind                 one; a new one goes on with the account of the one before
+WorkerKind                   rollout workers of one round; a run that ends has failed
+WatchmanKind                 one; being looked at is what it wants (`cluster.fleet.left_over`)
+
+A replica whose engine is spread over several GPUs stands in a placement group of its own, a bundle
+for each rank, on one node where they fit and on several where they do not:
+
+    [actor + GPU] [GPU] [GPU] ... <-- vLLM's Ray executor puts a rank on each
+
+The group is made before the replica and removed after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from cluster.engines.endpoint import EndpointActor, EndpointConfig, EndpointStats
+from cluster.engines.replica import (
+    EngineConfig,
+    PolicyReplicaActor,
+    PreferenceReplicaActor,
+    ReplicaStats,
+)
+from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
+from cluster.fleet.keeper import ActorKind, Look, cause
+from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
+from cluster.fleet.sandbox_worker import SandboxWorkerActor
+from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
+from cluster.jobs.queue import QueueConfig
+from cluster.machines import nodes
+from cluster.machines.placement import Ask, explain
+from cluster.runs.config import ActorConfig
+from rollout.engine import EngineError
+from verifier import SandboxLimits
+from verifier.sandbox import Isolation
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT_TOLERANCE = 0.05
+"""Largest difference between replicas of one version; half precision passes."""
+
+
+async def as_future(ref: Any) -> Any:
+    """An object reference, or anything else that can be awaited, as a coroutine."""
+    return await ref
+
+
+def actor_options(settings: ActorConfig) -> dict[str, Any]:
+    """What an actor asks of Ray."""
+    options: dict[str, Any] = {"num_cpus": settings.num_cpus}
+    if settings.num_gpus:
+        options["num_gpus"] = settings.num_gpus
+    if settings.resources:
+        options["resources"] = dict(settings.resources)
+    return options
+
+
+def actor_bundle(settings: ActorConfig) -> dict[str, float]:
+    """The same as the bundle of resources that one actor takes."""
+    bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
+    return {name: amount for name, amount in bundle.items() if amount > 0}
+
+
+def near_driver(*, soft: bool = True) -> dict[str, Any]:
+    """Placed on the driver's machine, which is no spot node: as a wish, or nowhere else."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
+
+
+def replica_bundles(settings: ActorConfig, ranks: int) -> list[dict[str, float]]:
+    """What each rank of one replica takes: of what the replica reserves, an equal part.
+
+    The first rank also has the CPUs, for the actor that stands beside it. A replica of one rank
+    has one bundle, and one that reserves nothing has none.
+    """
+    shared = {"GPU": settings.num_gpus, **settings.resources}
+    each = {name: amount / ranks for name, amount in shared.items() if amount > 0}
+    first = {"CPU": settings.num_cpus, **each} if settings.num_cpus else dict(each)
+    return [bundle for bundle in (first, *(dict(each) for _ in range(ranks - 1))) if bundle]
+
+
+class RayKind(ActorKind):
+    home: Home | None = None
+    """Where its actors are found when their driver is gone; None: they end with it."""
+
+    def __init__(self, settings: ActorConfig) -> None:
+        self.settings = settings
+
+    def options(self, name: str) -> dict[str, Any]:
+        """What an actor asks of Ray."""
+        return actor_options(self.settings) | (self.home.options(name) if self.home else {})
+
+    def why_pending(self) -> str:
+        """What is asked and what the cluster has, in words; "" if one more fits."""
+        ask = Ask(name=self.kind, bundle=actor_bundle(self.settings))
+        why = explain([ask], list(nodes.living().values()))
+        coming = nodes.starting() if why else {}
+        if coming:
+            kinds = ", ".join(f"{number} x {kind}" for kind, number in coming.items())
+            why.append(f"The autoscaler is starting {kinds}.")
+        return " ".join(why)
+
+
+class EngineKind(RayKind):
+    """Replicas that serve a checkpoint."""
+
+    actor: Any
+
+    def __init__(self, settings: ActorConfig, engine: EngineConfig) -> None:
+        super().__init__(settings)
+        self.engine = engine
+        self.path = ""
+        self._groups: dict[str, PlacementGroup] = {}
+
+    def serve(self, path: str, version: str) -> None:
+        """Say what all should serve from now on."""
+        self.path, self.version = path, version
+
+    def options(self, name: str) -> dict[str, Any]:
+        """What a replica asks of Ray; one of several ranks gets its placement group here."""
+        options = super().options(name)
+        bundles = replica_bundles(self.settings, self.engine.num_ranks)
+        if self.engine.num_ranks == 1 or not bundles:
+            return options
+        group = self._groups[name] = placement_group(
+            bundles,
+            strategy="PACK",
+            name=self.home.group(name) if self.home else "",
+            lifetime="detached" if self.home else None,
+        )
+        # The GPUs are for the ranks, which the engine puts into the other bundles itself.
+        for taken in ("num_gpus", "resources"):
+            options.pop(taken, None)
+        return options | {
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+            )
+        }
+
+    def start(self, name: str) -> Any:
+        return self.actor.options(**self.options(name)).remote(
+            self.path, self.engine, version=self.version, name=name
+        )
+
+    def lost(self, name: str) -> None:
+        group = self._groups.pop(name, None)
+        if group is not None:
+            remove_placement_group(group)
+
+    def why_pending(self) -> str:
+        """What is asked and what the cluster has, in words; "" if one more fits."""
+        asks = [
+            Ask(name=f"rank of a {self.kind}", bundle=bundle, count=count)
+            for bundle, count in _counted(replica_bundles(self.settings, self.engine.num_ranks))
+        ]
+        if self.engine.num_ranks == 1:
+            return super().why_pending()
+        return " ".join(explain(asks, list(nodes.living().values())))
+
+    async def placed(self, handle: Any) -> None:
+        await handle.stats.remote()
+
+    async def ready(self, handle: Any) -> None:
+        await handle.ready.remote()
+
+    async def look(self, name: str, handle: Any) -> Look:
+        stats: ReplicaStats = await handle.stats.remote()
+        return Look(
+            broken="" if stats.healthy else "its engine died",
+            # Not those that failed: one that hangs fails at every deadline.
+            done=stats.requests + stats.generated_tokens + stats.loads,
+            open=stats.running_requests,
+        )
+
+    async def sync(self, handle: Any, siblings: Mapping[str, Any]) -> str:
+        path, version = self.path, self.version
+        report = await sync_weights({"it": handle}, path, version)
+        fingerprints = await asyncio.gather(
+            *(as_future(one.fingerprint.remote()) for one in (handle, *siblings.values())),
+            return_exceptions=True,
+        )
+        own, *others = fingerprints
+        if isinstance(own, BaseException):
+            raise EngineError(cause(own)) from own
+        answers = {"it": Answer(version=version, fingerprint=tuple(own))}
+        answers |= {
+            name: Answer(version=version, fingerprint=tuple(found))
+            for name, found in zip(siblings, others, strict=True)
+            if not isinstance(found, BaseException)
+        }
+        finding, reason = judge(answers, version, tolerance=FINGERPRINT_TOLERANCE)["it"]
+        if finding is not Finding.SERVES:
+            raise EngineError(reason)
+        return report.version
+
+    async def sync_all(self, handles: Mapping[str, Any]) -> None:
+        await sync_weights(handles, self.path, self.version, tolerance=FINGERPRINT_TOLERANCE)
+
+    async def leave(self, handle: Any) -> None:
+        await handle.shutdown.remote()
+
+
+class PolicyKind(EngineKind):
+    """Policy replicas."""
+
+    kind = "policy replica"
+    prefix = "policy"
+    actor = PolicyReplicaActor
+
+
+class PreferenceKind(EngineKind):
+    """PPM replicas."""
+
+    kind = "PPM replica"
+    prefix = "ppm"
+    actor = PreferenceReplicaActor
+
+
+class SandboxKind(RayKind):
+    """Sandbox workers; a supervisor that dies inside one is its own affair."""
+
+    kind = "sandbox worker"
+    prefix = "sandbox"
+
+    def __init__(self, settings: ActorConfig, limits: SandboxLimits, isolation: Isolation) -> None:
+        super().__init__(settings)
+        self.limits = limits
+        self.isolation = isolation
+        self.supervisor_restarts: dict[str, int] = {}
+        """Of each sandbox worker there ever was, as last heard."""
+
+    def start(self, name: str) -> Any:
+        return SandboxWorkerActor.options(**self.options(name)).remote(
+            limits=self.limits, isolation=self.isolation
+        )
+
+    async def placed(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def ready(self, handle: Any) -> None:
+        await handle.stats.remote()
+
+    async def look(self, name: str, handle: Any) -> Look:
+        stats = await handle.stats.remote()
+        self.supervisor_restarts[name] = stats.get("restarts", 0)
+        steps = sum(count for key, count in stats.items() if key.startswith("steps/"))
+        return Look(done=steps, open=stats["running"] + stats["queued"])
+
+
+class CoordinatorKind(RayKind):
+    """The one coordinator; Ray restarts its process, which then reads the store."""
+
+    kind = "coordinator"
+    prefix = COORDINATOR
+
+    def __init__(self, root: str, queue: QueueConfig, *, patience_s: float) -> None:
+        """
+        Args:
+            root: of the run's store.
+            patience_s: it may be silent so long while it reads the store.
+        """
+        super().__init__(ActorConfig())
+        self.silent_s = patience_s
+        self._root = root
+        self._queue = queue
+        self._epoch = ""
+        self._heard_s = 0.0
+
+    def start(self, name: str) -> Any:
+        self._epoch = ""
+        options = self.options(name) | near_driver()
+        return CoordinatorActor.options(**options).remote(self._root, self._queue)
+
+    async def placed(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def ready(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def look(self, name: str, handle: Any) -> Look:
+        stats = await handle.stats.remote()
+        now_s = time.monotonic()
+        away_s = now_s - self._heard_s if self._epoch not in ("", stats.epoch) else None
+        self._epoch, self._heard_s = stats.epoch, now_s
+        return Look(revived_after_s=away_s)
+
+
+class EndpointKind(RayKind):
+    """The actor before a completions endpoint, on the machine of the driver; ends with it."""
+
+    kind = "endpoint actor"
+    prefix = "endpoint"
+
+    def __init__(self, endpoint: EndpointConfig, key: str) -> None:
+        super().__init__(ActorConfig())
+        self.endpoint = endpoint
+        self._key = key
+        self.stats: EndpointStats | None = None
+        """As last heard, of the whole time since the first one was started."""
+        self.refusal = ""
+        """Why the endpoint cannot be used, in its own words; "" while it can."""
+
+    def start(self, name: str) -> Any:
+        return EndpointActor.options(**near_driver(soft=False)).remote(
+            self.endpoint, before=self.stats
+        )
+
+    async def placed(self, handle: Any) -> None:
+        await handle.stats.remote()
+
+    async def ready(self, handle: Any) -> None:
+        try:
+            # As an argument of a call it is kept nowhere; of the actor, Ray would keep it.
+            await handle.ready.remote(self._key)
+        except RayTaskError as error:
+            self.refusal = str(error.cause or error)
+            raise
+
+    async def look(self, name: str, handle: Any) -> Look:
+        # What ends the endpoint is for the driver to see; it bounds its requests itself.
+        self.stats = await handle.stats.remote()
+        return Look()
+
+    async def leave(self, handle: Any) -> None:
+        await handle.shutdown.remote()
+
+
+class WatchmanKind(RayKind):
+    """The one actor that ends all others when nobody looks at it any more."""
+
+    kind = "watchman"
+    prefix = WATCHMAN
+
+    def __init__(self, namespace: str, orphan_s: float) -> None:
+        super().__init__(ActorConfig())
+        self._namespace = namespace
+        self._orphan_s = orphan_s
+
+    def start(self, name: str) -> Any:
+        options = self.options(name) | near_driver()
+        return WatchmanActor.options(**options).remote(self._namespace, self._orphan_s)
+
+    async def placed(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def ready(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def look(self, name: str, handle: Any) -> Look:
+        await handle.seen.remote()
+        return Look()
+
+
+class WorkerKind(RayKind):
+    """Rollout workers of one round, made by `make` and running from the first moment."""
+
+    kind = "rollout worker"
+    prefix = "worker"
+
+    def __init__(
+        self,
+        settings: ActorConfig,
+        make: Callable[[str, Mapping[str, Any]], Any],
+        *,
+        incarnation: str,
+        forget: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            make: a worker actor from its name and what it asks of Ray.
+            incarnation: keeps the names apart from those of other rounds and drivers.
+            forget: told the name of each worker that is gone, so that its leases end.
+        """
+        super().__init__(settings)
+        self.prefix = f"{WORKER}-{incarnation}"
+        self.progress: dict[str, WorkerProgress] = {}
+        """Last report of every worker there ever was."""
+        self.runs: dict[str, asyncio.Future[WorkerProgress]] = {}
+        self._make = make
+        self._forget = forget
+
+    def start(self, name: str) -> Any:
+        worker = self._make(name, self.options(name))
+        self.runs[name] = asyncio.ensure_future(as_future(worker.run.remote()))
+        return worker
+
+    async def placed(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def ready(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def look(self, name: str, handle: Any) -> Look:
+        run = self.runs[name]
+        if run.done():
+            error = None if run.cancelled() else run.exception()
+            return Look(broken=cause(error) if error is not None else "its run ended")
+        self.progress[name] = await handle.progress.remote()
+        return Look()
+
+    def lost(self, name: str) -> None:
+        run = self.runs.pop(name, None)
+        if run is not None:
+            run.cancel()
+        self._forget(name)
+
+    async def leave(self, handle: Any) -> None:
+        await handle.drain.remote()
+
+    async def finish(self, handles: Mapping[str, Any], drain_s: float, limit_s: float) -> bool:
+        """Drain workers and take their last reports; True if all of them ended in time."""
+        drains = {n: as_future(h.drain.remote(drain_s)) for n, h in handles.items()}
+        try:
+            async with asyncio.timeout(limit_s):
+                reports = await asyncio.gather(*drains.values(), return_exceptions=True)
+                for name, report in zip(drains, reports, strict=True):
+                    if isinstance(report, WorkerProgress):
+                        self.progress[name] = report
+                await asyncio.gather(*self.runs.values(), return_exceptions=True)
+        except TimeoutError:
+            return False
+        finally:
+            for run in self.runs.values():
+                run.cancel()
+        return True
+
+
+def _counted(bundles: list[dict[str, float]]) -> list[tuple[dict[str, float], int]]:
+    """Bundles with the number of their like, in order."""
+    found: list[tuple[dict[str, float], int]] = []
+    for bundle in bundles:
+        if found and found[-1][0] == bundle:
+            found[-1] = (bundle, found[-1][1] + 1)
+        else:
+            found.append((bundle, 1))
+    return found
+
+
+def end_all(handles: Mapping[str, Any]) -> None:
+    """Kill actors; those that are gone are no trouble."""
+    for name, handle in handles.items():
+        try:
+            ray.kill(handle)
+        except RayError as error:
+            logger.info("An actor could not be killed: %s name=%s", error, name)

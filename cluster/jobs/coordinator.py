@@ -1,0 +1,554 @@
+"""The actor that hands out jobs: a thin shell around `JobQueue` whose truth is the store.
+
+    plan(stage)  -> trajectories/round=R/plans/<stage>.json (create-only), jobs queued
+    grant/renew  -> a lease, in memory only
+    complete     -> after the worker has committed: the job is done, its handed-back part is queued
+    job out of attempts -> an empty shard is committed that hands each problem back as a job of its
+                    own (several problems) or quarantines it with its error (one problem)
+
+Killed at any moment it comes back by reading plans and commit markers of the rounds that are not
+sealed. Workers go on meanwhile: a lease it does not know is taken over when it is renewed (so it
+grants none for the first `adopt_s`), a completion is accepted from anybody. A split and a
+quarantine are commits as well, so a worker that comes late with the whole shard loses against them
+and no tree is counted twice.
+
+All methods are idempotent and short; Ray may call them again after a restart
+(`max_task_retries=-1`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from cluster.jobs.queue import (
+    Job,
+    JobQueue,
+    Lease,
+    LeaseCounters,
+    QueueConfig,
+    StageCounts,
+    StagePlan,
+    plan_jobs,
+)
+from cluster.telemetry import metrics, tracing
+from rollout.open_trees import OpenTreeStore
+from rollout.store import (
+    Commit,
+    Manifest,
+    RunStore,
+    StoreError,
+    Totals,
+    TrajectoryStore,
+    stored_rounds,
+)
+from rollout.table import trees_to_table
+
+logger = logging.getLogger(__name__)
+
+RESOLVE_INTERVAL_S = 5.0
+"""Pause before a split or quarantine that the store refused is tried again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerProgress:
+    """What a worker has done since it started and is doing now; sent with every renewal."""
+
+    open_trees: int = 0
+    committed: Totals = field(default_factory=Totals)
+    finished: Totals = field(default_factory=Totals)
+    """Trees searched to their end, committed or not."""
+    failed_problems: int = 0
+    retried_searches: int = 0
+    resumed_trees: int = 0
+    """Searches gone on with from what another worker had left."""
+    requests: int = 0
+    """Of the trees in hand to the policy; any change is a sign of work."""
+    lost_leases: int = 0
+    waiting_commits: int = 0
+    """Shards that are finished and wait for a store that fails."""
+    error: str = ""
+    """The last error a search or a commit ended with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStatus:
+    """How far a stage is, by committed shards."""
+
+    stage: str
+    counts: StageCounts
+    totals: Totals
+    """Of all committed trees of the stage."""
+    failed: Mapping[str, str]
+    """Quarantined problems: id -> error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStatus:
+    """How far a round is."""
+
+    round: int
+    sealed: bool
+    stages: Mapping[str, StageStatus]
+
+    @property
+    def finished(self) -> bool:
+        """True if every job of every planned stage is done."""
+        return self.sealed or all(stage.counts.finished for stage in self.stages.values())
+
+    @property
+    def totals(self) -> Totals:
+        """Of all committed trees of the round."""
+        return Totals.sum(stage.totals for stage in self.stages.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorStats:
+    """What the coordinator knows beside the rounds."""
+
+    epoch: str
+    """Different after each start."""
+    leases: LeaseCounters
+    leases_by_worker: Mapping[str, int]
+    workers: Mapping[str, WorkerProgress]
+    """Last report of each worker that has been heard of."""
+    heard_s_ago: Mapping[str, float]
+
+
+class Coordinator:
+    """Plans stages, leases their jobs and knows when they are done; see the module."""
+
+    def __init__(
+        self,
+        root: str,
+        config: QueueConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Raises:
+            StoreError: the store cannot be written, or lets a key be created twice.
+        """
+        self.store = RunStore(root)
+        self.store.self_check()
+        self.epoch = uuid.uuid4().hex[:8]
+        self._clock = clock
+        self._queue = JobQueue(config or QueueConfig(), epoch=self.epoch)
+        self._trajectories: dict[int, TrajectoryStore] = {}
+        self._sealed: set[int] = set()
+        self._plans: dict[tuple[int, str], StagePlan] = {}
+        self._totals: dict[tuple[int, str], Totals] = {}
+        self._quarantined: dict[tuple[int, str], dict[str, str]] = {}
+        self._workers: dict[str, tuple[WorkerProgress, float]] = {}
+        self._resolve_after_s = 0.0
+        for round in stored_rounds(self.store):
+            self._rebuild(round)
+        self._grants_after_s = clock() + (self._queue.config.adopt_s if self._plans else 0.0)
+
+    # -- rounds and stages
+
+    def plan(self, plan: StagePlan) -> RoundStatus:
+        """Queue what a stage is to search, or go on with it if it was planned before.
+
+        A stored plan stands: its shard size and priority win over those asked for now.
+
+        Raises:
+            ValueError: the stage was planned with other problems, another seed or tree index, or
+                another stage of the round has the same tree index.
+        """
+        trajectories = self._of_round(plan.round)
+        if plan.round in self._sealed:
+            return self.status(plan.round)
+        known = self._plans.get((plan.round, plan.stage))
+        if known is None:
+            for (round, stage), other in self._plans.items():
+                if round == plan.round and other.tree_index == plan.tree_index:
+                    raise ValueError(
+                        f"stages {stage!r} and {plan.stage!r} of round {round} both have tree "
+                        f"index {plan.tree_index}"
+                    )
+            known = StagePlan.from_json(trajectories.create_plan(plan.stage, plan.to_json()))
+        for name in ("tree_index", "seed", "problem_ids"):
+            if getattr(known, name) != getattr(plan, name):
+                raise ValueError(
+                    f"stage {plan.stage!r} of round {plan.round} was planned with another {name}; "
+                    f"continue with the first one or start a new run"
+                )
+        if (plan.round, plan.stage) not in self._plans:
+            self._adopt(known, trajectories.commits(trees=False))
+        return self.status(plan.round)
+
+    def status(self, round: int) -> RoundStatus:
+        """How far a round is."""
+        self._of_round(round)
+        self._tick()
+        return RoundStatus(
+            round=round,
+            sealed=round in self._sealed,
+            stages={
+                stage: StageStatus(
+                    stage=stage,
+                    counts=self._queue.counts(round, stage),
+                    totals=self._totals[round, stage],
+                    failed=dict(self._quarantined[round, stage]),
+                )
+                for r, stage in self._plans
+                if r == round
+            },
+        )
+
+    def seal(self, round: int) -> Manifest:
+        """Write the round's manifest; later calls return it.
+
+        Raises:
+            ValueError: jobs of the round are not done.
+        """
+        trajectories = self._of_round(round)
+        if round in self._sealed:
+            manifest = trajectories.manifest()
+            assert manifest is not None
+            return manifest
+        if not self.status(round).finished:
+            raise ValueError(f"round {round} cannot be sealed: some of its jobs are not done")
+        manifest = trajectories.seal(job.id for job in self._queue.jobs(round))
+        self._sealed.add(round)
+        return manifest
+
+    # -- workers
+
+    def grant(self, worker: str) -> Lease | None:
+        """Lease the next job to a worker; None if there is none now."""
+        self._tick()
+        now_s = self._clock()
+        lease = None if now_s < self._grants_after_s else self._queue.grant(worker, now_s)
+        if lease is not None:
+            self._trace("coordinator.grant", lease.job, lease=lease.id, worker=worker)
+        return lease
+
+    def renew(
+        self, worker: str, leases: Sequence[tuple[str, str]], progress: WorkerProgress
+    ) -> list[str]:
+        """Extend leases, given as (job id, lease id), and take a worker's report.
+
+        Returns the ids of the jobs the worker should drop.
+        """
+        now_s = self._clock()
+        self._workers[worker] = (progress, now_s)
+        # Renewing first: the renewal shows that the worker lives, even if it comes late.
+        dropped = [
+            job_id
+            for job_id, lease_id in leases
+            if not self._queue.renew(job_id, lease_id, worker, now_s)
+        ]
+        self._tick()
+        return dropped
+
+    def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool:
+        """Take note that a job's shard is committed; False if that was known.
+
+        Args:
+            commit: the marker that stands in the store, whoever wrote it; `trees` may be left out.
+        """
+        if self._queue.state(job_id) is None:
+            return False  # of a round that is sealed
+        self._trace("coordinator.complete", self._queue.job(job_id), lease=lease_id)
+        return self._record(job_id, lease_id, commit)
+
+    def release(self, job_id: str, lease_id: str) -> bool:
+        """Take a job back untried."""
+        return self._queue.release(job_id, lease_id)
+
+    def fail(self, job_id: str, lease_id: str, error: str) -> bool:
+        """Take a job back that the worker could not do."""
+        taken = self._queue.fail(job_id, lease_id, error)
+        if taken:
+            logger.warning("A job failed: %s job=%s lease=%s", error, job_id, lease_id)
+        self._tick()
+        return taken
+
+    def forget_worker(self, worker: str) -> list[str]:
+        """End all leases of a worker that is known to be gone; returns their jobs' ids."""
+        self._workers.pop(worker, None)
+        ended = self._queue.forget_worker(worker)
+        self._tick()
+        return ended
+
+    def stats(self) -> CoordinatorStats:
+        """Leases and workers."""
+        now_s = self._clock()
+        return CoordinatorStats(
+            epoch=self.epoch,
+            leases=self._queue.counters,
+            leases_by_worker=self._queue.leases(),
+            workers={name: progress for name, (progress, _) in self._workers.items()},
+            heard_s_ago={name: now_s - heard_s for name, (_, heard_s) in self._workers.items()},
+        )
+
+    def pid(self) -> int:
+        """Process id, for logs and tests."""
+        return os.getpid()
+
+    # -- inside
+
+    def _trace(self, name: str, job: Job, **facts: str) -> None:
+        tracing.note(job.round, job.problem_ids, job.tree_index, name, job=job.id, **facts)
+
+    def _of_round(self, round: int) -> TrajectoryStore:
+        trajectories = self._trajectories.get(round)
+        if trajectories is None:
+            trajectories = self._trajectories[round] = TrajectoryStore(self.store, round)
+            if trajectories.manifest() is not None:
+                self._sealed.add(round)
+        return trajectories
+
+    def _rebuild(self, round: int) -> None:
+        trajectories = self._of_round(round)
+        if round in self._sealed:
+            return
+        plans = [StagePlan.from_json(data) for data in trajectories.plans().values()]
+        commits = trajectories.commits(trees=False) if plans else {}
+        for plan in sorted(plans, key=lambda plan: plan.tree_index):
+            self._adopt(plan, commits)
+        if plans:
+            logger.info("Rebuilt a round from %d commits round=%d", len(commits), round)
+
+    def _adopt(self, plan: StagePlan, commits: Mapping[str, Commit]) -> None:
+        """Queue the jobs of a plan and mark those done that are committed, parts included."""
+        self._plans[plan.round, plan.stage] = plan
+        self._totals[plan.round, plan.stage] = Totals()
+        self._quarantined[plan.round, plan.stage] = {}
+        jobs = plan_jobs(plan)
+        for job in jobs:
+            self._queue.add(job)
+        for job, commit in _committed_jobs(jobs, commits):
+            self._record(job.id, "", commit)
+
+    def _record(self, job_id: str, lease_id: str, commit: Commit) -> bool:
+        if not self._queue.complete(job_id, lease_id, commit.remaining):
+            return False
+        job = self._queue.job(job_id)
+        key = (job.round, job.stage)
+        self._totals[key] = Totals.sum((self._totals[key], commit.totals))
+        self._quarantined[key].update(commit.failed)
+        return True
+
+    def _tick(self) -> None:
+        now_s = self._clock()
+        for job_id in self._queue.expire(now_s):
+            logger.warning("A lease expired job=%s", job_id)
+        if now_s < self._resolve_after_s:
+            return
+        for job, error in self._queue.failed():
+            try:
+                self._resolve(job, error)
+            except StoreError as failure:
+                self._resolve_after_s = now_s + RESOLVE_INTERVAL_S
+                metrics.count(metrics.STORE_ERRORS, operation="resolve")
+                logger.error("A failed job could not be set aside: %s job=%s", failure, job.id)
+                return
+
+    def _resolve(self, job: Job, error: str) -> None:
+        """Split a job that is out of attempts, or quarantine its only problem."""
+        trajectories = self._of_round(job.round)
+        single = len(job.problem_ids) == 1
+        if not single:
+            # Before the commit, which lets others have the parts.
+            self._hand_down_open_trees(job)
+        trajectories.commit(
+            job.id,
+            [],
+            failed={job.problem_ids[0]: error} if single else {},
+            remaining=() if single else [[problem_id] for problem_id in job.problem_ids],
+            info={"stage": job.stage, "writer": "coordinator", "error": error},
+        )
+        # Whoever won: what stands in the store counts.
+        self._record(job.id, "", trajectories.read_commit(job.id))
+        logger.warning(
+            "A job out of attempts was %s: %s job=%s",
+            "quarantined" if single else "split",
+            error,
+            job.id,
+        )
+
+    def _hand_down_open_trees(self, job: Job) -> None:
+        """Give each part of a job that is split what workers have left of its search.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        kept = OpenTreeStore(self.store, job.round)
+        for tree in kept.load(job.id):
+            if tree.problem.id in job.problem_ids:
+                kept.save(job.child([tree.problem.id]).id, trees_to_table([tree]))
+        kept.remove(job.id)
+
+
+CoordinatorActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Coordinator)
+
+
+def _committed_jobs(
+    jobs: Sequence[Job], commits: Mapping[str, Commit]
+) -> Iterable[tuple[Job, Commit]]:
+    """Each committed job of a stage with its marker, parents before the parts they handed back."""
+    waiting = list(reversed(jobs))
+    while waiting:
+        job = waiting.pop()
+        commit = commits.get(job.id)
+        if commit is None:
+            continue
+        yield job, commit
+        waiting.extend(job.child(group) for group in commit.remaining if group)
+
+
+# --------------------------------------------------------------------------------- client
+
+
+class CoordinatorClient(Protocol):
+    """The coordinator as a worker sees it; see `Coordinator` for the contracts."""
+
+    async def grant(self, worker: str) -> Lease | None: ...
+
+    async def renew(
+        self, worker: str, leases: Sequence[tuple[str, str]], progress: WorkerProgress
+    ) -> list[str]: ...
+
+    async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool: ...
+
+    async def release(self, job_id: str, lease_id: str) -> bool: ...
+
+    async def fail(self, job_id: str, lease_id: str, error: str) -> bool: ...
+
+
+class RemoteCoordinator:
+    """`CoordinatorClient` over an actor handle; waits out a restart or replacement of the actor."""
+
+    def __init__(
+        self,
+        handle: Any,
+        *,
+        find: Callable[[], Any] | None = None,
+        patience_s: float = 120.0,
+        backoff_s: float = 0.2,
+    ) -> None:
+        """
+        Args:
+            find: the handle of the actor that has taken the place of one that is gone for good, or
+                None if there is none yet; blocks. Without it that is the end.
+            patience_s: how long one call keeps trying while the actor is not there.
+        """
+        self.handle = handle
+        self.find = find
+        self.patience_s = patience_s
+        self.backoff_s = backoff_s
+
+    async def grant(self, worker: str) -> Lease | None:
+        return await self._call("grant", worker)
+
+    async def renew(
+        self, worker: str, leases: Sequence[tuple[str, str]], progress: WorkerProgress
+    ) -> list[str]:
+        return await self._call("renew", worker, leases, progress)
+
+    async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool:
+        # The coordinator needs the sums and the parts; the names of the trees are most of a marker.
+        return await self._call("complete", job_id, lease_id, replace(commit, trees=()))
+
+    async def release(self, job_id: str, lease_id: str) -> bool:
+        return await self._call("release", job_id, lease_id)
+
+    async def fail(self, job_id: str, lease_id: str, error: str) -> bool:
+        return await self._call("fail", job_id, lease_id, error)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        give_up_s = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return await getattr(self.handle, method).remote(*arguments)
+            except RayActorError as error:
+                permanent = not isinstance(error, ActorUnavailableError)
+                if (permanent and self.find is None) or time.monotonic() > give_up_s:
+                    raise
+                if permanent and self.find is not None:
+                    other = await asyncio.to_thread(self.find)
+                    self.handle = other if other is not None else self.handle
+            await asyncio.sleep(self.backoff_s)
+
+
+# --------------------------------------------------------------------------------- audit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """Expected trees of a round against committed rows; nothing is wrong if `clean`."""
+
+    expected: int
+    """(problem, tree index) pairs of all planned stages."""
+    committed: int
+    """Trees found in the files, each time they are found."""
+    quarantined: Mapping[str, str]
+    lost: tuple[tuple[str, int], ...]
+    """Expected, neither committed nor quarantined."""
+    doubled: tuple[tuple[str, int], ...]
+    """Committed more than once."""
+    unexpected: tuple[tuple[str, int], ...]
+    """Committed without having been planned."""
+    reported: int | None = None
+    """Trees that completed leases reported; None: not asked for."""
+
+    @property
+    def clean(self) -> bool:
+        agree = self.reported is None or self.reported == self.committed
+        return agree and not (self.lost or self.doubled or self.unexpected)
+
+
+def audit_round(trajectories: TrajectoryStore, *, reported: int | None = None) -> Audit:
+    """Count the trees in the data files of a round against what its stages planned.
+
+    It reads the rows themselves (with their checksums), not what the markers say of them: the
+    files of the manifest if the round is sealed, else those of the committed jobs.
+
+    Args:
+        reported: trees that completed leases reported (`RoundStatus.totals.trees`), to compare.
+    Raises:
+        StoreError: a file is missing, truncated or changed.
+    """
+    plans = [StagePlan.from_json(data) for data in trajectories.plans().values()]
+    commits = trajectories.commits()
+    committed = [
+        (plan, job, commit)
+        for plan in plans
+        for job, commit in _committed_jobs(plan_jobs(plan), commits)
+    ]
+    jobs = {job.id: commit for _, job, commit in committed}
+    manifest = trajectories.manifest()
+    files = list(jobs.values()) if manifest is None else list(manifest.files)
+    found: Counter[tuple[str, int]] = Counter()
+    for file in files:
+        table = trajectories.read_table(file, ["problem_id", "tree", "node"])
+        rows = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
+        found.update((problem_id, tree) for problem_id, tree, node in rows if node == 0)
+    expected = {(p, plan.tree_index) for plan in plans for p in plan.problem_ids}
+    quarantined = {
+        (problem_id, plan.tree_index): error
+        for plan, _, commit in committed
+        for problem_id, error in commit.failed.items()
+    }
+    return Audit(
+        expected=len(expected),
+        committed=found.total(),
+        quarantined={problem_id: error for (problem_id, _), error in quarantined.items()},
+        lost=tuple(sorted(expected - found.keys() - quarantined.keys())),
+        doubled=tuple(sorted(key for key, count in found.items() if count > 1)),
+        unexpected=tuple(sorted(found.keys() - expected)),
+        reported=reported,
+    )

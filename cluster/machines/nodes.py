@@ -1,0 +1,118 @@
+"""Nodes of the Ray cluster: what they have, which of them are about to go, who runs where.
+
+    spot notice (cluster.machines.spot) --> SpotActor, one per node --+
+    `ray drain-node`, SIGTERM of `ray start --block` --------+--> Ray: the node drains
+                                                                  --> `draining`, asked by the fleet
+
+Ray places nothing new on a draining node and moves nothing away from it: that is the fleet's part.
+All calls of Ray's private interface (2.60) stand here.
+
+Not covered: a node that goes without a notice; its actors are found dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.machines.placement import NodeResources
+from cluster.machines.spot import SpotConfig, SpotNotice, SpotWatcher
+
+logger = logging.getLogger(__name__)
+
+ADVICE_S = 120.0
+"""Time given to a node whose notice names none."""
+
+
+def living() -> dict[str, NodeResources]:
+    """The living nodes by id."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return {
+        node["NodeID"]: NodeResources(
+            name=node.get("NodeManagerHostname") or node["NodeID"][:8],
+            total=node.get("Resources", {}),
+            free=free.get(node["NodeID"], {}),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+
+def starting() -> dict[str, int]:
+    """How many nodes of each type the autoscaler is starting; {} without an autoscaler."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    count = Counter(node.ray_node_type_name for node in status.pending_nodes)
+    for launch in status.pending_launches:
+        count[launch.ray_node_type_name] += launch.count
+    return dict(count)
+
+
+def draining() -> dict[str, float]:
+    """Nodes that are about to go: id -> Unix time of the end, 0 if none was named."""
+    from ray._private.state import state
+
+    return {node: deadline_ms / 1000 for node, deadline_ms in state.get_draining_nodes().items()}
+
+
+def node_of(handle: Any) -> str:
+    """Id of the node an actor runs on; "" if it runs on none."""
+    from ray._private.state import actors
+
+    return actors(handle._actor_id.hex()).get("Address", {}).get("NodeID", "")
+
+
+def drain(node_id: str, message: str, left_s: float) -> bool:
+    """Have Ray place nothing more on a node; False if it refused."""
+    from ray._private import worker
+    from ray.core.generated import autoscaler_pb2
+
+    # The generated module has no types, and the client is an attribute made at run time.
+    reasons, client = vars(autoscaler_pb2)["DrainNodeReason"], vars(worker)["global_worker"]
+    accepted, reason = client.gcs_client.drain_node(
+        node_id,
+        reasons.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        message,
+        int((time.time() + left_s) * 1000),
+    )
+    if not accepted:
+        logger.warning("A node was not drained: %s node=%s", reason, node_id)
+    return accepted
+
+
+class NodeSpotWatcher:
+    """Watches the metadata service of the node it runs on and has the node drained."""
+
+    def __init__(self, config: SpotConfig) -> None:
+        self._watcher = SpotWatcher(self._on_notice, config)
+
+    async def run(self) -> None:
+        """Watch for ever; returns at once where there is no cloud."""
+        await self._watcher.run()
+
+    async def _on_notice(self, notice: SpotNotice) -> None:
+        left_s = notice.left_s(time.time())
+        node = ray.get_runtime_context().get_node_id()
+        await asyncio.to_thread(
+            drain, node, f"spot notice: {notice.reason}", ADVICE_S if left_s is None else left_s
+        )
+
+
+SpotActor: Any = ray.remote(num_cpus=0, max_restarts=-1)(NodeSpotWatcher)
+
+
+def start_spot_watcher(node_id: str, config: SpotConfig) -> Any:
+    """A watcher on a node; returns its handle."""
+    here = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    actor = SpotActor.options(scheduling_strategy=here).remote(config)
+    actor.run.remote()
+    return actor

@@ -1,0 +1,796 @@
+"""A round at virtual time: real coordinator, jobs, leases, scaler and commits, modelled engines.
+
+    real:     Coordinator (and with it JobQueue), Scaler, TrajectoryStore with Parquet files,
+              markers and manifest on a fsspec store in memory, the audit of all committed rows
+    modelled: rollout workers, engines, nodes, losses; one event queue, seconds cost nothing
+
+One replica is a GPU engine with its rollout worker. It holds up to `max_open_trees` trees, which
+share its speed equally: `curve(open trees * requests_per_tree)` tokens per second, times its own
+speed. A tree is done when it has had its tokens (log-normal, some are stragglers; the same problem
+needs the same number wherever it is searched). The worker follows `RolloutWorker`: it takes a lease
+as soon as a slot would stay empty, renews, looks for a marker before it starts, commits a shard
+when all of its trees have ended, then completes it.
+
+What goes wrong, at random and reproducibly:
+- a replica is lost: at once, or after a notice (it stops taking jobs and, before the end, commits
+  what is finished and hands back the rest); the loss is noticed `detect_s` later, the scaler asks
+  for another one, which serves after the start times of node and engine; its open trees are
+  gone on with from their last checkpoint (modelled too), without `checkpoint_s` searched again
+  from the root;
+- some lost replicas are only cut off: they go on for a while as zombies and commit shards that
+  others hold meanwhile; half of these commits are placed between a rival's data file and its
+  marker;
+- the coordinator is killed and rebuilt from the store while workers carry on.
+
+Not modelled: PPM, sandbox and grading (taken to keep up with the policy), network and store times
+other than `commit_s`, start-up of the workers' processes, weights of a new round, prices that move.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from cluster.jobs.coordinator import Coordinator, WorkerProgress, audit_round
+from cluster.jobs.queue import Lease, QueueConfig, StagePlan
+from cluster.machines.scaler import PoolLoad, ReplicaLoad, ReplicaState, Scaler, ScalerConfig
+from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
+from cluster.planning.simulated_store import PROTOCOL, DictFileSystem, RacingStore
+from rollout.problem import Level, Problem
+from rollout.prompt import Step, StepKind
+from rollout.store import TrajectoryStore
+from rollout.tree import Node, Terminal, Tree, backup, expand
+
+ROUND, STAGE, POOL = 1, "base", "policy"
+SCALE_INTERVAL_S = 10.0
+DRAIN_MARGIN_S = 10.0
+"""How long before its end a replica with a notice stops its open trees and commits."""
+
+
+class SimulationConfig(BaseModel):
+    """What is simulated; the defaults are the paper's problem set on 1,024 spot GPUs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_problems: int = Field(
+        default=747_000, ge=1, description="problems to search, one tree each"
+    )
+    num_replicas: int = Field(default=1024, ge=1, description="replicas wanted, and at most")
+    min_replicas: int | None = Field(
+        default=None, ge=1, description="what the scaler may shrink to; null: num_replicas"
+    )
+    shard_size: int = Field(default=16, ge=1, description="problems per job")
+    max_open_trees: int = Field(default=24, ge=1, description="trees open at one replica")
+    requests_per_tree: float = Field(
+        default=5.5,
+        gt=0,
+        description="policy requests an open tree has in flight on average: of 8 candidates the "
+        "shorter ones end first",
+    )
+    tokens_per_problem: float = Field(
+        default=36_000.0,
+        gt=0,
+        description="generated tokens of a mean tree: 57 expansions (16 rollouts) x 8 candidates "
+        "x 80 tokens",
+    )
+    level_factors: tuple[float, ...] = Field(
+        default=(0.6, 1.0, 1.45),
+        min_length=1,
+        description="tokens of a problem's level against each other, levels equally frequent, "
+        "easiest first; as GSM8K, MATH and Olympiad in the paper's Table 9",
+    )
+    hardest_first: bool = Field(
+        default=True, description="search hard levels first, so that the last trees are short"
+    )
+    tokens_sigma: float = Field(
+        default=0.4, ge=0, description="sigma of log(tokens of a tree) within a level"
+    )
+    tokens_limit: float = Field(
+        default=4.0, ge=1, description="a tree's budget: so many times the mean of its level"
+    )
+    straggler_share: float = Field(default=0.01, ge=0, le=1, description="trees that need more")
+    straggler_factor: float = Field(
+        default=3.0,
+        ge=1,
+        description="how much more they need; as AIME against MATH in the same table",
+    )
+    slow_share: float = Field(default=0.02, ge=0, le=1, description="replicas that are slow")
+    slow_factor: float = Field(default=0.7, gt=0, le=1, description="speed of a slow replica")
+    lost_per_hour: float = Field(default=0.05, ge=0, lt=1, description="replicas lost in an hour")
+    notice_share: float = Field(default=0.5, ge=0, le=1, description="losses with a notice")
+    notice_s: float = Field(default=120.0, ge=0, description="time from notice to loss")
+    zombie_share: float = Field(
+        default=0.2, ge=0, le=1, description="losses without notice that are only cut off"
+    )
+    zombie_s: float = Field(default=600.0, ge=0, description="how long a zombie goes on")
+    detect_s: float = Field(default=15.0, ge=0, description="time until a loss is noticed")
+    node_start_s: float = Field(default=120.0, ge=0, description="from request to a running node")
+    engine_start_s: float = Field(default=90.0, ge=0, description="from node to a serving engine")
+    coordinator_kill_s: float = Field(
+        default=3600.0, ge=0, description="time between kills of the coordinator; 0: never"
+    )
+    coordinator_down_s: float = Field(default=20.0, ge=0, description="how long it is away then")
+    lease_s: float = Field(default=600.0, gt=0, description="lease time of a job")
+    renew_s: float = Field(default=30.0, gt=0, description="pause between renewals")
+    poll_s: float = Field(default=5.0, gt=0, description="pause after no job was left")
+    checkpoint_s: float | None = Field(
+        default=60.0,
+        gt=0,
+        description="trees in work are stored so often, and when a replica leaves by a notice; "
+        "whoever gets the problem goes on with them. null: searched again from the root",
+    )
+    commit_s: float = Field(default=0.5, ge=0, description="time a commit takes")
+    solve_rate: float = Field(default=0.78, ge=0, le=1, description="problems solved")
+    price_per_hour: float = Field(default=1.5, ge=0, description="dollars per replica-hour")
+    seed: int = Field(default=0, description="of every random choice")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> SimulationConfig:
+        if self.min_replicas is not None and self.min_replicas > self.num_replicas:
+            raise ValueError(
+                f"min_replicas must be <= num_replicas, got {self.min_replicas} > "
+                f"{self.num_replicas}"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationReport:
+    """What came of it; `DEFINITIONS` says how each figure is made."""
+
+    makespan_s: float
+    ideal_s: float
+    scaling_efficiency: float
+    efficiency_of_constant: float
+    utilisation: float
+    mean_replicas: float
+    lost: int
+    doubled: int
+    unexpected: int
+    quarantined: int
+    committed: int
+    solved: int
+    lost_work: float
+    generated_tokens: float
+    replicas_started: int
+    replicas_lost: int
+    notices: int
+    zombies: int
+    zombie_commits: int
+    races: int
+    commits_refused: int
+    coordinator_kills: int
+    leases_granted: int
+    leases_expired: int
+    replica_hours: float
+    dollars: float
+    dollars_per_solved: float
+    wall_s: float
+
+
+DEFINITIONS = {
+    "makespan_s": "virtual seconds from the first request for replicas to the last completion",
+    "ideal_s": "committed tokens / (num_replicas * full speed): all replicas there from the start, "
+    "never idle, nothing lost",
+    "scaling_efficiency": "committed tokens / tokens the available replicas could have generated, "
+    "i.e. the sum over replicas of (first served -> lost, drained or end of the run) * own speed "
+    "* full speed; full speed = curve(max_open_trees * requests_per_tree)",
+    "efficiency_of_constant": "ideal_s / makespan_s: start-up and the gaps after losses count too",
+    "utilisation": "generated tokens, lost ones included / the same denominator as "
+    "scaling_efficiency",
+    "mean_replicas": "available replica-seconds / makespan_s",
+    "lost": "trees planned, neither committed nor quarantined, by the audit of all committed rows",
+    "doubled": "trees committed more than once, by the same audit",
+    "unexpected": "trees committed that were not planned, by the same audit",
+    "quarantined": "problems set aside because all leases of their job ended badly",
+    "committed": "trees in the sealed round",
+    "solved": "committed trees with a correct answer (drawn with solve_rate)",
+    "lost_work": "generated tokens that are in no committed tree / generated tokens",
+    "generated_tokens": "of all replicas, zombies included",
+    "replicas_started": "asked for by the scaler, the first ones included",
+    "replicas_lost": "with and without notice; the scaler's own drains do not count",
+    "notices": "losses that were announced notice_s before",
+    "zombies": "losses after which the process went on, cut off from the coordinator",
+    "zombie_commits": "commits tried by zombies",
+    "races": "zombie commits placed between a rival's data file and its marker",
+    "commits_refused": "commits that found the shard committed by another",
+    "coordinator_kills": "times it was rebuilt from the store",
+    "leases_granted": "by the last coordinator",
+    "leases_expired": "by the last coordinator, lost workers included",
+    "replica_hours": "from a running node (engine start included) to its end",
+    "dollars": "replica_hours * price_per_hour",
+    "dollars_per_solved": "dollars / solved",
+    "wall_s": "real seconds this simulation took",
+}
+
+
+@dataclass(slots=True)
+class _Shard:
+    lease: Lease
+    todo: int
+    """Trees that have not ended."""
+    done: list[int] = field(default_factory=list)
+    """Problem numbers of the trees that have."""
+    committing: bool = False
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One engine and its worker."""
+
+    name: str
+    asked_s: float
+    speed: float
+    state: ReplicaState = ReplicaState.STARTING
+    ready_s: float = math.inf
+    ended_s: float = math.inf
+    cut_off: bool = False
+    """A zombie: it reaches the store, and not the coordinator."""
+    draining: bool = False
+    polls: bool = False
+    shards: dict[str, _Shard] = field(default_factory=dict)
+    queue: list[tuple[_Shard, int]] = field(default_factory=list)
+    """(shard, problem number) that wait for a slot, the next one last."""
+    trees: list[tuple[float, int, _Shard]] = field(default_factory=list)
+    """Heap of (tokens per tree at which it ends, problem number, shard)."""
+    per_tree: float = 0.0
+    """Tokens each open tree would have had, had it been open all the time."""
+    per_tree_s: float = 0.0
+    """How fast `per_tree` grows now."""
+    updated_s: float = 0.0
+    version: int = 0
+    """Of the finish event that counts."""
+    generated: float = 0.0
+
+    @property
+    def dead(self) -> bool:
+        return self.ended_s < math.inf
+
+
+class Simulation:
+    """One round at virtual time; see the module."""
+
+    def __init__(
+        self, config: SimulationConfig | None = None, curve: LatencyCurve = DEFAULT_CURVE
+    ) -> None:
+        self.config = config = config or SimulationConfig()
+        self.now_s = 0.0
+        self._random = random.Random(config.seed)
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._num_events = 0
+        self._speeds = [0.0] + [
+            curve.tokens_per_s(n * config.requests_per_tree) / n
+            for n in range(1, config.max_open_trees + 1)
+        ]
+        self.full_speed = self._speeds[-1] * config.max_open_trees
+        self._tokens = self._draw_tokens()
+        self._solved = [
+            self._random.random() < config.solve_rate for _ in range(config.num_problems)
+        ]
+        # p000123: the position after the letter is the problem's number.
+        self._ids = tuple(f"p{number:06d}" for number in range(config.num_problems))
+        self._stored: dict[int, float] = {}
+        """Tokens that stored trees in work have had, by problem number."""
+        self._root = f"{PROTOCOL}://{uuid.uuid4().hex}"
+        self._store = RacingStore(self._root)
+        self._trajectories = TrajectoryStore(self._store, ROUND)
+        self._queue_config = QueueConfig(lease_s=config.lease_s, adopt_s=2 * config.renew_s)
+        self._scaler = Scaler(
+            {
+                POOL: (
+                    ScalerConfig(
+                        min_replicas=config.min_replicas or config.num_replicas,
+                        max_replicas=config.num_replicas,
+                        slots=config.max_open_trees,
+                    ),
+                    {"GPU": 1.0},
+                )
+            }
+        )
+        self._replicas: dict[str, _Replica] = {}
+        """All that were ever asked for."""
+        self._seen: dict[str, _Replica] = {}
+        """Those the scaler does not know to be dead."""
+        self._held: dict[str, list[_Replica]] = {}
+        """Who works on a job, zombies included."""
+        self._ambushes: dict[str, tuple[_Replica, _Shard]] = {}
+        """Commits of zombies that wait for a rival's, by job."""
+        self._coordinator: Coordinator | None = self._new_coordinator()
+        self._up_s = 0.0
+        self._finished_s = math.inf
+        self._counts = dict.fromkeys(
+            ("lost", "notices", "zombies", "zombie_commits", "races", "refused", "kills"), 0
+        )
+
+    def run(self, on_progress: Callable[[float, int], None] | None = None) -> SimulationReport:
+        """Simulate until the round is finished, seal and audit it.
+
+        Args:
+            on_progress: called now and then with (virtual seconds, committed problems).
+        """
+        began_s = time.perf_counter()
+        config = self.config
+        coordinator = self._coordinator
+        assert coordinator is not None
+        try:
+            coordinator.plan(
+                StagePlan(
+                    round=ROUND,
+                    stage=STAGE,
+                    tree_index=0,
+                    problem_ids=self._ids,
+                    shard_size=config.shard_size,
+                    seed=config.seed,
+                )
+            )
+            self._at(0.0, self._scale, on_progress)
+            if config.coordinator_kill_s:
+                self._at(config.coordinator_kill_s, self._kill_coordinator)
+            while self._finished_s == math.inf:
+                self.now_s, _, action, arguments = heapq.heappop(self._events)
+                action(*arguments)
+            return self._report(began_s)
+        finally:
+            DictFileSystem().forget(self._root)
+
+    # -- time
+
+    def _at(self, when_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        self._num_events += 1
+        heapq.heappush(self._events, (when_s, self._num_events, action, arguments))
+
+    def _draw_tokens(self) -> list[float]:
+        """Tokens that the tree of each problem needs, in the order of the plan."""
+        config, random = self.config, self._random
+        factors = config.level_factors
+        scale = config.tokens_per_problem * len(factors) / sum(factors)
+        levels = [factors[number % len(factors)] for number in range(config.num_problems)]
+        random.shuffle(levels)
+        if config.hardest_first:
+            levels.sort(reverse=True)
+        tokens = []
+        for factor in levels:
+            needed = random.lognormvariate(-(config.tokens_sigma**2) / 2, config.tokens_sigma)
+            if random.random() < config.straggler_share:
+                needed *= config.straggler_factor
+            tokens.append(min(needed, config.tokens_limit) * factor * scale)
+        return tokens
+
+    # -- coordinator
+
+    def _new_coordinator(self) -> Coordinator:
+        return Coordinator(self._root, self._queue_config, clock=lambda: self.now_s)
+
+    def _kill_coordinator(self) -> None:
+        self._coordinator = None
+        self._counts["kills"] += 1
+        self._up_s = self.now_s + self.config.coordinator_down_s
+        self._at(self._up_s, self._restart_coordinator)
+
+    def _restart_coordinator(self) -> None:
+        self._coordinator = self._new_coordinator()
+        self._at(self.now_s + self.config.coordinator_kill_s, self._kill_coordinator)
+
+    def _or_later(self, action: Callable[..., None], *arguments: Any) -> Coordinator | None:
+        """The coordinator; None if it is away, then the action is tried again afterwards."""
+        if self._coordinator is None:
+            self._at(self._up_s + self._random.random(), action, *arguments)
+        return self._coordinator
+
+    def _complete(self, lease: Lease) -> None:
+        coordinator = self._or_later(self._complete, lease)
+        if coordinator is None:
+            return
+        marker = self._trajectories.read_commit(lease.job.id)
+        coordinator.complete(lease.job.id, lease.id, marker)
+        if coordinator.status(ROUND).finished:
+            self._finished_s = min(self._finished_s, self.now_s)
+
+    def _release(self, lease: Lease) -> None:
+        coordinator = self._or_later(self._release, lease)
+        if coordinator is not None:
+            coordinator.release(lease.job.id, lease.id)
+
+    def _forget(self, replica: _Replica) -> None:
+        coordinator = self._or_later(self._forget, replica)
+        if coordinator is not None:
+            self._seen.pop(replica.name, None)
+            coordinator.forget_worker(replica.name)
+
+    # -- scaler
+
+    def _scale(self, on_progress: Callable[[float, int], None] | None) -> None:
+        self._at(self.now_s + SCALE_INTERVAL_S, self._scale, on_progress)
+        if self._coordinator is None:
+            return
+        stage = self._coordinator.status(ROUND).stages[STAGE]
+        pending, leased, done, failed = stage.counts.problems.values()
+        if on_progress is not None:
+            on_progress(self.now_s, done)
+        self._scaler.observe(
+            POOL,
+            self.now_s,
+            PoolLoad(waiting=pending + failed, in_service=leased, served=done),
+            {
+                name: ReplicaLoad(state=replica.state, load=len(replica.trees))
+                for name, replica in self._seen.items()
+            },
+        )
+        decision = self._scaler.decide(self.now_s).pools[POOL]
+        for name in decision.drain:
+            self._drain(self._seen[name], self.now_s + self.config.notice_s)
+        for _ in range(decision.start):
+            self._start_replica()
+
+    def _start_replica(self) -> None:
+        config = self.config
+        slow = self._random.random() < config.slow_share
+        replica = _Replica(
+            name=f"replica-{len(self._replicas)}",
+            asked_s=self.now_s,
+            speed=config.slow_factor if slow else 1.0,
+        )
+        self._replicas[replica.name] = self._seen[replica.name] = replica
+        start_s = (config.node_start_s + config.engine_start_s) * self._random.uniform(0.8, 1.2)
+        self._at(self.now_s + start_s, self._ready, replica)
+        if config.lost_per_hour:
+            hazard = -math.log(1 - config.lost_per_hour) / 3600.0
+            self._at(self.now_s + self._random.expovariate(hazard), self._lose, replica)
+
+    def _ready(self, replica: _Replica) -> None:
+        if replica.dead or replica.draining:
+            return
+        replica.state, replica.ready_s = ReplicaState.READY, self.now_s
+        replica.updated_s = self.now_s
+        self._scaler.started(POOL)
+        self._at(self.now_s + self.config.renew_s * self._random.random(), self._renew, replica)
+        self._take(replica)
+
+    # -- losses
+
+    def _lose(self, replica: _Replica) -> None:
+        if replica.dead or replica.draining:
+            return
+        config = self.config
+        self._counts["lost"] += 1
+        if self._random.random() < config.notice_share:
+            self._counts["notices"] += 1
+            self._drain(replica, self.now_s + config.notice_s)
+            return
+        if replica.state is ReplicaState.READY and self._random.random() < config.zombie_share:
+            self._counts["zombies"] += 1
+            replica.cut_off = True
+            self._at(self.now_s + config.zombie_s, self._end, replica)
+        else:
+            self._end(replica)
+        self._at(self.now_s + config.detect_s, self._forget, replica)
+
+    def _drain(self, replica: _Replica, deadline_s: float) -> None:
+        replica.draining = True
+        if replica.state is ReplicaState.STARTING:
+            self._leave(replica)
+            return
+        replica.state = ReplicaState.DRAINING
+        self._give_back_unstarted(replica)
+        if not replica.shards:
+            self._leave(replica)
+            return
+        self._at(max(self.now_s, deadline_s - DRAIN_MARGIN_S), self._leave, replica)
+
+    def _give_back_unstarted(self, replica: _Replica) -> None:
+        """Hand whole shards back that no tree of has been started."""
+        waiting = dict.fromkeys(shard.lease.job.id for shard, _ in replica.queue)
+        for job_id in waiting:
+            shard = replica.shards[job_id]
+            num_waiting = sum(other is shard for other, _ in replica.queue)
+            if num_waiting == len(shard.lease.job.problem_ids):
+                self._drop(replica, shard)
+                self._release(shard.lease)
+
+    def _leave(self, replica: _Replica) -> None:
+        """Commit finished parts, hand back the rest and end."""
+        if replica.dead:
+            return
+        self._advance(replica)
+        for shard in list(replica.shards.values()):
+            if shard.committing:
+                continue  # its commit goes through: the margin is longer
+            if shard.done:
+                self._commit(replica, shard)
+            else:
+                self._release(shard.lease)
+        self._end(replica)
+        self._forget(replica)
+
+    def _store_open_trees(self, replica: _Replica, *, at_the_end: bool) -> None:
+        """What others can go on with; what came after the last regular checkpoint is not in it."""
+        if self.config.checkpoint_s is None:
+            return
+        missing_s = 0.0 if at_the_end else self._random.uniform(0.0, self.config.checkpoint_s)
+        for ends_at, number, _ in replica.trees:
+            had = self._tokens[number] - (ends_at - replica.per_tree)
+            had -= missing_s * replica.per_tree_s
+            self._stored[number] = max(self._stored.get(number, 0.0), had)
+        for shard in replica.shards.values():
+            self._stored.update((number, self._tokens[number]) for number in shard.done)
+
+    def _end(self, replica: _Replica) -> None:
+        if replica.dead:
+            return
+        self._advance(replica)
+        self._store_open_trees(replica, at_the_end=replica.draining)
+        replica.ended_s = self.now_s
+        replica.version += 1
+        replica.trees.clear()
+        replica.queue.clear()
+        for job_id in replica.shards:
+            self._held[job_id].remove(replica)
+
+    # -- worker
+
+    def _take(self, replica: _Replica) -> None:
+        """Take leases until no slot would stay empty."""
+        if replica.dead or replica.draining or replica.cut_off:
+            return
+        room = self.config.max_open_trees
+        while len(replica.trees) + len(replica.queue) < room:
+            if self._coordinator is None:
+                self._poll_at(replica, self._up_s + self._random.random())
+                return
+            lease = self._coordinator.grant(replica.name)
+            if lease is None:
+                self._poll_at(replica, self.now_s + self.config.poll_s)
+                return
+            if lease.job.id in replica.shards:
+                self._coordinator.release(lease.job.id, lease.id)
+                self._poll_at(replica, self.now_s + self.config.poll_s)
+                return
+            try:
+                self._trajectories.read_commit(lease.job.id)
+            except FileNotFoundError:
+                self._begin(replica, lease)
+            else:
+                self._complete(lease)  # somebody committed it and died before saying so
+
+    def _poll_at(self, replica: _Replica, when_s: float) -> None:
+        if not replica.polls:
+            replica.polls = True
+            self._at(when_s, self._poll, replica)
+
+    def _poll(self, replica: _Replica) -> None:
+        replica.polls = False
+        self._take(replica)
+
+    def _begin(self, replica: _Replica, lease: Lease) -> None:
+        numbers = [int(problem_id[1:]) for problem_id in lease.job.problem_ids]
+        shard = _Shard(lease, len(numbers))
+        replica.shards[lease.job.id] = shard
+        self._held.setdefault(lease.job.id, []).append(replica)
+        # First come first served; the next one is popped from the end.
+        replica.queue[:0] = [(shard, number) for number in reversed(numbers)]
+        self._advance(replica)
+        self._fill(replica)
+
+    def _renew(self, replica: _Replica) -> None:
+        if replica.dead or replica.cut_off:
+            return
+        coordinator = self._or_later(self._renew, replica)
+        if coordinator is None:
+            return
+        self._at(self.now_s + self.config.renew_s, self._renew, replica)
+        held = [(shard.lease.job.id, shard.lease.id) for shard in replica.shards.values()]
+        for job_id in coordinator.renew(replica.name, held, _PROGRESS):
+            shard = replica.shards[job_id]
+            if not shard.committing:
+                self._drop(replica, shard)
+
+    # -- engine
+
+    def _advance(self, replica: _Replica) -> None:
+        """Bring a replica's trees up to now."""
+        passed_s = self.now_s - replica.updated_s
+        if passed_s > 0:
+            grown = replica.per_tree_s * passed_s
+            replica.per_tree += grown
+            replica.generated += grown * len(replica.trees)
+        replica.updated_s = self.now_s
+
+    def _fill(self, replica: _Replica) -> None:
+        """Give free slots to waiting trees; then say when the next tree ends."""
+        trees, queue = replica.trees, replica.queue
+        room = self.config.max_open_trees
+        while queue and len(trees) < room:
+            shard, number = queue.pop()
+            todo = self._tokens[number] - self._stored.get(number, 0.0)
+            heapq.heappush(trees, (replica.per_tree + todo, number, shard))
+        replica.per_tree_s = self._speeds[len(trees)] * replica.speed
+        replica.version += 1
+        if trees:
+            wait_s = max(0.0, trees[0][0] - replica.per_tree) / replica.per_tree_s
+            self._at(self.now_s + wait_s, self._tree_ends, replica, replica.version)
+
+    def _tree_ends(self, replica: _Replica, version: int) -> None:
+        if version != replica.version:
+            return
+        self._advance(replica)
+        trees = replica.trees
+        # Rounding must not leave the tree behind that this event is about.
+        replica.per_tree = max(replica.per_tree, trees[0][0])
+        while trees and trees[0][0] <= replica.per_tree:
+            _, number, shard = heapq.heappop(trees)
+            shard.done.append(number)
+            shard.todo -= 1
+            if not shard.todo:
+                shard.committing = True
+                self._at(self.now_s + self.config.commit_s, self._shard_ends, replica, shard)
+        self._fill(replica)
+        if len(trees) + len(replica.queue) < self.config.max_open_trees and not replica.polls:
+            self._take(replica)
+
+    def _drop(self, replica: _Replica, shard: _Shard) -> None:
+        """Forget a shard: another has it, or it is handed back."""
+        self._advance(replica)
+        replica.trees = [tree for tree in replica.trees if tree[2] is not shard]
+        heapq.heapify(replica.trees)
+        replica.queue = [entry for entry in replica.queue if entry[0] is not shard]
+        del replica.shards[shard.lease.job.id]
+        self._held[shard.lease.job.id].remove(replica)
+        self._fill(replica)
+        self._take(replica)
+
+    # -- commits
+
+    def _shard_ends(self, replica: _Replica, shard: _Shard) -> None:
+        if replica.dead and not replica.draining:
+            return
+        job_id = shard.lease.job.id
+        rivals = [other for other in self._held[job_id] if other is not replica]
+        if replica.cut_off and rivals and self._random.random() < 0.5:
+            self._ambushes[job_id] = (replica, shard)
+        else:
+            self._commit(replica, shard)
+        if not replica.dead:
+            del replica.shards[job_id]
+            self._held[job_id].remove(replica)
+            if replica.draining and not replica.shards:
+                self._leave(replica)
+            elif not replica.polls:
+                self._take(replica)
+
+    def _commit(self, replica: _Replica, shard: _Shard) -> None:
+        """Commit what is done of a shard, and say so unless cut off."""
+        job = shard.lease.job
+        done = set(shard.done)
+        rest = [p for p in job.problem_ids if int(p[1:]) not in done]
+        trees = [self._tree(number) for number in sorted(done)]
+        self._counts["zombie_commits"] += replica.cut_off
+        ambush = None if replica.cut_off else self._ambushes.pop(job.id, None)
+        if ambush is not None:
+            self._store.on_put = lambda: self._spring(*ambush)
+        won = self._trajectories.commit(job.id, trees, remaining=[rest] if rest else [])
+        self._store.on_put = None
+        self._counts["refused"] += not won
+        if not replica.cut_off:
+            self._complete(shard.lease)
+
+    def _spring(self, zombie: _Replica, shard: _Shard) -> None:
+        """A zombie's commit, between the data file and the marker of its rival's."""
+        self._counts["races"] += 1
+        self._commit(zombie, shard)
+
+    def _tree(self, number: int) -> Tree:
+        tree = Tree(
+            problem=Problem(
+                id=self._ids[number], source="simulated", level=Level.MATH, text="simulated"
+            ),
+            round=ROUND,
+            generated_tokens=round(self._tokens[number]),
+        )
+        if self._solved[number]:
+            leaf = Node(
+                id=-1, parent=-1, depth=-1, step=_ANSWER, terminal=Terminal.ANSWER, correct=True
+            )
+            expand(tree, tree.root, [leaf])
+            backup(tree, leaf, 1.0)
+        return tree
+
+    # -- the end
+
+    def _report(self, began_s: float) -> SimulationReport:
+        config, makespan_s = self.config, self._finished_s
+        assert self._coordinator is not None
+        leases = self._coordinator.stats().leases
+        reported = self._coordinator.status(ROUND).totals.trees
+        manifest = self._coordinator.seal(ROUND)
+        audit = audit_round(self._trajectories, reported=reported)
+        assert audit.reported == audit.committed, f"{audit.reported} != {audit.committed} trees"
+        for replica in self._replicas.values():
+            if not replica.dead and replica.ready_s < math.inf:
+                self._advance(replica)
+        served = [r for r in self._replicas.values() if r.ready_s < makespan_s]
+        ready_s = {r.name: min(r.ended_s, makespan_s) - r.ready_s for r in served}
+        capacity = sum(ready_s[r.name] * r.speed for r in served) * self.full_speed
+        billed_s = sum(
+            max(0.0, min(r.ended_s, makespan_s) - r.asked_s - config.node_start_s)
+            for r in self._replicas.values()
+        )
+        generated = sum(r.generated for r in self._replicas.values())
+        useful = manifest.totals.generated_tokens
+        ideal_s = useful / (config.num_replicas * self.full_speed)
+        dollars = billed_s / 3600.0 * config.price_per_hour
+        solved = manifest.totals.solved
+        return SimulationReport(
+            makespan_s=makespan_s,
+            ideal_s=ideal_s,
+            scaling_efficiency=useful / capacity,
+            efficiency_of_constant=ideal_s / makespan_s,
+            utilisation=generated / capacity,
+            mean_replicas=sum(ready_s.values()) / makespan_s,
+            lost=len(audit.lost),
+            doubled=len(audit.doubled),
+            unexpected=len(audit.unexpected),
+            quarantined=len(audit.quarantined),
+            committed=audit.committed,
+            solved=solved,
+            lost_work=1 - useful / generated,
+            generated_tokens=generated,
+            replicas_started=len(self._replicas),
+            replicas_lost=self._counts["lost"],
+            notices=self._counts["notices"],
+            zombies=self._counts["zombies"],
+            zombie_commits=self._counts["zombie_commits"],
+            races=self._counts["races"],
+            commits_refused=self._counts["refused"],
+            coordinator_kills=self._counts["kills"],
+            leases_granted=leases.granted,
+            leases_expired=leases.expired,
+            replica_hours=billed_s / 3600.0,
+            dollars=dollars,
+            dollars_per_solved=dollars / solved if solved else math.inf,
+            wall_s=time.perf_counter() - began_s,
+        )
+
+
+_PROGRESS = WorkerProgress()
+_ANSWER = Step(kind=StepKind.ANSWER, text="simulated", answer="1")
+
+
+def print_simulation(
+    report: SimulationReport, config: SimulationConfig, console: Console, *, curve: LatencyCurve
+) -> None:
+    """Figures with their definitions, then everything that was assumed."""
+    table = Table(title=f"{config.num_problems:,} problems on {config.num_replicas:,} replicas")
+    for column in ("figure", "value", "definition"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for name, value in asdict(report).items():
+        table.add_row(
+            name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", DEFINITIONS[name]
+        )
+    console.print(table)
+    console.print("assumed:", markup=False)
+    for name, info in SimulationConfig.model_fields.items():
+        console.print(
+            f"  {name} = {json.dumps(getattr(config, name))}: {info.description}",
+            markup=False,
+            highlight=False,
+        )
+    console.print(
+        f"  curve = {_pairs(curve.points)}: [requests in flight, tokens/s] of a replica",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _pairs(points: Sequence[tuple[float, float]]) -> str:
+    return ", ".join(f"[{load:g}, {speed:g}]" for load, speed in points)

@@ -1,0 +1,586 @@
+"""The loop of rounds: rollout -> select -> train policy -> train PPM -> evaluate, then the next.
+
+    cold start (round 0): demonstrations --SFT--> policy 0 --> held-out greedy
+    round r:  problems --search with policy r-1 (and PPM r-1)--> trees --seal--> manifest
+              manifests --select--> dataset --train--> policy r, PPM r --> held-out, all methods
+
+Every stage asks first whether its product exists and is skipped if so; a stage that was cut off
+begins again, except that the rollout goes on from the shards that were committed. One set of engine
+processes serves the whole run: new weights are loaded in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cluster.runs.config import RunConfig
+from cluster.evaluation.held_out import Evaluation, evaluate
+from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.runs.lineage import record_lineage, record_start
+from cluster.telemetry.live import LiveFile
+from cluster.engines.model_check import check_policy_checkpoint
+from cluster.telemetry.progress import ProgressView
+from cluster.runs.regrade import verdicts_of
+from cluster.reports.report import hardware, plot_report, shares_by_level, versions, write_report
+from cluster.folder.run_folder import RunFolder
+from cluster.watch.status import problems_by_level
+from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.dataset import (
+    build_dataset,
+    read_demonstrations,
+    read_manifest,
+    select_dataset,
+    write_dataset,
+)
+from learner.fit import FitProgress, FitRequest, FitResult, PolicyTrainConfig
+from learner.markers import with_markers
+from rollout.problem import Problem
+from rollout.problems.reader import read_problems
+from rollout.seeds import derive_seed
+from rollout.store import Manifest, RunStore, TrajectoryStore
+from rollout.trajectory import trajectories
+from rollout.tree import Tree
+
+logger = logging.getLogger(__name__)
+
+
+class Evolution:
+    """One run of self-evolution, from its config to its report."""
+
+    def __init__(self, config: RunConfig, view: ProgressView, *, force: bool = False) -> None:
+        """
+        Args:
+            force: promote checkpoints that the gate holds back, or held back before.
+        """
+        self.config = config
+        self.force = force
+        self.view = view
+        self.folder = RunFolder(config.run_dir)
+        self.store = RunStore(str(self.folder.root))
+        self.checkpoints = CheckpointStore(self.folder.checkpoints)
+        self.fleet = Fleet(config, self.folder)
+        self.fleet.note = view.note
+        self.train: list[Problem] = []
+        self.test: list[Problem] = []
+        self.demonstrations: Path | None = None
+        self.base_model = Path()
+        self.inputs: list[Path] = []
+        """Files and model directories the run starts from."""
+
+    async def run(self) -> dict[str, Any]:
+        """Do what is left of the run and return its report.
+
+        Raises:
+            ConfigError, RunFolderError, ProblemFileError, StoreError, CheckpointError,
+            LearnerError, EngineError: what stopped it, named; everything committed stays.
+        """
+        with self.folder.locked():
+            self.folder.keep_config(self.config)
+            self.store.self_check()
+            with LiveFile(self.folder.root, self.view.snapshot) as live:
+                self.view.seconds_before = live.seconds_before
+                self.view.usd_per_hour = self.config.cost.usd_per_hour
+                self.view.num_rounds = len(self.config.rounds)
+                self._prepare()
+                self.folder.write_problems(self.train)
+                self._plan()
+                try:
+                    with self.view:
+                        await self._rounds()
+                finally:
+                    await self.fleet.stop(self.view.note)
+                report = self.report(live.seconds_total)
+                write_report(self.folder.root, report)
+                plot_report(report, self.folder.root / "report.png")
+        return report
+
+    # ---------------------------------------------------------------- before the first round
+
+    def _prepare(self) -> None:
+        """Have problem files and base weights, and read the problems."""
+        problems = self.config.problems
+        if problems.miniature is not None:
+            train_files, test_file = self._make_miniature()
+        else:
+            train_files, test_file = problems.train, problems.test
+            self.demonstrations = problems.demonstrations
+            assert self.config.models.base_model is not None
+            self.base_model = self.config.models.base_model
+        given = [*train_files, test_file, self.demonstrations, self.base_model]
+        self.inputs = [path for path in given if path is not None]
+        check_policy_checkpoint(self.base_model, markers=())
+        self.base_model = with_markers(self.base_model, self.folder.marked_base)
+        seen: dict[str, Path] = {}
+        for path in train_files:
+            found, report = read_problems(path, default_level=problems.default_level)
+            self._tell(report.lines())
+            self.train += _new_problems(found, path, seen)
+        if test_file is not None:
+            self.test, report = read_problems(test_file, default_level=problems.default_level)
+            self._tell(report.lines())
+
+    def _make_miniature(self) -> tuple[list[Path], Path | None]:
+        from learner.miniature import write_base_model
+        from rollout.problems.miniature import write_miniature
+
+        world = self.config.problems.miniature
+        assert world is not None
+        seed = self.config.seed if world.seed is None else world.seed
+        files = write_miniature(
+            self.folder.problems,
+            seed=seed,
+            num_demonstrations=world.num_demonstrations,
+            num_train=world.num_train,
+            num_test=world.num_test,
+            families=world.families,
+        )
+        self.demonstrations = files.demonstrations
+        self.base_model = self.config.models.base_model or self.folder.base_model
+        if self.config.models.base_model is None and not self.base_model.exists():
+            table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
+            texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
+            texts += pq.read_table(files.train, columns=["problem"])["problem"].to_pylist()
+            partial = self.base_model.with_name(f".{self.base_model.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            write_base_model(partial, seed=derive_seed(self.config.seed, "base"), texts=texts)
+            partial.rename(self.base_model)
+        return [files.train], files.test
+
+    def _tell(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.view.note(line)
+
+    def _plan(self) -> None:
+        """What kinds of stages are ahead, for the time left."""
+        plan = ["start"]
+        if self.config.cold_start is not None:
+            plan += ["cold start", "evaluate"]
+        for _ in self.config.rounds:
+            plan += ["rollout", "select", "train policy", "train ppm", "evaluate"]
+        self.view.plan = plan
+
+    # ---------------------------------------------------------------- the rounds
+
+    async def _rounds(self) -> None:
+        policy = self.checkpoints.current("policy", 0)
+        ppm: Checkpoint | None = None
+        if self._finished():
+            return
+        self.view.begin("start", "starting engines and learner")
+        # Reading a large base model takes about as long as starting an engine with it.
+        recording = asyncio.create_task(asyncio.to_thread(record_start, self.folder, self.inputs))
+        # With an endpoint for round 1, replicas start when a checkpoint is to be served.
+        await self.fleet.start(self.base_model if self.config.endpoint is None else None)
+        await recording
+        self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
+        if self.config.cold_start is not None:
+            policy = await self._cold_start(self.config.cold_start)
+            await self._record_lineage(0)
+            await self._evaluate(0, policy, None)
+        for number in range(1, len(self.config.rounds) + 1):
+            await self._rollout(number, policy, ppm)
+            await self._record_lineage(number)
+            await self._select(number)
+            policy = await self._train_policy(number, policy)
+            await self._record_lineage(number)
+            ppm = await self._train_ppm(number, policy, ppm)
+            await self._record_lineage(number)
+            await self._evaluate(number, policy, ppm)
+
+    async def _record_lineage(self, number: int) -> None:
+        await asyncio.to_thread(record_lineage, self.folder, number)
+
+    def _skip(self, number: int, stage: str, record: str) -> None:
+        """A stage an earlier start has done; what it took helps to tell the time left."""
+        self.view.skip(stage, self.folder.stage(number, record).get("seconds"))
+
+    def _finished(self) -> bool:
+        """True if every product of the last round is there."""
+        last = len(self.config.rounds)
+        evaluated = not self.test or self.folder.read(self.folder.evaluation_name(last))
+        return bool(self.checkpoints.current("ppm", last) and evaluated)
+
+    async def _cold_start(self, config: PolicyTrainConfig) -> Checkpoint:
+        """Round 0: SFT of the base model on the demonstrations alone."""
+        existing = self.checkpoints.current("policy", 0)
+        if existing is not None:
+            self._skip(0, "cold start", "train_policy")
+            return existing
+        assert self.demonstrations is not None
+        self.view.begin("cold start", "cold start: SFT on demonstrations")
+        directory = self.folder.dataset(0)
+        if read_manifest(directory) is None:
+            dataset = build_dataset(
+                (),
+                template=self.config.search.training_template,
+                config=self.config.dataset,
+                demonstrations=read_demonstrations(self.demonstrations),
+            )
+            write_dataset(dataset, directory)
+        result = await self._fit(0, "policy", self.base_model, config)
+        seconds = self.view.end(_fit_summary(result))
+        self.folder.record_stage(0, "train_policy", seconds, **_fit_facts(result))
+        return result.checkpoint
+
+    async def _rollout(
+        self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
+    ) -> Manifest:
+        """Search every problem with the models of the round before, escalate, seal."""
+        trees = TrajectoryStore(self.store, number)
+        manifest = trees.manifest()
+        if manifest is not None:
+            self._skip(number, "rollout", "rollout")
+            return manifest
+        settings = self.config.rounds[number - 1]
+        self.view.begin("rollout", f"round {number}: rollout", len(self.train), round=number)
+        if number == 1 and self.config.endpoint is not None:
+            await self.fleet.serve_endpoint(self.config.endpoint)
+        else:
+            await self.fleet.serve_policy(self.base_model, policy)
+        if settings.preference:
+            assert ppm is not None
+            await self.fleet.serve_preference(ppm)
+        search = settings.search(self.config.search)
+        stages = [
+            RolloutStage(name="base", search=search, trees=settings.trees),
+            *(
+                RolloutStage(
+                    name=f"escalation-{position}",
+                    search=stage.search(search),
+                    trees=stage.trees,
+                    unsolved_only=True,
+                )
+                for position, stage in enumerate(settings.escalation, start=1)
+            ),
+        ]
+        outcome = await self.fleet.rollout(
+            number,
+            self.train,
+            stages,
+            preference=settings.preference,
+            on_progress=self.view.update,
+        )
+        totals = outcome.manifest.totals
+        seconds = self.view.end(
+            f"{totals.trees} trees, {totals.generated_tokens:,} tokens, "
+            f"{outcome.solved} of {len(self.train)} problems solved"
+        )
+        self._tell(outcome.loss_lines())
+        self.folder.write_suspects(number, outcome.suspects)
+        levels = await asyncio.to_thread(problems_by_level, trees, self.folder.problem_levels())
+        self.folder.record_stage(number, "rollout", seconds, **outcome.facts(), **levels)
+        await self._remove_orphans(trees)
+        return outcome.manifest
+
+    async def _remove_orphans(self, trees: TrajectoryStore) -> None:
+        """Delete what killed workers left of a sealed round."""
+        removed = await asyncio.to_thread(
+            trees.remove_orphans,
+            older_than_s=self.config.cluster.lease_s,
+            now_unix_s=time.time(),
+        )
+        if removed:
+            self.view.note(
+                f"round {trees.round}: {len(removed)} files removed that workers left unfinished"
+            )
+
+    async def _select(self, number: int) -> None:
+        """Trees of all rounds so far -> SFT examples; trees with outcomes -> pairs."""
+        directory = self.folder.dataset(number)
+        if read_manifest(directory) is not None:
+            self._skip(number, "select", "select")
+            return
+        self.view.begin("select", f"round {number}: select", round=number)
+        counted = _Counted()
+        rounds = range(1, number + 1)
+        source = chain.from_iterable(
+            counted.count(TrajectoryStore(self.store, r).trees(), only=r == number) for r in rounds
+        )
+        demonstrations = (
+            read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
+        )
+        try:
+            manifest = await asyncio.to_thread(
+                select_dataset,
+                source,
+                directory,
+                template=self.config.search.training_template,
+                config=self.config.dataset,
+                demonstrations=demonstrations,
+                info={"rounds": list(rounds), "verdicts": verdicts_of(self.store, rounds)},
+            )
+        finally:
+            counted.stop()
+        counts = manifest["counts"]["all"]
+        seconds = self.view.end(
+            f"{counts.get('sft_train', 0)} SFT examples, {counts.get('pairs_train', 0)} pairs"
+        )
+        self.folder.record_stage(
+            number,
+            "select",
+            seconds,
+            trajectories=counted.trajectories,
+            correct_trajectories=counted.correct,
+        )
+
+    async def _train_policy(self, number: int, previous: Checkpoint | None) -> Checkpoint:
+        existing = self._existing("policy", number)
+        if existing is not None:
+            self._skip(number, "train policy", "train_policy")
+            return existing
+        start = self.base_model
+        if self.config.models.policy_init == "previous" and previous is not None:
+            start = Path(previous.path)
+        self.view.begin("train policy", f"round {number}: train policy", round=number)
+        result = await self._fit(number, "policy", start, self.config.train_policy, previous)
+        seconds = self.view.end(_fit_summary(result))
+        self.folder.record_stage(number, "train_policy", seconds, **_fit_facts(result))
+        return result.checkpoint
+
+    async def _train_ppm(
+        self, number: int, policy: Checkpoint, previous: Checkpoint | None
+    ) -> Checkpoint:
+        existing = self._existing("ppm", number)
+        if existing is not None:
+            self._skip(number, "train ppm", "train_ppm")
+            return existing
+        self.view.begin("train ppm", f"round {number}: train PPM", round=number)
+        result = await self._fit(number, "ppm", Path(policy.path), self.config.train_ppm, previous)
+        accuracy = result.metrics.get("pair_accuracy")
+        shown = "" if accuracy is None else f", pair accuracy {100 * accuracy:.1f} %"
+        seconds = self.view.end(_fit_summary(result) + shown)
+        self.folder.record_stage(number, "train_ppm", seconds, **_fit_facts(result))
+        return result.checkpoint
+
+    def _existing(self, kind: Any, number: int) -> Checkpoint | None:
+        """What serves a round already; with `force` a checkpoint held back is promoted first."""
+        if self.force and self.checkpoints.held(kind, number):
+            return self.checkpoints.release(kind, number)
+        return self.checkpoints.current(kind, number)
+
+    async def _fit(
+        self,
+        number: int,
+        kind: Any,
+        base: Path,
+        config: Any,
+        previous: Checkpoint | None = None,
+    ) -> FitResult:
+        request = FitRequest(
+            fit_id=f"round={number}/{kind}",
+            kind=kind,
+            round=number,
+            base=str(base),
+            data=str(self.folder.dataset(number)),
+            checkpoints=str(self.folder.checkpoints),
+            config=config,
+            seed=derive_seed(self.config.seed, "fit", number, kind),
+            previous=previous.path if previous is not None else None,
+            force=self.force,
+        )
+        loop = asyncio.get_running_loop()
+
+        def show(progress: FitProgress) -> None:
+            facts = {"loss": progress.loss, "tokens/s": progress.tokens_per_s}
+            loop.call_soon_threadsafe(self.view.update, progress.step, progress.num_steps, facts)
+
+        result = await self.fleet.fit(request, show)
+        for warning in result.warnings:
+            self.view.note(f"round {number}, {kind}: {warning}")
+        if result.held is not None:
+            self.view.note(
+                f"round {number}, {kind}: held back, the checkpoint before stays in service: "
+                f"{result.held}; --force promotes it"
+            )
+        return result
+
+    async def _evaluate(
+        self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
+    ) -> None:
+        """Held-out accuracy of the round's models."""
+        name = self.folder.evaluation_name(number)
+        if not self.test or self.folder.read(name) is not None:
+            self._skip(number, "evaluate", "evaluate")
+            return
+        self.view.begin(
+            "evaluate",
+            f"round {number}: evaluate" if number else "evaluate",
+            round=number or None,
+        )
+        await self.fleet.serve_policy(self.base_model, policy)
+        if ppm is not None:
+            await self.fleet.serve_preference(ppm)
+        evaluation = await self.fleet.guarded(
+            evaluate(
+                self.test,
+                config=self.config.evaluation,
+                search=self.config.search.trained(),
+                round=number,
+                seed=self.config.seed,
+                policy=self.fleet.policy,
+                preference=self.fleet.preference if ppm is not None else None,
+                sandbox=self.fleet.sandbox,
+                max_open=self.config.cluster.max_open_trees,
+                on_done=self.view.update,
+            )
+        )
+        self.folder.write(name, evaluation.as_record())
+        greedy = evaluation.shares("greedy")
+        assert greedy is not None
+        seconds = self.view.end(f"greedy pass@1 {100 * (greedy['all'] or 0.0):.1f} %")
+        self.folder.record_stage(number, "evaluate", seconds)
+
+    # ---------------------------------------------------------------- the report
+
+    def report(self, seconds_total: float) -> dict[str, Any]:
+        """Everything the run showed, from what its stages committed."""
+        solved_before: set[str] = set()
+        rounds = []
+        for number in range(1, len(self.config.rounds) + 1):
+            entry = self._round_entry(number, solved_before)
+            if entry is not None:
+                rounds.append(entry)
+        cold = self._evaluation(0)
+        return {
+            "name": self.config.name,
+            "cold_start": {"greedy": cold.shares("greedy")} if cold is not None else None,
+            "rounds": rounds,
+            "seconds_total": round(seconds_total, 1),
+            "evaluation": self._evaluation_facts(),
+            "config": self.config.effective(),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+
+    def _round_entry(self, number: int, solved_before: set[str]) -> dict[str, Any] | None:
+        trees = TrajectoryStore(self.store, number)
+        manifest = trees.manifest()
+        if manifest is None:
+            return None
+        solved = {
+            key.problem_id
+            for commit in trees.commits().values()
+            for key in commit.trees
+            if key.solved
+        }
+        solved_before |= solved
+        stages = {
+            name: self.folder.stage(number, name)
+            for name in ("rollout", "select", "train_policy", "train_ppm", "evaluate")
+        }
+        rollout, select = stages["rollout"], stages["select"]
+        evaluation = self._evaluation(number)
+        shares = {
+            method: evaluation.shares(method) if evaluation is not None else None
+            for method in ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
+        }
+        return {
+            "round": number,
+            "coverage": self._coverage(solved),
+            "coverage_so_far": self._coverage(solved_before),
+            **shares,
+            "ppm_pair_accuracy": stages["train_ppm"].get("metrics", {}).get("pair_accuracy"),
+            "ppm_metrics": stages["train_ppm"].get("metrics", {}),
+            "trees": manifest.totals.trees,
+            "trajectories": select.get("trajectories", 0),
+            "correct_trajectories": select.get("correct_trajectories", 0),
+            "generated_tokens": manifest.totals.generated_tokens,
+            "generated_tokens_per_s": rollout.get("generated_tokens_per_s", 0.0),
+            "sandbox_steps_per_s": rollout.get("sandbox_steps_per_s", 0.0),
+            "prefix_hit_rate": rollout.get("prefix_hit_rate", 0.0),
+            "lost": rollout.get("lost", 0),
+            "doubled": rollout.get("doubled", 0),
+            "failed_problems": len(manifest.failed),
+            "deaths": rollout.get("deaths", {}),
+            "resumed_trees": rollout.get("resumed_trees", 0),
+            "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
+        }
+
+    def _coverage(self, solved: set[str]) -> dict[str, float | None]:
+        return shares_by_level((p.level.value, p.id in solved) for p in self.train)
+
+    def _evaluation(self, number: int) -> Evaluation | None:
+        record = self.folder.read(self.folder.evaluation_name(number))
+        return Evaluation.from_record(record) if record is not None else None
+
+    def _evaluation_facts(self) -> dict[str, int]:
+        config = self.config.evaluation
+        total = min(config.num_problems or len(self.test), len(self.test))
+        return {
+            "num_problems": total,
+            "num_search_problems": min(config.num_search_problems or total, total),
+            "num_samples": config.num_samples,
+        }
+
+
+class _Counted:
+    """Counts the trajectories of trees that pass by, until it is stopped."""
+
+    def __init__(self) -> None:
+        self.trajectories = 0
+        self.correct = 0
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End a thread that still reads: after Ctrl-C nobody waits for hours of trees."""
+        self._stopped.set()
+
+    def count(self, trees: Iterator[Tree], *, only: bool) -> Iterator[Tree]:
+        for tree in trees:
+            if self._stopped.is_set():
+                raise RuntimeError("the selection was stopped")
+            if only:
+                found = trajectories(tree)
+                self.trajectories += len(found)
+                self.correct += sum(1 for t in found if t.correct)
+            yield tree
+
+
+def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> list[Problem]:
+    for problem in found:
+        if problem.id in seen:
+            raise ValueError(
+                f"{path}: id {problem.id!r} already stands in {seen[problem.id]}; "
+                "ids must be unique over all files"
+            )
+        seen[problem.id] = path
+    return found
+
+
+def _fit_summary(result: FitResult) -> str:
+    return (
+        f"{result.examples} examples, {result.steps} steps, loss {result.final_loss:.3f}, "
+        f"{result.tokens_per_s:,.0f} tokens/s"
+    )
+
+
+def _fit_facts(result: FitResult) -> Mapping[str, Any]:
+    return {
+        "examples": result.examples,
+        "steps": result.steps,
+        "useful_tokens": result.useful_tokens,
+        "padded_tokens": result.padded_tokens,
+        "loss_tokens": result.loss_tokens,
+        "final_loss": result.final_loss,
+        "tokens_per_s": result.tokens_per_s,
+        "setup_s": result.seconds_setup,
+        "train_s": result.seconds_train,
+        "save_s": result.seconds_save,
+        "metrics": result.metrics,
+        "calibration": result.calibration,
+        "mean_grad_norm": result.mean_grad_norm,
+        "mfu": result.mfu,
+        "computed_tokens": result.computed_tokens,
+        "warnings": list(result.warnings),
+        "held": result.held,
+    }

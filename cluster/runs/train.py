@@ -1,0 +1,286 @@
+"""`rstar train policy|ppm CONFIG`: one training run alone, on a committed round or plain files.
+
+    CONFIG --> data: RUN/datasets/round=R, or built from the trees of RUN, or from files
+           --> base: as given, or what that round of RUN starts from
+           --> fit: in this process (one rank) or on a group over Ray (more)
+           --> RUN_DIR/checkpoints/round=R/{policy,ppm}
+
+The same command goes on after a stop: from the last state inside a fit, and a finished fit is only
+reported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.runs.config import TrainRunConfig, load_config, read_yaml
+from cluster.telemetry.progress import ProgressView
+from cluster.runs.regrade import dataset_is_current, verdicts_of
+from cluster.folder.run_folder import RunFolder, RunFolderError
+from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
+from learner.dataset import read_manifest, select_dataset
+from learner.fit import FitProgress, FitRequest, FitResult, LearnerError
+from learner.markers import with_markers
+from learner.plain import write_plain_dataset
+from rollout.prompt import TEMPLATES
+from rollout.search import SearchConfig
+from rollout.store import RunStore, TrajectoryStore
+
+
+class _Interrupted(Exception):
+    """Ends the training thread after Ctrl-C."""
+
+
+async def run_train(
+    kind: Kind,
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    console: Console | None = None,
+) -> FitResult:
+    """Train one model as a config file says, with a progress bar; returns its result.
+
+    Args:
+        overrides: `a.b=c`, over the file.
+        force: promote a checkpoint that the gate holds back.
+    Raises:
+        ConfigError, RunFolderError, DatasetError, StoreError, CheckpointError, LearnerError: what
+            stopped it, in one line.
+    """
+    config = load_config(config_path, overrides, kind=TrainRunConfig)
+    folder = RunFolder(config.run_dir)
+    with folder.locked(), ProgressView(console or Console()) as view:
+        request = await asyncio.to_thread(_request, kind, config, folder, force)
+        folder.write(f"train/{kind}.json", config.effective())
+        stage = f"train {kind}"
+        view.plan = [stage]
+        view.begin(stage, stage)
+        result = await _fit(request, config, folder, view)
+        seconds = view.end(
+            f"{result.examples} examples, {result.steps} steps, loss {result.final_loss:.3f}"
+        )
+        folder.record_stage(request.round, f"train_{kind}", seconds, **result.as_record())
+    return result
+
+
+def print_train_report(result: FitResult, console: Console) -> None:
+    """What a fit made and measured, and what of it a person should look at."""
+    table = Table(box=None, show_header=False)
+    facts: dict[str, Any] = {
+        "steps": f"{result.steps} ({result.resumed_from} of them before a stop)"
+        if result.resumed_from
+        else result.steps,
+        "tokens": f"{result.useful_tokens:,} ({result.tokens_per_s:,.0f}/s)",
+        "MFU": "unknown" if result.mfu is None else f"{100 * result.mfu:.1f} %",
+        "final training loss": f"{result.final_loss:.4f}",
+    }
+    if result.skipped_long:
+        facts["left out as too long"] = result.skipped_long
+    facts |= {f"held-out {name}": f"{value:.4f}" for name, value in result.metrics.items()}
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console.print(table, soft_wrap=True)
+    console.print(
+        f"checkpoint {result.checkpoint.path}", markup=False, highlight=False, soft_wrap=True
+    )
+    for line in result.warnings:
+        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    if result.held is not None:
+        console.print(
+            "not promoted: the earlier checkpoint stays in service (--force promotes it)",
+            markup=False,
+            highlight=False,
+        )
+
+
+# -------------------------------------------------------------------- data and base
+
+
+def _request(kind: Kind, config: TrainRunConfig, folder: RunFolder, force: bool) -> FitRequest:
+    """Have the data and the base, and say what is to be trained."""
+    number, data = _data(kind, config, folder)
+    base = _base(kind, config, folder, number)
+    previous = config.previous
+    return FitRequest(
+        fit_id=f"train/{kind}",
+        kind=kind,
+        round=number,
+        base=str(base),
+        data=str(data),
+        checkpoints=str(folder.checkpoints),
+        config=config.train_policy if kind == "policy" else config.train_ppm,
+        seed=config.seed,
+        previous=str(checkpoint_directory(previous).absolute()) if previous is not None else None,
+        force=force,
+    )
+
+
+def _data(kind: Kind, config: TrainRunConfig, folder: RunFolder) -> tuple[int, Path]:
+    """The round (0 for files) and the dataset directory."""
+    source = config.data
+    if source.train is not None:
+        directory = folder.root / "datasets" / kind
+        template = TEMPLATES[source.template] if source.template is not None else None
+        write_plain_dataset(
+            kind,
+            source.train,
+            directory,
+            validation=source.validation,
+            config=config.dataset,
+            template=template,
+        )
+        return 0, directory
+    assert source.run is not None
+    run = RunFolder(source.run)
+    number = source.round if source.round is not None else _last_round(run)
+    newest = verdicts_of(RunStore(str(run.root)), range(1, number + 1))
+    directory = folder.dataset(number)
+    for made in (run.dataset(number), directory):
+        manifest = read_manifest(made)
+        if manifest is not None and dataset_is_current(manifest, newest):
+            return number, made
+    _select(run, number, config, directory)
+    return number, directory
+
+
+def _last_round(run: RunFolder) -> int:
+    """The last round of a run that was committed."""
+    found = [
+        int(path.parent.name.removeprefix("round="))
+        for pattern in ("datasets/round=*/manifest.json", "trajectories/round=*/manifest.json")
+        for path in run.root.glob(pattern)
+    ]
+    if not found:
+        raise RunFolderError(f"{run.root}: no committed round in this folder")
+    return max(found)
+
+
+def _select(run: RunFolder, number: int, config: TrainRunConfig, directory: Path) -> None:
+    """Build a round's dataset from the trees of all rounds up to it."""
+    store = RunStore(str(run.root))
+    stores = [TrajectoryStore(store, r) for r in range(1, number + 1)]
+    missing = [r for r, trees in enumerate(stores, start=1) if trees.manifest() is None]
+    if not stores or missing:
+        raise RunFolderError(
+            f"{run.root}: round {missing[0] if missing else number} is not committed"
+        )
+    search = SearchConfig.model_validate(read_yaml(run.root / "config.yaml").get("search", {}))
+    select_dataset(
+        chain.from_iterable(trees.trees() for trees in stores),
+        directory,
+        template=search.training_template,
+        config=config.dataset,
+        info={
+            "rounds": list(range(1, number + 1)),
+            "verdicts": verdicts_of(store, range(1, number + 1)),
+        },
+    )
+
+
+def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) -> Path:
+    """The checkpoint to start from."""
+    if config.base is not None:
+        base = checkpoint_directory(config.base).absolute()
+        # A PPM's trunk is a policy that was trained on the markers; a base model may lack them.
+        return with_markers(base, folder.marked_base) if kind == "policy" else base
+    if config.data.run is None:
+        raise RunFolderError("base is missing: files do not say which checkpoint to start from")
+    run = RunFolder(config.data.run)
+    if kind == "ppm":
+        policy = CheckpointStore(run.checkpoints).current("policy", number)
+        if policy is None:
+            raise RunFolderError(f"{run.root}: round {number} has no policy; give base")
+        return Path(policy.path)
+    for candidate in (run.marked_base, run.base_model):
+        if candidate.exists():
+            return candidate
+    named = read_yaml(run.root / "config.yaml").get("models", {}).get("base_model")
+    if named is None:
+        raise RunFolderError(f"{run.root}: its config names no base model; give base")
+    return Path(named)
+
+
+# -------------------------------------------------------------------- the fit
+
+
+async def _fit(
+    request: FitRequest, config: TrainRunConfig, folder: RunFolder, view: ProgressView
+) -> FitResult:
+    """Train, and show how far it is; Ctrl-C ends it at its next step."""
+    loop = asyncio.get_running_loop()
+    stop = threading.Event()
+
+    def show(progress: FitProgress) -> None:
+        if stop.is_set():
+            raise _Interrupted
+        loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
+
+    train = _train_alone if config.learner.replicas == 1 else _train_on_group
+    try:
+        return await asyncio.to_thread(train, request, config, folder, show)
+    except asyncio.CancelledError:
+        stop.set()
+        raise
+
+
+def _facts(progress: FitProgress) -> dict[str, str]:
+    facts = {"loss": f"{progress.loss:.3f}", "tokens/s": f"{progress.tokens_per_s:,.0f}"}
+    if progress.grad_norm is not None:
+        facts["grad norm"] = f"{progress.grad_norm:.2f}"
+    if progress.mfu is not None:
+        facts["MFU"] = f"{100 * progress.mfu:.0f} %"
+    return facts
+
+
+def _train_alone(
+    request: FitRequest,
+    config: TrainRunConfig,
+    folder: RunFolder,
+    show: Callable[[FitProgress], None],
+) -> FitResult:
+    from learner.trainer import run_fit
+
+    return run_fit(request, progress=show)
+
+
+def _train_on_group(
+    request: FitRequest,
+    config: TrainRunConfig,
+    folder: RunFolder,
+    show: Callable[[FitProgress], None],
+) -> FitResult:
+    import ray
+
+    from cluster.fleet.learner_group import LearnerGroup
+
+    settings = config.learner
+    arguments: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if config.address == "local":
+        arguments |= {"include_dashboard": False, "num_cpus": settings.replicas}
+    try:
+        ray.init(address=config.address, **arguments)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise LearnerError(
+            f"Ray could not be started at address={config.address!r}: {error}"
+        ) from error
+    group = LearnerGroup(
+        num_workers=settings.replicas,
+        resources_per_worker={"CPU": settings.num_cpus or 1.0, **settings.resources}
+        | ({"GPU": settings.num_gpus} if settings.num_gpus else {}),
+        use_gpu=settings.num_gpus > 0,
+        storage_path=folder.root / "ray_train",
+    )
+    try:
+        return group.fit(request, show)
+    finally:
+        group.shutdown(5.0)
+        ray.shutdown()

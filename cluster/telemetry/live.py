@@ -1,0 +1,194 @@
+"""What a run is doing right now, for people at another shell or machine: `RUN/live.json`.
+
+    driver -- every 2 s --> RUN/live.json -- rstar status --> "running", or "not running since ..."
+
+A thread of the driver writes it, whole, so that a busy event loop is no reason to look dead. It is
+an account, never a truth: nothing reads it to decide what is done, and what cannot be written is
+left out silently (a full disk is reported by who has something to lose). A driver that was killed
+leaves its last account behind, which is recognised by its age.
+
+Not covered: clocks of two machines that differ by more than `STALE_S` (`cluster.watch.status` looks
+a second time before it calls a run of another machine dead).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+LIVE_FILE = "live.json"
+
+INTERVAL_S = 2.0
+"""Pause between two accounts."""
+
+STALE_S = 15.0
+"""An account older than this is of a driver that does not run any more."""
+
+State = Literal["running", "stopping", "stopped", "failed", "finished"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Where the progress view of a driver stands."""
+
+    stage: str = ""
+    """Kind, as "rollout"; "" between stages."""
+    label: str = ""
+    """For people."""
+    round: int | None = None
+    """None: of no round, as the start of the engines."""
+    done: int = 0
+    total: int = 0
+    """0: the stage counts nothing."""
+    facts: Mapping[str, str | float] = field(default_factory=dict)
+    """Short name -> value, as "tokens/s" -> 3472.0."""
+    stage_elapsed_s: float = 0.0
+    stage_eta_s: float | None = None
+    """None: nothing can be said yet; likewise below."""
+    run_eta_s: float | None = None
+    last_error: str = ""
+    """What went wrong last and was dealt with; "" if nothing did."""
+    stopping: bool = False
+    usd_per_hour: float | None = None
+    """Of all machines; None: not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """One account of a driver."""
+
+    state: State
+    time_unix_s: float
+    """When it was written."""
+    started_unix_s: float
+    """Of this start of the run."""
+    seconds_total: float
+    """Of all starts of the run together."""
+    host: str
+    pid: int
+    command: str
+    """What was typed; the same goes on with the run."""
+    cwd: str
+    error: str = ""
+    """Why it failed; "" if it did not."""
+    progress: Snapshot = field(default_factory=Snapshot)
+
+    @property
+    def claims_to_run(self) -> bool:
+        return self.state in ("running", "stopping")
+
+    def fresh(self, now_s: float) -> bool:
+        """True if a driver that still runs could have written it."""
+        return now_s - self.time_unix_s < STALE_S
+
+
+class LiveFile:
+    """Keeps the account while a driver is inside its `with` block.
+
+    `state` of the last account says how it ended: finished, stopped (cancelled) or failed.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        snapshot: Callable[[], Snapshot],
+        *,
+        interval_s: float = INTERVAL_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._path = root / LIVE_FILE
+        self._snapshot = snapshot
+        self._interval_s = interval_s
+        self._clock = clock
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._write_forever, name="live-file", daemon=True)
+        self._earlier_s = 0.0
+        self._started_s = 0.0
+
+    def __enter__(self) -> LiveFile:
+        earlier = read_live(self._path.parent)
+        self._earlier_s = earlier.seconds_total if earlier is not None else 0.0
+        self._started_s = self._clock()
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if kind is None:
+            self._write("finished")
+        elif issubclass(kind, Exception):
+            self._write("failed", _message(error))
+        else:
+            self._write("stopped")
+
+    @property
+    def seconds_total(self) -> float:
+        """Seconds of all starts of the run together, up to now."""
+        return self._earlier_s + max(self._clock() - self._started_s, 0.0)
+
+    @property
+    def seconds_before(self) -> float:
+        """Seconds of the starts before this one."""
+        return self._earlier_s
+
+    def _write_forever(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            self._write()
+
+    def _write(self, state: State | None = None, error: str = "") -> None:
+        progress = self._snapshot()
+        account = Live(
+            state=state or ("stopping" if progress.stopping else "running"),
+            time_unix_s=self._clock(),
+            started_unix_s=self._started_s,
+            seconds_total=self.seconds_total,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            command=command_line(),
+            cwd=str(Path.cwd()),
+            error=error,
+            progress=progress,
+        )
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(asdict(account), indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self._path)
+
+
+def read_live(root: Path) -> Live | None:
+    """The last account in a run's folder; None if there is none that can be read."""
+    try:
+        data = json.loads((root / LIVE_FILE).read_text(encoding="utf-8"))
+        return Live(**{**data, "progress": Snapshot(**data["progress"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def command_line() -> str:
+    """What was typed to start this process, as a shell would read it."""
+    return shlex.join(["rstar", *sys.argv[1:]])
+
+
+def _message(error: BaseException | None) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    text = str(error).strip()
+    return text or type(error).__name__

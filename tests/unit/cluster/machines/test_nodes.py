@@ -1,0 +1,48 @@
+"""What is asked of Ray about nodes, and what becomes of it for people."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.autoscaler.v2 import sdk
+
+from cluster.engines.replica import EngineConfig
+from cluster.fleet.actors import PolicyKind
+from cluster.machines import nodes
+from cluster.machines.placement import NodeResources
+from cluster.runs.config import ActorConfig
+
+HEAD = NodeResources(name="head", total={"CPU": 2}, free={"CPU": 2})
+
+
+def test_nodes_that_start_are_counted_by_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = SimpleNamespace(
+        pending_nodes=[SimpleNamespace(ray_node_type_name="gpu")],
+        pending_launches=[
+            SimpleNamespace(ray_node_type_name="gpu", count=2),
+            SimpleNamespace(ray_node_type_name="cpu", count=1),
+        ],
+    )
+    context = SimpleNamespace(gcs_address="1.2.3.4:6379")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(sdk, "get_cluster_status", lambda address: status)
+    assert nodes.starting() == {"gpu": 3, "cpu": 1}
+
+
+def test_actor_without_a_place_says_which_nodes_are_starting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nodes, "living", lambda: {"id": HEAD})
+    monkeypatch.setattr(nodes, "starting", lambda: {"gpu": 2})
+    kind = PolicyKind(ActorConfig(resources={"policy": 1}), EngineConfig())
+    assert kind.why_pending() == (
+        "policy replica (1 policy): no node has policy; the cluster has CPU. "
+        "The autoscaler is starting 2 x gpu."
+    )
+
+
+def test_actor_that_fits_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "living", lambda: {"id": HEAD})
+    assert PolicyKind(ActorConfig(num_cpus=2), EngineConfig()).why_pending() == ""

@@ -1,0 +1,114 @@
+"""The capacity planner: worked by hand, and against the simulation."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.planning.latency import DEFAULT_CURVE
+from cluster.planning.planner import PlanConfig, PlanError, make_plan, print_plan, read_gpu_kinds
+from cluster.planning.simulate import Simulation, SimulationConfig
+
+TABLE = Path(__file__).parents[4] / "deploy/gpus.yaml"
+
+
+def config(**other: float | None) -> PlanConfig:
+    fields = {"gpus": 10, "tokens_per_s": 1000, "price_per_hour": 2, "ppm_share": 0, **other}
+    return PlanConfig(**fields)
+
+
+def test_plan_without_losses_is_work_over_speed() -> None:
+    """1,000 problems of 2 * 5 * 4 * 25 = 1,000 tokens on 10 GPUs of 1,000 tokens/s: 100 s."""
+    plan = make_plan(
+        config(
+            problems=1000,
+            rollouts=2,
+            expansions_per_rollout=5,
+            candidates=4,
+            tokens_per_step=25,
+            lost_per_hour=0,
+            open_trees=8,
+            start_s=50,
+            solve_rate=0.5,
+        )
+    )
+    assert plan.tokens_per_tree == 1000 and plan.busy_s == 100 and plan.tree_s == 8
+    assert plan.total_s == 50 + 100 + 6
+    assert plan.gpu_s_per_problem == pytest.approx(1.56)
+    assert plan.dollars == pytest.approx(1560 / 3600 * 2)
+    assert plan.dollars_per_solved == pytest.approx(plan.dollars / 500)
+    assert plan.expected_losses == 0
+
+
+@pytest.mark.parametrize("checkpoint_s", [60.0, None])
+def test_losses_cost_the_gap_and_the_work_since_a_checkpoint(checkpoint_s: float | None) -> None:
+    calm = make_plan(config(lost_per_hour=0, checkpoint_s=checkpoint_s))
+    lossy = make_plan(config(lost_per_hour=0.05, checkpoint_s=checkpoint_s))
+    losses = calm.busy_s * 10 * 0.0512933 / 3600
+    assert calm.tree_s > 60
+    lost_s = losses * (225 + (checkpoint_s or calm.tree_s) / 2) / 10
+    assert lossy.total_s - calm.total_s == pytest.approx(lost_s, rel=1e-4)
+
+
+def test_ppm_takes_its_share_of_the_gpus_and_shares_a_single_one() -> None:
+    assert make_plan(config(gpus=100, ppm_share=0.15)).policy_gpus == 85
+    one = make_plan(config(gpus=1, ppm_share=0.5))
+    assert one.policy_gpus == 1
+    assert one.busy_s == pytest.approx(2 * make_plan(config(gpus=1)).busy_s)
+    with pytest.raises(PlanError, match="no GPU is left for the policy: 2 of 2 serve the PPM"):
+        make_plan(config(gpus=2, ppm_share=0.9))
+
+
+def test_plan_agrees_with_the_simulation() -> None:
+    plan = make_plan(
+        config(
+            gpus=8,
+            problems=4000,
+            rollouts=1,
+            candidates=1,
+            expansions_per_rollout=1,
+            tokens_per_step=36_000,
+            tokens_per_s=DEFAULT_CURVE.tokens_per_s(24 * 5.5),
+        )
+    )
+    report = Simulation(
+        SimulationConfig(num_problems=4000, num_replicas=8, straggler_share=0, slow_share=0)
+    ).run()
+    assert report.makespan_s == pytest.approx(plan.total_s, rel=0.05)
+
+
+def test_shipped_table_is_valid() -> None:
+    kinds = read_gpu_kinds(TABLE)
+    assert "h100-80gb" in kinds
+    assert all(kind.spot_price <= kind.on_demand_price for kind in kinds.values())
+
+
+def test_wrong_table_is_refused_by_row_and_field(tmp_path: Path) -> None:
+    table = tmp_path / "gpus.yaml"
+    table.write_text("a100:\n  spot_price: -1\n  on_demand_price: 2\n  tokens_per_s: 5\n")
+    with pytest.raises(PlanError, match=r"gpus.yaml: a100\.spot_price: .*greater than or equal"):
+        read_gpu_kinds(table)
+    table.write_text("[]")
+    with pytest.raises(PlanError, match="expected a YAML mapping"):
+        read_gpu_kinds(table)
+    with pytest.raises(PlanError, match="cannot be read"):
+        read_gpu_kinds(tmp_path / "absent.yaml")
+
+
+def test_printed_plan_names_every_figure_and_assumption() -> None:
+    console = Console(file=io.StringIO(), width=160)
+    settings = config()
+    print_plan(make_plan(settings), settings, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    for name in ("total_s", "dollars_per_solved", *PlanConfig.model_fields):
+        assert name in printed
+
+
+def test_papers_round_takes_about_what_it_took() -> None:
+    """60 A100-40GB, 16 rollouts x 8 candidates, 747k problems: 3 days."""
+    kind = read_gpu_kinds(TABLE)["a100-40gb"]
+    plan = make_plan(PlanConfig(gpus=60, tokens_per_s=kind.tokens_per_s, price_per_hour=1))
+    assert 2.5 < plan.days < 3.5

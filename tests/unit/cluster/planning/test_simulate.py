@@ -1,0 +1,281 @@
+"""The simulation: what it must never do, and what it must show."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from cluster.planning.latency import DEFAULT_CURVE, CurveError, LatencyCurve
+from cluster.planning.planner import PlanConfig
+from cluster.planning.simulate import (
+    DEFINITIONS,
+    Simulation,
+    SimulationConfig,
+    SimulationReport,
+    print_simulation,
+)
+from cluster.planning.simulated_store import DictFileSystem, RacingStore
+from cluster.runs.config import ClusterConfig
+from rollout.store import RunStore, TrajectoryStore
+from tests.builders import answered, make_problem, make_tree
+
+FLAT = LatencyCurve(((1, 100),))
+"""100 tokens per second, however many requests there are."""
+
+
+def simulate(curve: LatencyCurve = DEFAULT_CURVE, **settings: object) -> SimulationReport:
+    return Simulation(SimulationConfig(**settings), curve).run()
+
+
+def even(**other: object) -> dict[str, object]:
+    """Equal trees, equal replicas, no losses, everything at once."""
+    return {
+        "level_factors": (1.0,),
+        "tokens_sigma": 0,
+        "straggler_share": 0,
+        "slow_share": 0,
+        "lost_per_hour": 0,
+        "coordinator_kill_s": 0,
+        "commit_s": 0,
+        "node_start_s": 0,
+        "engine_start_s": 0,
+        "tokens_per_problem": 1000,
+        **other,
+    }
+
+
+def heavy(**other: object) -> dict[str, object]:
+    """Every second replica is lost within an hour, and the coordinator every ten minutes."""
+    return {
+        "num_problems": 1000,
+        "num_replicas": 8,
+        "shard_size": 8,
+        "lost_per_hour": 0.9,
+        "zombie_share": 0.8,
+        "coordinator_kill_s": 600,
+        "seed": 4,
+        **other,
+    }
+
+
+# -- worked by hand
+
+
+def test_equal_trees_take_exactly_their_work() -> None:
+    """2 replicas share 8 trees of 1,000 tokens at 100 tokens/s: 40 s."""
+    report = simulate(
+        FLAT, num_problems=8, num_replicas=2, shard_size=2, max_open_trees=2, **even()
+    )
+    assert report.makespan_s == pytest.approx(40)
+    assert report.scaling_efficiency == pytest.approx(1)
+    assert report.efficiency_of_constant == pytest.approx(1)
+    assert report.utilisation == pytest.approx(1)
+    assert report.replica_hours == pytest.approx(2 * 40 / 3600)
+
+
+def test_idle_replica_costs_efficiency() -> None:
+    """3 trees on 2 replicas: 20 s, of which one replica works half."""
+    report = simulate(
+        FLAT, num_problems=3, num_replicas=2, shard_size=1, max_open_trees=1, **even()
+    )
+    assert report.makespan_s == pytest.approx(20, abs=5)
+    assert report.scaling_efficiency == pytest.approx(0.75, abs=0.1)
+
+
+def test_start_up_counts_against_the_constant_but_not_as_available() -> None:
+    started = even(node_start_s=30, engine_start_s=10)
+    report = simulate(
+        FLAT, num_problems=8, num_replicas=2, max_open_trees=4, shard_size=4, **started
+    )
+    assert report.scaling_efficiency > 0.9
+    assert report.efficiency_of_constant < 0.6
+
+
+def test_engine_is_faster_with_more_requests_in_flight() -> None:
+    curve = LatencyCurve(((1, 100), (4, 300)))
+    settings = even(requests_per_tree=1, num_problems=8, num_replicas=1)
+    alone = simulate(curve, max_open_trees=1, shard_size=1, **settings)
+    four = simulate(curve, max_open_trees=4, shard_size=4, **settings)
+    assert alone.makespan_s == pytest.approx(80)
+    assert four.makespan_s == pytest.approx(8000 / 300)
+
+
+def test_slow_replicas_do_less() -> None:
+    settings = even(num_problems=40, num_replicas=1, max_open_trees=2, shard_size=2)
+    slow = simulate(FLAT, **settings | {"slow_share": 1, "slow_factor": 0.5})
+    assert slow.makespan_s == pytest.approx(2 * simulate(FLAT, **settings).makespan_s)
+    assert slow.scaling_efficiency == pytest.approx(1)
+
+
+# -- what must never happen
+
+
+@pytest.mark.parametrize("checkpoint_s", [None, 60.0])
+def test_nothing_is_lost_or_doubled_whatever_dies(checkpoint_s: float | None) -> None:
+    report = simulate(**heavy(checkpoint_s=checkpoint_s))
+    assert report.replicas_lost > 10 and report.coordinator_kills >= 2
+    assert report.zombie_commits > 0 and report.commits_refused > 0
+    assert (report.lost, report.doubled, report.unexpected) == (0, 0, 0)
+    assert report.committed + report.quarantined == 1000
+    assert 0 < report.lost_work < 0.5
+
+
+def test_zombie_that_commits_between_data_and_marker_does_no_harm() -> None:
+    report = simulate(**heavy(zombie_s=3600, notice_share=0, seed=1))
+    assert report.races > 0
+    assert (report.lost, report.doubled, report.unexpected) == (0, 0, 0)
+
+
+def test_all_problems_are_done_even_if_most_replicas_die_within_minutes() -> None:
+    report = simulate(num_problems=200, num_replicas=4, lost_per_hour=0.999, seed=2)
+    assert report.committed + report.quarantined == 200
+    assert report.lost == report.doubled == 0
+
+
+# -- what it must show
+
+
+def test_same_seed_gives_the_same_figures() -> None:
+    settings = heavy(num_problems=300, num_replicas=4)
+    first, second = simulate(**settings), simulate(**settings)
+    assert replace(first, wall_s=0) == replace(second, wall_s=0)
+    assert simulate(**settings | {"seed": 5}).makespan_s != first.makespan_s
+
+
+def test_losses_cost_time_and_work() -> None:
+    settings = {"num_problems": 400, "num_replicas": 4, "checkpoint_s": None}
+    calm = simulate(lost_per_hour=0, **settings)
+    lossy = simulate(lost_per_hour=0.8, **settings)
+    assert lossy.makespan_s > calm.makespan_s
+    assert calm.lost_work == pytest.approx(0, abs=1e-6)
+    assert lossy.lost_work > 0.01
+
+
+def test_plan_simulation_and_run_keep_open_trees_equally_often() -> None:
+    pause_s = ClusterConfig().checkpoint_open_trees_s
+    assert SimulationConfig().checkpoint_s == pause_s
+    assert PlanConfig.model_fields["checkpoint_s"].default == pause_s
+
+
+def test_checkpoints_save_work() -> None:
+    settings = heavy(num_problems=800, num_replicas=8, zombie_share=0)
+    with_them = simulate(checkpoint_s=30.0, **settings)
+    without = simulate(checkpoint_s=None, **settings)
+    assert with_them.lost_work < without.lost_work / 2
+
+
+def test_hard_problems_first_shortens_the_round() -> None:
+    settings = {"num_problems": 400, "num_replicas": 4, "lost_per_hour": 0, "straggler_share": 0}
+    first = simulate(hardest_first=True, **settings)
+    assert first.makespan_s < simulate(hardest_first=False, **settings).makespan_s
+
+
+def test_scaler_gives_idle_replicas_back() -> None:
+    settings = {"num_problems": 300, "num_replicas": 8, "lost_per_hour": 0}
+    constant = simulate(**settings)
+    elastic = simulate(min_replicas=1, **settings)
+    assert elastic.replica_hours < constant.replica_hours
+    assert elastic.lost == elastic.doubled == 0
+
+
+def test_cost_follows_price_and_solved_problems() -> None:
+    report = simulate(
+        FLAT, num_problems=36, num_replicas=1, price_per_hour=10, solve_rate=1, **even()
+    )
+    assert report.replica_hours == pytest.approx(0.1)
+    assert report.dollars == pytest.approx(1)
+    assert report.solved == 36
+    assert report.dollars_per_solved == pytest.approx(1 / 36)
+
+
+def test_every_figure_is_defined_and_every_assumption_printed() -> None:
+    assert DEFINITIONS.keys() == asdict(simulate(num_problems=10, num_replicas=1)).keys()
+    config = SimulationConfig(num_problems=10, num_replicas=1)
+    console = Console(file=io.StringIO(), width=200)
+    print_simulation(Simulation(config).run(), config, console, curve=DEFAULT_CURVE)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    for name in (*DEFINITIONS, *SimulationConfig.model_fields, "curve"):
+        assert name in printed
+
+
+def test_memory_is_given_back() -> None:
+    before = len(DictFileSystem.folders)
+    simulate(num_problems=50, num_replicas=1)
+    assert len(DictFileSystem.folders) == before
+
+
+def test_wrong_bounds_are_refused() -> None:
+    with pytest.raises(ValidationError, match="min_replicas must be <= num_replicas, got 3 > 2"):
+        SimulationConfig(num_replicas=2, min_replicas=3)
+
+
+# -- latency curves
+
+
+def test_curve_is_straight_between_points_through_zero_and_level_at_the_end() -> None:
+    curve = LatencyCurve.of([[4, 300], [2, 200]])
+    speeds = [curve.tokens_per_s(load) for load in (0, 1, 2, 3, 4, 100)]
+    assert speeds == [0, 100, 200, 250, 300, 300]
+
+
+def test_curve_is_read_from_the_file_of_the_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "search.json"
+    file.write_text(json.dumps({"latency_curve": [[1, 50.0], [8, 300.0]], "other": 1}))
+    assert LatencyCurve.read(file).points == ((1, 50), (8, 300))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "has no 'latency_curve'"),
+        ("no json", "cannot be read"),
+        ('{"latency_curve": []}', "at least one point"),
+        ('{"latency_curve": [[1]]}', "expected pairs"),
+        ('{"latency_curve": [[1, 5], [1, 6]]}', "must rise"),
+        ('{"latency_curve": [[1, 0]]}', "must be above 0"),
+    ],
+)
+def test_wrong_curves_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "search.json"
+    file.write_text(text)
+    with pytest.raises(CurveError, match=message) as refused:
+        LatencyCurve.read(file)
+    assert "search.json" in str(refused.value)
+
+
+# -- the store
+
+
+def test_store_in_memory_keeps_the_rules_of_a_store() -> None:
+    store = RunStore("simulated://rules")
+    store.self_check()
+    assert store.create("a/b/c.json", b"1") and not store.create("a/b/c.json", b"2")
+    store.put("a/d", b"3")
+    assert store.read("a/b/c.json") == b"1" and store.exists("a/b") and store.exists("a/d")
+    assert store.files("a") == ["a/d"] and store.folders("a") == ["b"]
+    assert store.read_many(["a/d", "a/b/c.json"]) == {"a/d": b"3", "a/b/c.json": b"1"}
+    store.delete("a/d")
+    store.delete("a/d")
+    assert store.files("a") == [] and store.files("nowhere") == []
+    with pytest.raises(FileNotFoundError):
+        store.read("a/d")
+    DictFileSystem().forget("simulated://rules")
+    assert not store.exists("a/b/c.json")
+
+
+def test_rival_between_data_and_marker_wins_and_the_other_leaves_nothing() -> None:
+    store = RacingStore("simulated://race")
+    trees = [make_tree(answered("7", correct=True), problem=make_problem("a"))]
+    mine, rival = TrajectoryStore(store, 1), TrajectoryStore(RunStore("simulated://race"), 1)
+    won = []
+    store.on_put = lambda: won.append(rival.commit("s", trees, info={"who": "rival"}))
+    assert not mine.commit("s", trees, info={"who": "me"})
+    assert won == [True] and mine.read_commit("s").info == {"who": "rival"}
+    assert len(store.files("trajectories/round=1/data")) == 1
+    DictFileSystem().forget("simulated://race")

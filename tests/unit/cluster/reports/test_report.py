@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.reports.report import (
+    plot_report,
+    print_report,
+    shares_by_level,
+    versions,
+    write_report,
+)
+
+
+def shares(value: float) -> dict[str, float]:
+    return dict.fromkeys(("gsm", "math", "olympiad", "all"), value)
+
+
+def report() -> dict[str, Any]:
+    entry = {
+        "coverage": {**shares(0.5), "gsm": 1.0},
+        "greedy": shares(0.4),
+        "majority": None,
+        "best_of_n": shares(0.3),
+        "search": {**shares(0.2), "olympiad": None},
+        "ppm_pair_accuracy": 0.615,
+        "trees": 12,
+        "trajectories": 30,
+        "correct_trajectories": 9,
+        "generated_tokens": 12345,
+        "generated_tokens_per_s": 1234.5,
+        "sandbox_steps_per_s": 50.0,
+        "lost": 1,
+        "doubled": 2,
+        "seconds": {"rollout": 10.0, "select": 0.2, "train_policy": None},
+    }
+    return {
+        "name": "t",
+        "cold_start": {"greedy": shares(0.1)},
+        "rounds": [{"round": 1, **entry}, {"round": 2, **entry}],
+        "evaluation": {"num_problems": 300, "num_search_problems": 150, "num_samples": 4},
+        "seconds_total": 99.4,
+        "config": {"seed": 3},
+    }
+
+
+def test_shares_count_each_level_and_all_and_none_where_there_is_nothing() -> None:
+    assert shares_by_level([("gsm", True), ("gsm", False), ("math", True)]) == {
+        "gsm": 0.5,
+        "math": 1.0,
+        "olympiad": None,
+        "all": 2 / 3,
+    }
+
+
+def test_table_fits_eighty_columns_and_adds_up_what_was_lost() -> None:
+    output = io.StringIO()
+    print_report(report(), Console(file=output, width=80))
+    lines = output.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert lines[-1] == "lost 2, doubled 4 (leases against committed rows); 99 s in all"
+    row = next(line for line in lines if line.strip().startswith("1 "))
+    assert row.split() == [
+        *("1", "100", "50", "50", "50"),
+        *("40", "40", "40", "40"),
+        *("30", "30", "30", "30"),
+        *("20", "20", "-", "20", "61.5"),
+    ]
+
+
+def test_plot_and_json_are_written_whole(tmp_path: Path) -> None:
+    assert plot_report(report(), tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    path = write_report(tmp_path, report())
+    assert json.loads(path.read_text(encoding="utf-8")) == report()
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_versions_name_python_and_the_packages_that_are_here() -> None:
+    found = versions()
+    assert {"python", "ray", "torch", "transformers"} <= found.keys()

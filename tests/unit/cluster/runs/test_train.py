@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from cluster.runs.config import ConfigError
+from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.runs.train import print_train_report, run_train
+from learner.checkpoint import CheckpointStore
+from learner.dataset import DatasetConfig, build_dataset, write_dataset
+from learner.fit import LearnerError
+from rollout.prompt import MARKERS, SHORT_TEMPLATE
+from tests.builders import answered, code, make_problem, make_tree
+from tests.models import write_byte_tokenizer, write_tiny_policy
+
+TRAIN = {"batch_examples": 8, "learning_rate": 5e-3, "zero_stage": 0, "num_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_tiny_policy(tmp_path_factory.mktemp("base"), hidden=32, layers=1)
+
+
+@pytest.fixture
+def quiet():
+    return Console(file=StringIO())
+
+
+def write_config(path: Path, **settings: object) -> Path:
+    config = {"run_dir": str(path.parent / "out"), "train_policy": TRAIN, "train_ppm": TRAIN}
+    path.write_text(yaml.safe_dump(config | settings))
+    return path
+
+
+def write_set(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+async def test_policy_trains_on_a_plain_file_and_a_second_call_only_reports(tmp_path, base, quiet):
+    rows = [{"prompt": f"{n}?", "response": "<answer>7<end_of_answer>"} for n in range(24)]
+    data = write_set(tmp_path / "set.jsonl", rows)
+    config = write_config(tmp_path / "c.yaml", base=str(base), data={"train": str(data)})
+
+    result = await run_train("policy", config, console=quiet)
+
+    store = CheckpointStore(tmp_path / "out" / "checkpoints")
+    assert store.current("policy", 0) == result.checkpoint
+    again = await run_train("policy", config, console=quiet)
+    assert again.checkpoint == result.checkpoint
+    print_train_report(result, quiet)
+    text = quiet.file.getvalue()
+    assert "train policy" in text and f"checkpoint {result.checkpoint.path}\n" in text
+
+
+async def test_both_models_train_on_a_committed_round(tmp_path, base, quiet):
+    run = RunFolder(tmp_path / "run")
+    trees = [
+        make_tree(
+            code(f"good = {n}", answered("7", correct=True)),
+            code(f"bad = {n}", answered("8", correct=False)),
+            problem=make_problem(f"p{n}", text=f"{n}?"),
+        )
+        for n in range(12)
+    ]
+    dataset = build_dataset(trees, template=SHORT_TEMPLATE, config=DatasetConfig())
+    write_dataset(dataset, run.dataset(2))
+    data = {"run": str(run.root)}
+    config = write_config(tmp_path / "c.yaml", base=str(base), data=data)
+
+    policy = await run_train("policy", config, ["data.round=2"], console=quiet)
+    assert policy.checkpoint.round == 2
+    ppm = await run_train("ppm", config, [f"base={policy.checkpoint.path}"], console=quiet)
+    assert ppm.examples == len(dataset.pairs_train)
+    with pytest.raises(RunFolderError, match="round 1 is not committed"):
+        await run_train("policy", config, ["data.round=5"], console=quiet)
+
+
+async def test_bad_input_is_one_line(tmp_path, base, quiet):
+    data = write_set(tmp_path / "set.jsonl", [{"prompt": "a", "response": "b"}])
+    good = {"base": str(base), "data": {"train": str(data)}}
+    with pytest.raises(ConfigError, match=r"either data\.run or data\.train"):
+        await run_train("policy", write_config(tmp_path / "a.yaml", base=str(base), data={}))
+    with pytest.raises(ConfigError, match="unknown key 'train_polcy'; did you mean 'train_policy'"):
+        await run_train("policy", write_config(tmp_path / "b.yaml", train_polcy={}, **good))
+    with pytest.raises(RunFolderError, match="base is missing"):
+        await run_train(
+            "policy", write_config(tmp_path / "c.yaml", data=good["data"]), console=quiet
+        )
+    with pytest.raises(RunFolderError, match="no committed round"):
+        empty = {"base": str(base), "data": {"run": str(tmp_path / "nowhere")}}
+        await run_train("policy", write_config(tmp_path / "d.yaml", **empty), console=quiet)
+    unmarked = write_tiny_policy(tmp_path / "unmarked", hidden=32, layers=1)
+    write_byte_tokenizer(unmarked, markers=MARKERS[1:])
+    pairs = write_set(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    config = write_config(tmp_path / "e.yaml", base=str(unmarked), data={"train": str(pairs)})
+    with pytest.raises(LearnerError, match="lacks step markers as single tokens: <code>"):
+        await run_train("ppm", config, ["dataset.validation_share=0"], console=quiet)

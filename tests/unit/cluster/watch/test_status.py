@@ -1,0 +1,297 @@
+"""A run is read back from nothing but its folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.jobs.queue import StagePlan
+from cluster.runs.config import RunConfig
+from cluster.runs.lineage import record_lineage, record_start
+from cluster.telemetry.live import STALE_S, LiveFile, Snapshot
+from cluster.watch import status as status_module
+from cluster.watch.status import RunStatus, read_status, short, show_status
+from learner.checkpoint import CheckpointStore
+from rollout.difficulty import SuspectLabel
+from rollout.problem import Level, Problem
+from rollout.store import RunStore, TrajectoryStore
+from tests.builders import answer, make_problem, make_tree
+
+PROBLEMS = {"g1": Level.GSM, "g2": Level.GSM, "m1": Level.MATH, "o1": Level.OLYMPIAD}
+
+
+def problem(id_: str) -> Problem:
+    return make_problem(id_, answer="7", level=PROBLEMS[id_])
+
+
+class Run:
+    """A run of two rounds without held-out problems, made by hand."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = RunFolder(root)
+        config = RunConfig.model_validate(
+            {
+                "name": "by hand",
+                "run_dir": str(root),
+                "problems": {"train": ["train.parquet"]},
+                "models": {"base_model": "base"},
+                "rounds": [{"preference": False}, {"preference": True}],
+            }
+        )
+        self.folder.keep_config(config)
+        self.folder.write_problems([problem(id_) for id_ in PROBLEMS])
+        self.store = RunStore(root)
+        self.checkpoints = CheckpointStore(self.folder.checkpoints)
+
+    def trees(self, round: int) -> TrajectoryStore:
+        return TrajectoryStore(self.store, round)
+
+    def plan(self, round: int, stage: str = "base", index: int = 0) -> None:
+        plan = StagePlan(
+            round=round,
+            stage=stage,
+            tree_index=index,
+            problem_ids=tuple(PROBLEMS),
+            shard_size=2,
+            seed=0,
+        )
+        self.trees(round).create_plan(stage, plan.to_json())
+
+    def commit(self, round: int, shard: str, solved: dict[str, bool], **more: object) -> None:
+        trees = [
+            make_tree(
+                answer("7" if right else "8", correct=right), problem=problem(id_), round=round
+            )
+            for id_, right in solved.items()
+        ]
+        info = {"policy": f"policy-r{round - 1}-abc", "ppm": "", "stage": "base"}
+        assert self.trees(round).commit(shard, trees, info=info, **more)  # type: ignore[arg-type]
+
+    def publish(self, kind: str, round: int) -> None:
+        def write(directory: Path) -> None:
+            (directory / "weights").write_text(f"{kind} {round}", encoding="utf-8")
+
+        info = {"base": "/models/base", "data_digest": "d" * 64}
+        self.checkpoints.publish(kind, round, write, info)  # type: ignore[arg-type]
+
+    def finish_round(self, round: int) -> None:
+        self.plan(round)
+        self.commit(round, "s1", {"g1": True, "g2": False})
+        self.commit(round, "s2", {"m1": True}, failed={"o1": "ValueError: no such glyph"})
+        self.trees(round).seal()
+        directory = self.folder.dataset(round)
+        directory.mkdir(parents=True)
+        manifest = {"template": "rstar", "digest": "e" * 64, "info": {"rounds": [round]}}
+        (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        self.folder.record_stage(round, "select", 3.0)
+        for kind in ("policy", "ppm"):
+            self.publish(kind, round)
+
+    def account(self, at_s: float, **progress: object) -> None:
+        """A driver that was at work at `at_s`, and then was killed."""
+        now = [at_s - 100.0]
+        snapshot = Snapshot(**progress)  # type: ignore[arg-type]
+        live = LiveFile(self.folder.root, lambda: snapshot, clock=lambda: now[0])
+        live.__enter__()
+        now[0] = at_s
+        live._write()
+        live._ended.set()
+
+    def status(self, now_s: float | None = None, host: str | None = None) -> RunStatus:
+        now_s = time.time() if now_s is None else now_s
+        return read_status(self.folder.root, now_unix_s=now_s, host=host)
+
+    def shown(self) -> str:
+        output = io.StringIO()
+        show_status(self.folder.root, Console(file=output, width=80))
+        return output.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+def states(status: RunStatus, round: int) -> list[str]:
+    return [s.state for r in status.rounds if r.round == round for s in r.stages.values()]
+
+
+def test_run_that_has_only_begun_is_all_pending(run: Run) -> None:
+    status = run.status()
+    assert states(status, 1) == states(status, 2) == ["pending"] * 4
+    assert status.problems == {"gsm": 2, "math": 1, "olympiad": 1, "all": 4}
+    assert status.go_on.startswith("rstar evolve")
+
+
+def test_round_in_progress_tells_commits_problems_by_level_and_quarantine(run: Run) -> None:
+    run.plan(1)
+    run.commit(1, "s1", {"g1": True, "g2": False})
+    run.commit(1, "s2", {"m1": True}, failed={"o1": "ValueError: no such glyph"})
+    run.account(1000.0, stage="rollout", label="round 1: rollout", round=1, done=3, total=4)
+    status = run.status(1001.0)
+    one = status.rounds[0]
+    assert status.state == "running"
+    assert states(status, 1) == ["running", "pending", "pending", "pending"]
+    assert one.searched == {"gsm": 2, "math": 1, "all": 3}
+    assert one.solved == {"gsm": 1, "math": 1, "all": 2}
+    assert (one.commits, one.trees, one.sealed) == (2, 3, False)
+    assert one.quarantined == {"o1": "ValueError: no such glyph"}
+    assert [(p.name, p.planned, p.committed, p.solved) for p in one.passes] == [("base", 4, 3, 2)]
+    assert status.go_on == ""
+
+
+def test_finished_round_is_done_and_the_next_pending(run: Run) -> None:
+    run.finish_round(1)
+    status = run.status()
+    assert states(status, 1) == ["done"] * 4
+    assert states(status, 2) == ["pending"] * 4
+    assert status.rounds[0].stages["select"].seconds == 3.0
+    assert status.rounds[0].quarantined == {"o1": "ValueError: no such glyph"}
+    assert set(status.rounds[0].checkpoints) == {"policy", "ppm"}
+
+
+def test_finished_run_says_so_and_needs_no_command(run: Run) -> None:
+    run.finish_round(1)
+    run.finish_round(2)
+    with LiveFile(run.folder.root, Snapshot):
+        pass
+    status = run.status()
+    assert (status.state, status.go_on) == ("finished", "")
+
+
+def test_killed_run_says_since_when_where_and_how_to_go_on(run: Run) -> None:
+    run.plan(1)
+    run.account(1000.0, stage="rollout", label="round 1: rollout", round=1)
+    status = run.status(1000.0 + 2 * STALE_S)
+    assert status.state == "killed"
+    assert "not running since" in status.explanation
+    assert "round 1: rollout" in status.explanation
+    assert states(status, 1)[0] == "stopped"
+    assert status.go_on.startswith("cd ")
+    assert " && rstar " in status.go_on
+    assert status.seconds_total == 100.0
+
+
+def test_run_of_another_machine_whose_clock_is_behind_is_looked_at_twice(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.account(1000.0)
+    monkeypatch.setattr(status_module.time, "sleep", lambda s: run.account(1002.0))
+    assert run.status(5000.0, host="elsewhere").state == "running"
+    monkeypatch.setattr(status_module.time, "sleep", lambda s: None)
+    assert run.status(5000.0, host="elsewhere").state == "killed"
+
+
+def test_error_of_a_failed_run_is_told(run: Run) -> None:
+    with pytest.raises(ValueError), LiveFile(run.folder.root, Snapshot):
+        raise ValueError("no GPU left")
+    assert "no GPU left" in run.status().explanation
+
+
+def test_cost_is_that_of_all_seconds(run: Run) -> None:
+    run.account(1000.0, usd_per_hour=36.0)
+    assert run.status(1001.0).cost_usd == pytest.approx(1.0)
+
+
+def test_record_of_a_sealed_round_spares_its_markers(run: Run) -> None:
+    run.finish_round(1)
+    levels = status_module.problems_by_level(run.trees(1), run.folder.problem_levels())
+    run.folder.record_stage(1, "rollout", 9.0, **levels)
+    for marker in (run.folder.root / "trajectories/round=1/commits").iterdir():
+        marker.unlink()
+    assert run.status().rounds[0].solved == {"gsm": 1, "math": 1, "all": 2}
+
+
+def test_terminal_shows_everything_within_80_columns(run: Run) -> None:
+    record_start(run.folder, [])
+    run.finish_round(1)
+    record_lineage(run.folder, 1)
+    suspect = SuspectLabel(
+        problem_id="g2",
+        gold="7",
+        answer="8",
+        votes=9,
+        num_answers=10,
+        num_trees=2,
+        mean_value=None,
+        generated_tokens=5,
+    )
+    run.folder.write_suspects(1, [suspect])
+    facts = {"tokens/s": 3472.1, "open": 6}
+    run.account(time.time(), stage="rollout", label="round 2: rollout", round=2, facts=facts)
+    shown = run.shown()
+    for text in (
+        "by hand",
+        "running since",
+        "now: round 2: rollout; 3,472 tokens/s, open 6",
+        "problems solved / searched, of 4 problems",
+        "1/2   1/1  2/3",
+        "round 1: quarantined problems: 1",
+        "round 1: suspect labels: 1",
+        "o1: ValueError: no such glyph",
+        "g2: label 7, 9 of 10 answers say 8",
+        "lineage",
+        "policy-r0-abc -> 3 trees",
+        "dataset eeeeeeee",
+        "elapsed 1:40",
+    ):
+        assert text in shown, shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_json_holds_all_of_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.finish_round(1)
+    run.account(time.time(), stage="rollout", round=2)
+    show_status(run.folder.root, Console(), as_json=True)
+    data = json.loads(capsys.readouterr().out)
+    assert data["state"] == "running"
+    assert data["rounds"][0]["stages"]["rollout"] == {"state": "done", "seconds": None}
+    assert data["live"]["progress"]["stage"] == "rollout"
+
+
+def test_watching_ends_when_the_run_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.account(time.time(), stage="rollout", label="round 1: rollout", round=1)
+
+    def end(seconds: float) -> None:
+        with LiveFile(run.folder.root, Snapshot):
+            pass
+
+    monkeypatch.setattr(status_module.time, "sleep", end)
+    output = io.StringIO()
+    show_status(run.folder.root, Console(file=output, width=80), watch=True)
+    assert output.getvalue().index("running since") < output.getvalue().index("stopped 20")
+
+
+def test_folder_that_is_no_run_is_named_with_runs_nearby(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"nope: no such folder; runs there: .*run"):
+        read_status(tmp_path / "nope", now_unix_s=0.0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunFolderError, match=r"empty: not a run: it has no config\.yaml"):
+        read_status(tmp_path / "empty", now_unix_s=0.0)
+
+
+def test_rollout_run_has_one_stage(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("problems: some/gsm8k.parquet\n", encoding="utf-8")
+    TrajectoryStore(RunStore(tmp_path), 1).seal()
+    status = read_status(tmp_path, now_unix_s=0.0)
+    assert (status.kind, status.name, status.state) == (
+        "rollout",
+        "rollout of gsm8k.parquet",
+        "finished",
+    )
+
+
+def test_large_numbers_are_short() -> None:
+    assert [short(n) for n in (999, 1234, 371_672, 2_100_000, 10**12)] == [
+        "999",
+        "1.2k",
+        "372k",
+        "2.1M",
+        "1.0T",
+    ]

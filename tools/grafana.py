@@ -1,0 +1,156 @@
+"""deploy/grafana/dashboards/*.json, made from `cluster.watch.panels`, so that they agree.
+
+python -m tools.grafana          write them
+python -m tools.grafana --check  say whether they are up to date (a test does the same)
+
+Grafana finds them through deploy/grafana/provisioning. Every dashboard has the same two variables:
+the Prometheus it asks, and the run.
+
+Not covered: Grafana itself runs in no test; the expressions do, against a real Prometheus.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from cluster.telemetry.metrics import RUN_SECONDS
+from cluster.watch.panels import DASHBOARDS, Dashboard, Panel, places
+
+FOLDER = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards"
+
+SCHEMA_VERSION = 39
+"""Of Grafana 10.4 and later."""
+
+_UNITS = {
+    "short": "short",
+    "steps": "short",
+    "/s": "si:/s",
+    "/h": "si:/h",
+    "tokens/s": "si:tokens/s",
+    "s": "s",
+    "share": "percentunit",
+    "bytes": "bytes",
+    "usd": "currencyUSD",
+    "usd/h": "currencyUSD",
+    "per usd": "short",
+}
+
+_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
+    """A dashboard as Grafana stores it."""
+    return {
+        "uid": f"rstar-{dashboard.name}",
+        "title": f"rstar: {dashboard.title}",
+        "tags": ["rstar"],
+        "schemaVersion": SCHEMA_VERSION,
+        "editable": True,
+        "graphTooltip": 1,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "links": [
+            {
+                "type": "dashboards",
+                "tags": ["rstar"],
+                "title": "rstar",
+                "asDropdown": False,
+                "keepTime": True,
+                "includeVars": True,
+            }
+        ],
+        "templating": {"list": _variables()},
+        "annotations": {"list": []},
+        "panels": [
+            _panel(panel, number, x, y)
+            for number, (panel, x, y) in enumerate(places(dashboard), start=1)
+        ],
+    }
+
+
+def _variables() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": "datasource",
+            "label": "Prometheus",
+            "type": "datasource",
+            "query": "prometheus",
+        },
+        {
+            "name": "run",
+            "label": "Run",
+            "type": "query",
+            "datasource": _SOURCE,
+            "query": f"label_values({RUN_SECONDS.exported}, run)",
+            "refresh": 2,
+            "sort": 1,
+        },
+    ]
+
+
+def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"unit": _UNITS[panel.unit]}
+    if panel.unit == "share":
+        defaults |= {"min": 0, "max": 1}
+    if panel.kind == "lines":
+        defaults["custom"] = {"fillOpacity": 8, "lineWidth": 2, "showPoints": "never"}
+    options: dict[str, Any] = (
+        {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "area"}
+        if panel.kind == "number"
+        else {
+            "legend": {"displayMode": "list", "placement": "bottom"},
+            "tooltip": {"mode": "multi"},
+        }
+    )
+    return {
+        "id": number,
+        "type": "stat" if panel.kind == "number" else "timeseries",
+        "title": panel.title,
+        "description": panel.help,
+        "datasource": _SOURCE,
+        "gridPos": {"x": x, "y": y, "w": panel.width, "h": panel.height},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": options,
+        "targets": [
+            {
+                "refId": chr(ord("A") + position),
+                "datasource": _SOURCE,
+                "expr": query.expression.promql("$run", "$__rate_interval"),
+                "legendFormat": re.sub(r"\{(\w+)\}", r"{{\1}}", query.legend),
+            }
+            for position, query in enumerate(panel.queries)
+        ],
+    }
+
+
+def files() -> dict[Path, str]:
+    """Every file and what it should hold."""
+    return {
+        FOLDER / f"{dashboard.name}.json": json.dumps(dashboard_json(dashboard), indent=1) + "\n"
+        for dashboard in DASHBOARDS
+    }
+
+
+def main() -> int:
+    """Write the files, or check them."""
+    stale = [
+        path
+        for path, text in files().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv[1:]:
+        for path in stale:
+            print(f"{path} is out of date; run python -m tools.grafana")
+        return 1 if stale else 0
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for path in stale:
+        path.write_text(files()[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
