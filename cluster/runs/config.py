@@ -22,13 +22,13 @@ from typing import Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cluster.jobs.admission import AdmissionConfig
 from cluster.engines.endpoint import EndpointConfig
-from cluster.telemetry.exporter import MetricsConfig
-from cluster.fleet.membership import SupervisionConfig
 from cluster.engines.replica import EngineConfig
+from cluster.fleet.membership import SupervisionConfig
+from cluster.jobs.admission import AdmissionConfig
 from cluster.machines.scaler import ScalerConfig
 from cluster.machines.spot import SpotConfig
+from cluster.telemetry.exporter import MetricsConfig
 from cluster.telemetry.tracing import TracingConfig
 from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig

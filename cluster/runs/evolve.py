@@ -23,16 +23,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cluster.runs.config import RunConfig
+from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.held_out import Evaluation, evaluate
 from cluster.fleet.fleet import Fleet, RolloutStage
-from cluster.runs.lineage import record_lineage, record_start
-from cluster.telemetry.live import LiveFile
-from cluster.engines.model_check import check_policy_checkpoint
-from cluster.telemetry.progress import ProgressView
-from cluster.runs.regrade import verdicts_of
-from cluster.reports.report import hardware, plot_report, shares_by_level, versions, write_report
 from cluster.folder.run_folder import RunFolder
+from cluster.reports.report import hardware, plot_report, shares_by_level, versions, write_report
+from cluster.runs.config import RunConfig
+from cluster.runs.lineage import record_lineage, record_start
+from cluster.runs.regrade import verdicts_of
+from cluster.telemetry.live import LiveFile
+from cluster.telemetry.progress import ProgressView
 from cluster.watch.status import problems_by_level
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (

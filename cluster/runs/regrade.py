@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.runs.lineage import lineage_name
-from cluster.reports.report import COLUMNS, shares_by_level, write_report
 from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.reports.report import COLUMNS, shares_by_level, write_report
+from cluster.runs.lineage import lineage_name
 from cluster.watch.status import problems_by_level
 from learner.dataset import read_manifest
 from rollout.regrade import VerdictChange, compare_verdicts, regrade_table, regraded_commit

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from cluster.runs.config import ConfigError, GivenModelsConfig, RolloutConfig
+from cluster.engines.model_check import check_policy_checkpoint
 from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
+from cluster.folder.run_folder import RunFolder
+from cluster.reports.report import COLUMNS, hardware, shares_by_level, versions, write_report
+from cluster.runs.config import ConfigError, GivenModelsConfig, RolloutConfig
 from cluster.runs.lineage import record_lineage, record_start
 from cluster.telemetry.live import LiveFile
-from cluster.engines.model_check import check_policy_checkpoint
 from cluster.telemetry.progress import ProgressView
-from cluster.reports.report import COLUMNS, hardware, shares_by_level, versions, write_report
-from cluster.folder.run_folder import RunFolder
 from cluster.watch.status import problems_by_level
 from learner.checkpoint import (
     Checkpoint,

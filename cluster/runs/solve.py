@@ -29,15 +29,15 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from cluster.runs.config import ActorConfig, ConfigError, SolveConfig, make_config, read_yaml
-from cluster.fleet.fleet import Fleet
 from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
+from cluster.fleet.fleet import Fleet
+from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.runs.config import ActorConfig, ConfigError, SolveConfig, make_config, read_yaml
 from cluster.runs.rollout import (
     given_checkpoint,
     with_checkpoint_directories,
     with_prompt_template,
 )
-from cluster.folder.run_folder import RunFolder, RunFolderError
 from learner.checkpoint import CheckpointStore
 from rollout.methods import Event, EventKind, Method, MethodConfig, Solver, SolveResult
 from rollout.problem import Level, Problem

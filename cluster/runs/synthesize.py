@@ -34,7 +34,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.engines.completions_api import CompletionsReply, read_reply
-from cluster.runs.config import make_config, read_yaml
 from cluster.engines.endpoint import (
     EndpointConfig,
     EndpointPolicy,
@@ -42,6 +41,7 @@ from cluster.engines.endpoint import (
     proxy_for,
     read_api_key,
 )
+from cluster.runs.config import make_config, read_yaml
 from cluster.telemetry.progress import ProgressView
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
 from rollout.problem import Level, Problem

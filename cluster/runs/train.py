@@ -22,10 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.runs.config import TrainRunConfig, load_config, read_yaml
-from cluster.telemetry.progress import ProgressView
-from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.runs.config import TrainRunConfig, load_config, read_yaml
+from cluster.runs.regrade import dataset_is_current, verdicts_of
+from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
 from learner.dataset import read_manifest, select_dataset
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError

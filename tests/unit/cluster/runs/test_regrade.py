@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs import regrade as regrade_module
 from cluster.runs.regrade import print_regrade, regrade_run, run_regrade, stale_datasets
-from cluster.folder.run_folder import RunFolder, RunFolderError
 from learner.dataset import Dataset, DatasetConfig, build_dataset, write_dataset
 from rollout.problem import Level
 from rollout.prompt import SHORT_TEMPLATE
