@@ -45,17 +45,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench.plain_reasoning import plain_solution
 from cluster.errors import explain, quiet_logging
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate
+from cluster.fleet.config import ServingConfig
 from cluster.fleet.fleet import Fleet
+from cluster.folder.config_file import ConfigError, load_config, make_config, read_yaml
+from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.reports.report import hardware, versions
-from cluster.runs.config import (
-    ConfigError,
-    RunConfig,
-    ServingConfig,
-    load_config,
-    make_config,
-    read_yaml,
-)
+from cluster.runs.config import RunConfig
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
     Dataset,

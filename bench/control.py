@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import quiet_logging
+from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import Evaluation, evaluate
+from cluster.evaluation.shares import COLUMNS, percent
 from cluster.fleet.fleet import Fleet
+from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
-from cluster.reports.report import COLUMNS, hardware, percent, versions
-from cluster.runs.config import EvaluationConfig, RunConfig
+from cluster.runs.config import RunConfig
 from learner.checkpoint import CheckpointStore
 from learner.fit import FitRequest, FitResult
 from rollout.problems.reader import read_problems

@@ -44,6 +44,7 @@ from typing import Any
 import ray
 
 from bench.storage import load_problems, make_trees
+from cluster.fleet.config import ClusterConfig
 from cluster.jobs.coordinator import (
     Coordinator,
     CoordinatorActor,
@@ -53,7 +54,6 @@ from cluster.jobs.coordinator import (
 from cluster.jobs.queue import Job, QueueConfig, StagePlan, plan_jobs
 from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
 from cluster.planning.simulate import Simulation, SimulationConfig
-from cluster.runs.config import ClusterConfig
 from rollout.open_trees import OpenTreeStore
 from rollout.store import Commit, RunStore, Totals, TrajectoryStore, TreeKey
 from rollout.table import trees_to_table

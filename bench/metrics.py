@@ -29,9 +29,9 @@ import ray
 
 from cluster.fleet.fleet import Fleet, RolloutStage
 from cluster.fleet.sandbox_worker import SandboxWorker, SandboxWorkerActor
+from cluster.folder.machine import hardware
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
-from cluster.reports.report import hardware
 from cluster.runs.config import RolloutConfig
 from cluster.telemetry import metrics as m
 from cluster.telemetry.samples import Samples

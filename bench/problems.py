@@ -42,7 +42,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.reports.report import hardware
+from cluster.folder.machine import hardware
 from rollout.problems.duplicates import MIN_SIMILARITY
 from rollout.problems.import_report import ImportSettings
 from rollout.problems.importer import import_problems

@@ -51,13 +51,14 @@ from bench.search_engines import (
     tokens_per_s,
 )
 from bench.search_offline import Job
-from cluster.engines.replica import EngineConfig, PolicyReplica
+from cluster.engines.config import EngineConfig
+from cluster.engines.replica import PolicyReplica
 from cluster.errors import quiet_logging
+from cluster.fleet.config import ServingConfig
 from cluster.fleet.fleet import Fleet
+from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.worker import GC_THRESHOLD
-from cluster.reports.report import hardware, versions
-from cluster.runs.config import ServingConfig
 from learner.checkpoint import (
     Checkpoint,
     CheckpointStore,

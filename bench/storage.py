@@ -47,7 +47,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.reports.report import hardware
+from cluster.folder.machine import hardware
 from rollout.engine import (
     Completion,
     EvaluationReply,

@@ -73,10 +73,11 @@ def evolve(
 ) -> None:
     """Run all rounds of self-evolution; run it again to go on where it stopped."""
     quiet_logging(verbose)
+    from cluster.folder.config_file import load_config
+    from cluster.folder.machine import command_line
     from cluster.reports.run_report import show_report
-    from cluster.runs.config import RunConfig, load_config
+    from cluster.runs.config import RunConfig
     from cluster.runs.evolve import Evolution
-    from cluster.telemetry.live import command_line
     from cluster.telemetry.progress import ProgressView
 
     settings = load_config(config, overrides or (), kind=RunConfig)
@@ -114,9 +115,10 @@ def rollout(
 ) -> None:
     """Search the problems of one file with given models and commit the trees."""
     quiet_logging(verbose)
-    from cluster.runs.config import RolloutConfig, load_config
+    from cluster.folder.config_file import load_config
+    from cluster.folder.machine import command_line
+    from cluster.runs.config import RolloutConfig
     from cluster.runs.rollout import RolloutRun, print_rollout_report
-    from cluster.telemetry.live import command_line
     from cluster.telemetry.progress import ProgressView
 
     given: dict[str, Any] = {"problems": problems, "ppm": ppm, "limit": limit}
@@ -302,8 +304,8 @@ def train(
 ) -> None:
     """Train one model on a committed round or on plain files."""
     quiet_logging(verbose)
+    from cluster.folder.machine import command_line
     from cluster.runs.train import print_train_report, run_train
-    from cluster.telemetry.live import command_line
 
     console = Console()
     training = run_train(kind.value, config, overrides or (), force, console)
@@ -337,9 +339,9 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Run a round of modelled engines through the real coordinator, at virtual time."""
+    from cluster.folder.config_file import make_config
     from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
     from cluster.planning.simulate import Simulation, SimulationConfig, print_simulation
-    from cluster.runs.config import make_config
 
     settings = make_config({}, overrides or (), kind=SimulationConfig, source="simulate")
     known = LatencyCurve.read(curve) if curve is not None else DEFAULT_CURVE
@@ -362,8 +364,8 @@ def plan(
     ] = None,
 ) -> None:
     """Say how many days and dollars a round would take."""
+    from cluster.folder.config_file import ConfigError, make_config
     from cluster.planning.planner import PlanConfig, make_plan, print_plan, read_gpu_kinds
-    from cluster.runs.config import ConfigError, make_config
 
     table = read_gpu_kinds(kinds)
     if gpu_kind not in table:
@@ -412,8 +414,9 @@ def evaluate(
 ) -> None:
     """Measure a model with several methods and budgets on benchmarks; run it again to go on."""
     quiet_logging(verbose)
-    from cluster.evaluation.benchmarks import ask, run_evaluate
-    from cluster.telemetry.live import command_line
+    from cluster.evaluation.benchmarks import EvaluationRun, ask, evaluate_config
+    from cluster.folder.machine import command_line
+    from cluster.reports.evaluation_page import print_evaluation, write_evaluation
     from cluster.telemetry.progress import ProgressView
 
     console = Console()
@@ -437,8 +440,11 @@ def evaluate(
         overrides=overrides or (),
     )
     view = ProgressView(console)
-    root = _run(run_evaluate(asked, console, view), again=command_line(), view=view)
-    _say(console, f"answers, results, tables and report.html in {root}")
+    run = EvaluationRun(evaluate_config(asked), view)
+    found = _run(run.run(), again=command_line(), view=view)
+    write_evaluation(run.folder.root, found)
+    print_evaluation(found, console)
+    _say(console, f"answers, results, tables and report.html in {run.folder.root}")
 
 
 @app.command()
@@ -573,8 +579,8 @@ def problems_synthesize(
 ) -> None:
     """Have a model write new problems, and keep those on whose answer its solutions agree."""
     quiet_logging(verbose)
+    from cluster.folder.machine import command_line
     from cluster.runs.synthesize import run_synthesize, synthesize_config
-    from cluster.telemetry.live import command_line
 
     settings = synthesize_config(
         config,

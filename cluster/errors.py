@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 
 from cluster.engines.model_check import ModelCheckError
+from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError, why_not_written
 from cluster.planning.latency import CurveError
 from cluster.planning.planner import PlanError
-from cluster.runs.config import ConfigError
 from cluster.telemetry.tracing import TracingError
 from cluster.watch.dashboard import DashboardError
 from learner.checkpoint import CheckpointError

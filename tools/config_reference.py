@@ -22,15 +22,10 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.runs.config import (
-    EvaluateConfig,
-    RolloutConfig,
-    RunConfig,
-    ServingConfig,
-    SolveConfig,
-    presets,
-    section_in,
-)
+from cluster.evaluation.config import EvaluateConfig
+from cluster.fleet.config import ServingConfig
+from cluster.folder.config_file import presets, section_in
+from cluster.runs.config import RolloutConfig, RunConfig, SolveConfig
 from cluster.runs.synthesize import SynthesizeConfig
 
 PATH = Path(__file__).parents[1] / "docs" / "configuration.md"

@@ -38,28 +38,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
+from cluster.engines.config import Dialect
 from cluster.engines.replica import read_completion
 from rollout.engine import Completion, FinishReason, GenerationRequest
-
-Dialect = Literal["openai", "vllm"]
-
-OWN_KEYS = frozenset(
-    {
-        "logprobs",
-        "max_tokens",
-        "model",
-        "n",
-        "prompt",
-        "seed",
-        "stop",
-        "stream",
-        "temperature",
-        "top_p",
-    }
-)
-"""Keys of a request body that follow from the request and the config, and from nothing else."""
 
 _FINISH = {
     "stop": FinishReason.STOP,

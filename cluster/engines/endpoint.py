@@ -46,13 +46,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import ray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cluster.engines.completions_api import (
-    OWN_KEYS,
     BadReplyError,
     CompletionsReply,
-    Dialect,
     DialectError,
     ErrorKind,
     StreamReader,
@@ -63,6 +60,7 @@ from cluster.engines.completions_api import (
     room_left,
     split_candidates,
 )
+from cluster.engines.config import EndpointConfig
 from cluster.jobs.admission import EnginePressure
 from cluster.telemetry.tracing import Traced
 from rollout.engine import (
@@ -93,106 +91,6 @@ _PROBE = GenerationRequest(
     max_tokens=1,
     temperature=0.0,
 )
-
-
-class EndpointConfig(BaseModel):
-    """An OpenAI-compatible completions endpoint, and how much of it may be used."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    base_url: str = Field(
-        description="up to and without /completions, as https://api.example.com/v1"
-    )
-    model: str = Field(min_length=1, description="as the endpoint names it")
-    api_key_env: str | None = Field(
-        default=None,
-        description="environment variable that holds the API key; null: no key is sent",
-    )
-    dialect: Dialect = Field(
-        default="openai",
-        description="vllm: says which stop string ended a completion; openai: any other server, "
-        "which is streamed and cut here",
-    )
-    max_n: int = Field(default=16, ge=1, description="candidates in one HTTP request")
-    send_seed: bool = Field(
-        default=True,
-        description="false for servers that refuse a seed or give n equal texts for it",
-    )
-    logprobs: bool = Field(
-        default=False, description="ask for the log-probability of each completion"
-    )
-    extra_body: dict[str, Any] = Field(
-        default_factory=dict, description="further keys of each request, passed as they are"
-    )
-    max_in_flight: int = Field(default=32, ge=1, description="HTTP requests at a time")
-    requests_per_minute: float | None = Field(
-        default=None, gt=0, description="HTTP requests started per minute; null: no limit"
-    )
-    tokens_per_minute: float | None = Field(
-        default=None, gt=0, description="tokens in and out per minute; null: no limit"
-    )
-    max_total_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="tokens in and out after which the run ends, since it was started last; "
-        "requests in flight come on top; null: no limit",
-    )
-    request_timeout_s: float = Field(default=300.0, gt=0, description="one try of a request")
-    deadline_s: float = Field(
-        default=900.0, gt=0, description="all tries of a request with their pauses"
-    )
-    first_pause_s: float = Field(
-        default=1.0, ge=0, description="mean pause after the first failure; doubled each time"
-    )
-    max_pause_s: float = Field(default=60.0, ge=0, description="longest mean pause")
-
-    @field_validator("base_url")
-    @classmethod
-    def _plain_address(cls, value: str) -> str:
-        try:
-            parts = urlsplit(value)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-            _ = parts.port
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError("expected an address such as https://api.example.com/v1")
-        if parts.username is not None or parts.password is not None or parts.query:
-            raise ValueError(
-                "an address with a user, password or query; a key belongs into the environment "
-                "variable that endpoint.api_key_env names"
-            )
-        value = value.rstrip("/")
-        if value.endswith("/completions"):
-            raise ValueError("the address is given without /completions")
-        return value
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _name_and_no_key(cls, value: str | None) -> str | None:
-        # Upper case only, so that a key given in its place is not taken for a name and written.
-        if value is not None and not (value.isidentifier() and value == value.upper()):
-            raise ValueError(
-                "expected the name of an environment variable, in upper case, not the key itself"
-            )
-        return value
-
-    @field_validator("extra_body")
-    @classmethod
-    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ours = sorted(OWN_KEYS & value.keys())
-        if ours:
-            raise ValueError(f"{', '.join(ours)}: set by the search, or by its own key here")
-        return value
-
-    @property
-    def url(self) -> str:
-        return f"{self.base_url}/completions"
-
-    @property
-    def version(self) -> str:
-        """What replies carry as their policy version."""
-        return f"endpoint:{self.model}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,9 +59,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.engines.batch import BatchEngine
+from cluster.engines.config import EngineConfig
 from cluster.engines.model_check import (
     GIB,
     ModelCheckError,
@@ -101,83 +101,6 @@ _FINGERPRINT_TEXTS = (
     "<|user|>There are 12 boxes with 5 pens each. How many pens are there?<|assistant|><code>",
     "<|user|>Solve 3*x + 4 = 19 for x.<|assistant|><code>\n# Step 1: import\nimport sympy\n",
 )
-
-
-class EngineConfig(BaseModel):
-    """How a vLLM engine is run; the model itself is an argument of the replica."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="type of weights and cache; auto: as the checkpoint was saved"
-    )
-    max_model_len: int | None = Field(
-        default=None,
-        ge=1,
-        description="tokens of prompt and completion; null: what the model is made for",
-    )
-    block_size: int | None = Field(
-        default=None,
-        ge=1,
-        description="tokens per cache block; null: the engine's default, 32 on CPU",
-    )
-    gpu_memory_utilization: float = Field(
-        default=0.85, gt=0, le=1, description="share of a GPU's memory for weights and cache"
-    )
-    kv_cache_gib: float = Field(
-        default=0.25, gt=0, description="key-value cache on CPU (on GPU it takes what is left)"
-    )
-    tensor_parallel_size: int = Field(
-        default=1, ge=1, description="GPUs each layer of one replica is spread over"
-    )
-    pipeline_parallel_size: int = Field(
-        default=1,
-        ge=1,
-        description="parts the layers of one replica are cut into; it takes this times "
-        "tensor_parallel_size GPUs, on several nodes if one has too few",
-    )
-    enforce_eager: bool | None = Field(
-        default=None, description="no graph capture or compilation; null: only on CPU"
-    )
-    cpu_threads: int = Field(default=1, ge=1, description="compute threads of the engine on CPU")
-    max_num_seqs: int = Field(default=256, ge=1, description="sequences in one batch")
-    max_num_batched_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="tokens in one step; null: the engine's default, 4096 on CPU",
-    )
-    seed: int = Field(default=0, ge=0, description="of requests that bring none")
-    logprobs: bool = Field(
-        default=False,
-        description="return the log-probability of each completion (15 % slower on CPU)",
-    )
-    max_repeats: int | None = Field(
-        default=None,
-        ge=2,
-        description="a completion that ends in so many equal passages of up to 32 tokens is "
-        "ended there; null: none is (it is looked for at every token)",
-    )
-    step_markers: bool = Field(
-        default=True,
-        description="refuse a policy whose tokenizer lacks a step marker; false: it has a format "
-        "of its own (rstar evaluate)",
-    )
-    request_timeout_s: float = Field(
-        default=600.0, gt=0, description="a request not answered by then is aborted"
-    )
-    load_timeout_s: float = Field(
-        default=600.0,
-        gt=0,
-        description="for requests in flight to end before new weights are loaded",
-    )
-    engine_args: dict[str, Any] = Field(
-        default_factory=dict, description="further vLLM engine arguments, passed as they are"
-    )
-
-    @property
-    def num_ranks(self) -> int:
-        """GPUs one replica takes."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

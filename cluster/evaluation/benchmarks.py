@@ -33,9 +33,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
+from cluster.evaluation.config import EvaluateConfig
 from cluster.evaluation.results import (
     ANSWER_SCHEMA,
     ARM_OF,
@@ -53,15 +53,15 @@ from cluster.evaluation.results import (
     summarise,
 )
 from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
-from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.reports.report import hardware, versions
-from cluster.runs.config import ConfigError, EvaluateConfig, make_config, read_yaml
-from cluster.runs.lineage import record_start
-from cluster.runs.rollout import (
+from cluster.fleet.given_models import (
     given_checkpoint,
     with_checkpoint_directories,
     with_prompt_template,
 )
+from cluster.folder.config_file import ConfigError, make_config, read_yaml
+from cluster.folder.lineage import record_start
+from cluster.folder.machine import hardware, versions
+from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.telemetry.live import LiveFile
 from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import CheckpointStore
@@ -650,21 +650,6 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema
     temporary = path.with_name(f".{path.name}")
     temporary.write_bytes(sink.getvalue())
     temporary.replace(path)
-
-
-async def run_evaluate(asked: Asked, console: Console, view: ProgressView) -> Path:
-    """`rstar evaluate`: answer, count, print the tables and write the files; returns the folder.
-
-    Raises:
-        As `evaluate_config` and `EvaluationRun.run`.
-    """
-    from cluster.reports.evaluation_page import print_evaluation, write_evaluation
-
-    run = EvaluationRun(evaluate_config(asked), view)
-    report = await run.run()
-    await asyncio.to_thread(write_evaluation, run.folder.root, report)
-    print_evaluation(report, console)
-    return run.folder.root
 
 
 def read_evaluation(root: Path) -> dict[str, Any]:

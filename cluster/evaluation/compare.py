@@ -25,8 +25,8 @@ from rich.table import Table
 from cluster.evaluation import paper
 from cluster.evaluation.benchmarks import RESULTS, read_evaluation
 from cluster.evaluation.results import METHODS, method_label
+from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
-from cluster.runs.config import ConfigError
 from verifier.bootstrap import Difference, bootstrap_difference
 
 WIDE = 96

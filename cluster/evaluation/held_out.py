@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cluster.reports.report import shares_by_level
-from cluster.runs.config import EvaluationConfig
+from cluster.evaluation.config import EvaluationConfig
+from cluster.evaluation.shares import shares_by_level
 from rollout.engine import PolicyEngine, PreferenceEngine
 from rollout.methods import Method, MethodConfig, Solver, SolveResult, choose
 from rollout.problem import Problem

@@ -31,14 +31,11 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from cluster.engines.endpoint import EndpointActor, EndpointConfig, EndpointStats
-from cluster.engines.replica import (
-    EngineConfig,
-    PolicyReplicaActor,
-    PreferenceReplicaActor,
-    ReplicaStats,
-)
+from cluster.engines.config import EndpointConfig, EngineConfig
+from cluster.engines.endpoint import EndpointActor, EndpointStats
+from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor, ReplicaStats
 from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
+from cluster.fleet.config import ActorConfig
 from cluster.fleet.keeper import ActorKind, Look, cause
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
 from cluster.fleet.sandbox_worker import SandboxWorkerActor
@@ -46,7 +43,6 @@ from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
-from cluster.runs.config import ActorConfig
 from rollout.engine import EngineError
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation

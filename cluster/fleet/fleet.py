@@ -37,7 +37,8 @@ from typing import Any, ClassVar, TypeVar
 import ray
 from ray.exceptions import RayActorError
 
-from cluster.engines.endpoint import EndpointConfig, EndpointStats, read_api_key
+from cluster.engines.config import EndpointConfig
+from cluster.engines.endpoint import EndpointStats, read_api_key
 from cluster.fleet.actors import (
     CoordinatorKind,
     EndpointKind,
@@ -52,6 +53,7 @@ from cluster.fleet.actors import (
     end_all,
     replica_bundles,
 )
+from cluster.fleet.config import ActorConfig, ClusterConfig, ServingConfig
 from cluster.fleet.keeper import ActorKind, PoolKeeper, cause, guard
 from cluster.fleet.learner_group import LearnerGroup
 from cluster.fleet.left_over import (
@@ -78,7 +80,6 @@ from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
 from cluster.machines.scaler import PoolLoad, Scaler, ask_ray
-from cluster.runs.config import ActorConfig, ClusterConfig, ServingConfig
 from cluster.telemetry.process import Telemetry
 from cluster.telemetry.process import end as end_telemetry
 from cluster.telemetry.progress import LEVELS_FACT, SHARE_FACT, solved_by_level

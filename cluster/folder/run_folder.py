@@ -26,12 +26,13 @@ machine, at any time, and writes nothing.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +42,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from cluster.runs.config import ConfigError, ServingConfig
+from cluster.folder.config_file import Config, ConfigError
 from rollout.difficulty import SuspectLabel
 from rollout.problem import Problem
 
@@ -73,6 +74,10 @@ RESUMABLE = (
     ),
 )
 """What may differ when a run is continued: it says where it runs, not what it makes."""
+
+
+REPORT = "report.json"
+"""What a finished run showed, under its folder."""
 
 
 class RunFolderError(RuntimeError):
@@ -140,7 +145,7 @@ class RunFolder:
                 ) from error
             yield
 
-    def keep_config(self, config: ServingConfig) -> None:
+    def keep_config(self, config: Config) -> None:
         """Store the effective config, or check that the run was started with an equal one.
 
         Raises:
@@ -262,3 +267,26 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             found += _differences(old.get(key), new.get(key), name)
         return found
     return [] if old == new else [prefix]
+
+
+def resolve_problem(problem: str, known: Iterable[str], root: str) -> str:
+    """The id that is meant by an id or the beginning of exactly one.
+
+    Raises:
+        RunFolderError: none (with the nearest ids) or several.
+    """
+    ids = sorted(known)
+    if problem in ids:
+        return problem
+    longer = [i for i in ids if i.startswith(problem)] if problem else []
+    if len(longer) == 1:
+        return longer[0]
+    if longer:
+        shown = ", ".join(longer[:5]) + (", ..." if len(longer) > 5 else "")
+        raise RunFolderError(
+            f"{root}: {len(longer)} problems begin with {problem!r} ({shown}); give more of the id"
+        )
+    near = difflib.get_close_matches(problem, ids, n=3, cutoff=0.3) or ids[:3]
+    raise RunFolderError(
+        f"{root}: no problem {problem!r} among {len(ids)}; the nearest: {', '.join(near)}"
+    )

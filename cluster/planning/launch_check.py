@@ -39,17 +39,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from cluster.fleet.config import ActorConfig, ClusterConfig
+from cluster.folder.config_file import ConfigError, find_config, load_config, make_config, read_yaml
 from cluster.machines.placement import Ask, NodeResources, explain
-from cluster.runs.config import (
-    ActorConfig,
-    ClusterConfig,
-    ConfigError,
-    RunConfig,
-    find_config,
-    load_config,
-    make_config,
-    read_yaml,
-)
+from cluster.runs.config import RunConfig
 
 PLACEHOLDER = "EDIT"
 """Stands in a launch file where everybody has a value of their own."""
@@ -760,7 +753,7 @@ def read_run(path: str | Path) -> RunConfig | ClusterConfig:
         ConfigError: it cannot be read or is wrong.
     """
     try:
-        found = find_config(path)
+        found = find_config(path, kind=RunConfig)
     except ConfigError:
         found = Path(path)
     data = read_yaml(found)

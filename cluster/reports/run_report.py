@@ -30,11 +30,12 @@ from rich.console import Console
 
 from cluster.evaluation import paper
 from cluster.evaluation.benchmarks import REPORT, read_evaluation
+from cluster.evaluation.shares import COLUMNS, percent
 from cluster.folder.run_folder import RunFolderError, why_not_written
 from cluster.reports import plots
 from cluster.reports.evaluation_page import counts_text, print_evaluation
 from cluster.reports.evaluation_page import page as evaluation_page
-from cluster.reports.report import COLUMNS, percent, print_report
+from cluster.reports.report import print_report, rounds_figure
 from cluster.reports.report_page import (
     Section,
     escape,
@@ -96,6 +97,7 @@ def show_report(run: Path, console: Console, *, page: Path | None = None) -> Non
             facts = read_run(run, report)
             text = run_page(facts)
             if page is None:
+                plots.write_png(rounds_figure(report), run / "report.png")
                 for name, figure in _figures(facts).items():
                     plots.write_png(figure, run / f"report-{name}.png")
         else:

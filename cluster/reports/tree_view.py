@@ -18,14 +18,13 @@ Not covered: LaTeX is shown as written; the page needs a browser of 2020 or late
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import html
 import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
-from cluster.folder.run_folder import RunFolderError
+from cluster.folder.run_folder import RunFolderError, resolve_problem
 from learner.dataset import DatasetConfig, build_dataset, chosen_trajectories, is_validation
 from learner.pairs import PairKind, PreferencePair
 from rollout.difficulty import Difficulty, difficulty
@@ -99,29 +98,6 @@ def find_trees(store: RunStore, problem: str) -> list[StoredTree]:
         raise RunFolderError(f"{store.root}: no search tree is stored here")
     problem_id = resolve_problem(problem, found, store.root)
     return sorted(found[problem_id], key=lambda t: (t.round, t.index))
-
-
-def resolve_problem(problem: str, known: Iterable[str], root: str) -> str:
-    """The id that is meant by an id or the beginning of exactly one.
-
-    Raises:
-        RunFolderError: none (with the nearest ids) or several.
-    """
-    ids = sorted(known)
-    if problem in ids:
-        return problem
-    longer = [i for i in ids if i.startswith(problem)] if problem else []
-    if len(longer) == 1:
-        return longer[0]
-    if longer:
-        shown = ", ".join(longer[:5]) + (", ..." if len(longer) > 5 else "")
-        raise RunFolderError(
-            f"{root}: {len(longer)} problems begin with {problem!r} ({shown}); give more of the id"
-        )
-    near = difflib.get_close_matches(problem, ids, n=3, cutoff=0.3) or ids[:3]
-    raise RunFolderError(
-        f"{root}: no problem {problem!r} among {len(ids)}; the nearest: {', '.join(near)}"
-    )
 
 
 def choose_tree(

@@ -25,15 +25,15 @@ import pyarrow.parquet as pq
 
 from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.held_out import Evaluation, evaluate
+from cluster.evaluation.shares import problems_by_level, shares_by_level
 from cluster.fleet.fleet import Fleet, RolloutStage
-from cluster.folder.run_folder import RunFolder
-from cluster.reports.report import hardware, plot_report, shares_by_level, versions, write_report
+from cluster.folder.lineage import record_lineage, record_start
+from cluster.folder.machine import hardware, versions
+from cluster.folder.run_folder import REPORT, RunFolder
 from cluster.runs.config import RunConfig
-from cluster.runs.lineage import record_lineage, record_start
 from cluster.runs.regrade import verdicts_of
 from cluster.telemetry.live import LiveFile
 from cluster.telemetry.progress import ProgressView
-from cluster.watch.status import problems_by_level
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
     build_dataset,
@@ -100,8 +100,7 @@ class Evolution:
                 finally:
                     await self.fleet.stop(self.view.note)
                 report = self.report(live.seconds_total)
-                write_report(self.folder.root, report)
-                plot_report(report, self.folder.root / "report.png")
+                self.folder.write(REPORT, report)
         return report
 
     # ---------------------------------------------------------------- before the first round
@@ -277,7 +276,9 @@ class Evolution:
         )
         self._tell(outcome.loss_lines())
         self.folder.write_suspects(number, outcome.suspects)
-        levels = await asyncio.to_thread(problems_by_level, trees, self.folder.problem_levels())
+        levels = await asyncio.to_thread(
+            lambda: problems_by_level(trees.commits(), self.folder.problem_levels())
+        )
         self.folder.record_stage(number, "rollout", seconds, **outcome.facts(), **levels)
         await self._remove_orphans(trees)
         return outcome.manifest

@@ -33,10 +33,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.reports.report import COLUMNS, shares_by_level, write_report
-from cluster.runs.lineage import lineage_name
-from cluster.watch.status import problems_by_level
+from cluster.evaluation.shares import COLUMNS, problems_by_level, shares_by_level
+from cluster.folder.lineage import lineage_name
+from cluster.folder.run_folder import REPORT, RunFolder, RunFolderError
 from learner.dataset import read_manifest
 from rollout.regrade import VerdictChange, compare_verdicts, regrade_table, regraded_commit
 from rollout.store import RunStore, TrajectoryStore, stored_rounds
@@ -236,7 +235,7 @@ def _refresh_records(folder: RunFolder, trees: TrajectoryStore, result: RoundReg
     manifest = trees.manifest()
     assert manifest is not None
     if stage:
-        levels = problems_by_level(trees, folder.problem_levels())
+        levels = problems_by_level(trees.commits(), folder.problem_levels())
         facts = {k: v for k, v in stage.items() if k != "seconds"}
         facts |= {"solved": result.solved, "totals": asdict(manifest.totals), **levels}
         folder.record_stage(trees.round, "rollout", stage["seconds"], **facts)
@@ -255,7 +254,7 @@ def _refresh_report(
     folder: RunFolder, rounds: Sequence[TrajectoryStore], found: Iterable[RoundRegrade]
 ) -> None:
     """Coverage in `report.json` by the newest verdicts; nothing where there is no report."""
-    report = folder.read("report.json")
+    report = folder.read(REPORT)
     if report is None or not any(result.generation for result in found):
         return
     levels = folder.problem_levels()
@@ -272,7 +271,7 @@ def _refresh_report(
                 entry[name] = shares_by_level((level, i in ids) for i, level in levels.items())
         if "correct_trajectories" in entry:
             entry["correct_trajectories"] = _correct_trajectories(trees)
-    write_report(folder.root, report)
+    folder.write(REPORT, report)
 
 
 def _correct_trajectories(trees: TrajectoryStore) -> int:

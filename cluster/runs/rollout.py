@@ -11,37 +11,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.engines.model_check import check_policy_checkpoint
+from cluster.evaluation.shares import COLUMNS, problems_by_level, shares_by_level
 from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
-from cluster.folder.run_folder import RunFolder
-from cluster.reports.report import COLUMNS, hardware, shares_by_level, versions, write_report
-from cluster.runs.config import ConfigError, GivenModelsConfig, RolloutConfig
-from cluster.runs.lineage import record_lineage, record_start
+from cluster.fleet.given_models import (
+    given_checkpoint,
+    with_checkpoint_directories,
+    with_prompt_template,
+)
+from cluster.folder.lineage import record_lineage, record_start
+from cluster.folder.machine import hardware, versions
+from cluster.folder.run_folder import REPORT, RunFolder
+from cluster.runs.config import RolloutConfig
 from cluster.telemetry.live import LiveFile
 from cluster.telemetry.progress import ProgressView
-from cluster.watch.status import problems_by_level
-from learner.checkpoint import (
-    Checkpoint,
-    Kind,
-    checkpoint_directory,
-    directory_digest,
-    read_prompt_template,
-)
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
-from rollout.prompt import TEMPLATES
 from rollout.store import RunStore, TrajectoryStore
 
 ROUND = 1
 """The one round a rollout run has."""
-
-G = TypeVar("G", bound=GivenModelsConfig)
 
 
 class RolloutRun:
@@ -89,12 +83,12 @@ class RolloutRun:
                         await self.fleet.stop(self.view.note)
                     await asyncio.to_thread(self._record, outcome, trees)
                 report = await asyncio.to_thread(self._report, problems, trees, read.skipped)
-                write_report(self.folder.root, report)
+                self.folder.write(REPORT, report)
         return report
 
     def _record(self, outcome: RolloutOutcome, trees: TrajectoryStore) -> None:
         self.folder.write_suspects(ROUND, outcome.suspects)
-        levels = problems_by_level(trees, self.folder.problem_levels())
+        levels = problems_by_level(trees.commits(), self.folder.problem_levels())
         self.folder.record_stage(ROUND, "rollout", outcome.seconds, **outcome.facts(), **levels)
         record_lineage(self.folder, ROUND)
         trees.remove_orphans(older_than_s=self.config.cluster.lease_s, now_unix_s=time.time())
@@ -179,41 +173,6 @@ class RolloutRun:
             "versions": versions(),
             "hardware": hardware(),
         }
-
-
-def with_checkpoint_directories(config: G) -> G:
-    """The config with `.../round=R/policy` folders replaced by the checkpoint published there."""
-    found = {
-        name: checkpoint_directory(path)
-        for name in ("policy", "ppm")
-        if (path := getattr(config, name)) is not None
-    }
-    return config.model_copy(update=found)
-
-
-def with_prompt_template(config: G) -> G:
-    """The config with the template the policy was trained with, unless one was asked for.
-
-    Raises:
-        ConfigError: the checkpoint names a template this version does not know.
-    """
-    if config.policy is None or "template" in config.search.model_fields_set:
-        return config
-    name = read_prompt_template(config.policy)
-    if name is None:
-        return config
-    if name not in TEMPLATES:
-        raise ConfigError(
-            f"{config.policy}: trained with prompt template {name!r}, expected one of "
-            f"{', '.join(TEMPLATES)}; choose with --set search.template=..."
-        )
-    search = config.search.model_copy(update={"template": name})
-    return config.model_copy(update={"search": search})
-
-
-def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
-    """A checkpoint named on the command line; its version is its digest."""
-    return Checkpoint(kind=kind, round=0, path=str(path.absolute()), digest=directory_digest(path))
 
 
 def print_rollout_report(report: dict[str, Any], console: Console) -> None:

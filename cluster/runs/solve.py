@@ -30,14 +30,16 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
+from cluster.fleet.config import ActorConfig
 from cluster.fleet.fleet import Fleet
-from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.runs.config import ActorConfig, ConfigError, SolveConfig, make_config, read_yaml
-from cluster.runs.rollout import (
+from cluster.fleet.given_models import (
     given_checkpoint,
     with_checkpoint_directories,
     with_prompt_template,
 )
+from cluster.folder.config_file import ConfigError, make_config, read_yaml
+from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.runs.config import SolveConfig
 from learner.checkpoint import CheckpointStore
 from rollout.methods import Event, EventKind, Method, MethodConfig, Solver, SolveResult
 from rollout.problem import Level, Problem

@@ -5,7 +5,7 @@
                          +--> OUT.journal.jsonl   a line for each answered request, synced
                          +--> OUT                 what is kept so far; written whole
 
-Retries, pauses, limits per minute and the API key are those of `cluster.engines.endpoint`. Chat servers are
+Retries, pauses, limits per minute and the API key are those of `engines.endpoint`. Chat servers are
 spoken to as such (`endpoint.chat`, the default here): a question and its solution need no text to
 be continued, unlike the steps of a search. A base model behind /completions takes the same prompts.
 
@@ -34,14 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.engines.completions_api import CompletionsReply, read_reply
-from cluster.engines.endpoint import (
-    EndpointConfig,
-    EndpointPolicy,
-    EndpointStats,
-    proxy_for,
-    read_api_key,
-)
-from cluster.runs.config import make_config, read_yaml
+from cluster.engines.config import EndpointConfig
+from cluster.engines.endpoint import EndpointPolicy, EndpointStats, proxy_for, read_api_key
+from cluster.folder.config_file import make_config, read_yaml
 from cluster.telemetry.progress import ProgressView
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
 from rollout.problem import Level, Problem

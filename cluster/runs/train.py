@@ -22,8 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.folder.config_file import load_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.runs.config import TrainRunConfig, load_config, read_yaml
+from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory

@@ -16,9 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
+
+from cluster.folder.machine import command_line
 
 LIVE_FILE = "live.json"
 
@@ -180,11 +180,6 @@ def read_live(root: Path) -> Live | None:
         return Live(**{**data, "progress": Snapshot(**data["progress"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def command_line() -> str:
-    """What was typed to start this process, as a shell would read it."""
-    return shlex.join(["rstar", *sys.argv[1:]])
 
 
 def _message(error: BaseException | None) -> str:

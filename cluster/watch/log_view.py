@@ -20,9 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cluster.folder.run_folder import RunFolderError
+from cluster.folder.run_folder import RunFolderError, resolve_problem
 from cluster.jobs.queue import Job, StagePlan, plan_jobs
-from cluster.reports.tree_view import resolve_problem
 from cluster.telemetry import logs, tracing
 from cluster.telemetry.logs import LogFilter, LogLine
 from rollout.store import Commit, RunStore, TrajectoryStore, stored_rounds

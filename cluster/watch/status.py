@@ -32,10 +32,10 @@ from rich.live import Live as Redrawn
 from rich.table import Table
 from rich.text import Text
 
+from cluster.evaluation.shares import COLUMNS, problems_by_level, with_all
+from cluster.folder.lineage import lineage_name
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.jobs.queue import StagePlan
-from cluster.reports.report import COLUMNS
-from cluster.runs.lineage import lineage_name
 from cluster.telemetry.live import INTERVAL_S, Live, read_live
 from cluster.telemetry.progress import LEVELS_FACT, cost_usd, duration, eta_text, fact_text
 from learner.dataset import read_manifest
@@ -180,7 +180,7 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
         state=state,
         explanation=explanation,
         rounds=rounds,
-        problems=_with_all(Counter(levels.values())) if levels else {},
+        problems=with_all(Counter(levels.values())) if levels else {},
         generated_tokens=sum(round.generated_tokens for round in rounds),
         seconds_total=seconds,
         num_starts=len((folder.read("versions.json") or {"starts": []})["starts"]),
@@ -188,36 +188,6 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
         live=live,
         go_on="" if alive or finished else _go_on(folder, live, is_evolve),
     )
-
-
-def problems_by_level(
-    trees: TrajectoryStore, levels: Mapping[str, str]
-) -> dict[str, dict[str, int]]:
-    """How many problems the committed trees of a round search and solve, for the stage's record.
-
-    Args:
-        levels: of every problem, by id.
-    """
-    return _by_level(trees.commits(), levels)
-
-
-def _by_level(
-    commits: Mapping[str, Commit], levels: Mapping[str, str]
-) -> dict[str, dict[str, int]]:
-    keys = [key for commit in commits.values() for key in commit.trees]
-    ids = {
-        "searched_by_level": {key.problem_id for key in keys},
-        "solved_by_level": {key.problem_id for key in keys if key.solved},
-    }
-    return {
-        name: _with_all(Counter(levels[i] for i in found if i in levels), len(found))
-        for name, found in ids.items()
-    }
-
-
-def _with_all(counts: Mapping[str, int], total: int | None = None) -> dict[str, int]:
-    ordered = {column: counts[column] for column in COLUMNS if column in counts}
-    return {**ordered, "all": sum(counts.values()) if total is None else total}
 
 
 # --------------------------------------------------------------------------------- reading
@@ -301,7 +271,7 @@ def _round(
     record = folder.stage(number, "rollout") if manifest is not None else {}
     counted = "solved_by_level" in record
     commits = trees.commits() if number > 0 and not counted else {}
-    counts: Mapping[str, Any] = record if counted else _by_level(commits, levels)
+    counts: Mapping[str, Any] = record if counted else problems_by_level(commits, levels)
     totals = (
         manifest.totals if manifest is not None else Totals.sum(c.totals for c in commits.values())
     )

@@ -12,7 +12,8 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from cluster.runs.config import RolloutConfig, make_config
+from cluster.folder.config_file import make_config
+from cluster.runs.config import RolloutConfig
 from cluster.runs.rollout import RolloutRun
 from cluster.telemetry.progress import ProgressView
 from rollout.engine import EngineError

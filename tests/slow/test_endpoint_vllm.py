@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from cluster.engines.endpoint import EndpointConfig, EndpointPolicy
+from cluster.engines.config import EndpointConfig
+from cluster.engines.endpoint import EndpointPolicy
 from rollout.engine import EngineError, FinishReason, GenerationRequest
 from rollout.prompt import END_OF_STEP, SHORT_TEMPLATE, render_question
 from tests.vllm_server import serving_model

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.reports.report import COLUMNS
+from cluster.evaluation.shares import COLUMNS
 from rollout.problems.reader import read_problems
 from rollout.store import RunStore, TrajectoryStore
 

@@ -28,7 +28,8 @@ TOLERANCE = 1e-4
 # In a process of its own: the engine sets up torch.distributed for itself, and for good.
 SERVE = """
 import asyncio, json, sys
-from cluster.engines.replica import EngineConfig, PreferenceReplica
+from cluster.engines.replica import PreferenceReplica
+from cluster.engines.config import EngineConfig
 from rollout.engine import EvaluationRequest
 
 async def main():

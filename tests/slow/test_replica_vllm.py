@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
+from cluster.engines.config import EngineConfig
 from cluster.engines.model_check import ModelCheckError
 from cluster.engines.replica import (
-    EngineConfig,
     PolicyReplica,
     PolicyReplicaActor,
     PreferenceReplicaActor,
@@ -60,7 +60,8 @@ IN_PROCESS = """
 import json, os, sys
 
 from cluster.engines.model_check import check_policy_checkpoint
-from cluster.engines.replica import EngineConfig, engine_arguments, engine_environment
+from cluster.engines.replica import engine_arguments, engine_environment
+from cluster.engines.config import EngineConfig
 
 config = EngineConfig(max_model_len=512, kv_cache_gib=0.05)
 for name, value in engine_environment(config, on_cpu=True).items():

@@ -18,8 +18,8 @@ from bench.ablations import (
     read_tables,
 )
 from bench.plain_reasoning import plain_solution
+from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder
-from cluster.runs.config import ConfigError
 from rollout.prompt import parse_response
 from rollout.search import SearchConfig
 from tests.fakes import Failure, ScriptedSandbox

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import explain
-from cluster.runs.config import ConfigError
+from cluster.folder.config_file import ConfigError
 from rollout.store import StoreError
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runs.config import RunConfig, load_config
+from cluster.folder.config_file import load_config
+from cluster.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[3]
 SLURM = ROOT / "deploy" / "slurm"

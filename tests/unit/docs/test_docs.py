@@ -24,7 +24,8 @@ import typer
 import yaml
 
 from cluster.cli import app
-from cluster.runs.config import ConfigError, RolloutConfig, RunConfig, load_config
+from cluster.folder.config_file import ConfigError, load_config
+from cluster.runs.config import RolloutConfig, RunConfig
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,9 +17,11 @@ import pytest
 from aiohttp import web
 from pydantic import ValidationError
 
-from cluster.engines.endpoint import EndpointConfig, EndpointPolicy, Pace, backoff_s, read_api_key
+from cluster.engines.config import EndpointConfig
+from cluster.engines.endpoint import EndpointPolicy, Pace, backoff_s, read_api_key
+from cluster.folder.config_file import ConfigError, make_config
 from cluster.folder.run_folder import RunFolder
-from cluster.runs.config import ConfigError, RolloutConfig, RunConfig, make_config
+from cluster.runs.config import RolloutConfig, RunConfig
 from rollout.engine import EngineError, FinishReason, GenerationReply, GenerationRequest
 from rollout.prompt import STOP_STRINGS
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from cluster.engines.config import EngineConfig
 from cluster.engines.model_check import ModelCheckError, ModelInfo
 from cluster.engines.replica import (
-    EngineConfig,
     PreferenceReplica,
     RequestGate,
     StopPlan,

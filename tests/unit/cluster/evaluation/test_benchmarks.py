@@ -15,8 +15,9 @@ from cluster.evaluation.benchmarks import (
     read_benchmark,
     read_evaluation,
 )
+from cluster.evaluation.config import EvaluateConfig
+from cluster.folder.config_file import ConfigError, make_config
 from cluster.folder.run_folder import RunFolderError
-from cluster.runs.config import ConfigError, EvaluateConfig, make_config
 from rollout.methods import Method
 from rollout.problem import Level, Problem
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from cluster.evaluation.compare import compare, show_comparison, verdict
 from cluster.evaluation.results import RESULT_SCHEMA
+from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
-from cluster.runs.config import ConfigError
 
 
 def write_results(root: Path, scores: dict[tuple[str, str, int], list[float]]) -> Path:

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate
-from cluster.runs.config import EvaluationConfig
 from rollout.engine import Completion, FinishReason, GenerationRequest
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig

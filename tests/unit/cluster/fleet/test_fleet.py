@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.fleet.actors import actor_bundle, actor_options, replica_bundles
+from cluster.fleet.config import ActorConfig, ClusterConfig
 from cluster.fleet.fleet import (
     RENEW_S,
     Fleet,
@@ -18,11 +19,12 @@ from cluster.fleet.fleet import (
     hardest_first,
     queue_config,
 )
+from cluster.folder.config_file import ConfigError, make_config
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.escalation import StageCost
 from cluster.jobs.queue import SearchTask, StagePlan
-from cluster.runs.config import ActorConfig, ClusterConfig, ConfigError, RolloutConfig, make_config
+from cluster.runs.config import RolloutConfig
 from rollout.engine import EngineError
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig

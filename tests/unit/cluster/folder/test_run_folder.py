@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cluster.folder import run_folder
+from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.runs.config import ConfigError, RunConfig
+from cluster.runs.config import RunConfig
 from rollout.problem import Level
 from tests.builders import make_problem
 

@@ -8,11 +8,11 @@ import pytest
 import ray
 from ray.autoscaler.v2 import sdk
 
-from cluster.engines.replica import EngineConfig
+from cluster.engines.config import EngineConfig
 from cluster.fleet.actors import PolicyKind
+from cluster.fleet.config import ActorConfig
 from cluster.machines import nodes
 from cluster.machines.placement import NodeResources
-from cluster.runs.config import ActorConfig
 
 HEAD = NodeResources(name="head", total={"CPU": 2}, free={"CPU": 2})
 

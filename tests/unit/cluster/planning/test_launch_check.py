@@ -14,6 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.fleet.config import ClusterConfig
+from cluster.folder.config_file import ConfigError
 from cluster.planning.launch_check import (
     Finding,
     Launch,
@@ -29,7 +31,7 @@ from cluster.planning.launch_check import (
     read_run,
     run_check,
 )
-from cluster.runs.config import ClusterConfig, ConfigError, RunConfig
+from cluster.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[4]
 AWS = ROOT / "ray_cluster.yaml"

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from cluster.fleet.config import ClusterConfig
 from cluster.planning.latency import DEFAULT_CURVE, CurveError, LatencyCurve
 from cluster.planning.planner import PlanConfig
 from cluster.planning.simulate import (
@@ -21,7 +22,6 @@ from cluster.planning.simulate import (
     print_simulation,
 )
 from cluster.planning.simulated_store import DictFileSystem, RacingStore
-from cluster.runs.config import ClusterConfig
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import answered, make_problem, make_tree
 

@@ -1,19 +1,14 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cluster.reports.report import (
-    plot_report,
-    print_report,
-    shares_by_level,
-    versions,
-    write_report,
-)
+from cluster.evaluation.shares import shares_by_level
+from cluster.reports.plots import write_png
+from cluster.reports.report import print_report, rounds_figure
 
 
 def shares(value: float) -> dict[str, float]:
@@ -72,13 +67,7 @@ def test_table_fits_eighty_columns_and_adds_up_what_was_lost() -> None:
     ]
 
 
-def test_plot_and_json_are_written_whole(tmp_path: Path) -> None:
-    assert plot_report(report(), tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    path = write_report(tmp_path, report())
-    assert json.loads(path.read_text(encoding="utf-8")) == report()
-    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
-
-
-def test_versions_name_python_and_the_packages_that_are_here() -> None:
-    found = versions()
-    assert {"python", "ray", "torch", "transformers"} <= found.keys()
+def test_plot_of_the_rounds_is_a_png(tmp_path: Path) -> None:
+    path = write_png(rounds_figure(report()), tmp_path / "p.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]

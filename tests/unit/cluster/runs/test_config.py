@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.runs.config import ConfigError, RolloutConfig, RunConfig, load_config, presets
+from cluster.folder.config_file import ConfigError, load_config, presets
+from cluster.runs.config import RolloutConfig, RunConfig
 
 CONFIGS = Path(__file__).parents[4] / "deploy" / "configs"
 MINIMAL = {
@@ -21,7 +22,7 @@ def write(path: Path, data: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", presets(RunConfig))
 def test_shipped_run_configs_are_valid_and_read_back_equal(name: str, tmp_path: Path) -> None:
     config = load_config(name, kind=RunConfig)
     assert config.name == name

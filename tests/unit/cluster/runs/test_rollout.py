@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from cluster.runs.config import ConfigError, RolloutConfig
-from cluster.runs.rollout import with_prompt_template
+from cluster.fleet.given_models import with_prompt_template
+from cluster.folder.config_file import ConfigError
+from cluster.runs.config import RolloutConfig
 from learner.checkpoint import write_prompt_template
 
 

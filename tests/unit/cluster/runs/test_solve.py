@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 
 import cluster.runs.solve
+from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
-from cluster.runs.config import ConfigError
 from cluster.runs.solve import (
     PathLog,
     SolveView,

@@ -19,7 +19,7 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from cluster.runs.config import ConfigError
+from cluster.folder.config_file import ConfigError
 from cluster.runs.synthesize import (
     JournalFile,
     SynthesizeConfig,

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.runs.config import ConfigError
 from cluster.runs.train import print_train_report, run_train
 from learner.checkpoint import CheckpointStore
 from learner.dataset import DatasetConfig, build_dataset, write_dataset

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster.evaluation.shares import problems_by_level
+from cluster.folder.lineage import record_lineage, record_start
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.jobs.queue import StagePlan
 from cluster.runs.config import RunConfig
-from cluster.runs.lineage import record_lineage, record_start
 from cluster.telemetry.live import STALE_S, LiveFile, Snapshot
 from cluster.watch import status as status_module
 from cluster.watch.status import RunStatus, read_status, short, show_status
@@ -201,7 +202,7 @@ def test_cost_is_that_of_all_seconds(run: Run) -> None:
 
 def test_record_of_a_sealed_round_spares_its_markers(run: Run) -> None:
     run.finish_round(1)
-    levels = status_module.problems_by_level(run.trees(1), run.folder.problem_levels())
+    levels = problems_by_level(run.trees(1).commits(), run.folder.problem_levels())
     run.folder.record_stage(1, "rollout", 9.0, **levels)
     for marker in (run.folder.root / "trajectories/round=1/commits").iterdir():
         marker.unlink()

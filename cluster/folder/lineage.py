@@ -23,9 +23,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from cluster.folder.machine import code_version, command_line, hardware, versions
 from cluster.folder.run_folder import RunFolder
-from cluster.reports.report import code_version, hardware, versions
-from cluster.telemetry.live import command_line
 from learner.checkpoint import CheckpointStore, Kind, directory_digest
 from learner.dataset import read_manifest
 from rollout.store import RunStore, TrajectoryStore

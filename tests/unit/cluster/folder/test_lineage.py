@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.folder import lineage
+from cluster.folder.lineage import record_lineage, record_start
+from cluster.folder.machine import code_version
 from cluster.folder.run_folder import RunFolder
-from cluster.reports.report import code_version
-from cluster.runs import lineage
-from cluster.runs.lineage import record_lineage, record_start
 from learner.checkpoint import CheckpointStore, directory_digest
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import answer, make_problem, make_tree

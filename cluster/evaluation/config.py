@@ -1,0 +1,77 @@
+"""What is measured on held-out problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.fleet.given_models import GivenModelsConfig
+from cluster.folder.config_file import Config
+from rollout.methods import Method
+from rollout.problem import Level
+
+
+class EvaluationConfig(Config):
+    """What is measured on held-out problems after each round."""
+
+    num_problems: int | None = Field(
+        None, ge=1, description="first so many test problems, levels balanced; null: all"
+    )
+    num_samples: int = Field(8, ge=1, description="samples for majority and best-of-N")
+    num_search_problems: int | None = Field(
+        None, ge=1, description="problems for majority, best-of-N and search; null: all"
+    )
+    num_candidates: int = Field(8, ge=1, description="candidates per expansion of search")
+    vote_top_k: int = Field(4, ge=1, description="answers that vote, best PPM value first")
+    max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
+
+
+class EvaluateConfig(GivenModelsConfig):
+    """Methods on benchmarks with given models: `rstar evaluate`."""
+
+    policy: Path = Field(description="Hugging Face directory of any causal language model")
+    benchmarks: list[Path] = Field(
+        min_length=1, description="problem files; the name of each without suffix is its name"
+    )
+    methods: list[Method] = Field(
+        default_factory=lambda: [Method.GREEDY],
+        min_length=1,
+        description="greedy | majority | best-of-n | beam | mcts; majority and best-of-n choose "
+        "among the same samples",
+    )
+    trajectories: list[int] = Field(
+        default_factory=lambda: [1, 2, 4, 8],
+        min_length=1,
+        description="budgets: solutions a method may choose among; made once, for the largest",
+    )
+    limit: int | None = Field(None, ge=1, description="first so many problems of each file")
+    default_level: Level = Field(Level.MATH, description="level of rows that name none")
+    prompt: Literal["auto", "steps", "chat", "plain"] = Field(
+        "auto",
+        description="steps: ours, with code; chat: the chat template of the tokenizer; plain: a "
+        "question and no template; auto: the first of these that the tokenizer has what it takes "
+        "for",
+    )
+    instruction: str = Field(
+        "Please reason step by step, and put your final answer within \\boxed{}.",
+        description="added to the question of a chat or plain prompt",
+    )
+    vote_top_k: int = Field(
+        4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
+    )
+    max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
+    beam_width: int = Field(8, ge=1, description="paths kept after each step of a beam")
+    beam_candidates: int = Field(8, ge=1, description="candidates per path and step of a beam")
+    rollouts_per_tree: int = Field(
+        12, ge=1, description="mcts: a trajectory is a tree of so many rollouts (released: 12)"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateConfig:
+        if any(budget < 1 for budget in self.trajectories):
+            raise ValueError(f"trajectories must be >= 1, got {self.trajectories}")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods names a method twice")
+        return self

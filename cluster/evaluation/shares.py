@@ -1,0 +1,57 @@
+"""Shares of problems solved, per level and over all; fractions of 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from rollout.problem import Level
+from rollout.store import Commit
+
+LEVELS = tuple(level.value for level in Level)
+COLUMNS = (*LEVELS, "all")
+
+
+def shares_by_level(outcomes: Iterable[tuple[str, bool]]) -> dict[str, float | None]:
+    """Share of true outcomes per level and over all; None where a level has no problem.
+
+    Args:
+        outcomes: (level, outcome) of each problem.
+    """
+    totals = dict.fromkeys(COLUMNS, 0)
+    hits = dict.fromkeys(COLUMNS, 0)
+    for level, outcome in outcomes:
+        for column in (level, "all"):
+            totals[column] += 1
+            hits[column] += outcome
+    return {c: hits[c] / totals[c] if totals[c] else None for c in COLUMNS}
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as percent; "-" for None."""
+    return "-" if share is None else f"{100 * share:.{digits}f}"
+
+
+def problems_by_level(
+    commits: Mapping[str, Commit], levels: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """How many problems the committed trees of a round search and solve, for the stage's record.
+
+    Args:
+        levels: of every problem, by id.
+    """
+    keys = [key for commit in commits.values() for key in commit.trees]
+    ids = {
+        "searched_by_level": {key.problem_id for key in keys},
+        "solved_by_level": {key.problem_id for key in keys if key.solved},
+    }
+    return {
+        name: with_all(Counter(levels[i] for i in found if i in levels), len(found))
+        for name, found in ids.items()
+    }
+
+
+def with_all(counts: Mapping[str, int], total: int | None = None) -> dict[str, int]:
+    """Counts per level in order, and over all: `total`, or their sum."""
+    ordered = {column: counts[column] for column in COLUMNS if column in counts}
+    return {**ordered, "all": sum(counts.values()) if total is None else total}

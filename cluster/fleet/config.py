@@ -1,0 +1,167 @@
+"""What every command that searches is told: where its actors run, and how they search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cluster.engines.config import EngineConfig
+from cluster.fleet.membership import SupervisionConfig
+from cluster.folder.config_file import Config
+from cluster.jobs.admission import AdmissionConfig
+from cluster.machines.scaler import ScalerConfig
+from cluster.machines.spot import SpotConfig
+from cluster.telemetry.exporter import MetricsConfig
+from cluster.telemetry.tracing import TracingConfig
+from rollout.difficulty import SuspectConfig
+from rollout.search import SearchConfig
+from verifier import SandboxLimits
+
+
+class HardProblemsConfig(Config):
+    """What is done about problems that stay unsolved, besides searching them on."""
+
+    max_generated_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="a problem that cost so much is not searched on; null: no cap",
+    )
+    leave_suspects: bool = Field(
+        False, description="do not search problems on whose searches agree on another answer"
+    )
+    suspect: SuspectConfig = Field(
+        default_factory=SuspectConfig, description="when a label is suspect"
+    )
+
+
+class ActorConfig(Config):
+    """How many actors of a kind, and what each asks of Ray."""
+
+    replicas: int = Field(1, ge=1, description="number of actors")
+    num_cpus: float = Field(0, ge=0, description="CPUs each reserves")
+    num_gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs each reserves; a fraction shares one; of a replica spread over several "
+        "GPUs, all of them",
+    )
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom resources each reserves, as named in the cluster"
+    )
+
+
+class CostConfig(Config):
+    """What the machines cost, for the progress view and `rstar status`."""
+
+    usd_per_hour: float | None = Field(
+        None, ge=0, description="dollars per hour of all machines together; null: not shown"
+    )
+    budget_usd: float | None = Field(
+        None, gt=0, description="an alert says when the run costs more; null: none does"
+    )
+
+
+class ClusterConfig(Config):
+    """Where the actors run."""
+
+    address: str = Field(
+        "local", description='"local" starts an embedded Ray; else a Ray address, or "auto"'
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of an embedded Ray; null: the machine's"
+    )
+    dashboard_port: int | None = Field(
+        None, ge=1024, le=65535, description="Ray dashboard of an embedded Ray; null: none"
+    )
+    object_store_mib: int = Field(256, ge=80, description="object store of an embedded Ray")
+    policy: ActorConfig = Field(default_factory=ActorConfig, description="policy replicas")
+    ppm: ActorConfig = Field(default_factory=ActorConfig, description="PPM replicas")
+    sandbox: ActorConfig = Field(default_factory=ActorConfig, description="sandbox workers")
+    workers: ActorConfig = Field(default_factory=ActorConfig, description="rollout workers")
+    learner: ActorConfig = Field(
+        default_factory=lambda: ActorConfig(replicas=2), description="learner ranks"
+    )
+    max_open_trees: int = Field(64, ge=1, description="most searches open per rollout worker")
+    admission: AdmissionConfig = Field(
+        default_factory=AdmissionConfig, description="how many of them the engines take now"
+    )
+    shard_size: int = Field(16, ge=1, description="problems per job")
+    lease_s: float = Field(600.0, gt=0, description="a job not renewed for so long is given again")
+    start_timeout_s: float = Field(
+        300.0, gt=0, description="an actor not ready by then is an error that says what is missing"
+    )
+    hand_over: bool = Field(
+        False,
+        description="engines end before each training run and start again after it, so that both "
+        "can have the same GPU; costs two starts of the engines a round",
+    )
+    orphan_s: float = Field(
+        300.0,
+        gt=0,
+        description="after the driver's death engines and workers carry on for so long (not on an "
+        "embedded Ray, which ends with it)",
+    )
+    request_timeout_s: float = Field(300.0, gt=0, description="deadline of one engine request")
+    checkpoint_open_trees_s: float | None = Field(
+        60.0,
+        gt=0,
+        description="pause between two checkpoints of unfinished searches; null: only on drain",
+    )
+    supervision: SupervisionConfig = Field(
+        default_factory=SupervisionConfig, description="how dead actors are found and replaced"
+    )
+    stalled_after_s: float = Field(
+        120.0, gt=0, description="a part with work and no progress for so long is shown as stalled"
+    )
+    autoscale: dict[Literal["policy", "ppm", "sandbox"], ScalerConfig] = Field(
+        default_factory=dict,
+        description="pools that grow and shrink during rollouts (units: trees); others stay fixed",
+    )
+    spot: SpotConfig | None = Field(
+        None, description="watch the cloud's metadata service on each node; null: do not"
+    )
+
+
+class SandboxConfig(Config):
+    """How step code is isolated."""
+
+    isolation: Literal["strict", "best_effort"] = Field(
+        "best_effort", description="strict refuses to start where a layer is missing"
+    )
+    limits: SandboxLimits = Field(default_factory=SandboxLimits, description="per step")
+
+
+class ServingConfig(Config):
+    """What every command that searches needs: where it runs and how."""
+
+    run_dir: Path = Field(description="folder that everything is written to, seen by all machines")
+    seed: int = Field(0, ge=0, description="every random choice follows from it")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="actors")
+    policy_engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM, policy")
+    ppm_engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM, PPM")
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig, description="step code")
+    search: SearchConfig = Field(default_factory=SearchConfig, description="of every round")
+    hard_problems: HardProblemsConfig = Field(
+        default_factory=HardProblemsConfig, description="problems that stay unsolved"
+    )
+    cost: CostConfig = Field(default_factory=CostConfig, description="for people")
+    metrics: MetricsConfig = Field(
+        default_factory=MetricsConfig, description="what is measured while it runs"
+    )
+    tracing: TracingConfig = Field(
+        default_factory=TracingConfig, description="which problems leave a trace (docs/logs.md)"
+    )
+
+    @model_validator(mode="after")
+    def _gpus_of_replicas(self) -> Self:
+        for name in ("policy", "ppm"):
+            ranks = getattr(self, f"{name}_engine").num_ranks
+            num_gpus = getattr(self.cluster, name).num_gpus
+            if ranks > 1 and num_gpus not in (0, ranks):
+                raise ValueError(
+                    f"cluster.{name}.num_gpus must be {ranks}, "
+                    f"{name}_engine.tensor_parallel_size x pipeline_parallel_size; got {num_gpus:g}"
+                )
+        return self

@@ -1,0 +1,66 @@
+"""Models that are named on the command line, not made by the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field
+
+from cluster.fleet.config import ServingConfig
+from cluster.folder.config_file import ConfigError
+from learner.checkpoint import (
+    Checkpoint,
+    Kind,
+    checkpoint_directory,
+    directory_digest,
+    read_prompt_template,
+)
+from rollout.prompt import TEMPLATES
+
+
+class GivenModelsConfig(ServingConfig):
+    """What is served is named, not made."""
+
+    policy: Path | None = Field(
+        None, description="Hugging Face checkpoint directory of the policy; null: an endpoint's"
+    )
+    ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
+
+
+G = TypeVar("G", bound=GivenModelsConfig)
+
+
+def with_checkpoint_directories(config: G) -> G:
+    """The config with `.../round=R/policy` folders replaced by the checkpoint published there."""
+    found = {
+        name: checkpoint_directory(path)
+        for name in ("policy", "ppm")
+        if (path := getattr(config, name)) is not None
+    }
+    return config.model_copy(update=found)
+
+
+def with_prompt_template(config: G) -> G:
+    """The config with the template the policy was trained with, unless one was asked for.
+
+    Raises:
+        ConfigError: the checkpoint names a template this version does not know.
+    """
+    if config.policy is None or "template" in config.search.model_fields_set:
+        return config
+    name = read_prompt_template(config.policy)
+    if name is None:
+        return config
+    if name not in TEMPLATES:
+        raise ConfigError(
+            f"{config.policy}: trained with prompt template {name!r}, expected one of "
+            f"{', '.join(TEMPLATES)}; choose with --set search.template=..."
+        )
+    search = config.search.model_copy(update={"template": name})
+    return config.model_copy(update={"search": search})
+
+
+def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
+    """A checkpoint named on the command line; its version is its digest."""
+    return Checkpoint(kind=kind, round=0, path=str(path.absolute()), digest=directory_digest(path))
