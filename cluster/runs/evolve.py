@@ -24,15 +24,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.engines.model_check import check_policy_checkpoint
-from cluster.evaluation.held_out import Evaluation, evaluate
-from cluster.evaluation.shares import problems_by_level, shares_by_level
-from cluster.fleet.fleet import Fleet, RolloutStage
-from cluster.folder.lineage import record_lineage, record_start
-from cluster.folder.machine import hardware, versions
-from cluster.folder.run_folder import REPORT, RunFolder
+from cluster.evaluation.held_out import evaluate
+from cluster.evaluation.shares import problems_by_level
+from cluster.fleet.session import Session
+from cluster.folder.lineage import record_lineage
+from cluster.folder.run_folder import REPORT
 from cluster.runs.config import RunConfig
+from cluster.runs.evolve_report import evolution_report
 from cluster.runs.regrade import verdicts_of
-from cluster.telemetry.live import LiveFile
+from cluster.runs.rollout import search_stages
 from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
@@ -47,7 +47,7 @@ from learner.markers import with_markers
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
-from rollout.store import Manifest, RunStore, TrajectoryStore
+from rollout.store import Manifest, TrajectoryStore
 from rollout.trajectory import trajectories
 from rollout.tree import Tree
 
@@ -65,16 +65,15 @@ class Evolution:
         self.config = config
         self.force = force
         self.view = view
-        self.folder = RunFolder(config.run_dir)
-        self.store = RunStore(str(self.folder.root))
+        self.session = Session(config, view)
+        self.folder, self.store = self.session.folder, self.session.store
+        self.fleet = self.session.fleet
         self.checkpoints = CheckpointStore(self.folder.checkpoints)
-        self.fleet = Fleet(config, self.folder)
-        self.fleet.note = view.note
         self.train: list[Problem] = []
         self.test: list[Problem] = []
         self.demonstrations: Path | None = None
         self.base_model = Path()
-        self.inputs: list[Path] = []
+        self.inputs: list[Path | None] = []
         """Files and model directories the run starts from."""
 
     async def run(self) -> dict[str, Any]:
@@ -84,23 +83,22 @@ class Evolution:
             ConfigError, RunFolderError, ProblemFileError, StoreError, CheckpointError,
             LearnerError, EngineError: what stopped it, named; everything committed stays.
         """
-        with self.folder.locked():
-            self.folder.keep_config(self.config)
-            self.store.self_check()
-            with LiveFile(self.folder.root, self.view.snapshot) as live:
-                self.view.seconds_before = live.seconds_before
-                self.view.usd_per_hour = self.config.cost.usd_per_hour
-                self.view.num_rounds = len(self.config.rounds)
-                self._prepare()
-                self.folder.write_problems(self.train)
-                self._plan()
-                try:
-                    with self.view:
-                        await self._rounds()
-                finally:
-                    await self.fleet.stop(self.view.note)
-                report = self.report(live.seconds_total)
-                self.folder.write(REPORT, report)
+        with self.session.held() as live:
+            self.view.num_rounds = len(self.config.rounds)
+            self._prepare()
+            self.folder.write_problems(self.train)
+            self._plan()
+            async with self.session.fleet_shown():
+                await self._rounds()
+            report = evolution_report(
+                self.config,
+                self.folder,
+                self.store,
+                levels={p.id: p.level for p in self.train},
+                num_test=len(self.test),
+                seconds_total=live.seconds_total,
+            )
+            self.folder.write(REPORT, report)
         return report
 
     # ---------------------------------------------------------------- before the first round
@@ -115,8 +113,7 @@ class Evolution:
             self.demonstrations = problems.demonstrations
             assert self.config.models.base_model is not None
             self.base_model = self.config.models.base_model
-        given = [*train_files, test_file, self.demonstrations, self.base_model]
-        self.inputs = [path for path in given if path is not None]
+        self.inputs = [*train_files, test_file, self.demonstrations, self.base_model]
         check_policy_checkpoint(self.base_model, markers=())
         self.base_model = with_markers(self.base_model, self.folder.marked_base)
         seen: dict[str, Path] = {}
@@ -177,7 +174,7 @@ class Evolution:
             return
         self.view.begin("start", "starting engines and learner")
         # Reading a large base model takes about as long as starting an engine with it.
-        recording = asyncio.create_task(asyncio.to_thread(record_start, self.folder, self.inputs))
+        recording = asyncio.create_task(self.session.record_start(self.inputs))
         # With an endpoint for round 1, replicas start when a checkpoint is to be served.
         await self.fleet.start(self.base_model if self.config.endpoint is None else None)
         await recording
@@ -250,22 +247,10 @@ class Evolution:
             assert ppm is not None
             await self.fleet.serve_preference(ppm)
         search = settings.search(self.config.search)
-        stages = [
-            RolloutStage(name="base", search=search, trees=settings.trees),
-            *(
-                RolloutStage(
-                    name=f"escalation-{position}",
-                    search=stage.search(search),
-                    trees=stage.trees,
-                    unsolved_only=True,
-                )
-                for position, stage in enumerate(settings.escalation, start=1)
-            ),
-        ]
         outcome = await self.fleet.rollout(
             number,
             self.train,
-            stages,
+            search_stages(search, settings.escalation, trees=settings.trees),
             preference=settings.preference,
             on_progress=self.view.update,
         )
@@ -440,88 +425,6 @@ class Evolution:
         assert greedy is not None
         seconds = self.view.end(f"greedy pass@1 {100 * (greedy['all'] or 0.0):.1f} %")
         self.folder.record_stage(number, "evaluate", seconds)
-
-    # ---------------------------------------------------------------- the report
-
-    def report(self, seconds_total: float) -> dict[str, Any]:
-        """Everything the run showed, from what its stages committed."""
-        solved_before: set[str] = set()
-        rounds = []
-        for number in range(1, len(self.config.rounds) + 1):
-            entry = self._round_entry(number, solved_before)
-            if entry is not None:
-                rounds.append(entry)
-        cold = self._evaluation(0)
-        return {
-            "name": self.config.name,
-            "cold_start": {"greedy": cold.shares("greedy")} if cold is not None else None,
-            "rounds": rounds,
-            "seconds_total": round(seconds_total, 1),
-            "evaluation": self._evaluation_facts(),
-            "config": self.config.effective(),
-            "versions": versions(),
-            "hardware": hardware(),
-        }
-
-    def _round_entry(self, number: int, solved_before: set[str]) -> dict[str, Any] | None:
-        trees = TrajectoryStore(self.store, number)
-        manifest = trees.manifest()
-        if manifest is None:
-            return None
-        solved = {
-            key.problem_id
-            for commit in trees.commits().values()
-            for key in commit.trees
-            if key.solved
-        }
-        solved_before |= solved
-        stages = {
-            name: self.folder.stage(number, name)
-            for name in ("rollout", "select", "train_policy", "train_ppm", "evaluate")
-        }
-        rollout, select = stages["rollout"], stages["select"]
-        evaluation = self._evaluation(number)
-        shares = {
-            method: evaluation.shares(method) if evaluation is not None else None
-            for method in ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
-        }
-        return {
-            "round": number,
-            "coverage": self._coverage(solved),
-            "coverage_so_far": self._coverage(solved_before),
-            **shares,
-            "ppm_pair_accuracy": stages["train_ppm"].get("metrics", {}).get("pair_accuracy"),
-            "ppm_metrics": stages["train_ppm"].get("metrics", {}),
-            "trees": manifest.totals.trees,
-            "trajectories": select.get("trajectories", 0),
-            "correct_trajectories": select.get("correct_trajectories", 0),
-            "generated_tokens": manifest.totals.generated_tokens,
-            "generated_tokens_per_s": rollout.get("generated_tokens_per_s", 0.0),
-            "sandbox_steps_per_s": rollout.get("sandbox_steps_per_s", 0.0),
-            "prefix_hit_rate": rollout.get("prefix_hit_rate", 0.0),
-            "lost": rollout.get("lost", 0),
-            "doubled": rollout.get("doubled", 0),
-            "failed_problems": len(manifest.failed),
-            "deaths": rollout.get("deaths", {}),
-            "resumed_trees": rollout.get("resumed_trees", 0),
-            "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
-        }
-
-    def _coverage(self, solved: set[str]) -> dict[str, float | None]:
-        return shares_by_level((p.level.value, p.id in solved) for p in self.train)
-
-    def _evaluation(self, number: int) -> Evaluation | None:
-        record = self.folder.read(self.folder.evaluation_name(number))
-        return Evaluation.from_record(record) if record is not None else None
-
-    def _evaluation_facts(self) -> dict[str, int]:
-        config = self.config.evaluation
-        total = min(config.num_problems or len(self.test), len(self.test))
-        return {
-            "num_problems": total,
-            "num_search_problems": min(config.num_search_problems or total, total),
-            "num_samples": config.num_samples,
-        }
 
 
 class _Counted:
