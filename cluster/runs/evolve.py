@@ -14,10 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,14 @@ from cluster.folder.lineage import record_lineage
 from cluster.folder.run_folder import REPORT
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve_report import evolution_report
-from cluster.runs.regrade import verdicts_of
 from cluster.runs.rollout import search_stages
+from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
     build_dataset,
     read_demonstrations,
     read_manifest,
-    select_dataset,
     write_dataset,
 )
 from learner.fit import FitProgress, FitRequest, FitResult, PolicyTrainConfig
@@ -48,8 +45,6 @@ from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
 from rollout.store import Manifest, TrajectoryStore
-from rollout.trajectory import trajectories
-from rollout.tree import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -287,26 +282,20 @@ class Evolution:
             self._skip(number, "select", "select")
             return
         self.view.begin("select", f"round {number}: select", round=number)
-        counted = _Counted()
-        rounds = range(1, number + 1)
-        source = chain.from_iterable(
-            counted.count(TrajectoryStore(self.store, r).trees(), only=r == number) for r in rounds
-        )
+        selection = RoundSelection(self.store, number)
         demonstrations = (
             read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
         )
         try:
             manifest = await asyncio.to_thread(
-                select_dataset,
-                source,
+                selection.select,
                 directory,
                 template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=demonstrations,
-                info={"rounds": list(rounds), "verdicts": verdicts_of(self.store, rounds)},
             )
         finally:
-            counted.stop()
+            selection.stop()
         counts = manifest["counts"]["all"]
         seconds = self.view.end(
             f"{counts.get('sft_train', 0)} SFT examples, {counts.get('pairs_train', 0)} pairs"
@@ -315,8 +304,8 @@ class Evolution:
             number,
             "select",
             seconds,
-            trajectories=counted.trajectories,
-            correct_trajectories=counted.correct,
+            trajectories=selection.trajectories,
+            correct_trajectories=selection.correct,
         )
 
     async def _train_policy(self, number: int, previous: Checkpoint | None) -> Checkpoint:
@@ -425,29 +414,6 @@ class Evolution:
         assert greedy is not None
         seconds = self.view.end(f"greedy pass@1 {100 * (greedy['all'] or 0.0):.1f} %")
         self.folder.record_stage(number, "evaluate", seconds)
-
-
-class _Counted:
-    """Counts the trajectories of trees that pass by, until it is stopped."""
-
-    def __init__(self) -> None:
-        self.trajectories = 0
-        self.correct = 0
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        """End a thread that still reads: after Ctrl-C nobody waits for hours of trees."""
-        self._stopped.set()
-
-    def count(self, trees: Iterator[Tree], *, only: bool) -> Iterator[Tree]:
-        for tree in trees:
-            if self._stopped.is_set():
-                raise RuntimeError("the selection was stopped")
-            if only:
-                found = trajectories(tree)
-                self.trajectories += len(found)
-                self.correct += sum(1 for t in found if t.correct)
-            yield tree
 
 
 def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> list[Problem]:
