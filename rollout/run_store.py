@@ -9,20 +9,23 @@ What is built on it (`rollout.store`) needs one promise: of several creators of 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
+
+from rollout.files import atomic_write, create_only, is_unfinished
 
 T = TypeVar("T")
 
@@ -30,6 +33,9 @@ T = TypeVar("T")
 class StoreError(RuntimeError):
     """The store cannot be used, or holds something other than what was written."""
 
+
+NUM_ATTEMPTS = 4
+"""Tries of one operation."""
 
 _PERMANENT = (FileExistsError, PermissionError, NotADirectoryError)
 _MAKES = ("write", "create")
@@ -43,31 +49,17 @@ class RunStore:
     with back-off; what still fails is a `StoreError` that names the path.
     """
 
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        *,
-        num_attempts: int = 4,
-        backoff_s: float = 0.2,
-        storage_options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, backoff_s: float = 0.2) -> None:
         """
         Args:
             root: a folder or an fsspec URL such as s3://bucket/run; made on the first write.
-            num_attempts: tries of one operation, >= 1.
             backoff_s: pause before the second try; doubled each time.
-            storage_options: passed to fsspec.
         """
         self.root = os.fspath(root)
-        self.num_attempts = num_attempts
         self.backoff_s = backoff_s
-        self.storage_options = dict(storage_options or {})
-        self._fs, self._base = fsspec.core.url_to_fs(self.root, **self.storage_options)
+        self._fs, self._base = fsspec.core.url_to_fs(self.root)
         self._base = self._base.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_open_store, (self.root, self.num_attempts, self.backoff_s, self.storage_options))
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file whole, replacing one that exists."""
@@ -109,30 +101,21 @@ class RunStore:
 
     def files(self, prefix: str) -> list[str]:
         """Paths of all files directly in a folder, sorted; empty if there is no such folder."""
-        return sorted(self._retry("list", prefix, lambda: self._files(prefix)))
+        names = self._names(prefix, "file")
+        return [f"{prefix.strip('/')}/{name}" for name in names if not name.startswith(".")]
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
-        return sorted(self._retry("list", prefix, lambda: self._folders(prefix)))
+        names = self._names(prefix, "directory")
+        return [name for name in names if not name.startswith(".")]
 
     def unfinished(self, prefix: str) -> list[str]:
         """Paths of the hidden files directly in a folder that a killed writer left half-written.
 
         Only local stores have any: elsewhere a file appears whole.
         """
-        if not self._local:
-            return []
-        base = prefix.strip("/")
-
-        def look() -> list[str]:
-            try:
-                with os.scandir(self._full(base)) as entries:
-                    names = [e.name for e in entries if e.is_file()]
-            except FileNotFoundError:
-                return []
-            return [f"{base}/{n}" for n in names if n.startswith(".") and n.endswith(".tmp")]
-
-        return sorted(self._retry("list", prefix, look))
+        names = self._names(prefix, "file") if self._local else []
+        return [f"{prefix.strip('/')}/{name}" for name in names if is_unfinished(name)]
 
     def modified_unix_s(self, path: str) -> float:
         """When a file was written last, by the store's clock.
@@ -145,17 +128,8 @@ class RunStore:
 
     def delete(self, path: str) -> None:
         """Remove a file; harmless if there is none."""
-
-        def remove() -> None:
-            try:
-                if self._local:
-                    Path(self._full(path)).unlink()
-                else:
-                    self._fs.rm_file(self._full(path))
-            except FileNotFoundError:
-                pass
-
-        self._retry("delete", path, remove)
+        with contextlib.suppress(FileNotFoundError):
+            self._retry("delete", path, lambda: self._fs.rm_file(self._full(path)))
 
     def self_check(self) -> None:
         """Prove that the root can be written and that a key can be created only once.
@@ -190,14 +164,14 @@ class RunStore:
         # Cloud libraries also raise their own kinds, which say little about what will pass.
         passing: type[Exception] = OSError if self._local else Exception
         pause = self.backoff_s
-        for attempt in range(1, self.num_attempts + 1):
+        for attempt in range(1, NUM_ATTEMPTS + 1):
             try:
                 return operation()
             except passing as error:
                 absent = isinstance(error, FileNotFoundError)
                 if absent and action not in _MAKES:
                     raise
-                if attempt == self.num_attempts or absent or isinstance(error, _PERMANENT):
+                if attempt == NUM_ATTEMPTS or absent or isinstance(error, _PERMANENT):
                     raise StoreError(self._explain(action, path, error, attempt)) from error
             time.sleep(pause)
             pause *= 2
@@ -215,64 +189,38 @@ class RunStore:
 
     def _put(self, path: str, data: bytes) -> None:
         full = self._full(path)
-        if not self._local:
+        if self._local:
+            atomic_write(Path(full), data, durable=True)
+        else:
             self._fs.pipe_file(full, data)
-            return
-        temporary = _write_temporary(Path(full), data)
-        temporary.replace(full)
-        _sync_folder(temporary.parent)
 
     def _create(self, path: str, data: bytes) -> bool:
         full = self._full(path)
-        if not self._local:
-            try:
-                self._fs.pipe_file(full, data, mode="create")
-            except FileExistsError:
-                return False
-            return True
-        target = Path(full)
-        if target.exists():
-            return False
-        temporary = _write_temporary(target, data)
+        if self._local:
+            return create_only(Path(full), data)
         try:
-            # A link appears whole or not at all, and never over another file.
-            os.link(temporary, target)
+            self._fs.pipe_file(full, data, mode="create")
         except FileExistsError:
             return False
-        finally:
-            temporary.unlink()
-        _sync_folder(target.parent)
         return True
 
-    def _files(self, prefix: str) -> list[str]:
-        base = prefix.strip("/")
-        if self._local:
-            try:
-                with os.scandir(self._full(base)) as entries:
-                    names = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
-            except FileNotFoundError:
-                return []
-        else:
-            names = self._remote_names(base, "file")
-        return [f"{base}/{name}" for name in names]
+    def _names(self, prefix: str, kind: str) -> list[str]:
+        """Names of what is directly in a folder, sorted: of each "file" or each "directory"."""
+        folder = self._full(prefix.strip("/"))
 
-    def _folders(self, prefix: str) -> list[str]:
-        base = prefix.strip("/")
-        if not self._local:
-            return self._remote_names(base, "directory")
-        try:
-            with os.scandir(self._full(base)) as entries:
-                return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-        except FileNotFoundError:
-            return []
+        def local() -> list[str]:
+            is_kind = os.DirEntry.is_file if kind == "file" else os.DirEntry.is_dir
+            with os.scandir(folder) as entries:
+                return [entry.name for entry in entries if is_kind(entry)]
 
-    def _remote_names(self, base: str, kind: str) -> list[str]:
-        self._fs.invalidate_cache()
-        try:
-            entries = self._fs.ls(self._full(base), detail=True)
-        except FileNotFoundError:
-            return []
-        return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind]
+        def remote() -> list[str]:
+            self._fs.invalidate_cache()
+            entries = self._fs.ls(folder, detail=True)
+            return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind]
+
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(self._retry("list", prefix, local if self._local else remote))
+        return []
 
 
 def _has_own_create(fs: AbstractFileSystem) -> bool:
@@ -282,39 +230,7 @@ def _has_own_create(fs: AbstractFileSystem) -> bool:
     return type(fs).pipe_file is not AbstractFileSystem.pipe_file
 
 
-def _open_store(
-    root: str, num_attempts: int, backoff_s: float, storage_options: dict[str, Any]
-) -> RunStore:
-    return RunStore(
-        root, num_attempts=num_attempts, backoff_s=backoff_s, storage_options=storage_options
-    )
-
-
 def _read_whole(path: str) -> bytes:
     # Unbuffered and without a Path: a restart reads tens of thousands of small files.
     with io.FileIO(path) as file:
         return file.readall()
-
-
-def _write_temporary(target: Path, data: bytes) -> Path:
-    """Write and sync a hidden file beside `target`; it is gone again if that fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -127,11 +127,11 @@ def test_missing_permission_is_said_and_not_retried(
 ) -> None:
     calls = []
 
-    def refuse(target: Path, data: bytes) -> Path:
+    def refuse(target: Path, data: bytes, *, durable: bool) -> None:
         calls.append(target)
         raise PermissionError(errno.EACCES, "Permission denied", str(target))
 
-    monkeypatch.setattr(run_store, "_write_temporary", refuse)
+    monkeypatch.setattr(run_store, "atomic_write", refuse)
     with pytest.raises(StoreError, match=r"^store: no permission: cannot write a\.bin of "):
         RunStore(tmp_path, backoff_s=0).put("a.bin", b"")
     assert len(calls) == 1
@@ -142,19 +142,20 @@ def test_missing_permission_is_said_and_not_retried(
 
 def test_a_full_disk_is_retried_then_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [OSError(errno.ENOSPC, "No space left on device")] * 2
-    write = run_store._write_temporary
+    write = run_store.atomic_write
 
-    def flaky(target: Path, data: bytes) -> Path:
+    def flaky(target: Path, data: bytes, *, durable: bool) -> None:
         if failures:
             raise failures.pop()
-        return write(target, data)
+        write(target, data, durable=durable)
 
-    monkeypatch.setattr(run_store, "_write_temporary", flaky)
-    RunStore(tmp_path, num_attempts=3, backoff_s=0).put("a.bin", b"here")
+    monkeypatch.setattr(run_store, "atomic_write", flaky)
+    monkeypatch.setattr(run_store, "NUM_ATTEMPTS", 3)
+    RunStore(tmp_path, backoff_s=0).put("a.bin", b"here")
     assert (tmp_path / "a.bin").read_bytes() == b"here"
     failures += [OSError(errno.ENOSPC, "No space left on device")] * 3
     with pytest.raises(StoreError, match=r"^store: no space left: cannot write b\.bin .* 3 tries"):
-        RunStore(tmp_path, num_attempts=3, backoff_s=0).put("b.bin", b"")
+        RunStore(tmp_path, backoff_s=0).put("b.bin", b"")
 
 
 def test_a_write_that_breaks_off_leaves_no_file(
@@ -165,5 +166,5 @@ def test_a_write_that_breaks_off_leaves_no_file(
 
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(StoreError, match="cannot create k"):
-        RunStore(tmp_path, num_attempts=2, backoff_s=0).create("k", b"half")
+        RunStore(tmp_path, backoff_s=0).create("k", b"half")
     assert list(tmp_path.iterdir()) == []

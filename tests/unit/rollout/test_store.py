@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,7 +208,8 @@ def test_half_written_files_of_a_killed_writer_are_removed(tmp_path: Path) -> No
     round_ = TrajectoryStore(RunStore(tmp_path, backoff_s=0), 2)
     round_.commit("s1", trees("a"))
     round_.seal()
-    half = [tmp_path / f"trajectories/round=2/{folder}/.x.1.tmp" for folder in ("data", "commits")]
+    hidden = f".x.{uuid.uuid4().hex}"
+    half = [tmp_path / f"trajectories/round=2/{folder}/{hidden}" for folder in ("data", "commits")]
     for path in half:
         path.write_bytes(b"")
     now_s = half[0].stat().st_mtime + 100.0
