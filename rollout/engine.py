@@ -5,7 +5,8 @@
 
 One generation request carries all candidates of an expansion (they share the prefill), one
 evaluation request all texts of an expansion. `routing_key` is equal for all requests of one tree,
-so that a pool can send them to the replica that holds their prefix in its cache.
+so that a pool can send them to the replica that holds their prefix in its cache: it is the
+problem's id.
 
 An engine raises `EngineError` when the *engine* failed (the caller may retry elsewhere). What the
 model did, including a prompt that does not fit, is a value in the reply.
@@ -13,6 +14,7 @@ model did, including a prompt that does not fit, is a value in the reply.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -96,6 +98,20 @@ class EvaluationReply:
     values: tuple[float, ...]
     num_tokens: int = 0
     preference_version: str = ""
+
+
+def values_of(request: EvaluationRequest, reply: EvaluationReply) -> list[float | None]:
+    """The value of each text of a request, within [-1, 1]; None where the model gave none.
+
+    Raises:
+        EngineError: the reply has fewer or more values than there were texts.
+    """
+    if len(reply.values) != len(request.texts):
+        raise EngineError(
+            f"the preference model returned {len(reply.values)} values for {len(request.texts)} "
+            f"texts, problem {request.routing_key}"
+        )
+    return [min(1.0, max(-1.0, v)) if math.isfinite(v) else None for v in reply.values]
 
 
 class PolicyEngine(Protocol):

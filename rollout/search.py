@@ -51,6 +51,7 @@ from rollout.engine import (
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import (
@@ -706,17 +707,11 @@ class _Search:
         prefix = self.valued_question + render_steps(tree.steps(expansion.node))
         texts = tuple(prefix + c.step.rendered for c in valued if c.step is not None)
         began_s = self.now()
-        reply = await self.preference.evaluate(
-            EvaluationRequest(texts=texts, routing_key=tree.problem.id)
-        )
+        request = EvaluationRequest(texts=texts, routing_key=tree.problem.id)
+        reply = await self.preference.evaluate(request)
         expansion.evaluate_s = self.now() - began_s
-        if len(reply.values) != len(texts):
-            raise EngineError(
-                f"the preference model returned {len(reply.values)} values for {len(texts)} texts, "
-                f"problem {tree.problem.id}"
-            )
-        for child, value in zip(valued, reply.values, strict=True):
-            child.value = min(1.0, max(-1.0, value)) if math.isfinite(value) else None
+        for child, value in zip(valued, values_of(request, reply), strict=True):
+            child.value = value
         expansion.evaluation = reply
 
 
