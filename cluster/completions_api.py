@@ -40,8 +40,7 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import Any, Literal
 
-from cluster.replica import read_completion
-from rollout.engine import Completion, FinishReason, GenerationRequest
+from rollout.engine import Completion, FinishReason, GenerationRequest, cut_completion
 
 Dialect = Literal["openai", "vllm"]
 
@@ -200,7 +199,7 @@ def read_reply(
         if dialect == "vllm":
             text += _reported_stop(choice, stop)
         completions.append(
-            read_completion(
+            cut_completion(
                 text,
                 stop=stop,
                 stopped=finish is FinishReason.STOP,

@@ -15,6 +15,7 @@ model did, including a prompt that does not fit, is a value in the reply.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -98,6 +99,41 @@ class EvaluationReply:
     values: tuple[float, ...]
     num_tokens: int = 0
     preference_version: str = ""
+
+
+def cut_completion(
+    text: str,
+    *,
+    stop: Sequence[str],
+    stopped: bool,
+    end_of_sequence: str,
+    num_tokens: int,
+    logprob: float | None,
+) -> Completion:
+    """A completion from what an engine produced, cut behind the earliest stop string in it.
+
+    Args:
+        text: special tokens and stop strings included.
+        stopped: the engine ended it at a stop or the end of the sequence, not at its length.
+        end_of_sequence: text of the last token, removed where it, and no stop string, ended the
+            completion.
+    """
+    ends = [(text.find(marker) + len(marker), marker) for marker in stop if marker in text]
+    if ends:
+        end, marker = min(ends)
+        return Completion(
+            text=text[:end],
+            finish=FinishReason.STOP,
+            stop_string=marker,
+            num_tokens=num_tokens,
+            logprob=logprob,
+        )
+    return Completion(
+        text=text.removesuffix(end_of_sequence) if stopped else text,
+        finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
+        num_tokens=num_tokens,
+        logprob=logprob,
+    )
 
 
 def values_of(request: EvaluationRequest, reply: EvaluationReply) -> list[float | None]:
