@@ -1,4 +1,4 @@
-"""The two models as the search sees them: records and Protocols, no engine library.
+"""The two models as the search sees them: records, Protocols and how their output is read.
 
     search --GenerationRequest--> PolicyEngine.generate      --GenerationReply--> n completions
     search --EvaluationRequest--> PreferenceEngine.evaluate  --EvaluationReply--> one value each
