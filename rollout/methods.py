@@ -53,7 +53,7 @@ from rollout.engine import (
 from rollout.problem import Problem
 from rollout.prompt import END_OF_ANSWER, render_question
 from rollout.sampling import Solution, sample_solutions, sample_texts
-from rollout.search import SearchConfig, StepSandbox, TerminalValue, run_search
+from rollout.search import SearchConfig, StepSandbox, run_search
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
 from rollout.tree import Tree
@@ -164,7 +164,7 @@ class SolveResult:
     """Distinct answers, the chosen one first; their members index `solutions`."""
     cost: Cost
     trees: tuple[Tree, ...] = ()
-    """Of MCTS; other methods keep none."""
+    """Of MCTS, their answers not graded; other methods keep none."""
     notes: tuple[str, ...] = ()
     """What is worth knowing about how the result came about, for people."""
     policy_version: str = ""
@@ -519,23 +519,20 @@ async def _mcts(job: _Job) -> list[Solution]:
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
-    settings: dict[str, Any] = {
-        "num_rollouts": num_rollouts,
-        "terminal_value": TerminalValue.PREFERENCE if job.guided else TerminalValue.LABEL,
-    }
+    search = job.search.at_test_time(num_rollouts, guided=job.guided)
     if job.config.max_generated_tokens is not None:
-        settings["max_generated_tokens"] = int(job.tokens_left)
+        search = search.model_copy(update={"max_generated_tokens": int(job.tokens_left)})
     names = ("search", number) if number else ("search",)
     return await run_search(
-        # Without a PPM the search would back up the verdict, which no method may see at test time.
-        job.problem if job.guided else replace(job.problem, answer="", answers_alt=()),
-        config=job.search.model_copy(update=settings),
+        job.problem,
+        config=search,
         policy=job.meter,
         preference=job.preference,
         sandbox=job.sandbox,
         round=job.round,
         index=-1 - number,
         seed=derive_seed(job.seed, *names),
+        grade=None,
         clock=job.clock,
     )
 

@@ -168,6 +168,17 @@ class SearchConfig(BaseModel):
         """What the search's steps are trained, and valued by a PPM, under."""
         return training_template(self.prompt_template)
 
+    def at_test_time(self, num_rollouts: int, *, guided: bool) -> SearchConfig:
+        """The same search where no label may be seen; to be run with `grade=None`.
+
+        Args:
+            num_rollouts: of the tree.
+            guided: there is a PPM, whose values are backed up; without one every answer's backup
+                is the same, so visits spread evenly.
+        """
+        value = TerminalValue.PREFERENCE if guided else TerminalValue.LABEL
+        return self.model_copy(update={"num_rollouts": num_rollouts, "terminal_value": value})
+
     def released(self) -> SearchConfig:
         """The same search with the rules of the released code (microsoft/rStar)."""
         return self.model_copy(update={"preset": "released", **_PRESETS["released"]})
@@ -219,7 +230,7 @@ async def run_search(
     round: int,
     index: int = 0,
     seed: int,
-    grade: Grade = verify_answer,
+    grade: Grade | None = verify_answer,
     clock: Callable[[], float] | None = None,
     resume: Tree | None = None,
 ) -> Tree:
@@ -229,7 +240,8 @@ async def run_search(
         preference: the PPM; None means terminal-guided search (rounds 1-2).
         round, index: of the tree, recorded and part of its sandbox id.
         seed: of this tree; the same seed and deterministic engines give the same tree.
-        grade: called on the event loop for plain numbers, else in a thread.
+        grade: called on the event loop for plain numbers, else in a thread. None withholds the
+            label, as at test time: no answer has a verdict.
         clock: seconds, for the tree's timings; None leaves them 0.
         resume: a tree to go on with, in place: of a search that was interrupted or is to get more
             rollouts, or a new `Tree` that the caller wants to hold while it grows. Interpreter
@@ -395,7 +407,7 @@ class _Search:
         policy: PolicyEngine,
         preference: PreferenceEngine | None,
         interpreters: _Interpreters,
-        grade: Grade,
+        grade: Grade | None,
         now: Callable[[], float],
     ) -> None:
         self.tree = tree
@@ -660,11 +672,13 @@ class _Search:
         expansion.grade_s = self.now() - began_s
 
     async def _verdict(self, answer: str) -> Verdict | None:
-        """The verdict on an answer, asked once for each text.
+        """The verdict on an answer, asked once for each text; None where the label is withheld.
 
         Comparing anything but plain numbers may take a second and wait for another process, so that
         is done off the event loop.
         """
+        if self.grade is None:
+            return None
         if answer in self.verdicts:
             return self.verdicts[answer]
         problem = self.tree.problem
