@@ -13,9 +13,12 @@
     mcts        tree search (`rollout.search`)                the vote of the top K by PPM value
 
 `num_trajectories` is the number of solutions a method may finish: samples, beam slots (searches of
-`beam_width` each), or rollouts. A tree that is exhausted before is followed by another one. With
-`rollouts_per_tree` a trajectory is one independent tree instead, and its best-valued answer its
-solution: the released evaluation, which calls 64 such trees 64 trajectories.
+`beam_width` each), or trajectories of MCTS. What one of those is, `rollouts_per_tree` decides, and
+`MethodConfig.protocol` is where:
+
+    null     `SharedTrees`       a rollout; all in one tree, and in another one if that is exhausted
+    a number `IndependentTrees`  a whole tree of so many rollouts; its best-valued answer is its
+                                 solution (the released evaluation: 64 trees are 64 trajectories)
 
 All methods are charged alike: generated tokens, texts valued by the PPM in tokens, seconds. Under
 `max_generated_tokens` nothing new is started once so many were generated: no request for samples
@@ -85,6 +88,23 @@ class Method(StrEnum):
         return self.needs_preference or self is Method.MCTS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedTrees:
+    """MCTS whose trajectories are rollouts: one tree, and another one where that is exhausted."""
+
+    num_rollouts: int
+    """Of all trees together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndependentTrees:
+    """MCTS whose trajectories are trees, each searched as if there were no other."""
+
+    num_trees: int
+    num_rollouts: int
+    """Of each tree."""
+
+
 class MethodConfig(BaseModel):
     """One method and its budget; sampling and step limits are those of `SearchConfig`."""
 
@@ -92,7 +112,10 @@ class MethodConfig(BaseModel):
 
     name: Method = Field(Method.MCTS, description="greedy | majority | best-of-n | beam | mcts")
     num_trajectories: int = Field(
-        64, ge=1, description="solutions a method may finish: samples, beam slots, rollouts"
+        64,
+        ge=1,
+        description="solutions a method may finish: samples, beam slots; mcts: rollouts in shared "
+        "trees, or whole trees if rollouts_per_tree is set",
     )
     max_generated_tokens: int | None = Field(
         None, ge=1, description="nothing new starts beyond this many tokens; null: no budget"
@@ -108,8 +131,18 @@ class MethodConfig(BaseModel):
     rollouts_per_tree: int | None = Field(
         None,
         ge=1,
-        description="mcts: each trajectory is a tree of so many rollouts; null: they share trees",
+        description="mcts: each trajectory is a tree of so many rollouts; null: each is a rollout, "
+        "and they share trees",
     )
+
+    @property
+    def protocol(self) -> SharedTrees | IndependentTrees:
+        """What a trajectory of MCTS is."""
+        if self.rollouts_per_tree is None:
+            return SharedTrees(num_rollouts=self.num_trajectories)
+        return IndependentTrees(
+            num_trees=self.num_trajectories, num_rollouts=self.rollouts_per_tree
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -502,13 +535,14 @@ async def _beam(job: _Job) -> list[Solution]:
 
 
 async def _mcts(job: _Job) -> list[Solution]:
-    per_tree = job.config.rollouts_per_tree
-    if per_tree is not None:
-        job.trees = await job.repeat(
-            job.config.num_trajectories, lambda number: _search_tree(job, number, per_tree)
-        )
-        return [best for tree in job.trees for best in _best(tree_solutions(tree))]
-    left = job.config.num_trajectories
+    protocol = job.config.protocol
+    if isinstance(protocol, SharedTrees):
+        return await _rollouts_of_shared_trees(job, protocol)
+    return await _best_of_independent_trees(job, protocol)
+
+
+async def _rollouts_of_shared_trees(job: _Job, protocol: SharedTrees) -> list[Solution]:
+    left = protocol.num_rollouts
     while left > 0 and not job.spent():
         tree = await _search_tree(job, len(job.trees), left)
         job.trees.append(tree)
@@ -516,6 +550,13 @@ async def _mcts(job: _Job) -> list[Solution]:
         if not tree.root.exhausted or not tree.generated_tokens:
             break
     return [solution for tree in job.trees for solution in tree_solutions(tree)]
+
+
+async def _best_of_independent_trees(job: _Job, protocol: IndependentTrees) -> list[Solution]:
+    job.trees = await job.repeat(
+        protocol.num_trees, lambda number: _search_tree(job, number, protocol.num_rollouts)
+    )
+    return [best for tree in job.trees for best in _best(tree_solutions(tree))]
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
@@ -571,6 +612,6 @@ def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnsw
             notes.append("no solution reached an answer")
     if job.spent():
         notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
-    if len(job.trees) > 1 and job.config.rollouts_per_tree is None:
+    if len(job.trees) > 1 and isinstance(job.config.protocol, SharedTrees):
         notes.append(f"{len(job.trees)} trees, {len(job.trees) - 1} of them exhausted")
     return notes

@@ -152,15 +152,14 @@ def _attach(tree: Tree, chains: Sequence[Sequence[Node]]) -> None:
 
 
 def search_of(method: MethodConfig, search: SearchConfig, *, guided: bool) -> SearchConfig:
-    """The search settings of one tree of a method.
+    """The search settings of a method's first tree, or of each of its independent ones.
 
     Args:
         guided: there is a PPM.
     """
     if method.name is not Method.MCTS:
         return search
-    rollouts = method.rollouts_per_tree or method.num_trajectories
-    return search.at_test_time(rollouts, guided=guided)
+    return search.at_test_time(method.protocol.num_rollouts, guided=guided)
 
 
 async def grade_tree(tree: Tree) -> Tree:
