@@ -222,14 +222,6 @@ class SolveResult:
     def generated_tokens(self) -> int:
         return self.cost.generated_tokens
 
-    @property
-    def scored_tokens(self) -> int:
-        return self.cost.scored_tokens
-
-    @property
-    def seconds(self) -> float:
-        return self.cost.seconds
-
 
 def choose(
     solutions: Sequence[Solution], *, method: Method, top_k: int, seed: int

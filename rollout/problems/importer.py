@@ -137,14 +137,12 @@ def import_problems(
     out: Path | None,
     *,
     progress: Progress = lambda stage, done, total: None,
-    scratch: Path | None = None,
 ) -> ImportReport:
     """Read, judge and write; the whole of `rstar problems import`.
 
     Args:
         out: the problems table; its report folder lies beside it. None: only the report is made, as
             for a check.
-        scratch: where the work is kept meanwhile; None: beside `out`.
     Raises:
         ProblemFileError: a file is missing or of unknown format, an input is also a benchmark, or
             there is no row to keep. Nothing is written then.
@@ -156,11 +154,10 @@ def import_problems(
     both = {_real(name) for name in names} & {_real(name) for name in against}
     if both:
         raise ProblemFileError(f"{sorted(both)[0]}: both imported and a benchmark")
-    place = scratch or (out.parent if out is not None else None)
-    if place is not None:
-        place.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-        prefix=f".{out.name if out else 'problems'}.", dir=place
+        prefix=f".{out.name if out else 'problems'}.", dir=out.parent if out else None
     ) as folder:
         run = _Import(settings, names, against, Path(folder), progress)
         report = run.run()

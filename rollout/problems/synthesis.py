@@ -597,11 +597,10 @@ async def run_synthesis(
     journal: Journal,
     budget: BudgetConfig,
     max_n: int = 16,
-    drain_s: float = DRAIN_S,
 ) -> str:
     """Ask until enough is kept, nothing more may be asked or the budget ends; returns why it ended.
 
-    Cancelling it lets requests that are under way end, for `drain_s`, since they are paid for.
+    Cancelling it lets requests that are under way end, for `DRAIN_S`, since they are paid for.
 
     Args:
         max_n: candidates the endpoint takes in one HTTP request, of which budgets count each.
@@ -612,7 +611,7 @@ async def run_synthesis(
     try:
         return await runner.run()
     finally:
-        await runner.drain(drain_s)
+        await runner.drain()
 
 
 class _Runner:
@@ -641,9 +640,9 @@ class _Runner:
             done, _ = await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
             self._collect(done)
 
-    async def drain(self, drain_s: float) -> None:
+    async def drain(self) -> None:
         if self.tasks:
-            _, pending = await asyncio.wait(self.tasks, timeout=drain_s)
+            _, pending = await asyncio.wait(self.tasks, timeout=DRAIN_S)
             for task in pending:
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -193,11 +193,6 @@ def word_ngrams(batch: TokenBatch, size: int = NGRAM) -> tuple[Hashes, Places, P
     return values[inside], owners, np.flatnonzero(inside) - firsts[owners]
 
 
-def num_words(batch: TokenBatch) -> Places:
-    """Words and numbers of each text [B]."""
-    return np.bincount(batch.rows[batch.hashes >= _FIRST_WORD], minlength=batch.num_rows)
-
-
 def shingles(batch: TokenBatch) -> tuple[Hashes, Places]:
     """Runs of SHINGLE tokens of each text, the last ones over its end; (hashes [S], starts [B])."""
     values = _rolling(batch.hashes, SHINGLE, len(batch.hashes) - SHINGLE + 1)
