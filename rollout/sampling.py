@@ -34,11 +34,11 @@ from rollout.prompt import (
     render_prompt,
     training_template,
 )
-from rollout.search import SearchError, StepSandbox
+from rollout.search import StepSandbox, run_codes
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
 from verifier import extract_answer
-from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
+from verifier.sandbox import StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,14 +189,10 @@ async def _run_programs(
     tree_id = f"sample/{problem.id}/{seed}"
     root = await sandbox.open(tree_id)
     try:
-        results = iter(await sandbox.run(root, runnable))
+        results = iter(await run_codes(sandbox, root, runnable, problem_id=problem.id))
     finally:
         await sandbox.close(tree_id)
-    ordered = [next(results) if code.strip() else None for code in codes]
-    for result in ordered:
-        if result is not None and result.status in INFRASTRUCTURE_STATUSES:
-            raise SearchError(f"sandbox failed on problem {problem.id}: {result.error_message}")
-    return ordered
+    return [next(results) if code.strip() else None for code in codes]
 
 
 async def _finish(

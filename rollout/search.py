@@ -220,6 +220,45 @@ def grade_any(problem: Problem, answer: str, grade: Grade = verify_answer) -> Ve
     return verdict
 
 
+async def run_codes(
+    sandbox: StepSandbox, state: str, codes: Sequence[str], *, problem_id: str
+) -> Sequence[StepResult]:
+    """Run sibling codes after `state`; order kept.
+
+    Raises:
+        SearchError: the sandbox failed on one of them.
+    """
+    results = await sandbox.run(state, codes)
+    for result in results:
+        if result.status in INFRASTRUCTURE_STATUSES:
+            raise SearchError(
+                f"sandbox failed on problem {problem_id}: {result.status} {result.error_message}"
+            )
+    return results
+
+
+def discard_reason(step: Step, previous: Step | None, max_repeats: int | None) -> Discard | None:
+    """Why a step cannot follow `previous` (None: the question); None if it can.
+
+    Args:
+        max_repeats: of equal passages at its end; None: any number.
+    """
+    if max_repeats is not None and ends_in_repetition(step.body, max_repeats):
+        return Discard.REPETITIVE
+    if step.kind is StepKind.UNFINISHED:
+        return Discard.UNFINISHED
+    if step.kind is StepKind.ANSWER:
+        return None if step.answer else Discard.NO_ANSWER
+    if only_answer_follows(previous):
+        return Discard.OUT_OF_PLACE
+    return None if step.code.strip() else Discard.EMPTY
+
+
+def only_answer_follows(step: Step | None) -> bool:
+    """True if the code is closed by `step`."""
+    return step is not None and step.kind is StepKind.LAST_CODE
+
+
 async def run_search(
     problem: Problem,
     *,
@@ -366,14 +405,7 @@ class _Interpreters:
         return state
 
     async def _run(self, state: str, codes: Sequence[str]) -> Sequence[StepResult]:
-        results = await self.sandbox.run(state, codes)
-        for result in results:
-            if result.status in INFRASTRUCTURE_STATUSES:
-                raise SearchError(
-                    f"sandbox failed on problem {self.tree.problem.id}: "
-                    f"{result.status} {result.error_message}"
-                )
-        return results
+        return await run_codes(self.sandbox, state, codes, problem_id=self.tree.problem.id)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -554,7 +586,7 @@ class _Search:
     async def _generate(self, node: Node, rollout: int) -> _Expansion:
         config, tree = self.config, self.tree
         num_candidates = config.num_candidates
-        if config.num_answer_candidates is not None and _only_answer_follows(node):
+        if config.num_answer_candidates is not None and only_answer_follows(node.step):
             num_candidates = config.num_answer_candidates
         request = GenerationRequest(
             prompt=self.question + render_steps(tree.steps(node)),
@@ -597,6 +629,10 @@ class _Search:
                 known.num_tokens += completion.num_tokens
                 continue
             logprob = completion.logprob
+            if completion.finish is FinishReason.REPETITION:
+                discard: Discard | None = Discard.REPETITIVE
+            else:
+                discard = discard_reason(step, node.step, self.config.max_repeats)
             merged[step.text] = Node(
                 id=-1,
                 parent=-1,
@@ -605,7 +641,7 @@ class _Search:
                 num_tokens=completion.num_tokens,
                 logprob=logprob if logprob is not None and math.isfinite(logprob) else None,
                 rollout=rollout,
-                discard=self._discard_reason(step, node, completion.finish),
+                discard=discard,
             )
         candidates = list(merged.values())
         if self.config.answer_candidates == "first":
@@ -614,21 +650,6 @@ class _Search:
                 if answer is not None and child is not answer and child.discard is None:
                     child.discard = Discard.NOT_KEPT
         return candidates
-
-    def _discard_reason(self, step: Step, node: Node, finish: FinishReason) -> Discard | None:
-        """Why a step cannot follow `node`; None if it can."""
-        repeats = self.config.max_repeats
-        if finish is FinishReason.REPETITION or (
-            repeats is not None and ends_in_repetition(step.body, repeats)
-        ):
-            return Discard.REPETITIVE
-        if step.kind is StepKind.UNFINISHED:
-            return Discard.UNFINISHED
-        if step.kind is StepKind.ANSWER:
-            return None if step.answer else Discard.NO_ANSWER
-        if _only_answer_follows(node):
-            return Discard.OUT_OF_PLACE
-        return None if step.code.strip() else Discard.EMPTY
 
     async def _execute(self, expansion: _Expansion) -> None:
         """Run the code of valid candidates on the state of the node and attach what came out."""
@@ -720,7 +741,3 @@ class _Search:
 
 _PLAIN_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,12}(?:[./][0-9]{1,12})?\s*")
 """What every grader compares in microseconds."""
-
-
-def _only_answer_follows(node: Node) -> bool:
-    return node.step is not None and node.step.kind is StepKind.LAST_CODE
