@@ -59,7 +59,7 @@ from rollout.sampling import Solution, sample_solutions, sample_texts
 from rollout.search import SearchConfig, StepSandbox, run_search
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
-from rollout.tree import Tree
+from rollout.tree import Tree, own_tokens
 from verifier.accuracy import RankedAnswer, rank_answers
 
 T = TypeVar("T")
@@ -247,7 +247,7 @@ def tree_solutions(tree: Tree) -> list[Solution]:
             steps=tuple(tree.steps(node)),
             answer=node.step.answer,
             value=node.value,
-            num_tokens=sum(n.num_tokens // max(n.multiplicity, 1) for n in tree.path(node)),
+            num_tokens=own_tokens(tree.path(node)),
             status="ok",
             seed=tree.seed,
         )

@@ -30,10 +30,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from rollout.problem import Level, Problem
+from rollout.commits import Commit, TreeKey
+from rollout.problem import Problem
 from rollout.search import grade_any
-from rollout.store import Commit, TreeKey
-from rollout.table import SCHEMA
+from rollout.table import SCHEMA, problem_of
 from rollout.tree import Outcome, Terminal
 from verifier import GRADER_VERSION, Verdict, verify_answer
 from verifier.equivalence import Reason
@@ -134,7 +134,7 @@ def regrade_table(
     from_label = True
     for number, row in enumerate(rows):
         if row["node"] == 0:
-            problem, from_label = _problem(row), _rewards_are_labels(row["search_config"])
+            problem, from_label = problem_of(row), _rewards_are_labels(row["search_config"])
         assert problem is not None
         if row["terminal"] != Terminal.ANSWER or row["step_answer"] is None:
             continue
@@ -229,17 +229,6 @@ def compare_verdicts(before: pa.Table, after: pa.Table) -> tuple[int, list[Verdi
             )
         )
     return num_answers, changes
-
-
-def _problem(row: dict[str, Any]) -> Problem:
-    return Problem(
-        id=row["problem_id"],
-        source=row["source"],
-        level=Level(row["level"]),
-        text=row["problem_text"],
-        answer=row["problem_answer"],
-        answers_alt=tuple(row["problem_answers_alt"] or ()),
-    )
 
 
 def _rewards_are_labels(search_config: str | None) -> bool:

@@ -22,7 +22,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
 from types import TracebackType
@@ -349,7 +349,7 @@ class _Import:
                 else screening.screen(draft.problem, draft.answer)
             )
             if reason is not None:
-                self._file.set_aside[_counted(reason, draft)] += 1
+                self._file.set_aside[draft.exclusion or reason.value] += 1
                 del record["id"]
                 self._aside.append({"reason": reason.value, "detail": draft.exclusion, **record})
                 continue
@@ -573,8 +573,7 @@ def read_benchmark(name: str) -> tuple[list[BenchmarkProblem], int]:
 
 
 def _first_readable(name: str) -> Row | None:
-    rows: Iterator[Row] = RowFile(name).rows()
-    return next((row for row in rows if row.error is None), None)
+    return next((row for row in RowFile(name).rows() if row.error is None), None)
 
 
 def _picked(
@@ -582,10 +581,6 @@ def _picked(
 ) -> list[tuple[int, dict[str, Any]]]:
     places = [place for place in range(table.num_rows) if number + place in found]
     return list(zip(places, table.take(pa.array(places, pa.int64())).to_pylist(), strict=True))
-
-
-def _counted(reason: screening.Reason, draft: Draft) -> str:
-    return draft.exclusion if draft.exclusion else reason.value
 
 
 def _check_unicode(draft: Draft) -> None:

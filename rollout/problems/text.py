@@ -82,7 +82,7 @@ def canonical(text: str) -> str:
 
 def problem_key(text: str) -> int:
     """64 bits that stand for the canonical text."""
-    return int.from_bytes(blake2b(canonical(text).encode(errors="replace"), digest_size=8).digest())
+    return _hash(canonical(text))
 
 
 def drawing_key(text: str) -> int:
