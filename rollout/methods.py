@@ -290,6 +290,11 @@ class Meter:
         self.preference_version = ""
 
     @property
+    def guided(self) -> bool:
+        """Whether there is a PPM behind it."""
+        return self._preference is not None
+
+    @property
     def cost(self) -> Cost:
         if self._clock is None:
             return self._cost
@@ -388,18 +393,7 @@ class Solver:
             on_event,
             self.clock,
         )
-        job = _Job(
-            problem=problem,
-            config=self.config,
-            search=self.search,
-            meter=meter,
-            guided=preference is not None,
-            sandbox=self.sandbox,
-            clock=self.clock,
-            round=self.round,
-            seed=seed,
-            prompt=self.prompt,
-        )
+        job = _Job(solver=self, problem=problem, meter=meter, seed=seed)
         solutions = await _RUNS[method](job)
         # Comparing answers may take a while, so not on the event loop.
         ranked = await asyncio.to_thread(
@@ -422,22 +416,24 @@ class Solver:
 class _Job:
     """One problem under way with one method."""
 
+    solver: Solver
     problem: Problem
-    config: MethodConfig
-    search: SearchConfig
     meter: Meter
-    guided: bool
-    """Whether the meter has a PPM."""
-    sandbox: StepSandbox
-    clock: Callable[[], float] | None
-    round: int
     seed: int
-    prompt: str | None
     trees: list[Tree] = field(default_factory=list)
 
     @property
+    def config(self) -> MethodConfig:
+        return self.solver.config
+
+    @property
+    def search(self) -> SearchConfig:
+        return self.solver.search
+
+    @property
     def preference(self) -> Meter | None:
-        return self.meter if self.guided else None
+        """The PPM; None: there is none, or the method does not use it."""
+        return self.meter if self.meter.guided else None
 
     @property
     def tokens_left(self) -> float:
@@ -480,14 +476,14 @@ async def _samples(job: _Job) -> list[Solution]:
 
 
 async def _sample(job: _Job, count: int, *, temperature: float, seed: int) -> list[Solution]:
-    if job.prompt is not None:
+    if job.solver.prompt is not None:
         return await sample_texts(
             job.problem,
             num_samples=count,
             temperature=temperature,
             top_p=job.search.top_p,
             max_tokens=job.config.max_solution_tokens,
-            prompt=job.prompt,
+            prompt=job.solver.prompt,
             policy=job.meter,
             seed=seed,
         )
@@ -500,7 +496,7 @@ async def _sample(job: _Job, count: int, *, temperature: float, seed: int) -> li
         template=job.search.prompt_template,
         policy=job.meter,
         preference=job.preference,
-        sandbox=job.sandbox,
+        sandbox=job.solver.sandbox,
         seed=seed,
     )
 
@@ -517,7 +513,7 @@ async def _beam(job: _Job) -> list[Solution]:
             config=job.search,
             policy=job.meter,
             preference=job.meter,
-            sandbox=job.sandbox,
+            sandbox=job.solver.sandbox,
             seed=derive_seed(job.seed, "beam", number),
             spent=job.spent,
         )
@@ -552,7 +548,7 @@ async def _best_of_independent_trees(job: _Job, protocol: IndependentTrees) -> l
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
-    search = job.search.at_test_time(num_rollouts, guided=job.guided)
+    search = job.search.at_test_time(num_rollouts, guided=job.meter.guided)
     if job.config.max_generated_tokens is not None:
         search = search.model_copy(update={"max_generated_tokens": int(job.tokens_left)})
     names = ("search", number) if number else ("search",)
@@ -561,12 +557,12 @@ async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
         config=search,
         policy=job.meter,
         preference=job.preference,
-        sandbox=job.sandbox,
-        round=job.round,
+        sandbox=job.solver.sandbox,
+        round=job.solver.round,
         index=-1 - number,
         seed=derive_seed(job.seed, *names),
         grade=None,
-        clock=job.clock,
+        clock=job.solver.clock,
     )
 
 
@@ -594,7 +590,7 @@ def _valued(solutions: Sequence[Solution]) -> bool:
 def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnswer]) -> list[str]:
     notes = []
     if job.config.name.uses_preference and ranked and not _valued(solutions):
-        why = "the PPM gave no value" if job.guided else "there is no PPM"
+        why = "the PPM gave no value" if job.meter.guided else "there is no PPM"
         notes.append(f"{why}: majority vote over all {len(solutions)} solutions")
     if not ranked:
         requests = job.meter.cost.num_requests

@@ -429,29 +429,23 @@ class _Expansion:
     evaluate_s: float = 0.0
 
 
+@dataclass
 class _Search:
     """The moving parts of one `run_search` call."""
 
-    def __init__(
-        self,
-        tree: Tree,
-        config: SearchConfig,
-        policy: PolicyEngine,
-        preference: PreferenceEngine | None,
-        interpreters: _Interpreters,
-        grade: Grade | None,
-        now: Callable[[], float],
-    ) -> None:
-        self.tree = tree
-        self.config = config
-        self.policy = policy
-        self.preference = preference
-        self.interpreters = interpreters
-        self.grade = grade
-        self.now = now
-        self.template = config.prompt_template
-        self.question = render_question(tree.problem.text, self.template)
-        self.valued_question = render_question(tree.problem.text, config.training_template)
+    tree: Tree
+    config: SearchConfig
+    policy: PolicyEngine
+    preference: PreferenceEngine | None
+    interpreters: _Interpreters
+    grade: Grade | None
+    now: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.template = self.config.prompt_template
+        self.question = render_question(self.tree.problem.text, self.template)
+        trained = self.config.training_template
+        self.valued_question = render_question(self.tree.problem.text, trained)
         self.verdicts: dict[str, Verdict | None] = {}
 
     async def run(self) -> None:

@@ -614,23 +614,17 @@ async def run_synthesis(
         await runner.drain()
 
 
+@dataclass(slots=True)
 class _Runner:
-    def __init__(
-        self,
-        synthesis: Synthesis,
-        policy: PolicyEngine,
-        journal: Journal,
-        budget: BudgetConfig,
-        max_n: int,
-    ) -> None:
-        self.synthesis = synthesis
-        self.policy = policy
-        self.journal = journal
-        self.budget = budget
-        self.max_n = max_n
-        self.tasks: dict[asyncio.Task[None], Spending] = {}
-        """What each request under way may come to at most."""
-        self.failures = 0
+    synthesis: Synthesis
+    policy: PolicyEngine
+    journal: Journal
+    budget: BudgetConfig
+    max_n: int
+    tasks: dict[asyncio.Task[None], Spending] = field(default_factory=dict)
+    """What each request under way may come to at most."""
+    failures: int = 0
+    """In a row."""
 
     async def run(self) -> str:
         while True:
