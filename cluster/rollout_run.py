@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError, GivenModelsConfig, RolloutConfig
-from cluster.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
+from cluster.fleet import Fleet, RolloutOutcome, RolloutStage
 from cluster.lineage import record_lineage, record_start
 from cluster.live import LiveFile
 from cluster.model_check import check_policy_checkpoint
@@ -144,7 +144,7 @@ class RolloutRun:
         manifest = trees.manifest()
         assert manifest is not None
         stage = self.folder.stage(ROUND, "rollout")
-        solved = solved_problems(trees)
+        solved = trees.solved()
         dead_ends: Counter[str] = Counter()
         discarded: Counter[str] = Counter()
         for table in trees.tables(["terminal", "discard", "multiplicity"]):

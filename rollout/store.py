@@ -297,9 +297,14 @@ class TrajectoryStore:
             for path, data in some.items():
                 yield _parse(partial(Commit.from_json, trees=trees), data, path)
 
-    def solved(self) -> set[str]:
-        """Problems that some committed tree solves, read from the markers alone."""
-        return {k.problem_id for c in self.each_commit() for k in c.trees if k.solved}
+    def solved(self, generation: int | None = None) -> set[str]:
+        """Problems that some committed tree solves, read from the markers alone.
+
+        Args:
+            generation: as of `commits`.
+        """
+        commits = self.each_commit(generation=generation)
+        return {key.problem_id for commit in commits for key in commit.trees if key.solved}
 
     def manifest(self, generation: int | None = None) -> Manifest | None:
         """The manifest; None if the round, or this generation of it, is not sealed.
