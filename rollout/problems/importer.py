@@ -18,14 +18,14 @@ Not covered: a process killed outright (SIGKILL) leaves the hidden folder behind
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -197,35 +197,27 @@ def _where_they_went(report: ImportReport) -> list[str]:
     return told + report.bad_examples[:3]
 
 
-class _Table:
+Append = Callable[[dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def _table(path: Path, schema: pa.Schema) -> Iterator[Append]:
     """A Parquet file that grows by rows; written even when it stays empty."""
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._schema, self._rows = schema, list[dict[str, Any]]()
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        def flush() -> None:
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows.clear()
 
-    def __enter__(self) -> _Table:
-        return self
+        def append(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if len(rows) >= _BATCH:
+                flush()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.flush()
-        self._writer.close()
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) >= _BATCH:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows.clear()
+        yield append
+        flush()
 
 
 _SPILL_SCHEMA = pa.schema([*_PROBLEM_FIELDS, ("file", pa.int32())])
@@ -256,9 +248,9 @@ class _Import:
         self.index = self._read_benchmarks()
         report_folder = self.folder / "report"
         with (
-            _Table(report_folder / "set_aside.parquet", SET_ASIDE_SCHEMA) as self._aside,
-            _Table(report_folder / "contaminated.parquet", CONTAMINATION_SCHEMA) as self._hits,
-            _Table(report_folder / "bad_rows.parquet", BAD_ROW_SCHEMA) as self._bad,
+            _table(report_folder / "set_aside.parquet", SET_ASIDE_SCHEMA) as self._aside,
+            _table(report_folder / "contaminated.parquet", CONTAMINATION_SCHEMA) as self._hits,
+            _table(report_folder / "bad_rows.parquet", BAD_ROW_SCHEMA) as self._bad,
         ):
             with pq.ParquetWriter(self.folder / "spill.parquet", _SPILL_SCHEMA) as self._spill:
                 self._read(converts)
@@ -333,7 +325,7 @@ class _Import:
                 draft.level = self.settings.level or draft.level
                 return draft
         self._file.bad += 1
-        self._bad.append({"file": source.name, "row": row.number, "error": error})
+        self._bad({"file": source.name, "row": row.number, "error": error})
         if len(self.report.bad_examples) < 10:
             self.report.bad_examples.append(f"{source.name}, {source.place} {row.number}: {error}")
         return None
@@ -351,7 +343,7 @@ class _Import:
             if reason is not None:
                 self._file.set_aside[draft.exclusion or reason.value] += 1
                 del record["id"]
-                self._aside.append({"reason": reason.value, "detail": draft.exclusion, **record})
+                self._aside({"reason": reason.value, "detail": draft.exclusion, **record})
                 continue
             if draft.level is None:
                 self._file.assumed_levels += 1
@@ -412,7 +404,7 @@ class _Import:
     def _report_hit(self, hit: Hit, record: Mapping[str, Any]) -> None:
         problem = hit.benchmark
         removed = hit.removes(self.settings.rule)
-        self._hits.append(
+        self._hits(
             {
                 "id": record["id"],
                 "origin": record["origin"],
@@ -445,7 +437,7 @@ class _Import:
         number = first
         with (
             pq.ParquetFile(self.folder / "spill.parquet") as spill,
-            _Table(self.folder / "report" / "duplicates.parquet", DUPLICATE_SCHEMA) as duplicates,
+            _table(self.folder / "report" / "duplicates.parquet", DUPLICATE_SCHEMA) as duplicates,
             pq.ParquetWriter(
                 self.folder / "problems.parquet", PROBLEM_SCHEMA, compression="zstd"
             ) as out,
@@ -480,7 +472,7 @@ class _Import:
         self._report_hit(hit, row)
 
     def _duplicate(
-        self, item: Duplicate, row: Mapping[str, Any], kept: Mapping[str, Any], into: _Table
+        self, item: Duplicate, row: Mapping[str, Any], kept: Mapping[str, Any], into: Append
     ) -> None:
         report = self.report.files[row["file"]]
         if item.exact:
@@ -491,7 +483,7 @@ class _Import:
             kept["answer"], row["answer"]
         )
         self.report.other_answers += not same
-        into.append(
+        into(
             {
                 "id": row["id"],
                 "origin": row["origin"],

@@ -616,23 +616,12 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "buy": Family(level=Level.GSM, draft=_buy),
-    "gain_lose": Family(level=Level.GSM, draft=_gain_lose),
-    "share": Family(level=Level.GSM, draft=_share),
-    "times": Family(level=Level.GSM, draft=_times),
-    "pages": Family(level=Level.GSM, draft=_pages),
-    "age": Family(level=Level.GSM, draft=_age),
-    "discount": Family(level=Level.MATH, draft=_discount),
-    "gcd_lcm": Family(level=Level.MATH, draft=_gcd_lcm),
-    "linear": Family(level=Level.MATH, draft=_linear),
-    "remaining": Family(level=Level.MATH, draft=_remaining),
-    "average": Family(level=Level.MATH, draft=_average),
-    "ratio": Family(level=Level.MATH, draft=_ratio),
-    "inclusion": Family(level=Level.OLYMPIAD, draft=_inclusion),
-    "power": Family(level=Level.OLYMPIAD, draft=_power),
-    "committee": Family(level=Level.OLYMPIAD, draft=_committee),
-    "vieta": Family(level=Level.OLYMPIAD, draft=_vieta),
-    "series": Family(level=Level.OLYMPIAD, draft=_series),
-    "compose": Family(level=Level.OLYMPIAD, draft=_compose),
+    draft.__name__.removeprefix("_"): Family(level=level, draft=draft)
+    for level, drafts in (
+        (Level.GSM, (_buy, _gain_lose, _share, _times, _pages, _age)),
+        (Level.MATH, (_discount, _gcd_lcm, _linear, _remaining, _average, _ratio)),
+        (Level.OLYMPIAD, (_inclusion, _power, _committee, _vieta, _series, _compose)),
+    )
+    for draft in drafts
 }
-"""Every family by name, in level order."""
+"""Every family by the name of its function, in level order."""
