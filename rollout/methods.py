@@ -256,54 +256,46 @@ def tree_solutions(tree: Tree) -> list[Solution]:
     ]
 
 
+@dataclass
 class Meter:
     """Both engines of one problem, as a method sees them: passes on, counts, tells.
 
     Cost and events are taken here, at the engines, so that they mean the same for every method.
     """
 
-    def __init__(
-        self,
-        questions: tuple[str, ...],
-        policy: PolicyEngine,
-        preference: PreferenceEngine | None,
-        on_event: OnEvent | None,
-        clock: Callable[[], float] | None,
-    ) -> None:
-        """
-        Args:
-            questions: prompts before any step, of the policy and of the PPM where they differ;
-                left out of the texts of events.
-            clock: in seconds; None: the seconds of a cost stay 0.
-        """
-        self._questions = questions
-        self._policy = policy
-        self._preference = preference
-        self._on_event = on_event
-        self._clock = clock
-        self._began_s = clock() if clock is not None else 0.0
+    questions: tuple[str, ...]
+    """Prompts before any step, of the policy and of the PPM where they differ; left out of the
+    texts of events."""
+    policy: PolicyEngine
+    preference: PreferenceEngine | None
+    on_event: OnEvent | None
+    clock: Callable[[], float] | None
+    """In seconds; None: the seconds of a cost stay 0."""
+    num_too_long: int = 0
+    """Requests whose prompt left no room to generate."""
+    policy_version: str = ""
+    preference_version: str = ""
+
+    def __post_init__(self) -> None:
+        self._began_s = self.clock() if self.clock is not None else 0.0
         self._cost = Cost()
         self._values: dict[str, float] = {}
-        self.num_too_long = 0
-        """Requests whose prompt left no room to generate."""
-        self.policy_version = ""
-        self.preference_version = ""
 
     @property
     def guided(self) -> bool:
         """Whether there is a PPM behind it."""
-        return self._preference is not None
+        return self.preference is not None
 
     @property
     def cost(self) -> Cost:
-        if self._clock is None:
+        if self.clock is None:
             return self._cost
-        return replace(self._cost, seconds=self._clock() - self._began_s)
+        return replace(self._cost, seconds=self.clock() - self._began_s)
 
     async def generate(self, request: GenerationRequest) -> GenerationReply:
         """As `PolicyEngine`."""
         self._tell(EventKind.EXTENDS, request.prompt)
-        reply = await self._policy.generate(request)
+        reply = await self.policy.generate(request)
         self.policy_version = reply.policy_version
         tokens = sum(completion.num_tokens for completion in reply.completions)
         self._cost = replace(
@@ -315,7 +307,7 @@ class Meter:
         )
         if all(c.finish is FinishReason.PROMPT_TOO_LONG for c in reply.completions):
             self.num_too_long += 1
-        if self._preference is None:
+        if self.preference is None:
             for text in dict.fromkeys(completion.text for completion in reply.completions):
                 if text.endswith(END_OF_ANSWER):
                     self._tell(EventKind.ANSWERED, request.prompt + text)
@@ -323,11 +315,11 @@ class Meter:
 
     async def evaluate(self, request: EvaluationRequest) -> EvaluationReply:
         """As `PreferenceEngine`."""
-        assert self._preference is not None
-        reply = await self._preference.evaluate(request)
+        assert self.preference is not None
+        reply = await self.preference.evaluate(request)
         self.preference_version = reply.preference_version
         self._cost = replace(self._cost, scored_tokens=self._cost.scored_tokens + reply.num_tokens)
-        if self._on_event is not None:
+        if self.on_event is not None:
             for text, value in zip(request.texts, values_of(request, reply), strict=True):
                 if value is not None:
                     self._values[self._solution(text)] = value
@@ -336,13 +328,13 @@ class Meter:
         return reply
 
     def _tell(self, kind: EventKind, text: str) -> None:
-        if self._on_event is not None:
+        if self.on_event is not None:
             solution = self._solution(text)
             value = self._values.get(solution)
-            self._on_event(Event(kind=kind, text=solution, value=value, cost=self.cost))
+            self.on_event(Event(kind=kind, text=solution, value=value, cost=self.cost))
 
     def _solution(self, text: str) -> str:
-        question = next((q for q in self._questions if text.startswith(q)), "")
+        question = next((q for q in self.questions if text.startswith(q)), "")
         return text[len(question) :]
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -91,28 +92,6 @@ class VerdictChange:
         return bool(self.from_correct) != bool(self.to_correct)
 
 
-@dataclass(slots=True)
-class _Verdicts:
-    """The grader, asked once for each pair of a problem and an answer."""
-
-    grade: Callable[[str, str], Verdict]
-    known: dict[tuple[str, str], Verdict | None]
-
-    def of(self, problem: Problem, answer: str) -> Verdict | None:
-        key = (problem.id, answer)
-        if key not in self.known:
-            self.known[key] = self._ask(problem, answer)
-        return self.known[key]
-
-    def _ask(self, problem: Problem, answer: str) -> Verdict | None:
-        verdict = None
-        for _ in range(MAX_ASKED):
-            verdict = grade_any(problem, answer, self.grade)
-            if verdict is None or verdict.reason is not Reason.UNDECIDED:
-                break
-        return verdict
-
-
 def regrade_table(
     table: pa.Table,
     *,
@@ -127,7 +106,15 @@ def regrade_table(
         grader: its version.
     """
     rows = table.select(list(_READ)).to_pylist()
-    verdicts = _Verdicts(grade, {})
+
+    @cache
+    def verdict_of(problem: Problem, answer: str) -> Verdict | None:
+        for _ in range(MAX_ASKED):
+            verdict = grade_any(problem, answer, grade)
+            if verdict is None or verdict.reason is not Reason.UNDECIDED:
+                break
+        return verdict
+
     columns = {name: [row[name] for row in rows] for name in REWRITTEN}
     columns["grader_version"] = [grader] * len(rows)
     problem: Problem | None = None
@@ -138,7 +125,7 @@ def regrade_table(
         assert problem is not None
         if row["terminal"] != Terminal.ANSWER or row["step_answer"] is None:
             continue
-        verdict = verdicts.of(problem, row["step_answer"])
+        verdict = verdict_of(problem, row["step_answer"])
         if verdict is None:
             continue
         columns["correct"][number] = verdict.equal
