@@ -8,7 +8,6 @@ from typing import Any
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import Evaluation
 from cluster.evaluation.shares import shares_by_level
-from cluster.fleet.fleet import solved_problems
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RunConfig
@@ -63,7 +62,7 @@ def _round_entry(
     """One round; adds what it solved to `solved_before`."""
     manifest = trees.manifest()
     assert manifest is not None
-    solved = solved_problems(trees)
+    solved = trees.solved()
     solved_before |= solved
     stages = {name: folder.stage(trees.round, name) for name in STAGES}
     rollout, select = stages["rollout"], stages["select"]

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.shares import COLUMNS, problems_by_level, shares_by_level
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
+from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
 from cluster.fleet.given_models import (
     serve_given,
     with_checkpoint_directories,
@@ -112,7 +112,7 @@ class RolloutRun:
         manifest = trees.manifest()
         assert manifest is not None
         stage = self.folder.stage(ROUND, "rollout")
-        solved = solved_problems(trees)
+        solved = trees.solved()
         dead_ends: Counter[str] = Counter()
         discarded: Counter[str] = Counter()
         for table in trees.tables(["terminal", "discard", "multiplicity"]):
