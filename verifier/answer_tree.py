@@ -147,7 +147,6 @@ Node: TypeAlias = (
 )
 
 _EXPRESSIONS = (Number, Constant, Symbol, Add, Mul, Power, Call, PlusMinus)
-ONE = Number(Fraction(1))
 MINUS_ONE = Number(Fraction(-1))
 INFINITY = Constant("oo")
 REALS = Interval(Mul((MINUS_ONE, INFINITY)), INFINITY, True, True)

@@ -57,8 +57,6 @@ REQUIRED_LAYERS = (
 )
 """Without one of these `strict` refuses to start."""
 
-OPTIONAL_LAYERS = ("session", "uid", "namespaces", "file_system_view")
-
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # PyDLL keeps the interpreter lock over the call, so that a fork never copies a released one
 _HELD_SYSCALL = ctypes.PyDLL(None, use_errno=True).syscall

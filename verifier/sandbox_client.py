@@ -166,10 +166,6 @@ class SupervisorClient:
             if state.startswith("off") and layer in self.capabilities["required"]:
                 logger.warning("sandbox layer missing: %s layer=%s", state, layer)
 
-    @property
-    def supervisor_pid(self) -> int:
-        return self._process.pid
-
     def shutdown(self) -> None:
         if os.getpid() != self._owner_pid:
             return
