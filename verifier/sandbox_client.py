@@ -4,10 +4,9 @@
     reader thread                   answers -> futures; supervisor gone -> a new one, journal
                                     restored, requests sent again
 
-Frames are a 4-byte length and JSON. The journal keeps, for each state the caller was told of, how
-it came to be (parent, code, limits, output hash); after a restart the states exist again as evicted
-ones and come back by replay. A request is answered exactly once, whatever happens to the supervisor
-in between.
+The journal keeps, for each state the caller was told of, how it came to be (parent, code, limits,
+output hash); after a restart the states exist again as evicted ones and come back by replay. A
+request is answered exactly once, whatever happens to the supervisor in between.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import logging
 import os
 import selectors
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -30,14 +28,20 @@ from pathlib import Path
 from typing import Any
 
 from verifier.isolation import SINGLE_THREADED
+from verifier.sandbox_wire import frame, take_frames
 
 logger = logging.getLogger(__name__)
 
-_LENGTH = struct.Struct("<I")
 _START_TIMEOUT_S = 120.0
 _MAX_RESTARTS = 5
 _RESTART_WINDOW_S = 60.0
 _SHUTDOWN_TIMEOUT_S = 10.0
+
+SUPERVISOR_MODULES = (
+    *("isolation", "sandbox_wire", "sandbox_client", "event_loop", "host_gauges", "tree_records"),
+    *("state_processes", "eviction", "tree_steps", "fork_tree"),
+)
+"""Those of this package that the supervisor loads, each after what it imports."""
 
 # The package is stood up by hand so that nothing of its __init__ is imported there, and the modules
 # get builtins of their own (see sandbox_runner).
@@ -130,9 +134,8 @@ class SupervisorClient:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            command = interpreter_command("isolation", "sandbox_client", "fork_tree")
             process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
+                [*interpreter_command(*SUPERVISOR_MODULES), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=interpreter_environment(),
                 stdin=subprocess.DEVNULL,
@@ -144,17 +147,16 @@ class SupervisorClient:
             theirs.close()
         try:
             ours.settimeout(_START_TIMEOUT_S)
-            ours.sendall(_frame(asdict(self._settings)))
-            size = _LENGTH.unpack(_receive_exactly(ours, 4))[0]
+            ours.sendall(frame(asdict(self._settings)))
+            size = int.from_bytes(_receive_exactly(ours, 4), "little")
             answer = json.loads(_receive_exactly(ours, size))
             if "failed" in answer:
                 raise SandboxError(answer["failed"])
         except (OSError, EOFError) as error:
-            raise_from: BaseException = error
             process.kill()
             process.wait()
             ours.close()
-            raise SandboxError(f"the sandbox supervisor did not start: {error!r}") from raise_from
+            raise SandboxError(f"the sandbox supervisor did not start: {error!r}") from error
         except SandboxError:
             process.wait()
             ours.close()
@@ -194,25 +196,26 @@ class SupervisorClient:
                 raise SandboxError(self._failure or "the sandbox is shut down")
             number = self._next_id
             self._next_id += 1
-            frame = _frame({"id": number, "op": operation, **fields})
-            self._pending[number] = _Pending(frame, future, {"op": operation, **fields})
-            self._send(frame)
+            content = {"op": operation, **fields}
+            pending = _Pending(frame({"id": number, **content}), future, content)
+            self._pending[number] = pending
+            self._send(pending.frame)
         return future
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         """Called with the lock held."""
         if not self._outgoing:
             try:
-                sent = self._socket.send(frame)
+                sent = self._socket.send(message)
             except BlockingIOError:
                 sent = 0
             except OSError:
                 # the reader thread sees the end of the supervisor and sends it all again
                 return
-            if sent == len(frame):
+            if sent == len(message):
                 return
-            frame = frame[sent:]
-        self._outgoing += frame
+            message = message[sent:]
+        self._outgoing += message
         os.eventfd_write(self._wake_fd, 1)
 
     # ------------------------------------------------------------------ the reader thread
@@ -265,12 +268,7 @@ class SupervisorClient:
         if not data:
             return False
         self._incoming += data
-        while len(self._incoming) >= 4:
-            size = _LENGTH.unpack_from(self._incoming)[0]
-            if len(self._incoming) < 4 + size:
-                break
-            answer = json.loads(self._incoming[4 : 4 + size])
-            del self._incoming[: 4 + size]
+        for answer in take_frames(self._incoming):
             self._answer(answer)
         return True
 
@@ -334,7 +332,7 @@ class SupervisorClient:
                 "trees": list(self._open_trees.values()),
                 "states": list(self._journal.values()),
             }
-            self._outgoing += _frame(restore)
+            self._outgoing += frame(restore)
             for pending in self._pending.values():
                 pending.restarts += 1
                 self._outgoing += pending.frame
@@ -346,11 +344,6 @@ class SupervisorClient:
         for pending in waiting.values():
             with contextlib.suppress(InvalidStateError):
                 pending.future.set_exception(SandboxError(message))
-
-
-def _frame(content: Mapping[str, Any]) -> bytes:
-    body = json.dumps(content).encode("ascii")
-    return _LENGTH.pack(len(body)) + body
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes:

@@ -43,18 +43,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from verifier import isolation, memory_image, sandbox_warm_up
-
-REQUEST = struct.Struct("<4sIIIIIIQI")
-"""magic, nonce, step number, bytes kept, characters accepted, error bytes, CPU s, address space in
-bytes, bytes of code."""
-REPLY = struct.Struct("<4sIBBdQIII")
-"""magic, nonce, status, truncated, seconds in the step, characters printed, three text lengths."""
-REQUEST_MAGIC, REPLY_MAGIC = b"RSQ1", b"RSA1"
-HELLO, ROOT_HELLO, SPAWN, NO_FORK = b"H", b"L", b"S", b"N"
-FRAME_BYTES = 60_000
-"""Larger messages travel as several frames of at most this size."""
-OK, ERROR, MEMORY, OUTPUT_LIMIT, DENIED = range(5)
-READY = b"READY"
+from verifier.sandbox_wire import (
+    DENIED,
+    ERROR,
+    FRAME_BYTES,
+    HELLO,
+    MEMORY,
+    NO_FORK,
+    OK,
+    OUTPUT_LIMIT,
+    READY,
+    REPLY,
+    REPLY_MAGIC,
+    REQUEST,
+    ROOT_HELLO,
+    SPAWN,
+)
 
 
 class _Bytes(io.RawIOBase):
