@@ -370,16 +370,7 @@ class _Tokenizer:
         elif name in ("euro", "pounds", "textdollar", "yen"):
             self._add("operator", {"euro": "€", "pounds": "£", "textdollar": "$", "yen": "¥"}[name])
         else:
-            self._add(
-                "command",
-                {
-                    "dfrac": "frac",
-                    "tfrac": "frac",
-                    "cfrac": "frac",
-                    "dbinom": "binom",
-                    "tbinom": "binom",
-                }.get(name, name),
-            )
+            self._add("command", name[1:] if name[1:] in ("frac", "binom") else name)
         return position
 
     def _escaped(self, char: str, position: int) -> int:
