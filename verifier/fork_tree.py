@@ -261,9 +261,9 @@ class Supervisor:
             node.waiting.clear()
         self.steps.queue = deque(job for job in self.steps.queue if job.parent.tree is not tree)
         for process in [p for p in self.processes.by_pid.values() if p.tree is tree]:
-            self.processes.kill(process, "closed")
+            self.processes.kill(process)
         for process in [p for p in self.processes.active if p.tree is tree]:
-            self.processes.kill(process, "closed")
+            self.processes.kill(process)
 
     def _start_zygote(self, flavour: str) -> Zygote:
         self.zygote_starts += 1
@@ -370,7 +370,7 @@ class Supervisor:
         ]
         self.layers = {**self.layers, **report}
         if self.strict and missing:
-            self.processes.kill(process, "layers")
+            self.processes.kill(process)
             self._root_failed(node, "missing isolation layers: " + ", ".join(missing))
             return
         self.processes.supervised = self.processes.supervised and process.listener is not None

@@ -133,7 +133,7 @@ class Processes:
     def evict(self, node: Node) -> None:
         if node.process is not None:
             self.counts["evictions"] += 1
-            self.kill(node.process, "evicted")
+            self.kill(node.process)
 
     def release(self, node: Node) -> None:
         node.busy -= 1
@@ -192,7 +192,7 @@ class Processes:
                 return
             if process.node is not None:
                 process.node.poisoned = True
-            self.kill(process, "spoke while idle")
+            self.kill(process)
 
     def _on_hello(self, process: Process) -> None:
         try:
@@ -223,7 +223,7 @@ class Processes:
             if parent is not None and parent.node is not None:
                 parent.node.poisoned = True
                 self.release(parent.node)
-                self.kill(parent, "forged hello")
+                self.kill(parent)
             self._give_up(process, "protocol_error", "Hello", "forged by the parent state")
             return
         process.pid = pid
@@ -258,7 +258,7 @@ class Processes:
         process.received += len(data)
         head = process.parts[0]
         if len(head) < REPLY.size:
-            self._broke_protocol(process, "short reply")
+            self._give_up(process, "protocol_error", "Protocol", "short reply")
             return
         magic, nonce, status, truncated, exec_s, printed, *lengths = REPLY.unpack_from(head)
         limits = job.limits
@@ -273,7 +273,7 @@ class Processes:
             or process.received > expected
             or not 0.0 <= exec_s < 1e6
         ):
-            self._broke_protocol(process, "malformed reply")
+            self._give_up(process, "protocol_error", "Protocol", "malformed reply")
             return
         if process.received < expected:
             return
@@ -301,7 +301,7 @@ class Processes:
             digest = hashlib.sha256(output + printed.to_bytes(8, "little")).hexdigest()
             self.outcomes.finish(job, result, process, digest)
         else:
-            self.kill(process, "failed")
+            self.kill(process)
             self.outcomes.finish(job, result, None)
 
     def _usage(self, process: Process) -> dict[str, float]:
@@ -310,10 +310,6 @@ class Processes:
             usage["cpu_s"] = cpu_seconds(process.pid)
             usage["memory_mib"] = resident_bytes(process.pid) / 2**20
         return usage
-
-    def _broke_protocol(self, process: Process, what: str) -> None:
-        self.kill(process, "protocol")
-        self._give_up(process, "protocol_error", "Protocol", what)
 
     def _on_eof(self, process: Process) -> None:
         """The channel closed: normally the process is dying; if not, `tick` kills it."""
@@ -326,11 +322,9 @@ class Processes:
     def _give_up(
         self, process: Process, status: str, kind: str, message: str, **usage: Any
     ) -> None:
-        """End a step whose process is dead or condemned with a verdict of our own."""
+        """End a step with a verdict of our own, and its process with it."""
+        self.kill(process)
         job, process.job = process.job, None
-        self.active.discard(process)
-        if process.phase == SPAWNING:
-            self.detach(process)
         if job is not None:
             self.outcomes.finish(job, step_result(status, kind, message, **usage), None)
 
@@ -357,13 +351,12 @@ class Processes:
 
     # ------------------------------------------------------------------ killing and reaping
 
-    def kill(self, process: Process, reason: str) -> None:
+    def kill(self, process: Process) -> None:
         """Condemn a process: no longer live, its channel closed; the reaper does the rest."""
         if process.phase == ENDING:
             return
         was_spawning = process.phase == SPAWNING
         self.detach(process)
-        process.kill_reason = reason
         # not if it was reaped meanwhile: the number may be another process's by now
         if not was_spawning and self.by_pid.get(process.pid) is process:
             os.kill(process.pid, signal.SIGKILL)
@@ -434,7 +427,7 @@ class Processes:
             verdict = ("timeout", "CpuLimit", "over the CPU limit")
         elif code == -signal.SIGSYS:
             verdict = ("denied", end, "a system call of another architecture")
-        elif process.kill_reason == "lived on":
+        elif process.lived_on:
             message = "closed its channel and went on running"
             verdict = ("protocol_error", "Protocol", message)
         elif code == -signal.SIGKILL:
@@ -471,14 +464,14 @@ class Processes:
             if process.phase == ENDING:
                 continue
             if process.eof_at:
-                if now - process.eof_at > EOF_GRACE_S and process.kill_reason != "lived on":
-                    process.kill_reason = "lived on"
+                if now - process.eof_at > EOF_GRACE_S and not process.lived_on:
+                    process.lived_on = True
                     os.kill(process.pid, signal.SIGKILL)
             elif process.phase == SPAWNING:
                 if now >= process.deadline:
                     parent = process.parent
                     if parent is not None:
-                        self.kill(parent, "no hello")
+                        self.kill(parent)
                     self.spawn_failed(process)
             elif process.job is not None:
                 self._check_limits(process, process.job, now)
@@ -503,15 +496,12 @@ class Processes:
             if cpu_s < 0.3 * age and waited > 0.3 * age:
                 self._extend(process, job, age, waited)
                 return
-            self.kill(process, "wall")
             message = f"no answer within {limits['wall_s']:g} s"
             self._give_up(process, "timeout", "WallLimit", message, **usage)
         elif cpu_s > limits["cpu_s"]:
-            self.kill(process, "cpu")
             message = f"used more than {limits['cpu_s']:g} s of CPU"
             self._give_up(process, "timeout", "CpuLimit", message, **usage)
         elif resident > process.tree.base_resident + limits["memory_mib"] * 2**20:
-            self.kill(process, "memory")
             message = f"used more than {limits['memory_mib']} MiB"
             self._give_up(process, "memory", "MemoryLimit", message, **usage)
 
@@ -522,7 +512,7 @@ class Processes:
             due_s = max(job.limits["wall_s"] + waited, age + FAST_S)
             process.deadline = process.running_since + due_s
             return
-        self.kill(process, "contended")
+        self.kill(process)
         process.job = None
         job.blameless = True
         self.outcomes.retry(job, f"no core was free for it within {age:.1f} s")

@@ -44,15 +44,16 @@ def step_result(
     }
 
 
+@dataclass(slots=True, eq=False)
 class Request:
     """One client request for sibling steps, answered when its last step is."""
 
-    __slots__ = ("answer", "remaining", "results")
+    remaining: int
+    answer: Callable[[list[dict[str, Any]]], None]
+    results: list[dict[str, Any]] = field(init=False)
 
-    def __init__(self, count: int, answer: Callable[[list[dict[str, Any]]], None]) -> None:
-        self.results: list[dict[str, Any]] = [{}] * count
-        self.remaining = count
-        self.answer = answer
+    def __post_init__(self) -> None:
+        self.results = [{}] * self.remaining
 
     def put(self, index: int, step_result: dict[str, Any]) -> None:
         self.results[index] = step_result
@@ -143,8 +144,10 @@ class Process:
     granted: deque[float] = field(default_factory=deque)
     running_since: float = field(init=False)
     deadline: float = field(init=False)
-    kill_reason: str = ""
     eof_at: float = 0.0
+    """When its channel closed; 0 while it is open."""
+    lived_on: bool = False
+    """It went on running after that, and was killed for it."""
     burning: bool = True
     cpu_s: float = 0.0
     parts: list[bytes] = field(default_factory=list)

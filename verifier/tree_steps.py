@@ -169,7 +169,7 @@ class Steps:
             parent.permits += 1
             socket.send_fds(parent.channel, [SPAWN], [theirs.fileno()])
         except OSError:
-            self.processes.kill(parent, "channel")
+            self.processes.kill(parent)
             theirs.close()
             self.processes.spawn_failed(process)
             return True
@@ -231,7 +231,7 @@ class Steps:
         result["replayed"], result["attempts"] = job.replayed, max(job.attempts, 1)
         if parent.id not in self.forest.nodes:
             if process is not None:
-                self.processes.kill(process, "closed")
+                self.processes.kill(process)
             return
         if process is not None:
             node = self.forest.add_new(parent.tree, parent, job.code)
@@ -263,14 +263,14 @@ class Steps:
     ) -> None:
         if node.id not in self.forest.nodes:
             if process is not None:
-                self.processes.kill(process, "closed")
+                self.processes.kill(process)
             return
         if process is not None and digest == node.digest:
             self.processes.keep(process, node)
             self.wake_waiting(node, 1 + job.replayed)
             return
         if process is not None:
-            self.processes.kill(process, "diverged")
+            self.processes.kill(process)
         if result["status"] in NOT_ABOUT_THE_CODE or result["error_type"] == "ParentState":
             self.fail_waiting(node, result)
             return
