@@ -27,9 +27,9 @@ from typing import TypeGuard
 from verifier.answer_build import construct, decimal_number
 from verifier.answer_expressions import ExpressionParser
 from verifier.answer_tokens import (
-    _THOUSANDS,
     END,
     MAX_NUMBER_DIGITS,
+    THOUSANDS,
     AnswerSyntaxError,
     AnswerTooLarge,
     Reading,
@@ -140,7 +140,7 @@ def _simple_number(text: str) -> Node | None:
 
 def _readings(text: str) -> list[Reading]:
     readings = [Reading()]
-    if _THOUSANDS.search(text):
+    if THOUSANDS.search(text):
         readings += [replace(reading, thousands=False) for reading in readings]
     if "/" in text and _WIDE_SLASH.search(text):
         readings += [replace(reading, wide_slash=True) for reading in readings]

@@ -284,7 +284,7 @@ def _describe(error: BaseException, error_bytes: int) -> tuple[int, str, str]:
     return ERROR, kind, message
 
 
-_close_range_call = isolation._HELD_SYSCALL
+_close_range_call = isolation.HELD_SYSCALL
 
 
 def _close_range(first: int, end: int) -> None:
