@@ -22,7 +22,6 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter, deque
@@ -33,7 +32,7 @@ from verifier import isolation
 from verifier.event_loop import ClientLine, EventLoop
 from verifier.eviction import Eviction
 from verifier.host_gauges import resident_bytes, uid_range
-from verifier.sandbox_client import interpreter_command, interpreter_environment
+from verifier.sandbox_interpreter import ZYGOTE, start_interpreter
 from verifier.sandbox_wire import FRAME_BYTES, READY, frame
 from verifier.state_processes import FAST_S, TICK_S, Processes
 from verifier.tree_records import (
@@ -50,7 +49,6 @@ from verifier.tree_records import (
 )
 from verifier.tree_steps import Steps
 
-ZYGOTE_MODULES = ("isolation", "sandbox_wire", "memory_image", "sandbox_warm_up", "sandbox_runner")
 MAX_ZYGOTE_STARTS = 5
 
 SELF_CHECK = (
@@ -269,15 +267,7 @@ class Supervisor:
         self.zygote_starts += 1
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            process = subprocess.Popen(
-                [*interpreter_command(*ZYGOTE_MODULES), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=interpreter_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
+            process = start_interpreter(ZYGOTE, theirs)
         config = {"flavour": flavour, "withheld": self.settings["withheld"]}
         ours.send(json.dumps(config).encode())
         ours.setblocking(False)

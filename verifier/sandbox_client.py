@@ -18,16 +18,14 @@ import os
 import selectors
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from verifier.isolation import SINGLE_THREADED
+from verifier.sandbox_interpreter import SUPERVISOR, start_interpreter
 from verifier.sandbox_wire import frame, take_frames
 
 logger = logging.getLogger(__name__)
@@ -36,47 +34,6 @@ _START_TIMEOUT_S = 120.0
 _MAX_RESTARTS = 5
 _RESTART_WINDOW_S = 60.0
 _SHUTDOWN_TIMEOUT_S = 10.0
-
-SUPERVISOR_MODULES = (
-    *("isolation", "sandbox_wire", "sandbox_client", "event_loop", "host_gauges", "tree_records"),
-    *("state_processes", "eviction", "tree_steps", "fork_tree"),
-)
-"""Those of this package that the supervisor loads, each after what it imports."""
-
-# The package is stood up by hand so that nothing of its __init__ is imported there, and the modules
-# get builtins of their own (see sandbox_runner).
-BOOTSTRAP = """
-import builtins, pathlib, sys, types
-folder, names, sys.argv = sys.argv[1], sys.argv[2].split(","), sys.argv[2:]
-package = types.ModuleType("verifier")
-package.__path__ = []
-sys.modules["verifier"] = package
-for name in names:
-    path = pathlib.Path(folder, name + ".py")
-    module = types.ModuleType("verifier." + name)
-    module.__dict__.update(__builtins__=dict(vars(builtins)), __file__=str(path))
-    sys.modules["verifier." + name] = module
-    setattr(package, name, module)
-    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
-module.main()
-"""
-
-
-def interpreter_command(*modules: str) -> list[str]:
-    """Command that runs `main()` of the last of these modules in a fresh interpreter.
-
-    User site-packages and the working folder stay out (-s, -P). Not -I: it would ignore
-    PYTHONHASHSEED.
-    """
-    folder = str(Path(__file__).resolve().parent)
-    return [sys.executable, "-s", "-P", "-B", "-c", BOOTSTRAP, folder, ",".join(modules)]
-
-
-def interpreter_environment() -> dict[str, str]:
-    """The whole environment of supervisor and zygote: nothing of ours, one thread, fixed hashes."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    fixed = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"}
-    return {**fixed, **SINGLE_THREADED, **kept}
 
 
 class SandboxError(RuntimeError):
@@ -133,18 +90,8 @@ class SupervisorClient:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            process = subprocess.Popen(
-                [*interpreter_command(*SUPERVISOR_MODULES), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=interpreter_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
-        finally:
-            theirs.close()
+        with theirs:
+            process = start_interpreter(SUPERVISOR, theirs)
         try:
             ours.settimeout(_START_TIMEOUT_S)
             ours.sendall(frame(asdict(self._settings)))

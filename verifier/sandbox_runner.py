@@ -4,7 +4,7 @@
                              each one: wait for a spawn order, fork; the child runs one step,
                              replies, waits
 
-This file is executed by `fork_tree` as the main program of a fresh interpreter. It holds no secret
+This file is the main program of a fresh interpreter (`sandbox_interpreter`). It holds no secret
 and is not trusted after the first user step: user code shares its address space and may rewrite any
 of it. All it could gain is to lie about its own node and its descendants; limits, exits and forks
 are judged by the supervisor and the kernel.

@@ -162,7 +162,7 @@ class Process:
 class Zygote:
     """A warm interpreter, and the roots that wait for it."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     control: socket.socket
     ready: bool = False
     info: dict[str, Any] = field(default_factory=dict)
