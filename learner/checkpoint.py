@@ -18,13 +18,14 @@ so the root is a local or shared directory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,13 +33,12 @@ from typing import Any, Literal, get_args
 from safetensors import SafetensorError
 
 from learner.spill import no_room
+from rollout.files import atomic_write, create_only, new_folder
 
 Kind = Literal["policy", "ppm"]
 
 NOTES_FILE = "rstar.json"
 """What Hugging Face's files do not say of a checkpoint."""
-
-_HASH_CHUNK_BYTES = 1 << 22
 
 
 class CheckpointError(RuntimeError):
@@ -136,9 +136,7 @@ class CheckpointStore:
             )
         record |= held["checkpoint"] | {"held": None}
         path = self.folder(kind, round) / "CURRENT.json"
-        hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        hidden.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        hidden.replace(path)
+        atomic_write(path, json.dumps(record, indent=1), durable=True)
         current = self.current(kind, round)
         assert current is not None
         return current
@@ -146,23 +144,22 @@ class CheckpointStore:
     def _write(self, kind: Kind, round: int, write: Callable[[Path], None]) -> Checkpoint:
         """A whole checkpoint in a folder that nothing refers to yet."""
         folder = self.folder(kind, round)
-        name = uuid.uuid4().hex
-        hidden, final = folder / f".{name}.partial", folder / name
-        try:
-            hidden.mkdir(parents=True)
+        final = folder / uuid.uuid4().hex
+
+        @contextlib.contextmanager
+        def telling() -> Iterator[None]:
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{kind} checkpoint of round {round}: {no_room(error, folder)}; the one in "
+                    "service is untouched"
+                ) from error
+
+        # Inside as well: what is free is told before the folder goes and its disk has room again.
+        with telling(), new_folder(final, durable=True) as hidden, telling():
             write(hidden)
             digest = directory_digest(hidden)
-            _sync(hidden)
-            hidden.rename(final)
-        except BaseException as error:
-            # Told before the folder goes: afterwards its disk has room again.
-            said = no_room(error, folder)
-            shutil.rmtree(hidden, ignore_errors=True)
-            if isinstance(error, OSError | SafetensorError):
-                raise CheckpointError(
-                    f"{kind} checkpoint of round {round}: {said}; the one in service is untouched"
-                ) from error
-            raise
         return Checkpoint(kind=kind, round=round, path=str(final), digest=digest)
 
     def _name(
@@ -182,8 +179,7 @@ class CheckpointStore:
             "held": held,
         }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if _create(folder / "CURRENT.json", json.dumps(record, indent=1).encode()):
+            if create_only(folder / "CURRENT.json", json.dumps(record, indent=1)):
                 return checkpoint
             if made is not None:
                 shutil.rmtree(made)
@@ -310,36 +306,7 @@ def directory_digest(path: Path) -> str:
     if not files:
         raise CheckpointError(f"checkpoint directory is empty or missing: {path}")
     for file in files:
-        digest = hashlib.sha256()
         with file.open("rb") as handle:
-            while chunk := handle.read(_HASH_CHUNK_BYTES):
-                digest.update(chunk)
+            digest = hashlib.file_digest(handle, "sha256")
         total.update(f"{file.relative_to(path).as_posix()}\0{digest.hexdigest()}\n".encode())
     return total.hexdigest()
-
-
-def _create(path: Path, data: bytes) -> bool:
-    """Put a whole file where none was; False if one was there."""
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with hidden.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.link(hidden, path)
-    except FileExistsError:
-        return False
-    finally:
-        hidden.unlink(missing_ok=True)
-    return True
-
-
-def _sync(folder: Path) -> None:
-    """Flush all files of a folder to the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -8,11 +8,10 @@ checkpoint starts from that folder and so agrees with it.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rollout.files import new_folder
 from rollout.prompt import MARKERS
 
 
@@ -37,13 +36,12 @@ def with_markers(source: Path, target: Path, markers: Sequence[str] = MARKERS) -
     tokenizer.add_tokens(missing, special_tokens=True)
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
     try:
-        unfinished.rename(target)
+        with new_folder(target) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     except OSError:
-        shutil.rmtree(unfinished)
+        # Another process may have been faster: its folder serves as well.
         if not target.exists():
             raise
     return target

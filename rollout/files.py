@@ -1,4 +1,4 @@
-"""Files on a local disk that appear whole or not at all.
+"""Files and folders on a local disk that appear whole or not at all.
 
 A reader sees the old content or the new one, never a part: what is written goes to a hidden file
 beside its place first. `durable` also asks the disk to keep it before the call returns, for what a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def atomic_write(path: Path, data: str | bytes, *, durable: bool = False) -> Non
 def create_only(path: Path, data: str | bytes) -> bool:
     """Write `path` whole and durably if there is none; False if there is one, which stays.
 
-    Of several writers at a time, in any process of any machine of the file system, one is told True.
+    Of several writers at a time, on any machine of the file system, one is told True.
 
     Raises:
         OSError: from the disk; nothing of `data` is left.
@@ -72,6 +73,31 @@ def create_only(path: Path, data: str | bytes) -> bool:
             hidden.unlink()
     _sync(path.parent)
     return True
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A hidden, empty folder beside `path`, which takes its place as the block ends.
+
+    If the block raises, or another folder with files stands at `path` by then, the hidden one goes
+    and `path` stays as it was. Missing parents are made.
+
+    Raises:
+        OSError: from the disk, or `path` is taken.
+    """
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        if durable:
+            for below in (*hidden.rglob("*"), hidden):
+                _sync(below)
+        hidden.rename(path)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    if durable:
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
