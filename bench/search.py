@@ -343,10 +343,11 @@ def cold_start(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from learner.dataset import DatasetConfig, build_dataset, read_demonstrations, write_dataset
+    from learner.dataset import read_demonstrations
     from learner.fit import PolicyTrainConfig
     from learner.miniature import write_base_model
     from learner.preference_model import new_preference_model
+    from learner.select import DatasetConfig, select_dataset
     from learner.trainer import train_policy
     from rollout.problems.miniature import write_miniature
     from rollout.prompt import TEMPLATES
@@ -357,13 +358,13 @@ def cold_start(folder: Path) -> None:
     table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
     texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
     write_base_model(folder / "base", seed=3, texts=texts)
-    dataset = build_dataset(
+    select_dataset(
         (),
+        folder / "dataset",
         template=TEMPLATES["short"],
         config=DatasetConfig(validation_share=0.1),
         demonstrations=read_demonstrations(files.demonstrations),
     )
-    write_dataset(dataset, folder / "dataset")
     train_policy(
         folder / "base",
         folder / "dataset",

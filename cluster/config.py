@@ -30,8 +30,8 @@ from cluster.replica import EngineConfig
 from cluster.scaler import ScalerConfig
 from cluster.spot import SpotConfig
 from cluster.tracing import TracingConfig
-from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
+from learner.select import DatasetConfig
 from rollout.difficulty import SuspectConfig
 from rollout.methods import Method, MethodConfig
 from rollout.problem import Level

@@ -35,15 +35,10 @@ from cluster.report import hardware, plot_report, shares_by_level, versions, wri
 from cluster.run_folder import RunFolder
 from cluster.status import problems_by_level
 from learner.checkpoint import Checkpoint, CheckpointStore
-from learner.dataset import (
-    build_dataset,
-    read_demonstrations,
-    read_manifest,
-    select_dataset,
-    write_dataset,
-)
+from learner.dataset import read_demonstrations, read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, PolicyTrainConfig
 from learner.markers import with_markers
+from learner.select import select_dataset
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
@@ -220,13 +215,13 @@ class Evolution:
         self.view.begin("cold start", "cold start: SFT on demonstrations")
         directory = self.folder.dataset(0)
         if read_manifest(directory) is None:
-            dataset = build_dataset(
+            select_dataset(
                 (),
+                directory,
                 template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=read_demonstrations(self.demonstrations),
             )
-            write_dataset(dataset, directory)
         result = await self._fit(0, "policy", self.base_model, config)
         seconds = self.view.end(_fit_summary(result))
         self.folder.record_stage(0, "train_policy", seconds, **_fit_facts(result))

@@ -27,10 +27,11 @@ from cluster.progress import ProgressView
 from cluster.regrade import dataset_is_current, verdicts_of
 from cluster.run_folder import RunFolder, RunFolderError
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
-from learner.dataset import read_manifest, select_dataset
+from learner.dataset import read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError
 from learner.markers import with_markers
 from learner.plain import write_plain_dataset
+from learner.select import select_dataset
 from rollout.prompt import TEMPLATES
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore

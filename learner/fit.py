@@ -218,7 +218,7 @@ class FitRequest:
     base: str
     """Directory of the checkpoint to start from; for a PPM the policy that gives the trunk."""
     data: str
-    """Directory written by `learner.dataset.write_dataset`."""
+    """A dataset directory (`learner.dataset`)."""
     checkpoints: str
     """Root of the `CheckpointStore` to publish into."""
     config: PolicyTrainConfig | PreferenceTrainConfig

@@ -15,10 +15,10 @@ import pytest
 from rich.console import Console
 
 from cluster.synthesize import run_synthesize, synthesize_config
-from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig
 from learner.miniature import write_base_model
 from learner.plain import write_plain_dataset
+from learner.select import DatasetConfig
 from learner.trainer import train_policy
 from rollout.problems.reader import read_problems
 from rollout.problems.synthesis import SynthesisConfig

@@ -13,13 +13,7 @@ from tensorboardX.proto import event_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.checkpoint import CheckpointStore
-from learner.dataset import (
-    DatasetConfig,
-    build_dataset,
-    read_manifest,
-    read_sft,
-    write_dataset,
-)
+from learner.dataset import read_manifest, read_sft
 from learner.fit import (
     PPM_PRESETS,
     FitRequest,
@@ -30,6 +24,7 @@ from learner.fit import (
     RankError,
 )
 from learner.preference_model import load_preference_model, values
+from learner.select import DatasetConfig, select_dataset
 from learner.trainer import deepspeed_config, learning_rate_share, run_fit
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
@@ -58,10 +53,9 @@ def data(tmp_path_factory):
         for n in range(24)
     ]
     config = DatasetConfig(validation_share=0.3)
-    dataset = build_dataset(trees, template=SHORT_TEMPLATE, config=config)
-    assert dataset.sft_validation and dataset.pairs_validation
     path = tmp_path_factory.mktemp("data")
-    write_dataset(dataset, path)
+    manifest = select_dataset(trees, path, template=SHORT_TEMPLATE, config=config)
+    assert all(file["rows"] for file in manifest["files"].values())
     return path
 
 
@@ -358,8 +352,7 @@ def test_bad_input_is_one_clear_error(fit, policy, tmp_path):
         fit(POLICY, base=str(tmp_path / "nowhere"))
     with pytest.raises(LearnerError, match=r"no complete training data in .*nowhere"):
         fit(POLICY, data=str(tmp_path / "nowhere"))
-    empty = build_dataset([], template=SHORT_TEMPLATE, config=DatasetConfig())
-    write_dataset(empty, tmp_path / "empty")
+    select_dataset([], tmp_path / "empty", template=SHORT_TEMPLATE, config=DatasetConfig())
     with pytest.raises(LearnerError, match="no preference pairs to train on"):
         fit(PPM, data=str(tmp_path / "empty"))
     AutoModelForCausalLM.from_pretrained(policy).save_pretrained(tmp_path / "unmarked")
