@@ -564,7 +564,7 @@ def _fit_facts(result: FitResult) -> Mapping[str, Any]:
         "examples": result.examples,
         "steps": result.steps,
         "useful_tokens": result.useful_tokens,
-        "padded_tokens": result.padded_tokens,
+        "padded_tokens": result.computed_tokens,
         "loss_tokens": result.loss_tokens,
         "final_loss": result.final_loss,
         "tokens_per_s": result.tokens_per_s,

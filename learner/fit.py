@@ -309,11 +309,6 @@ class FitResult:
         """Useful tokens per second over all ranks, set-up and saving excluded."""
         return self.useful_tokens / self.seconds_train if self.seconds_train else 0.0
 
-    @property
-    def padded_tokens(self) -> int:
-        """`computed_tokens`, under the name that reports of earlier runs have it."""
-        return self.computed_tokens
-
     def as_record(self) -> dict[str, Any]:
         """Plain data without the checkpoint, which its store knows."""
         record = asdict(self)

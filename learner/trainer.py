@@ -43,7 +43,6 @@ from learner.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
-    Kind,
     write_prompt_template,
 )
 from learner.dataset import DatasetError, read_manifest
@@ -131,67 +130,6 @@ def run_fit(
         if "allocate memory" in str(error):
             raise RankError(_out_of_memory(request, rank, error)) from error
         raise
-
-
-def train_policy(
-    base: str | Path,
-    data: str | Path,
-    checkpoints: str | Path,
-    *,
-    config: PolicyTrainConfig,
-    round: int = 0,
-    seed: int = 0,
-    fit: Callable[[FitRequest], FitResult] = run_fit,
-) -> FitResult:
-    """Fine-tune a policy on a dataset directory, outside of an evolution run.
-
-    Args:
-        base: Hugging Face directory to start from.
-        data: what `learner.dataset.write_dataset` wrote.
-        fit: `run_fit` trains in this process; `LearnerGroup.fit` on a group of ranks.
-    Raises:
-        LearnerError: the run could not be done.
-    """
-    return fit(_request("policy", base, data, checkpoints, config, round, seed))
-
-
-def train_ppm(
-    policy: str | Path,
-    data: str | Path,
-    checkpoints: str | Path,
-    *,
-    config: PreferenceTrainConfig,
-    round: int = 0,
-    seed: int = 0,
-    fit: Callable[[FitRequest], FitResult] = run_fit,
-) -> FitResult:
-    """Train a PPM on a dataset directory, outside of an evolution run; as `train_policy`.
-
-    Args:
-        policy: Hugging Face directory of the policy that gives the trunk.
-    """
-    return fit(_request("ppm", policy, data, checkpoints, config, round, seed))
-
-
-def _request(
-    kind: Kind,
-    base: str | Path,
-    data: str | Path,
-    checkpoints: str | Path,
-    config: PolicyTrainConfig | PreferenceTrainConfig,
-    round: int,
-    seed: int,
-) -> FitRequest:
-    return FitRequest(
-        fit_id=f"round={round}/{kind}",
-        kind=kind,
-        round=round,
-        base=str(base),
-        data=str(data),
-        checkpoints=str(checkpoints),
-        config=config,
-        seed=seed,
-    )
 
 
 def warm_up() -> None:
