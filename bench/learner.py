@@ -375,11 +375,13 @@ def measure_mfu(tokens_per_step: int = 65536, steps: int = 6) -> dict[str, float
 
     from learner.batch import PolicyBatch
     from learner.flops import flop_counter, peak_flops
+    from learner.optimiser import forward_backward, make_engine, update
+    from learner.prepare import choose_attention
+    from learner.ranks import ensure_group
     from learner.task import Task
-    from learner.trainer import _choose_attention, _ensure_group, _make_engine, _step, _update
 
     config = PolicyTrainConfig(zero_stage=1, micro_batch_tokens=16384, precision="bfloat16")
-    _ensure_group(0, 1)
+    ensure_group(0, 1)
     with torch.device("cuda"):
         model = Qwen2ForCausalLM(
             Qwen2Config(
@@ -419,16 +421,16 @@ def measure_mfu(tokens_per_step: int = 65536, steps: int = 6) -> dict[str, float
         denominator=lambda step: float(tokens_per_step),
         skipped_long=0,
     )
-    engine, _ = _make_engine(objective, config, 1)
-    _choose_attention(objective, config, engine.device)
+    engine, _ = make_engine(objective, config)
+    choose_attention(objective, config, engine.device)
     step = PlannedStep(micro=tuple((Share(examples=()),) for _ in range(rows)))
     peak = peak_flops(engine.device, None)
     for number in range(steps):
         if number == 2:
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        _step(engine, task, step, config, 0, 1)
-        _update(engine, config)
+        forward_backward(engine, task, step, config)
+        update(engine, config)
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / (steps - 2)
     flops = counter.total(
