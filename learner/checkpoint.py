@@ -246,15 +246,7 @@ class CheckpointStore:
         return self.root / f"round={round}" / kind
 
     def _record(self, kind: Kind, round: int) -> dict[str, Any] | None:
-        path = self.folder(kind, round) / "CURRENT.json"
-        try:
-            record = json.loads(path.read_bytes())
-            record["path"], record["digest"], record["info"]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-        return record
+        return _read(self.folder(kind, round) / "CURRENT.json", "path", "digest", "info")
 
 
 def write_prompt_template(directory: Path, name: str) -> None:
@@ -268,13 +260,8 @@ def read_prompt_template(directory: str | Path) -> str | None:
     Raises:
         CheckpointError: the note cannot be read.
     """
-    path = Path(directory) / NOTES_FILE
-    try:
-        return str(json.loads(path.read_text())["prompt_template"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    notes = _read(Path(directory) / NOTES_FILE, "prompt_template")
+    return None if notes is None else str(notes["prompt_template"])
 
 
 def checkpoint_directory(path: str | Path) -> Path:
@@ -286,13 +273,8 @@ def checkpoint_directory(path: str | Path) -> Path:
         CheckpointError: CURRENT.json is there and cannot be read.
     """
     path = Path(path)
-    record = path / "CURRENT.json"
-    try:
-        return path / str(json.loads(record.read_bytes())["path"])
-    except (FileNotFoundError, NotADirectoryError):
-        return path
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{record} cannot be read: {error!r}") from error
+    record = _read(path / "CURRENT.json", "path") if path.is_dir() else None
+    return path if record is None else path / str(record["path"])
 
 
 def directory_digest(path: Path) -> str:
@@ -310,3 +292,20 @@ def directory_digest(path: Path) -> str:
             digest = hashlib.file_digest(handle, "sha256")
         total.update(f"{file.relative_to(path).as_posix()}\0{digest.hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any] | None:
+    """A JSON object that has some keys; None if there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        for key in keys:
+            record[key]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    return record

@@ -8,14 +8,13 @@ checkpoint starts from that folder and so agrees with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rollout.files import new_folder
 from rollout.prompt import MARKERS
 
 
-def with_markers(source: Path, target: Path, markers: Sequence[str] = MARKERS) -> Path:
+def with_markers(source: Path, target: Path) -> Path:
     """A model directory whose tokenizer holds every marker as one token.
 
     Args:
@@ -29,7 +28,7 @@ def with_markers(source: Path, target: Path, markers: Sequence[str] = MARKERS) -
     if target.exists():
         return target
     tokenizer = AutoTokenizer.from_pretrained(source)
-    missing = [m for m in markers if len(tokenizer(m, add_special_tokens=False).input_ids) != 1]
+    missing = [m for m in MARKERS if len(tokenizer(m, add_special_tokens=False).input_ids) != 1]
     if not missing:
         return source
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")

@@ -18,7 +18,7 @@ import math
 import random
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ class Task:
     denominator: Callable[[PlannedStep], float]
     """What the loss sum of a global batch is divided by."""
     skipped_long: int
-    groups: Sequence[PairGroup] = field(default_factory=list)
-    """The nodes of a PPM; empty for a policy."""
+    groups: DiskList[PairGroup] | None = None
+    """The nodes of a PPM; None: of a policy."""
 
     def __len__(self) -> int:
         return len(self.tokens)

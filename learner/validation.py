@@ -59,7 +59,7 @@ def validate(
             output = forward(task.pack(shares[rank]).to(device))
             if shares[rank].filler:
                 continue
-            if task.groups:
+            if task.groups is not None:
                 members = [task.groups[e] for e in shares[rank].examples]
                 sums += _pair_sums(members, output.float().tolist())
             else:
@@ -67,7 +67,7 @@ def validate(
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    if not task.groups:
+    if task.groups is None:
         tokens = max(sum(task.trained), 1)
         return HeldOut(metrics={"loss": float(sums[0]) / tokens, "num_examples": float(len(task))})
     return _pair_metrics(dict(zip(_SUMS, sums.tolist(), strict=True)))
