@@ -29,7 +29,6 @@ import tempfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
@@ -79,12 +78,7 @@ class SortedSpill(Generic[T]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for runs in self._levels:
             for run in runs:
                 run.close()

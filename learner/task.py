@@ -26,7 +26,6 @@ from learner.attention import documents, trees
 from learner.batch import (
     PairGroup,
     PolicyBatch,
-    PreferenceBatch,
     TokenisedText,
     pack_policy,
     pack_preference,
@@ -54,7 +53,7 @@ class Task:
     """What an example counts as against `batch_examples`."""
     trained: Sequence[int]
     """Tokens of each example with a next-token loss."""
-    pack: Callable[[Share], PolicyBatch | PreferenceBatch]
+    pack: Callable[[Share], PolicyBatch]
     denominator: Callable[[PlannedStep], float]
     """What the loss sum of a global batch is divided by."""
     skipped_long: int

@@ -191,13 +191,7 @@ class _Fit:
                 train_s = self.earlier_s + time.perf_counter() - begun
                 cpu_s = time.process_time() - begun_cpu
                 found = HeldOut() if broken else self._validate()
-                result = replace(
-                    self._result(found, previous, broken),
-                    seconds_setup=setup_s,
-                    seconds_train=train_s,
-                    seconds_cpu=cpu_s,
-                    mfu=self._mfu(sum(map(self._flops, self.steps)), train_s),
-                )
+                result = self._result(found, previous, broken, setup_s, train_s, cpu_s)
                 if log is not None:
                     log.end(
                         len(self.losses),
@@ -330,14 +324,7 @@ class _Fit:
 
     def _validate(self) -> HeldOut:
         self.engine.eval()
-        return validate(
-            self.engine,
-            self.prepared.validation,
-            self.config,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=self.engine.device,
-        )
+        return validate(self.engine, self.prepared.validation, self.config, self.engine.device)
 
     def _may_hold(self) -> bool:
         request = self.request
@@ -362,22 +349,22 @@ class _Fit:
         device = device_of(self.rank)
         objective.to(device=device, dtype=training_dtype(config)).eval()
         choose_attention(objective, config, device)
-        return validate(
-            objective,
-            self.prepared.validation,
-            config,
-            rank=self.rank,
-            world_size=self.world_size,
-            device=device,
-        )
+        return validate(objective, self.prepared.validation, config, device)
 
-    def _result(self, found: HeldOut, previous: HeldOut, broken: str | None) -> FitResult:
-        """All but the times and the checkpoint."""
+    def _result(
+        self,
+        found: HeldOut,
+        previous: HeldOut,
+        broken: str | None,
+        setup_s: float,
+        train_s: float,
+        cpu_s: float,
+    ) -> FitResult:
+        """All but the checkpoint and the time to save it."""
         task, steps, gate = self.task, self.steps[: len(self.losses)], self.config.gate
         worse = judge(found.metrics, previous.metrics, gate) if not broken else None
         said = [*self.watch.warnings(), *chance_warning(found.metrics)]
         said += [line for line in (broken, worse) if line is not None]
-        useful = sum(task.total(task.tokens, step) for step in steps)
         return FitResult(
             fit_id=self.request.fit_id,
             checkpoint=Checkpoint(
@@ -389,17 +376,18 @@ class _Fit:
             loss_curve=_thin(self.losses),
             final_loss=_mean(self.losses[-_FINAL_STEPS:]),
             computed_tokens=sum(task.total(task.computed, step) for step in steps),
-            useful_tokens=useful,
+            useful_tokens=sum(task.total(task.tokens, step) for step in steps),
             loss_tokens=sum(task.total(task.trained, step) for step in steps),
-            seconds_setup=0.0,
-            seconds_train=0.0,
-            seconds_cpu=0.0,
+            seconds_setup=setup_s,
+            seconds_train=train_s,
+            seconds_cpu=cpu_s,
             seconds_save=0.0,
             skipped_long=task.skipped_long,
             metrics=found.metrics
             | {f"previous_{name}": value for name, value in previous.metrics.items()},
             calibration=found.calibration,
             mean_grad_norm=_mean(self.norms) if self.norms else None,
+            mfu=self._mfu(sum(map(self._flops, self.steps)), train_s),
             warnings=tuple(said),
             held=(broken or worse) if self._may_hold() else None,
             resumed_from=self.resumed_from,

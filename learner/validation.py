@@ -31,9 +31,6 @@ def validate(
     forward: Callable[[Any], torch.Tensor],
     task: Task,
     config: TrainConfig,
-    *,
-    rank: int,
-    world_size: int,
     device: torch.device,
 ) -> HeldOut:
     """Measure an objective in evaluation mode on a split; every rank calls it and gets the result.
@@ -43,6 +40,7 @@ def validate(
     """
     if not len(task):
         return HeldOut()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     steps = plan_epoch(
         task.tokens,
         task.counts,
