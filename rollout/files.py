@@ -1,4 +1,4 @@
-"""Files on a local disk that appear whole or not at all.
+"""Files and folders on a local disk that appear whole or not at all.
 
 A reader sees the old content or the new one, never a part: what is written goes to a hidden file
 beside its place first. `durable` also asks the disk to keep it before the call returns, for what a
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,31 @@ def _hidden(path: Path) -> Path:
 def is_unfinished(name: str) -> bool:
     """Whether a file of this name is one that a killed writer of this module left behind."""
     return _HIDDEN.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A hidden, empty folder beside `path`, which takes its place as the block ends.
+
+    If the block raises, or another folder with files stands at `path` by then, the hidden one goes
+    and `path` stays as it was. Missing parents are made.
+
+    Raises:
+        OSError: from the disk, or `path` is taken.
+    """
+    hidden = _hidden(path)
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        if durable:
+            for below in (*hidden.rglob("*"), hidden):
+                _sync(below)
+        hidden.rename(path)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    if durable:
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

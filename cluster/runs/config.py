@@ -15,8 +15,8 @@ from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.evaluation.config import EvaluationConfig
 from cluster.fleet.config import ActorConfig, GivenModelsConfig, ServingConfig
 from cluster.folder.config_file import Config
-from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
+from learner.select import DatasetConfig
 from rollout.methods import MethodConfig
 from rollout.problem import Level
 from rollout.search import SearchConfig

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,14 +32,11 @@ from cluster.runs.rollout import search_stages
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import Checkpoint, CheckpointStore
-from learner.dataset import (
-    build_dataset,
-    read_demonstrations,
-    read_manifest,
-    write_dataset,
-)
+from learner.dataset import read_demonstrations, read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, PolicyTrainConfig
 from learner.markers import with_markers
+from learner.select import select_dataset
+from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
@@ -141,10 +137,8 @@ class Evolution:
             table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
             texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
             texts += pq.read_table(files.train, columns=["problem"])["problem"].to_pylist()
-            partial = self.base_model.with_name(f".{self.base_model.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_base_model(partial, seed=derive_seed(self.config.seed, "base"), texts=texts)
-            partial.rename(self.base_model)
+            with new_folder(self.base_model) as made:
+                write_base_model(made, seed=derive_seed(self.config.seed, "base"), texts=texts)
         return [files.train], files.test
 
     def _tell(self, lines: Sequence[str]) -> None:
@@ -211,13 +205,13 @@ class Evolution:
         self.view.begin("cold start", "cold start: SFT on demonstrations")
         directory = self.folder.dataset(0)
         if read_manifest(directory) is None:
-            dataset = build_dataset(
+            select_dataset(
                 (),
+                directory,
                 template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=read_demonstrations(self.demonstrations),
             )
-            write_dataset(dataset, directory)
         result = await self._fit(0, "policy", self.base_model, config)
         seconds = self.view.end(_fit_summary(result))
         self.folder.record_stage(0, "train_policy", seconds, **_fit_facts(result))
@@ -439,7 +433,7 @@ def _fit_facts(result: FitResult) -> Mapping[str, Any]:
         "examples": result.examples,
         "steps": result.steps,
         "useful_tokens": result.useful_tokens,
-        "padded_tokens": result.padded_tokens,
+        "padded_tokens": result.computed_tokens,
         "loss_tokens": result.loss_tokens,
         "final_loss": result.final_loss,
         "tokens_per_s": result.tokens_per_s,

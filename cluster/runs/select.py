@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runs.regrade import verdicts_of
-from learner.dataset import DatasetConfig, Demonstration, select_dataset
+from learner.dataset import Demonstration
+from learner.select import DatasetConfig, select_dataset
 from rollout.prompt import PromptTemplate
 from rollout.store import RunStore, TrajectoryStore
 from rollout.trajectory import trajectories

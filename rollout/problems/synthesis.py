@@ -17,7 +17,7 @@ or killed goes on from it and asks nothing again but what had not been answered.
 A budget counts answered requests, tokens and dollars over all starts of a run. A request is sent
 only if the most it may come to still fits beside all that are under way.
 
-Not covered: whether an agreed answer is right. `learner.dataset` leaves out problems of synthetic
+Not covered: whether an agreed answer is right. `learner.select` leaves out problems of synthetic
 sources that search solves too rarely (`dataset.synthetic_sources`).
 """
 
