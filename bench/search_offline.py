@@ -40,7 +40,6 @@ from cluster.engines.replica import (
     engine_arguments,
     engine_environment,
     plan_stops,
-    read_completion,
     sampling_arguments,
 )
 from rollout.engine import (
@@ -48,6 +47,7 @@ from rollout.engine import (
     EvaluationRequest,
     GenerationReply,
     GenerationRequest,
+    cut_completion,
 )
 from rollout.problem import Problem
 from rollout.search import SearchConfig, run_search
@@ -115,7 +115,7 @@ class OfflinePolicy:
         replies = []
         for request, output, ids in zip(requests, outputs, prompts, strict=True):
             completions = tuple(
-                read_completion(
+                cut_completion(
                     decode_continuation(self.tokenizer, ids, list(choice.token_ids)),
                     stop=request.stop,
                     stopped=choice.finish_reason == "stop",

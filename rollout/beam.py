@@ -20,11 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rollout.engine import (
-    EngineError,
     EvaluationRequest,
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import Step, StepKind, read_completion, render_prompt
@@ -133,18 +133,9 @@ class _Beam:
             return []
         template = self.config.training_template
         texts = tuple(render_prompt(self.problem.text, child.steps, template) for child in grown)
-        reply = await self.preference.evaluate(
-            EvaluationRequest(texts=texts, routing_key=self.problem.id)
-        )
-        if len(reply.values) != len(texts):
-            raise EngineError(
-                f"the preference model returned {len(reply.values)} values for {len(texts)} "
-                f"texts, problem {self.problem.id}"
-            )
-        return [
-            replace(child, value=value if math.isfinite(value) else None)
-            for child, value in zip(grown, reply.values, strict=True)
-        ]
+        request = EvaluationRequest(texts=texts, routing_key=self.problem.id)
+        values = values_of(request, await self.preference.evaluate(request))
+        return [replace(child, value=value) for child, value in zip(grown, values, strict=True)]
 
     async def _generate(self, path: _Path, depth: int, place: int) -> list[_Path]:
         """Distinct candidates that can follow, not executed yet."""

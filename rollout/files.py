@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         OSError: from the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    hidden = _hidden(path)
     try:
         yield hidden
         if durable:
@@ -59,7 +60,7 @@ def create_only(path: Path, data: str | bytes) -> bool:
     if path.exists():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    hidden = _hidden(path)
     try:
         hidden.write_bytes(data.encode() if isinstance(data, str) else data)
         _sync(hidden)
@@ -72,6 +73,19 @@ def create_only(path: Path, data: str | bytes) -> bool:
             hidden.unlink()
     _sync(path.parent)
     return True
+
+
+_HIDDEN = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def _hidden(path: Path) -> Path:
+    """Where what is to become `path` is written."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is one that a killed writer of this module left behind."""
+    return _HIDDEN.fullmatch(name) is not None
 
 
 def _sync(path: Path) -> None:

@@ -48,6 +48,7 @@ from rollout.engine import (
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import END_OF_ANSWER, render_question
@@ -297,8 +298,8 @@ class Meter:
         self.preference_version = reply.preference_version
         self._cost = replace(self._cost, scored_tokens=self._cost.scored_tokens + reply.num_tokens)
         if self._on_event is not None:
-            for text, value in zip(request.texts, reply.values, strict=True):
-                if math.isfinite(value):
+            for text, value in zip(request.texts, values_of(request, reply), strict=True):
+                if value is not None:
                     self._values[self._solution(text)] = value
                 if text.endswith(END_OF_ANSWER):
                     self._tell(EventKind.ANSWERED, text)

@@ -9,18 +9,17 @@ completion is one step, and the answer is read out of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rollout.engine import (
     Completion,
-    EngineError,
     EvaluationRequest,
     FinishReason,
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import (
@@ -107,16 +106,9 @@ async def sample_solutions(
         return solutions
     valued_as = training_template(template)
     texts = tuple(render_prompt(problem.text, s.steps, valued_as) for s in answered)
-    values = (
-        await preference.evaluate(EvaluationRequest(texts=texts, routing_key=problem.id))
-    ).values
-    if len(values) != len(texts):
-        raise EngineError(
-            f"the preference model returned {len(values)} values for {len(texts)} texts, problem "
-            f"{problem.id}"
-        )
-    valued = {id(s): v for s, v in zip(answered, values, strict=True) if math.isfinite(v)}
-    return [replace(s, value=valued.get(id(s))) for s in solutions]
+    request = EvaluationRequest(texts=texts, routing_key=problem.id)
+    values = iter(values_of(request, await preference.evaluate(request)))
+    return [replace(s, value=next(values)) if s.answer else s for s in solutions]
 
 
 async def sample_texts(

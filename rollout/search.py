@@ -51,6 +51,7 @@ from rollout.engine import (
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import (
@@ -194,8 +195,6 @@ class SearchError(RuntimeError):
 
 Grade = Callable[[str, str], Verdict]
 
-Observe = Callable[[Tree, Node], None]
-
 
 def grade_any(problem: Problem, answer: str, grade: Grade = verify_answer) -> Verdict | None:
     """The first accepting verdict over the problem's accepted answers, else the last one.
@@ -223,7 +222,6 @@ async def run_search(
     grade: Grade = verify_answer,
     clock: Callable[[], float] | None = None,
     resume: Tree | None = None,
-    observe: Observe | None = None,
 ) -> Tree:
     """Search one problem and return its tree.
 
@@ -236,8 +234,6 @@ async def run_search(
         resume: a tree to go on with, in place: of a search that was interrupted or is to get more
             rollouts, or a new `Tree` that the caller wants to hold while it grows. Interpreter
             states are made again by running the code of the paths that are gone on with.
-        observe: told (tree, node) after each change: a node that was expanded, or the terminal a
-            rollout ended at. It must not change the tree.
     Raises:
         ValueError: `terminal_value` is "preference" and there is no PPM, or `resume` is of another
             problem, round, index, seed or grader.
@@ -256,7 +252,7 @@ async def run_search(
     interpreters = _Interpreters(tree, sandbox)
     await interpreters.open()
     try:
-        search = _Search(tree, config, policy, preference, interpreters, grade, now, observe)
+        search = _Search(tree, config, policy, preference, interpreters, grade, now)
         await search.run()
     finally:
         tree.seconds += now() - began_s
@@ -401,7 +397,6 @@ class _Search:
         interpreters: _Interpreters,
         grade: Grade,
         now: Callable[[], float],
-        observe: Observe | None,
     ) -> None:
         self.tree = tree
         self.config = config
@@ -410,7 +405,6 @@ class _Search:
         self.interpreters = interpreters
         self.grade = grade
         self.now = now
-        self.observe = observe
         self.template = config.prompt_template
         self.question = render_question(tree.problem.text, self.template)
         self.valued_question = render_question(tree.problem.text, config.training_template)
@@ -498,8 +492,6 @@ class _Search:
             reward,
             leaf_only=failed and self.config.failure_backup == "leaf",
         )
-        if self.observe is not None:
-            self.observe(self.tree, leaf)
 
     def _answer_reward(self, leaf: Node) -> float:
         if self.config.terminal_value is TerminalValue.PREFERENCE:
@@ -535,8 +527,6 @@ class _Search:
         valid = tree.valid_children(node)
         if not valid or (not leaf_rule and all(child.exhausted for child in valid)):
             node.terminal = Terminal.NO_VALID_CHILD
-        if self.observe is not None:
-            self.observe(tree, node)
 
     # -- the stages of an expansion
 
@@ -706,17 +696,11 @@ class _Search:
         prefix = self.valued_question + render_steps(tree.steps(expansion.node))
         texts = tuple(prefix + c.step.rendered for c in valued if c.step is not None)
         began_s = self.now()
-        reply = await self.preference.evaluate(
-            EvaluationRequest(texts=texts, routing_key=tree.problem.id)
-        )
+        request = EvaluationRequest(texts=texts, routing_key=tree.problem.id)
+        reply = await self.preference.evaluate(request)
         expansion.evaluate_s = self.now() - began_s
-        if len(reply.values) != len(texts):
-            raise EngineError(
-                f"the preference model returned {len(reply.values)} values for {len(texts)} texts, "
-                f"problem {tree.problem.id}"
-            )
-        for child, value in zip(valued, reply.values, strict=True):
-            child.value = min(1.0, max(-1.0, value)) if math.isfinite(value) else None
+        for child, value in zip(valued, values_of(request, reply), strict=True):
+            child.value = value
         expansion.evaluation = reply
 
 

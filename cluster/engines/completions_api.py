@@ -41,8 +41,7 @@ from enum import StrEnum
 from typing import Any
 
 from cluster.engines.config import Dialect
-from cluster.engines.replica import read_completion
-from rollout.engine import Completion, FinishReason, GenerationRequest
+from rollout.engine import Completion, FinishReason, GenerationRequest, cut_completion
 
 _FINISH = {
     "stop": FinishReason.STOP,
@@ -183,7 +182,7 @@ def read_reply(
         if dialect == "vllm":
             text += _reported_stop(choice, stop)
         completions.append(
-            read_completion(
+            cut_completion(
                 text,
                 stop=stop,
                 stopped=finish is FinishReason.STOP,

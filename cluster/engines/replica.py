@@ -84,6 +84,7 @@ from rollout.engine import (
     FinishReason,
     GenerationReply,
     GenerationRequest,
+    cut_completion,
 )
 from rollout.prompt import MARKERS
 
@@ -319,41 +320,6 @@ def decode_continuation(
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     whole = tokenizer.decode(before + list(token_ids), **options)
     return whole[len(tokenizer.decode(before, **options)) :]
-
-
-def read_completion(
-    text: str,
-    *,
-    stop: Sequence[str],
-    stopped: bool,
-    end_of_sequence: str,
-    num_tokens: int,
-    logprob: float | None,
-) -> Completion:
-    """A completion from what the engine produced.
-
-    Args:
-        text: special tokens included.
-        stopped: the engine ended it at a stop or the end of the sequence, not at its length.
-        end_of_sequence: text of the last token, removed where it, and no stop string, ended the
-            completion.
-    """
-    ends = [(text.find(marker) + len(marker), marker) for marker in stop if marker in text]
-    if ends:
-        end, marker = min(ends)
-        return Completion(
-            text=text[:end],
-            finish=FinishReason.STOP,
-            stop_string=marker,
-            num_tokens=num_tokens,
-            logprob=logprob,
-        )
-    return Completion(
-        text=text.removesuffix(end_of_sequence) if stopped else text,
-        finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
-        num_tokens=num_tokens,
-        logprob=logprob,
-    )
 
 
 def check_fingerprint(
@@ -924,7 +890,7 @@ class PolicyReplica(_Replica):
         )
         stopped = choice.finish_reason == "stop"
         cut = text.endswith(request.stop) if request.stop else False
-        completion = read_completion(
+        completion = cut_completion(
             text,
             stop=request.stop,
             stopped=stopped,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.files import atomic_write, create_only, replacing
+from rollout.files import atomic_write, create_only, is_unfinished, replacing
 
 
 def test_a_write_replaces_the_whole_file_and_makes_its_folder(tmp_path: Path) -> None:
@@ -26,6 +26,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         raise ValueError("half written")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+
+
+def test_what_a_killed_writer_leaves_is_told_by_its_name(tmp_path: Path) -> None:
+    with replacing(tmp_path / "b.json") as hidden:
+        hidden.write_text("half")
+        assert is_unfinished(hidden.name)
+    assert not any(
+        is_unfinished(name) for name in ("b.json", ".b.json", ".nfs000000000a1b2c3d00000001")
+    )
 
 
 def test_one_of_many_creators_wins_and_its_file_is_whole(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from cluster.engines.replica import (
     engine_arguments,
     engine_environment,
     plan_stops,
-    read_completion,
     sampling_arguments,
     serving_dtype,
     weights_digest,
@@ -30,10 +29,9 @@ from cluster.engines.replica import (
 from rollout.engine import (
     EngineError,
     EvaluationRequest,
-    FinishReason,
     GenerationRequest,
 )
-from rollout.prompt import END_OF_CODE, END_OF_STEP, STOP_STRINGS
+from rollout.prompt import END_OF_CODE, END_OF_STEP
 
 
 def make_info(path: str = "model", **fields: Any) -> ModelInfo:
@@ -167,42 +165,6 @@ def test_greedy_candidates_are_written_once() -> None:
     request = GenerationRequest(prompt="p", num_candidates=8, max_tokens=4, temperature=0.0)
     stops = StopPlan(token_ids=(), strings=())
     assert sampling_arguments(request, stops, room=9, logprobs=False)["n"] == 1
-
-
-def read(text: str, *, stopped: bool, stop: tuple[str, ...] = STOP_STRINGS) -> Any:
-    return read_completion(
-        text, stop=stop, stopped=stopped, end_of_sequence="</s>", num_tokens=5, logprob=-1.5
-    )
-
-
-def test_stop_string_stays_at_the_end_and_is_named() -> None:
-    completion = read(f"x = 1\n{END_OF_STEP}", stopped=True)
-    assert completion.text == f"x = 1\n{END_OF_STEP}"
-    assert (completion.stop_string, completion.finish) == (END_OF_STEP, FinishReason.STOP)
-    assert (completion.num_tokens, completion.logprob) == (5, -1.5)
-
-
-def test_text_is_cut_behind_the_earliest_stop_string() -> None:
-    text = f"a{END_OF_CODE}b{END_OF_STEP}"
-    completion = read(text, stopped=False)
-    assert completion.text == f"a{END_OF_CODE}"
-    assert (completion.stop_string, completion.finish) == (END_OF_CODE, FinishReason.STOP)
-
-
-def test_end_of_sequence_is_removed_and_is_no_stop_string() -> None:
-    completion = read("the end</s>", stopped=True)
-    assert completion.text == "the end"
-    assert (completion.stop_string, completion.finish) == (None, FinishReason.STOP)
-
-
-def test_end_of_sequence_that_was_asked_for_as_stop_string_stays() -> None:
-    completion = read("the end</s>", stopped=True, stop=("</s>",))
-    assert (completion.text, completion.stop_string) == ("the end</s>", "</s>")
-
-
-def test_text_ended_by_length_is_whole() -> None:
-    completion = read("unfinished</s>", stopped=False)
-    assert (completion.text, completion.finish) == ("unfinished</s>", FinishReason.LENGTH)
 
 
 class StrippingTokenizer:
