@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.engines.replica import ReplicaInfo, ReplicaStats
+from cluster.engines.lifecycle import ReplicaInfo, ReplicaStats
 from cluster.jobs.admission import EnginePressure
 from rollout.engine import EvaluationReply, EvaluationRequest, GenerationReply, GenerationRequest
 from tests.fakes import ScriptedPolicy, TablePreference, random_steps

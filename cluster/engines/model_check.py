@@ -1,26 +1,29 @@
-"""Is this directory a model that a replica can serve, and is there memory for it?
+"""Can a replica serve this directory, is there memory for it, and is it what the engine serves?
 
-Every finding is one sentence that names the directory, what is wrong and what would be right, and
-comes before an engine is started: an engine that fails to start takes tens of seconds and reports
-from another process.
+Every finding of the first two is one sentence that names the directory, what is wrong and what
+would be right, and comes before an engine is started: an engine that fails to start takes tens of
+seconds and reports from another process. The last is judged by what an engine says of fixed texts
+once it has the weights (`check_fingerprint`).
 
 A tokenizer can be replaced without a word: for some model types (`qwen2` for one) transformers
 ignores the saved tokenizer class and builds its own pre-tokenizer, so that a model reads other ids
 than it was trained on. The check encodes probes with the saved tokenizer file and with what
 `AutoTokenizer` makes of it and refuses a difference.
 
-Not covered: the weights themselves (a file that is there may hold noise), and whether vLLM
-implements the architecture.
+Not covered: weights that are noise, and whether vLLM implements the architecture.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.engine import EngineError
 from rollout.prompt import MARKERS
 
 GIB = 1 << 30
@@ -289,8 +292,6 @@ def _shape(path: Path) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    import hashlib
-
     vocabulary = sorted(tokenizer.get_vocab().items())
     probes = [tokenizer(probe).input_ids for probe in _PROBES]
     return hashlib.sha256(json.dumps([vocabulary, probes]).encode()).hexdigest()
@@ -298,3 +299,54 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 def _type_bytes(dtype: str) -> int:
     return {"float32": 4, "float64": 8}.get(dtype, 2)
+
+
+def check_fingerprint(
+    first: Sequence[float],
+    second: Sequence[float],
+    previous: Sequence[float] | None,
+    *,
+    reference: Sequence[float] | None,
+    weights_differ: bool,
+    tolerance: float,
+) -> None:
+    """Check what an engine says of fixed texts after it took new weights.
+
+    Args:
+        first, second: of two calls, the prefix cache emptied between them.
+        previous: of the weights before; None: there were none.
+        reference: what transformers says of them with the new weights; None: not asked.
+        weights_differ: the files differ from those before.
+        tolerance: largest difference two calls, or engine and reference, may show.
+    Raises:
+        EngineError: a number is not finite, the two calls disagree, nothing changed, or it is not
+            what the reference says.
+    """
+    if not all(math.isfinite(number) for number in first):
+        raise EngineError(f"new weights give numbers that are not finite: {list(first)}")
+    apart = max(abs(a - b) for a, b in zip(first, second, strict=True))
+    if apart > tolerance:
+        raise EngineError(f"two calls with the same weights differ by {apart:.3g}")
+    if weights_differ and previous is not None and list(first) == list(previous):
+        raise EngineError("the weight files differ but the engine's output did not change")
+    if reference is not None:
+        apart = max(abs(a - b) for a, b in zip(first, reference, strict=True))
+        if apart > tolerance:
+            raise EngineError(f"the engine's output differs by {apart:.3g} from transformers'")
+
+
+def weights_digest(path: str | Path) -> str:
+    """Digest of names, sizes and samples of the weight files: other weights, other digest.
+
+    Samples 64 blocks of 4 KiB a file, so that it costs the same for every model size.
+    """
+    digest = hashlib.sha256()
+    root = Path(path)
+    for file in sorted([*root.glob("*.safetensors"), *root.glob("pytorch_model*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            for i in range(64):
+                stream.seek(size * i // 64)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()

@@ -33,7 +33,8 @@ from ray.util.scheduling_strategies import (
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.engines.endpoint import EndpointActor, EndpointStats
-from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor, ReplicaStats
+from cluster.engines.lifecycle import ReplicaStats
+from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
 from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
 from cluster.fleet.config import ActorConfig
 from cluster.fleet.keeper import ActorKind, Look, cause

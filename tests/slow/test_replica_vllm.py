@@ -22,14 +22,9 @@ from typing import Any
 import pytest
 
 from cluster.engines.config import EngineConfig
+from cluster.engines.lifecycle import ReplicaInfo, ReplicaStats
 from cluster.engines.model_check import ModelCheckError
-from cluster.engines.replica import (
-    PolicyReplica,
-    PolicyReplicaActor,
-    PreferenceReplicaActor,
-    ReplicaInfo,
-    ReplicaStats,
-)
+from cluster.engines.replica import PolicyReplica, PolicyReplicaActor, PreferenceReplicaActor
 from cluster.engines.weight_sync import sync_weights
 from cluster.jobs.admission import EnginePressure
 from rollout.engine import (
@@ -60,7 +55,7 @@ IN_PROCESS = """
 import json, os, sys
 
 from cluster.engines.model_check import check_policy_checkpoint
-from cluster.engines.replica import engine_arguments, engine_environment
+from cluster.engines.arguments import engine_arguments, engine_environment
 from cluster.engines.config import EngineConfig
 
 config = EngineConfig(max_model_len=512, kv_cache_gib=0.05)

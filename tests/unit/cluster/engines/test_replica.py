@@ -11,21 +11,24 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.engines.config import EngineConfig
-from cluster.engines.model_check import ModelCheckError, ModelInfo
-from cluster.engines.replica import (
-    PreferenceReplica,
-    RequestGate,
+from cluster.engines.arguments import (
     StopPlan,
-    check_fingerprint,
     decode_continuation,
     engine_arguments,
     engine_environment,
     plan_stops,
     sampling_arguments,
     serving_dtype,
+)
+from cluster.engines.config import EngineConfig
+from cluster.engines.gate import RequestGate
+from cluster.engines.model_check import (
+    ModelCheckError,
+    ModelInfo,
+    check_fingerprint,
     weights_digest,
 )
+from cluster.engines.replica import PreferenceReplica
 from rollout.engine import (
     EngineError,
     EvaluationRequest,
