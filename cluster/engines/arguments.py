@@ -21,14 +21,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from cluster.engines.config import EngineConfig
-from cluster.engines.model_check import (
-    GIB,
-    ModelInfo,
-)
+from cluster.engines.model_check import GIB, ModelInfo
 from cluster.engines.process import EndsWithOwner
-from rollout.engine import (
-    GenerationRequest,
-)
+from rollout.engine import GenerationRequest
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

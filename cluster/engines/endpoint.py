@@ -63,13 +63,7 @@ from cluster.engines.completions_api import (
 from cluster.engines.config import EndpointConfig
 from cluster.jobs.admission import EnginePressure
 from cluster.telemetry.tracing import Traced
-from rollout.engine import (
-    Completion,
-    EngineError,
-    FinishReason,
-    GenerationReply,
-    GenerationRequest,
-)
+from rollout.engine import Completion, EngineError, FinishReason, GenerationReply, GenerationRequest
 from rollout.prompt import RSTAR_TEMPLATE, render_question
 
 logger = logging.getLogger(__name__)

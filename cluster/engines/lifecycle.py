@@ -35,12 +35,7 @@ from typing import Any, Literal
 
 import ray
 
-from cluster.engines.arguments import (
-    _BYTES,
-    engine_arguments,
-    engine_environment,
-    serving_dtype,
-)
+from cluster.engines.arguments import _BYTES, engine_arguments, engine_environment, serving_dtype
 from cluster.engines.config import EngineConfig
 from cluster.engines.gate import RequestGate
 from cluster.engines.model_check import (
@@ -56,9 +51,7 @@ from cluster.engines.model_check import (
 from cluster.jobs.admission import EnginePressure
 from cluster.telemetry import logs
 from cluster.telemetry.tracing import Traced
-from rollout.engine import (
-    EngineError,
-)
+from rollout.engine import EngineError
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,7 @@ from typing import Any
 
 import ray
 
-from cluster.engines.arguments import (
-    decode_continuation,
-    plan_stops,
-    sampling_arguments,
-)
+from cluster.engines.arguments import decode_continuation, plan_stops, sampling_arguments
 from cluster.engines.batch import BatchEngine
 from cluster.engines.lifecycle import Replica
 from cluster.engines.model_check import (

@@ -45,12 +45,7 @@ import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray.exceptions import RayActorError
 
-from cluster.jobs.admission import (
-    AdmissionConfig,
-    AdmissionController,
-    EnginePressure,
-    TreeSlots,
-)
+from cluster.jobs.admission import AdmissionConfig, AdmissionController, EnginePressure, TreeSlots
 from cluster.jobs.coordinator import CoordinatorClient, WorkerProgress
 from cluster.jobs.pool import ReplicaPool
 from cluster.jobs.queue import Lease, SearchTask
