@@ -141,7 +141,6 @@ def make_model_info(path: str = "model", **fields: Any) -> ModelInfo:
         "max_positions": 1024,
         "num_labels": 1,
         "weight_bytes": 4000,
-        "kv_values_per_token": 256,
         "shape": "{}",
         "tokenizer_digest": "t",
     }

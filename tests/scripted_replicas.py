@@ -57,19 +57,8 @@ class ScriptedReplica:
             version=self.version,
             healthy=True,
             requests=self.requests,
-            failed=0,
-            prompt_tokens=0,
-            cached_tokens=0,
-            generated_tokens=0,
-            too_long=0,
             running_requests=self.running,
             running_sequences=self.running,
-            idle_s=0.0,
-            sequence_s=0.0,
-            waiting_requests=0,
-            loads=0,
-            load_s=0.0,
-            rss_bytes=0,
         )
 
     async def pressure(self) -> EnginePressure:

@@ -25,8 +25,6 @@ from cluster.engines.model_check import GIB, ModelInfo
 from cluster.engines.process import EndsWithOwner
 from rollout.engine import GenerationRequest
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 class TextTokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
@@ -114,7 +112,7 @@ def serving_dtype(config: EngineConfig, info: ModelInfo, *, on_cpu: bool) -> str
     """Type to serve in. vLLM's own "auto" would turn float32 checkpoints into half precision."""
     if config.dtype != "auto":
         return config.dtype
-    if info.dtype in _BYTES:
+    if info.dtype in ("float32", "bfloat16", "float16"):
         return info.dtype
     return "float32" if on_cpu else "bfloat16"
 

@@ -20,7 +20,6 @@ class RequestGate:
         self._open.set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._exclusive = asyncio.Lock()
         self._idle_s = 0.0
         self._idle_since_s = time.monotonic()
 
@@ -63,15 +62,14 @@ class RequestGate:
 
     @asynccontextmanager
     async def exclusive(self, timeout_s: float) -> AsyncIterator[None]:
-        """Around what must not overlap with requests.
+        """Around what must not overlap with requests; for one caller at a time.
 
         Raises:
             TimeoutError: requests were still in flight after `timeout_s`; the gate is open again.
         """
-        async with self._exclusive:
-            self._open.clear()
-            try:
-                await asyncio.wait_for(self._idle.wait(), timeout_s)
-                yield
-            finally:
-                self._open.set()
+        self._open.clear()
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            yield
+        finally:
+            self._open.set()

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 import ray
 
-from cluster.engines.arguments import _BYTES, engine_arguments, engine_environment, serving_dtype
+from cluster.engines.arguments import engine_arguments, engine_environment, serving_dtype
 from cluster.engines.config import EngineConfig
 from cluster.engines.gate import RequestGate
 from cluster.engines.model_check import (
@@ -46,6 +46,7 @@ from cluster.engines.model_check import (
     check_cpu_memory,
     check_fingerprint,
     check_gpu_memory,
+    type_bytes,
     weights_digest,
 )
 from cluster.jobs.admission import EnginePressure
@@ -76,36 +77,36 @@ class ReplicaInfo:
     """From the call to the first possible request."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ReplicaStats:
     """Counters since the start, and the present load."""
 
     name: str
     version: str
-    healthy: bool
-    requests: int
+    healthy: bool = False
+    requests: int = 0
     """Answered."""
-    failed: int
+    failed: int = 0
     """Ended by an exception, aborted ones included."""
-    prompt_tokens: int
+    prompt_tokens: int = 0
     """Of a policy: once a request, however many candidates."""
-    cached_tokens: int
+    cached_tokens: int = 0
     """Prompt tokens (as counted above) found in the prefix cache."""
-    generated_tokens: int
-    too_long: int
+    generated_tokens: int = 0
+    too_long: int = 0
     """Prompts or texts that did not fit."""
-    running_requests: int
-    running_sequences: int
-    idle_s: float
+    running_requests: int = 0
+    running_sequences: int = 0
+    idle_s: float = 0.0
     """Seconds without any request in flight, since the engine first served."""
-    sequence_s: float
+    sequence_s: float = 0.0
     """Sum over answered requests of sequences x seconds: divided by a time, the mean in flight."""
-    waiting_requests: int
+    waiting_requests: int = 0
     """Held back while weights are loaded."""
-    loads: int
-    load_s: float
+    loads: int = 0
+    load_s: float = 0.0
     """Seconds spent loading weights, waiting for requests included."""
-    rss_bytes: int
+    rss_bytes: int = 0
     """Actor and engine processes together; pages they share are counted in each."""
 
 
@@ -160,18 +161,9 @@ class Replica(Traced, ABC):
         self._max_model_len = 0
         self._device = ""
         self._dtype = ""
-        self._salt = _salt(self._version, 0)
-        self._next_request = 0
-        self._sequences = 0
-        self._sequence_s = 0.0
-        self._requests = 0
-        self._failed = 0
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._generated_tokens = 0
-        self._too_long = 0
-        self._loads = 0
-        self._load_s = 0.0
+        self._salt = f"{version}#0"
+        """Of the prefix cache: another one for each load, since a version may be loaded again."""
+        self._stats = ReplicaStats(name=name, version=version)
 
     async def ready(self) -> ReplicaInfo:
         """Start the engine if it is not running; returns when it can serve.
@@ -194,7 +186,16 @@ class Replica(Traced, ABC):
                     raise EngineError(f"{self._name}: {self._failure}") from error
                 self._state = ReplicaState.READY
                 self._gate.idle_from_now()
-                self._info = self._describe(time.monotonic() - started)
+                self._info = ReplicaInfo(
+                    name=self._name,
+                    version=self._version,
+                    path=self._path,
+                    device=self._device,
+                    max_model_len=self._max_model_len,
+                    dtype=self._dtype,
+                    pid=os.getpid(),
+                    start_s=time.monotonic() - started,
+                )
                 logger.info(
                     "Replica serves after %.1f s. replica=%s version=%s path=%s",
                     self._info.start_s,
@@ -243,8 +244,8 @@ class Replica(Traced, ABC):
                 f"{version} was not loaded"
             ) from error
         seconds = time.monotonic() - started
-        self._loads += 1
-        self._load_s += seconds
+        self._stats.loads += 1
+        self._stats.load_s += seconds
         logger.info(
             "Loaded weights in %.2f s. replica=%s version=%s path=%s",
             seconds,
@@ -261,24 +262,14 @@ class Replica(Traced, ABC):
 
     async def stats(self) -> ReplicaStats:
         """Counters and load."""
-        return ReplicaStats(
-            name=self._name,
+        return replace(
+            self._stats,
             version=self._version,
             healthy=self._state in (ReplicaState.READY, ReplicaState.LOADING)
             and not self._engine.errored,
-            requests=self._requests,
-            failed=self._failed,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            generated_tokens=self._generated_tokens,
-            too_long=self._too_long,
             running_requests=self._gate.running,
-            running_sequences=self._sequences,
             idle_s=self._gate.idle_s(),
-            sequence_s=self._sequence_s,
             waiting_requests=self._gate.waiting,
-            loads=self._loads,
-            load_s=self._load_s,
             rss_bytes=_rss_bytes(),
         )
 
@@ -316,7 +307,8 @@ class Replica(Traced, ABC):
             # has to see what kind they are.
             del os.environ["CUDA_VISIBLE_DEVICES"]
         on_cpu = not _has_gpu()
-        environment = engine_environment(self._config, on_cpu=on_cpu, ray_address=_ray_address())
+        ray_address = ray.get_runtime_context().gcs_address if ray.is_initialized() else ""
+        environment = engine_environment(self._config, on_cpu=on_cpu, ray_address=ray_address)
         for name, value in environment.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -337,20 +329,8 @@ class Replica(Traced, ABC):
         self._device = "cpu" if on_cpu else "gpu"
         self._dtype = arguments["dtype"]
 
-    def _describe(self, start_s: float) -> ReplicaInfo:
-        return ReplicaInfo(
-            name=self._name,
-            version=self._version,
-            path=self._path,
-            device=self._device,
-            max_model_len=self._max_model_len,
-            dtype=self._dtype,
-            pid=os.getpid(),
-            start_s=start_s,
-        )
-
     def _check_memory(self, model: ModelInfo, on_cpu: bool) -> None:
-        bytes_per_weight = _BYTES[serving_dtype(self._config, model, on_cpu=on_cpu)]
+        bytes_per_weight = type_bytes(serving_dtype(self._config, model, on_cpu=on_cpu))
         if on_cpu:
             check_cpu_memory(
                 model,
@@ -400,7 +380,7 @@ class Replica(Traced, ABC):
     async def _swap_weights(
         self, path: str, version: str, reference: tuple[float, ...] | None, weights_differ: bool
     ) -> None:
-        self._salt = _salt(version, self._loads + 1)
+        self._salt = f"{version}#{self._stats.loads + 1}"
         try:
             async with asyncio.timeout(self._config.load_timeout_s):
                 await self._engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
@@ -451,17 +431,6 @@ class Replica(Traced, ABC):
         if self._state is ReplicaState.CLOSED:
             raise EngineError(f"{self._name}: shut down")
 
-    def _request_id(self) -> str:
-        self._next_request += 1
-        return f"{self._name}-{self._next_request}"
-
-    def _engine_input(self, token_ids: list[int]) -> dict[str, Any]:
-        """What vLLM's own renderer makes of token ids; given so, it does no work of its own.
-
-        The salt keeps what other weights wrote into the prefix cache from ever being found.
-        """
-        return {"type": "token", "prompt_token_ids": token_ids, "cache_salt": self._salt}
-
     @asynccontextmanager
     async def _answering(self, num_sequences: int) -> AsyncIterator[None]:
         """Around one request: gate, deadline, counters, and errors under one name."""
@@ -469,38 +438,28 @@ class Replica(Traced, ABC):
             await self.ready()
         async with self._gate.request():
             self._check_state()
-            self._sequences += num_sequences
+            self._stats.running_sequences += num_sequences
             began_s = time.monotonic()
             try:
                 async with asyncio.timeout(self._config.request_timeout_s):
                     yield
             except TimeoutError as error:
-                self._failed += 1
+                self._stats.failed += 1
                 raise EngineError(
                     f"{self._name}: no answer within {self._config.request_timeout_s} s"
                 ) from error
             except asyncio.CancelledError:
-                self._failed += 1
+                self._stats.failed += 1
                 raise
             except Exception as error:
-                self._failed += 1
+                self._stats.failed += 1
                 if self._engine is None or self._engine.errored:
                     self._fail("the engine process died")
                 raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
             finally:
-                self._sequences -= num_sequences
-                self._sequence_s += num_sequences * (time.monotonic() - began_s)
-            self._requests += 1
-
-
-def _salt(version: str, loads: int) -> str:
-    """Of the prefix cache: another one for each load, since a version may be loaded again."""
-    return f"{version}#{loads}"
-
-
-def _ray_address() -> str:
-    """Of the cluster this process belongs to; "" if it belongs to none."""
-    return ray.get_runtime_context().gcs_address if ray.is_initialized() else ""
+                self._stats.running_sequences -= num_sequences
+                self._stats.sequence_s += num_sequences * (time.monotonic() - began_s)
+            self._stats.requests += 1
 
 
 def _has_gpu() -> bool:

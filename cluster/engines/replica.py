@@ -13,9 +13,11 @@ imported when the engine is started. What it is asked, and how text comes of its
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -75,14 +77,14 @@ class PolicyReplica(Replica):
         prompt_ids = self._tokenizer.encode(request.prompt)
         room = self._max_model_len - len(prompt_ids)
         if room < 1:
-            self._too_long += 1
+            self._stats.too_long += 1
             empty = Completion(text="", finish=FinishReason.PROMPT_TOO_LONG)
             return GenerationReply(
                 completions=(empty,) * request.num_candidates,
                 prompt_tokens=len(prompt_ids),
                 policy_version=self._version,
             )
-        stops = plan_stops(request.stop, self._special_tokens())
+        stops = plan_stops(request.stop, self._special_tokens)
         params = SamplingParams(
             **sampling_arguments(request, stops, room=room, logprobs=self._config.logprobs),
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -97,9 +99,9 @@ class PolicyReplica(Replica):
             for choice in sorted(output.outputs, key=lambda choice: choice.index)
         )
         cached = output.num_cached_tokens or 0
-        self._prompt_tokens += len(prompt_ids)
-        self._cached_tokens += cached
-        self._generated_tokens += sum(completion.num_tokens for completion in completions)
+        self._stats.prompt_tokens += len(prompt_ids)
+        self._stats.cached_tokens += cached
+        self._stats.generated_tokens += sum(completion.num_tokens for completion in completions)
         if len(completions) < request.num_candidates:
             completions *= request.num_candidates
         return GenerationReply(
@@ -137,15 +139,22 @@ class PolicyReplica(Replica):
         return completion
 
     async def _run(self, prompt_ids: list[int], params: Any) -> Any:
-        prompt = self._engine_input(prompt_ids)
-        return await _only(self._engine.generate(prompt, params, self._request_id()))
+        """The one output of a request that asks for the final one only."""
+        # What vLLM's own renderer makes of token ids; given so, it does no work of its own. The
+        # salt keeps what other weights wrote into the prefix cache from ever being found.
+        prompt = {"type": "token", "prompt_token_ids": prompt_ids, "cache_salt": self._salt}
+        request_id = f"{self._name}-{next(self._request_numbers)}"
+        last = None
+        # To the end: leaving the loop early would abort the request once more.
+        async for output in self._engine.generate(prompt, params, request_id):
+            last = output
+        if last is None:
+            raise EngineError("the engine ended a request without an answer")
+        return last
 
+    @cached_property
     def _special_tokens(self) -> Mapping[str, int]:
-        if self._added_tokens is None:
-            self._added_tokens = dict(self._tokenizer.get_added_vocab())
-        return self._added_tokens
-
-    _added_tokens: dict[str, int] | None = None
+        return dict(self._tokenizer.get_added_vocab())
 
     def _make_engine(self, arguments: dict[str, Any]) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -156,6 +165,7 @@ class PolicyReplica(Replica):
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[EngineGauge])
         assert engine.logger_manager is not None
         loggers = engine.logger_manager.stat_loggers
+        self._request_numbers = itertools.count(1)
         self._gauge = next(gauge for gauge in loggers if isinstance(gauge, EngineGauge))
         return engine
 
@@ -217,17 +227,17 @@ class PreferenceReplica(Replica):
             rows = [self._tokenizer.encode(text) for text in request.texts]
             values = await self._values(rows)
             num_tokens = sum(len(row) for row in rows)
-            self._prompt_tokens += num_tokens
+            self._stats.prompt_tokens += num_tokens
             return EvaluationReply(
                 values=tuple(values), num_tokens=num_tokens, preference_version=self._version
             )
 
     async def _values(self, rows: Sequence[list[int]]) -> list[float]:
         fits = [0 < len(row) <= self._max_model_len for row in rows]
-        self._too_long += fits.count(False)
+        self._stats.too_long += fits.count(False)
         fitting = [row for row, fit in zip(rows, fits, strict=True) if fit]
         outputs, cached = await self._engine.outputs(fitting, self._salt)
-        self._cached_tokens += cached
+        self._stats.cached_tokens += cached
         found = iter(outputs)
         return [math.tanh(next(found)) if fit else math.nan for fit in fits]
 
@@ -249,17 +259,6 @@ class PreferenceReplica(Replica):
             for text in _FINGERPRINT_TEXTS
         ]
         return tuple(values(load_preference_model(path), self._tokenizer, texts))
-
-
-async def _only(outputs: AsyncIterator[Any]) -> Any:
-    """The one output of a request that asked for the final one only."""
-    last = None
-    # To the end: leaving the loop early would abort the request once more.
-    async for output in outputs:
-        last = output
-    if last is None:
-        raise EngineError("the engine ended a request without an answer")
-    return last
 
 
 PolicyReplicaActor = ray.remote(PolicyReplica)

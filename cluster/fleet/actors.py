@@ -188,7 +188,7 @@ class EngineKind(RayKind):
 
     async def sync(self, handle: Any, siblings: Mapping[str, Any]) -> str:
         path, version = self.path, self.version
-        report = await sync_weights({"it": handle}, path, version)
+        await sync_weights({"it": handle}, path, version)
         fingerprints = await asyncio.gather(
             *(as_future(one.fingerprint.remote()) for one in (handle, *siblings.values())),
             return_exceptions=True,
@@ -205,7 +205,7 @@ class EngineKind(RayKind):
         finding, reason = judge(answers, version, tolerance=FINGERPRINT_TOLERANCE)["it"]
         if finding is not Finding.SERVES:
             raise EngineError(reason)
-        return report.version
+        return version
 
     async def sync_all(self, handles: Mapping[str, Any]) -> None:
         await sync_weights(handles, self.path, self.version, tolerance=FINGERPRINT_TOLERANCE)

@@ -397,8 +397,7 @@ def test_checkpoint_of_another_shape_is_refused_by_a_serving_replica(served: Ser
 
 
 async def test_all_replicas_are_brought_to_a_checkpoint(served: Served) -> None:
-    report = await sync_weights({"ppm-0": served.ppm}, str(served.folder / "ppm1"), "ppm-r1")
-    assert report.attempts == 1
+    assert await sync_weights({"ppm-0": served.ppm}, str(served.folder / "ppm1"), "ppm-r1") == 1
     reply = await served.ppm.evaluate.remote(EvaluationRequest(texts=PROMPTS))
     assert reply.preference_version == "ppm-r1"
     with pytest.raises(ModelCheckError, match="does not exist"):
