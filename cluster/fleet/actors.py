@@ -37,11 +37,12 @@ from cluster.engines.lifecycle import ReplicaStats
 from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
 from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
 from cluster.fleet.config import ActorConfig
-from cluster.fleet.keeper import ActorKind, Look, cause
+from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
 from cluster.fleet.sandbox_worker import SandboxWorkerActor
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
+from cluster.jobs.ray_errors import cause, plain
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
 from rollout.engine import EngineError
@@ -327,7 +328,7 @@ class EndpointKind(RayKind):
             # As an argument of a call it is kept nowhere; of the actor, Ray would keep it.
             await handle.ready.remote(self._key)
         except RayTaskError as error:
-            self.refusal = str(error.cause or error)
+            self.refusal = str(plain(error))
             raise
 
     async def look(self, name: str, handle: Any) -> Look:

@@ -54,7 +54,7 @@ from cluster.fleet.actors import (
     replica_bundles,
 )
 from cluster.fleet.config import ActorConfig, ClusterConfig, ServingConfig
-from cluster.fleet.keeper import ActorKind, PoolKeeper, cause, guard
+from cluster.fleet.keeper import ActorKind, PoolKeeper, guard
 from cluster.fleet.learner_group import LearnerGroup
 from cluster.fleet.left_over import (
     FindCoordinator,
@@ -76,6 +76,7 @@ from cluster.jobs.coordinator import (
 from cluster.jobs.escalation import EscalationPlan, StageCost, plan_escalation, rollout_share
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, ReplicaPool, SandboxPool
 from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan
+from cluster.jobs.ray_errors import cause
 from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain

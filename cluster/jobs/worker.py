@@ -49,6 +49,7 @@ from cluster.jobs.admission import AdmissionConfig, AdmissionController, EngineP
 from cluster.jobs.coordinator import CoordinatorClient, WorkerProgress
 from cluster.jobs.pool import ReplicaPool
 from cluster.jobs.queue import Lease, SearchTask
+from cluster.jobs.ray_errors import describe
 from cluster.telemetry import logs, metrics, tracing
 from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
@@ -390,7 +391,7 @@ class RolloutWorker:
         except Exception as error:
             # One broken shard must not stop the others; its lease is given back with the reason.
             logger.exception("A shard could not be worked on job=%s", job.id)
-            self._error = _describe(error)
+            self._error = describe(error)
             await self._coordinator.fail(job.id, shard.lease.id, self._error)
         finally:
             del self._shards[job.id]
@@ -478,7 +479,7 @@ class RolloutWorker:
                 engine_attempts = (
                     1 if open_tree.num_requests > requests_before else engine_attempts + 1
                 )
-                self._error = _describe(error)
+                self._error = describe(error)
                 retry = "search" if isinstance(error, SearchError) else "engine"
                 if isinstance(error, SearchError):
                     kept, open_tree = False, _new_tree(problem, task)
@@ -491,7 +492,7 @@ class RolloutWorker:
                 attempts += not kept
                 retry = "other"
                 kept, open_tree = False, _new_tree(problem, task)
-                self._error = _describe(error)
+                self._error = describe(error)
                 logger.warning(
                     "A search raised problem=%s attempt=%d", problem_id, attempts, exc_info=True
                 )
@@ -641,7 +642,7 @@ class RolloutWorker:
                 try:
                     return await asyncio.to_thread(operation)
                 except StoreError as error:
-                    self._error = _describe(error)
+                    self._error = describe(error)
                     metrics.count(metrics.STORE_ERRORS, operation=what.split()[0])
                     logger.error("The store failed at %s: %s", what, error)
                     if self._draining.is_set() or time.monotonic() > give_up_s:
@@ -666,10 +667,6 @@ def _continues(tree: Tree, problem: Problem, task: SearchTask) -> bool:
     if not same:
         logger.warning("An open tree of another search is ignored problem=%s", problem.id)
     return same
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 RolloutWorkerActor = ray.remote(num_cpus=0)(RolloutWorker)
