@@ -67,12 +67,9 @@ from cluster.fleet.membership import Losses
 from cluster.fleet.meter import Meter
 from cluster.fleet.stall import Stall, StallDetector
 from cluster.folder.run_folder import RunFolder
-from cluster.jobs.coordinator import (
-    RemoteCoordinator,
-    RoundStatus,
-    WorkerProgress,
-    audit_round,
-)
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import RoundStatus, WorkerProgress
+from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.escalation import EscalationPlan, StageCost, plan_escalation, rollout_share
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, ReplicaPool, SandboxPool
 from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan

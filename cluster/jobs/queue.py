@@ -29,13 +29,14 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.seeds import derive_seed
+from rollout.store import Commit
 
 
 class QueueConfig(BaseModel):
@@ -177,6 +178,20 @@ def plan_jobs(plan: StagePlan) -> list[Job]:
             )
         )
     return jobs
+
+
+def committed_jobs(
+    jobs: Sequence[Job], commits: Mapping[str, Commit]
+) -> Iterable[tuple[Job, Commit]]:
+    """Each committed job of a stage with its marker, parents before the parts they handed back."""
+    waiting = list(reversed(jobs))
+    while waiting:
+        job = waiting.pop()
+        commit = commits.get(job.id)
+        if commit is None:
+            continue
+        yield job, commit
+        waiting.extend(job.child(group) for group in commit.remaining if group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.exceptions import RayActorError
 
 from cluster.jobs.admission import AdmissionConfig, AdmissionController, EnginePressure, TreeSlots
-from cluster.jobs.coordinator import CoordinatorClient, WorkerProgress
+from cluster.jobs.coordinator import WorkerProgress
+from cluster.jobs.coordinator_client import CoordinatorClient
 from cluster.jobs.pool import ReplicaPool
 from cluster.jobs.queue import Lease, SearchTask
 from cluster.jobs.ray_errors import describe

@@ -19,12 +19,9 @@ import pytest
 import ray
 
 from cluster.fleet.sandbox_worker import SandboxWorkerActor
-from cluster.jobs.coordinator import (
-    CoordinatorActor,
-    RemoteCoordinator,
-    RoundStatus,
-    audit_round,
-)
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import CoordinatorActor, RoundStatus
+from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
 from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan
 from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.jobs.admission import AdmissionConfig, EnginePressure
-from cluster.jobs.coordinator import Coordinator, WorkerProgress, audit_round
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.queue import JobState, Lease, QueueConfig, SearchTask, StagePlan
 from cluster.jobs.worker import RolloutWorker, WorkerConfig
 from rollout.engine import EngineError
