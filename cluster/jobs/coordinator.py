@@ -57,7 +57,7 @@ RESOLVE_INTERVAL_S = 5.0
 """Pause before a split or quarantine that the store refused is tried again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class WorkerProgress:
     """What a worker has done since it started and is doing now; sent with every renewal."""
 
@@ -116,10 +116,8 @@ class CoordinatorStats:
     epoch: str
     """Different after each start."""
     leases: LeaseCounters
-    leases_by_worker: Mapping[str, int]
     workers: Mapping[str, WorkerProgress]
     """Last report of each worker that has been heard of."""
-    heard_s_ago: Mapping[str, float]
 
 
 class Coordinator:
@@ -146,7 +144,7 @@ class Coordinator:
         self._plans: dict[tuple[int, str], StagePlan] = {}
         self._totals: dict[tuple[int, str], Totals] = {}
         self._quarantined: dict[tuple[int, str], dict[str, str]] = {}
-        self._workers: dict[str, tuple[WorkerProgress, float]] = {}
+        self._workers: dict[str, WorkerProgress] = {}
         self._resolve_after_s = 0.0
         for round in stored_rounds(self.store):
             self._rebuild(round)
@@ -240,7 +238,7 @@ class Coordinator:
         Returns the ids of the jobs the worker should drop.
         """
         now_s = self._clock()
-        self._workers[worker] = (progress, now_s)
+        self._workers[worker] = progress
         # Renewing first: the renewal shows that the worker lives, even if it comes late.
         dropped = [
             job_id
@@ -282,13 +280,8 @@ class Coordinator:
 
     def stats(self) -> CoordinatorStats:
         """Leases and workers."""
-        now_s = self._clock()
         return CoordinatorStats(
-            epoch=self.epoch,
-            leases=self._queue.counters,
-            leases_by_worker=self._queue.leases(),
-            workers={name: progress for name, (progress, _) in self._workers.items()},
-            heard_s_ago={name: now_s - heard_s for name, (_, heard_s) in self._workers.items()},
+            epoch=self.epoch, leases=self._queue.counters, workers=dict(self._workers)
         )
 
     def pid(self) -> int:
