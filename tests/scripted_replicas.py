@@ -38,10 +38,7 @@ class ScriptedReplica:
             version=self.version,
             path=self.path,
             device="cpu",
-            max_model_len=1,
-            dtype="",
             pid=os.getpid(),
-            start_s=0.0,
         )
 
     async def load(self, path: str, version: str, *, force: bool = False) -> float:

@@ -482,22 +482,16 @@ class EndpointPolicy(Traced):
             raise _Failure(self._clean(f"no completion came: {error}")) from None
 
     async def _post(self, request: GenerationRequest, body: dict[str, Any]) -> CompletionsReply:
-        n: int = body["n"]
+        asked: dict[str, Any] = {
+            "n": body["n"],
+            "stop": request.stop,
+            "dialect": self.config.dialect,
+            "logprobs": self.config.logprobs,
+        }
         async with self._answer(body) as response:
             if not body.get("stream"):
-                return read_reply(
-                    self._parse((await response.read()).decode("utf-8")),
-                    n=n,
-                    stop=request.stop,
-                    dialect=self.config.dialect,
-                    logprobs=self.config.logprobs,
-                )
-            reader = StreamReader(
-                n=n,
-                stop=request.stop,
-                logprobs=self.config.logprobs,
-                dialect=self.config.dialect,
-            )
+                return read_reply(self._parse((await response.read()).decode("utf-8")), **asked)
+            reader = StreamReader(**asked)
             async for event in _events(response.content):
                 reader.feed(self._parse(event))
                 if reader.ended:

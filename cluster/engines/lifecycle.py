@@ -70,11 +70,7 @@ class ReplicaInfo:
     path: str
     device: str
     """"cpu" or "gpu"."""
-    max_model_len: int
-    dtype: str
     pid: int
-    start_s: float
-    """From the call to the first possible request."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -191,14 +187,11 @@ class Replica(Traced, ABC):
                     version=self._version,
                     path=self._path,
                     device=self._device,
-                    max_model_len=self._max_model_len,
-                    dtype=self._dtype,
                     pid=os.getpid(),
-                    start_s=time.monotonic() - started,
                 )
                 logger.info(
                     "Replica serves after %.1f s. replica=%s version=%s path=%s",
-                    self._info.start_s,
+                    time.monotonic() - started,
                     self._name,
                     self._version,
                     self._path,
@@ -440,26 +433,24 @@ class Replica(Traced, ABC):
             self._check_state()
             self._stats.running_sequences += num_sequences
             began_s = time.monotonic()
+            answered = False
             try:
                 async with asyncio.timeout(self._config.request_timeout_s):
                     yield
+                answered = True
             except TimeoutError as error:
-                self._stats.failed += 1
                 raise EngineError(
                     f"{self._name}: no answer within {self._config.request_timeout_s} s"
                 ) from error
-            except asyncio.CancelledError:
-                self._stats.failed += 1
-                raise
             except Exception as error:
-                self._stats.failed += 1
                 if self._engine is None or self._engine.errored:
                     self._fail("the engine process died")
                 raise EngineError(f"{self._name}: {type(error).__name__}: {error}") from error
             finally:
                 self._stats.running_sequences -= num_sequences
                 self._stats.sequence_s += num_sequences * (time.monotonic() - began_s)
-            self._stats.requests += 1
+                self._stats.requests += answered
+                self._stats.failed += not answered
 
 
 def _has_gpu() -> bool:

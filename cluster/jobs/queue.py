@@ -401,10 +401,6 @@ class JobQueue:
         """All jobs of a round, in the order they came."""
         return [e.job for e in self._entries.values() if e.job.round == round]
 
-    def leases(self) -> dict[str, int]:
-        """Number of jobs each worker holds."""
-        return {worker: len(held) for worker, held in self._held.items() if held}
-
     # -- transitions
 
     def _lease(self, entry: _Entry, lease_id: str, worker: str, now_s: float) -> Lease:
