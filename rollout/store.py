@@ -176,23 +176,19 @@ class TrajectoryStore:
             )
         if any(one == other for one, other in pairwise(sorted(names))):
             self._check_disjoint(shards)
-        manifest = Manifest(
-            round=self.round,
-            files=tuple(files),
-            failed={p: error for shard in sorted(failed) for p, error in failed[shard].items()},
-            totals=totals,
-        )
-        return self._create_manifest(manifest, generation=0)
+        named = {p: error for shard in sorted(failed) for p, error in failed[shard].items()}
+        return self._create_manifest(files, named, totals, generation=0)
 
-    def _seal(
-        self, commits: Sequence[Commit], failed: Mapping[str, str], *, generation: int
+    def _create_manifest(
+        self,
+        files: Sequence[ManifestFile],
+        failed: Mapping[str, str],
+        totals: Totals,
+        *,
+        generation: int,
     ) -> Manifest:
         """Write the manifest of a generation; the first one stands."""
-        files, totals = _listed(commits)
         manifest = Manifest(round=self.round, files=tuple(files), failed=failed, totals=totals)
-        return self._create_manifest(manifest, generation=generation)
-
-    def _create_manifest(self, manifest: Manifest, *, generation: int) -> Manifest:
         if self.store.create(self._manifest_path(generation), manifest.to_json()):
             return manifest
         sealed = self.manifest(generation)
@@ -254,7 +250,8 @@ class TrajectoryStore:
                 f"shards are not graded, the first is {missing[0]}"
             )
         ordered = [commits[file.shard] for file in before.files]
-        manifest = self._seal(ordered, before.failed, generation=generation)
+        files, totals = _listed(ordered)
+        manifest = self._create_manifest(files, before.failed, totals, generation=generation)
         named = {commit.path for commit in ordered}
         folder = f"{self._folder(generation)}/data"
         for path in [*self.store.files(folder), *self.store.unfinished(folder)]:
@@ -300,9 +297,14 @@ class TrajectoryStore:
             for path, data in some.items():
                 yield _parse(partial(Commit.from_json, trees=trees), data, path)
 
-    def solved(self) -> set[str]:
-        """Problems that some committed tree solves, read from the markers alone."""
-        return {k.problem_id for c in self.each_commit() for k in c.trees if k.solved}
+    def solved(self, generation: int | None = None) -> set[str]:
+        """Problems that some committed tree solves, read from the markers alone.
+
+        Args:
+            generation: as of `commits`.
+        """
+        commits = self.each_commit(generation=generation)
+        return {key.problem_id for commit in commits for key in commit.trees if key.solved}
 
     def manifest(self, generation: int | None = None) -> Manifest | None:
         """The manifest; None if the round, or this generation of it, is not sealed.

@@ -750,7 +750,7 @@ class Fleet:
         }
         return RolloutOutcome(
             manifest=manifest,
-            solved=len(await asyncio.to_thread(solved_problems, trees)),
+            solved=len(await asyncio.to_thread(trees.solved)),
             expected=audit.expected,
             lost=len(audit.lost),
             doubled=len(audit.doubled),
@@ -1057,13 +1057,6 @@ def _tree_stages(stage: RolloutStage) -> list[str]:
     if stage.trees == 1:
         return [stage.name]
     return [f"{stage.name}-tree{number}" for number in range(stage.trees)]
-
-
-def solved_problems(trees: TrajectoryStore) -> set[str]:
-    """Ids of the problems some committed tree of the round solved."""
-    return {
-        key.problem_id for commit in trees.commits().values() for key in commit.trees if key.solved
-    }
 
 
 def _learner_resources(settings: ActorConfig) -> dict[str, float]:

@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.evaluation.config import EvaluationConfig
-from cluster.fleet.config import ActorConfig, ServingConfig
-from cluster.fleet.given_models import GivenModelsConfig
+from cluster.fleet.config import ActorConfig, GivenModelsConfig, ServingConfig
 from cluster.folder.config_file import Config
 from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig

@@ -39,6 +39,7 @@ from cluster.engines.endpoint import EndpointPolicy, EndpointStats, read_api_key
 from cluster.folder.config_file import make_config, read_yaml
 from cluster.telemetry.progress import ProgressView
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
+from rollout.files import replacing
 from rollout.problem import Level, Problem
 from rollout.problems.reader import read_problems
 from rollout.problems.synthesis import (
@@ -345,12 +346,10 @@ def _show(
 
 def write_table(synthesis: Synthesis, config: SynthesizeConfig) -> None:
     """Write the kept problems whole, replacing an earlier table."""
-    hidden = config.out.with_name(f".{config.out.name}.{os.getpid()}")
     try:
-        pq.write_table(synthesis.table(config.endpoint.model), hidden, compression="zstd")
-        hidden.replace(config.out)
+        with replacing(config.out) as hidden:
+            pq.write_table(synthesis.table(config.endpoint.model), hidden, compression="zstd")
     except OSError as error:
-        hidden.unlink(missing_ok=True)
         raise SynthesisError(f"{config.out}: cannot be written: {error.strerror}") from error
 
 

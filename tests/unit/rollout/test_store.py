@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.commits import Commit, Manifest, Totals
+from rollout.commits import Manifest, Totals
 from rollout.run_store import RunStore, StoreError
 from rollout.store import TrajectoryStore, stored_rounds
 from rollout.tree import Tree
@@ -267,18 +267,3 @@ def test_a_broken_marker_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "trajectories/round=2/commits/s1.json").write_bytes(content)
     with pytest.raises(StoreError, match=r"commits/s1\.json cannot be read"):
         round_.commits()
-
-
-def test_a_commit_survives_json() -> None:
-    commit = Commit(
-        shard="s",
-        attempt="a",
-        path="p",
-        num_rows=1,
-        num_bytes=2,
-        sha256="0",
-        failed={"x": "y"},
-        remaining=(("b",), ("c", "d")),
-        totals=Totals(trees=1, trees_by_level={"gsm": 1}),
-    )
-    assert Commit.from_json(commit.to_json()) == commit
