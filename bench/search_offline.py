@@ -33,15 +33,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.search_engines import Barrier
-from cluster.engines.config import EngineConfig
-from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
-from cluster.engines.replica import (
+from cluster.engines.arguments import (
     decode_continuation,
     engine_arguments,
     engine_environment,
     plan_stops,
     sampling_arguments,
 )
+from cluster.engines.config import EngineConfig
+from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
 from rollout.engine import (
     EvaluationReply,
     EvaluationRequest,

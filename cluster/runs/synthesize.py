@@ -35,7 +35,7 @@ from rich.table import Table
 
 from cluster.engines.completions_api import CompletionsReply, read_reply
 from cluster.engines.config import EndpointConfig
-from cluster.engines.endpoint import EndpointPolicy, EndpointStats, proxy_for, read_api_key
+from cluster.engines.endpoint import EndpointPolicy, EndpointStats, read_api_key
 from cluster.folder.config_file import make_config, read_yaml
 from cluster.telemetry.progress import ProgressView
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
@@ -94,14 +94,7 @@ class ChatPolicy(EndpointPolicy):
     """`EndpointPolicy` over /chat/completions: the prompt is the user's one message."""
 
     async def _post(self, request: GenerationRequest, body: dict[str, Any]) -> CompletionsReply:
-        async with self._client().post(
-            self.config.url,
-            json=chat_body(body, request.stop),
-            proxy=proxy_for(self.config.url),
-            allow_redirects=False,
-        ) as response:
-            if response.status != 200:
-                raise self._failure_of(response, await response.text(errors="replace"))
+        async with self._answer(chat_body(body, request.stop)) as response:
             data = self._parse((await response.read()).decode("utf-8"))
             # Which stop string ended a problem does not matter, so none is looked for.
             return read_reply(

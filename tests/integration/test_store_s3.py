@@ -17,7 +17,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from cluster.jobs.coordinator import Coordinator, audit_round
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import Coordinator
 from cluster.jobs.queue import QueueConfig, StagePlan
 from rollout import run_store
 from rollout.open_trees import OpenTreeStore
