@@ -2,8 +2,8 @@
 
 A text is tokenised once, whole, and the loss mask is laid over it by character offsets. Step
 boundaries are special tokens, so the ids of `prefix + continuation` are those of the prefix
-followed by those of the continuation: what an engine sees at search time. A text whose loss
-boundary falls inside a token is refused rather than trained with a wrong mask.
+followed by those of the continuation: what an engine sees at search time. Where a loss boundary
+falls inside a token all the same, the segments of that text are tokenised one by one.
 
     texts or nodes of a share --pack_*--> one row of T tokens, without padding, and its `Layout`
 
@@ -143,32 +143,55 @@ def check_markers(tokenizer: Any, *, where: str) -> None:
 def tokenise_segments(
     tokenizer: Any, segments: Sequence[Segment], *, end_of_sequence: bool = True
 ) -> TokenisedText:
-    """Tokenise a whole text; the loss applies to the trained segments and the end of sequence.
+    """`tokenise_texts` of one text."""
+    return tokenise_texts(tokenizer, [segments], end_of_sequence=end_of_sequence)[0]
 
-    Raises:
-        ValueError: a token reaches across the boundary of a trained segment.
+
+def tokenise_texts(
+    tokenizer: Any, texts: Sequence[Sequence[Segment]], *, end_of_sequence: bool = True
+) -> list[TokenisedText]:
+    """Tokenise whole texts; the loss applies to the trained segments and the end of sequence.
+
+    Where a token would reach across the boundary of a trained segment, the segments of that text
+    are tokenised one by one: a policy continues the ids of its prompt.
+
+    Args:
+        texts: the segments of each.
+        end_of_sequence: a text ends with that token.
     """
-    text = "".join(segment.text for segment in segments)
-    wanted = np.zeros(len(text), dtype=bool)
-    at = 0
-    for segment in segments:
-        wanted[at : at + len(segment.text)] = segment.trained
-        at += len(segment.text)
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids = list(encoded.input_ids)
-    trained = np.zeros(len(ids) + 1, dtype=bool)
-    for i, (start, stop) in enumerate(encoded.offset_mapping):
-        span = wanted[start:stop]
-        if span.any() and not span.all():
-            raise ValueError(
-                f"token {text[start:stop]!r} reaches across the boundary of what the policy wrote"
-            )
-        trained[i] = bool(span.any())
-    if end_of_sequence and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-        trained[len(ids) - 1] = True
-    trained[0] = False
-    return TokenisedText(ids=np.asarray(ids, dtype=np.int32), trained=trained[: len(ids)])
+    encoded = tokenizer(
+        ["".join(segment.text for segment in segments) for segments in texts],
+        return_offsets_mapping=True,
+    )
+    found = []
+    for segments, ids, offsets in zip(
+        texts, encoded.input_ids, encoded.offset_mapping, strict=True
+    ):
+        lengths = [len(segment.text) for segment in segments]
+        wanted = np.repeat([segment.trained for segment in segments], lengths)
+        before = np.concatenate(([0], np.cumsum(wanted, dtype=np.int64)))
+        starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+        inside = before[stops] - before[starts]
+        if ((inside > 0) & (inside < stops - starts)).any():
+            ids, trained = _one_by_one(tokenizer, segments)
+        else:
+            trained = inside > 0
+        if end_of_sequence and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+            trained = np.append(trained, True)
+        trained[:1] = False
+        found.append(TokenisedText(ids=np.asarray(ids, dtype=np.int32), trained=trained))
+    return found
+
+
+def _one_by_one(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray]:
+    """Ids of a text whose segments are tokenised each for itself, and which of them are trained."""
+    pieces = [
+        tokenizer(segment.text, add_special_tokens=number == 0).input_ids
+        for number, segment in enumerate(segments)
+    ]
+    trained = np.repeat([segment.trained for segment in segments], [len(ids) for ids in pieces])
+    return [token for ids in pieces for token in ids], trained
 
 
 def tokenise_pairs(tokenizer: Any, pairs: Iterable[PreferencePair]) -> Iterator[PairGroup]:
@@ -193,19 +216,14 @@ def _group(tokenizer: Any, members: Sequence[PreferencePair]) -> PairGroup:
         values.setdefault(pair.chosen, pair.chosen_q if step else 1.0)
         values.setdefault(pair.rejected, pair.rejected_q if step else -1.0)
     numbers = {text: number for number, text in enumerate(values)}
-    texts = tuple(
-        tokenise_segments(
-            tokenizer,
-            [
-                Segment(text=members[0].prefix, trained=False),
-                Segment(text=text, trained=text in chosen),
-            ],
-            end_of_sequence=False,
-        )
-        for text in values
+    prefix = Segment(text=members[0].prefix, trained=False)
+    texts = tokenise_texts(
+        tokenizer,
+        [[prefix, Segment(text=text, trained=text in chosen)] for text in values],
+        end_of_sequence=False,
     )
     return PairGroup(
-        texts=texts,
+        texts=tuple(texts),
         chosen=tuple(numbers[pair.chosen] for pair in members),
         rejected=tuple(numbers[pair.rejected] for pair in members),
         weights=tuple(pair.weight for pair in members),

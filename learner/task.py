@@ -19,6 +19,7 @@ import random
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,16 @@ from learner.batch import (
     pack_policy,
     pack_preference,
     tokenise_pairs,
-    tokenise_segments,
+    tokenise_texts,
 )
 from learner.dataset import read_manifest, read_pairs, read_sft
 from learner.fit import FitRequest, LearnerError, PreferenceTrainConfig, TrainConfig
 from learner.packing import PlannedStep, Share, plan_epoch
 from learner.pairs import PairKind
 from learner.spill import DiskList
+
+_TEXTS = 256
+"""Tokenised at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +86,16 @@ def policy_task(tokenizer: Any, request: FitRequest, split: str, *, spill: Path)
     kept = DiskList[TokenisedText](spill)
     lengths, attended, trained = array("q"), array("q"), array("q")
     num_read = 0
-    for example in read_sft(request.data, split):
-        num_read += 1
-        text = tokenise_segments(tokenizer, example.segments)
-        if text.length > limit:
-            continue
-        kept.append(text)
-        lengths.append(text.length)
-        attended.append(documents([text.length]).num_attended)
-        trained.append(text.num_trained)
+    examples = (example.segments for example in read_sft(request.data, split))
+    while batch := list(islice(examples, _TEXTS)):
+        num_read += len(batch)
+        for text in tokenise_texts(tokenizer, batch):
+            if text.length > limit:
+                continue
+            kept.append(text)
+            lengths.append(text.length)
+            attended.append(documents([text.length]).num_attended)
+            trained.append(text.num_trained)
     if split == "train" and not kept:
         raise LearnerError(_nothing_to_train(request, "trajectories", num_read))
     return Task(

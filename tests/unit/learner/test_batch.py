@@ -9,6 +9,7 @@ from learner.batch import (
     pack_preference,
     tokenise_pairs,
     tokenise_segments,
+    tokenise_texts,
 )
 from learner.pairs import PairConfig, tree_pairs
 from rollout.prompt import (
@@ -69,10 +70,24 @@ def test_characters_of_several_tokens_are_masked_whole(tokenizer):
     assert tokenizer.decode(text.ids[text.trained]) == "≤ é"
 
 
-def test_loss_boundary_inside_a_token_is_refused(tokenizer):
+def test_a_token_across_a_loss_boundary_is_cut_there(tokenizer):
     segments = [Segment(text="<|us", trained=False), Segment(text="er|>", trained=True)]
-    with pytest.raises(ValueError, match="reaches across the boundary"):
-        tokenise_segments(tokenizer, segments)
+    text = tokenise_segments(tokenizer, segments)
+    assert tokenizer.decode(text.ids[text.trained]) == "er|>" + END_OF_TEXT
+    assert tokenizer.decode(text.ids[~text.trained]) == "<|us"
+
+
+def test_texts_together_and_alone_have_the_same_ids(tokenizer):
+    texts = [
+        render_segments("How many?", steps_of_first_answer(), SHORT_TEMPLATE),
+        [Segment(text="<|us", trained=False), Segment(text="er|>", trained=True)],
+        [Segment(text="π²", trained=True)],
+    ]
+    together = tokenise_texts(tokenizer, texts)
+    for segments, one in zip(texts, together, strict=True):
+        alone = tokenise_segments(tokenizer, segments)
+        assert one.ids.tolist() == alone.ids.tolist()
+        assert one.trained.tolist() == alone.trained.tolist()
 
 
 def test_tokenizer_without_a_marker_is_refused(tmp_path):
