@@ -178,6 +178,7 @@ def test_page_escapes_what_models_wrote_and_loads_nothing(tmp_path: Path) -> Non
     assert "How many &lt;b&gt;apples" in text and "small &lt;run&gt;" in text
     assert " src=" not in text and "@import" not in text and "url(http" not in text
     assert {p.name for p in run.glob("*.png")} == {
+        "report.png",
         "report-coverage.png",
         "report-reliability.png",
         "report-q-values.png",
