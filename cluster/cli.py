@@ -414,7 +414,8 @@ def evaluate(
 ) -> None:
     """Measure a model with several methods and budgets on benchmarks; run it again to go on."""
     quiet_logging(verbose)
-    from cluster.evaluation.benchmarks import EvaluationRun, ask, evaluate_config
+    from cluster.evaluation.asked import ask, evaluate_config
+    from cluster.evaluation.benchmarks import EvaluationRun
     from cluster.folder.machine import command_line
     from cluster.reports.evaluation_page import print_evaluation, write_evaluation
     from cluster.telemetry.progress import ProgressView

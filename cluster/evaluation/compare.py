@@ -23,8 +23,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.evaluation import paper
-from cluster.evaluation.benchmarks import RESULTS, read_evaluation
 from cluster.evaluation.results import METHODS, method_label
+from cluster.evaluation.tables import RESULTS, read_evaluation
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
 from verifier.bootstrap import Difference, bootstrap_difference

@@ -29,8 +29,9 @@ import pyarrow as pa
 from rich.console import Console
 
 from cluster.evaluation import paper
-from cluster.evaluation.benchmarks import REPORT, read_evaluation
+from cluster.evaluation.reliability import Bins, BinSums
 from cluster.evaluation.shares import COLUMNS, percent
+from cluster.evaluation.tables import REPORT, read_evaluation, read_report
 from cluster.folder.run_folder import RunFolderError, why_not_written
 from cluster.reports import plots
 from cluster.reports.evaluation_page import counts_text, print_evaluation
@@ -53,7 +54,6 @@ from rollout.tree import Node, Outcome, Terminal, Tree
 MAX_FILES = 64
 """Data files of a round that charts are made of."""
 
-NUM_BINS = 10
 Q_EDGES = tuple(round(-1.0 + 0.1 * n, 1) for n in range(21))
 
 MAX_TREE_NODES = 60
@@ -72,9 +72,6 @@ _COLUMNS = (
     *("correct", "value", "visit_count", "value_sum", "execution_status"),
 )
 
-Bins = list[tuple[int, float, float]]
-"""(count, mean predicted chance, share right) of each bin."""
-
 
 def show_report(run: Path, console: Console, *, page: Path | None = None) -> None:
     """Print the tables of a run or an evaluation and write its page.
@@ -91,7 +88,9 @@ def show_report(run: Path, console: Console, *, page: Path | None = None) -> Non
         print_evaluation(evaluation, console)
         text = evaluation_page(evaluation)
     else:
-        report = _read_report(run)
+        report = read_report(
+            run / "report.json", "no report; has `rstar evolve` finished this run?"
+        )
         if "rounds" in report:
             print_report(report, console)
             facts = read_run(run, report)
@@ -111,16 +110,6 @@ def show_report(run: Path, console: Console, *, page: Path | None = None) -> Non
     except OSError as error:
         raise RunFolderError(f"{target}: {why_not_written(error)}") from error
     console.print(f"page {target}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _read_report(run: Path) -> dict[str, Any]:
-    path = run / "report.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFolderError(f"{path}: no report; has `rstar evolve` finished this run?") from None
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: cannot be read: {error}") from error
 
 
 # ---------------------------------------------------------------------------- what is read
@@ -232,7 +221,7 @@ def read_round(trees: TrajectoryStore, *, max_files: int = MAX_FILES) -> RoundFa
     chosen = _spread(files, max_files)
     facts = RoundFacts(files_read=len(chosen), files=len(files), quarantined=manifest.failed)
     facts.commits = _commit_times(trees, {file.shard for file in files})
-    bins = {"answers": _BinSums(), "steps": _BinSums()}
+    bins = {"answers": BinSums(), "steps": BinSums()}
     right, wrong = np.zeros(len(Q_EDGES) - 1, int), np.zeros(len(Q_EDGES) - 1, int)
     for file in chosen:
         table = trees.read_table(file, _COLUMNS)
@@ -250,7 +239,7 @@ def read_round(trees: TrajectoryStore, *, max_files: int = MAX_FILES) -> RoundFa
         told = np.isfinite(value) & (below > 0)
         share = np.divide(right_below, below, where=below > 0, out=np.zeros(len(below)))
         for name, which in (("answers", told & is_answer), ("steps", told & ~is_answer)):
-            bins[name].add((value[which] + 1) / 2, share[which])
+            bins[name].add(value[which], share[which])
     facts.q_right, facts.q_wrong = right.tolist(), wrong.tolist()
     facts.answer_bins, facts.step_bins = bins["answers"].bins(), bins["steps"].bins()
     return facts
@@ -290,25 +279,6 @@ def _count(table: pa.Table, facts: RoundFacts) -> None:
     facts.statuses.update(
         status for status in table["execution_status"].to_pylist() if status not in ("", "ok")
     )
-
-
-class _BinSums:
-    """Counts of a reliability diagram."""
-
-    def __init__(self) -> None:
-        self._sums = np.zeros((NUM_BINS, 3))
-
-    def add(self, predicted: np.ndarray, outcome: np.ndarray) -> None:
-        """Both in 0..1, `[N]`."""
-        places = np.clip((predicted * NUM_BINS).astype(int), 0, NUM_BINS - 1)
-        for column, weights in enumerate((np.ones(len(places)), predicted, outcome)):
-            self._sums[:, column] += np.bincount(places, weights=weights, minlength=NUM_BINS)
-
-    def bins(self) -> Bins:
-        return [
-            (int(count), predicted / count if count else 0.0, right / count if count else 0.0)
-            for count, predicted, right in self._sums.tolist()
-        ]
 
 
 def _spread(files: Sequence[ManifestFile], most: int) -> list[ManifestFile]:

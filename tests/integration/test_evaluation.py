@@ -16,7 +16,8 @@ import pytest
 import ray
 from rich.console import Console
 
-from cluster.evaluation.benchmarks import Asked, EvaluationRun, evaluate_config
+from cluster.evaluation.asked import Asked, evaluate_config
+from cluster.evaluation.benchmarks import EvaluationRun
 from cluster.evaluation.compare import compare
 from cluster.evaluation.results import Arm
 from cluster.fleet.actors import PolicyKind, PreferenceKind

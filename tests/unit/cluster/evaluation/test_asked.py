@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 
-from cluster.evaluation.benchmarks import (
+from cluster.evaluation.asked import (
     ask,
     choose_prompting,
     evaluate_config,
     find_benchmarks,
     overlaps,
     read_benchmark,
-    read_evaluation,
 )
 from cluster.evaluation.config import EvaluateConfig
 from cluster.folder.config_file import ConfigError, make_config
@@ -137,8 +136,6 @@ def test_what_cannot_be_done_is_said_before_anything_starts(tmp_path: Path) -> N
         evaluate_config(given(policy=tmp_path, benchmarks=problems, methods="gredy"))
     with pytest.raises(RunFolderError, match="no such folder"):
         evaluate_config(given(what=tmp_path / "nothing", benchmarks=problems))
-    with pytest.raises(RunFolderError, match="folder of a finished"):
-        read_evaluation(tmp_path)
 
 
 class Tokenizer:
