@@ -23,7 +23,7 @@ from rich.table import Table
 from cluster.evaluation import paper
 from cluster.evaluation.results import MCTS_PASS_AT_K, METHODS, PASS_AT_K, method_label
 from cluster.reports import plots
-from cluster.reports.report_page import Section, html_table, paragraph, render_report
+from cluster.reports.page import Section, html_table, paragraph, render_report
 
 _LABEL_WIDTH, _COLUMN_WIDTH = 34, 12
 """Characters of the accuracy table in a terminal; benchmarks that do not fit get a table more."""

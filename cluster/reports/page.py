@@ -1,6 +1,6 @@
 """The frame of every report page: one HTML file without outside assets or scripts.
 
-    sections (title, HTML) --> report_page.html with styles for light and dark --> one file
+    sections (title, HTML) --> page.html with styles for light and dark --> one file
 
 Whatever a model wrote is escaped before it gets here, and the page's policy (CSP) forbids every
 script and every request, so that a page that is passed on can do nothing. Charts are inline SVG
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.reports.tree_view import visible
 
-_PAGE = Path(__file__).with_name("report_page.html")
+_PAGE = Path(__file__).with_name("page.html")
 
 _NUMBER = re.compile(r"-|[-+]?[$]?[0-9][0-9,.]*(?:[ %].*| ?\(.*\)|-[0-9.,]+)?")
 
