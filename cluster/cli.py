@@ -75,7 +75,7 @@ def evolve(
     quiet_logging(verbose)
     from cluster.folder.config_file import load_config
     from cluster.folder.machine import command_line
-    from cluster.reports.run_page import show_report
+    from cluster.reports.run_report import show_report
     from cluster.runs.config import RunConfig
     from cluster.runs.evolve import Evolution
     from cluster.telemetry.progress import ProgressView
@@ -456,7 +456,7 @@ def report(
     ] = None,
 ) -> None:
     """Print what a run or an evaluation showed, and write its page."""
-    from cluster.reports.run_page import show_report
+    from cluster.reports.run_report import show_report
 
     show_report(run, Console(), page=page)
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from cluster.evaluation import paper
 from cluster.evaluation.results import METHODS, method_label
+from cluster.evaluation.shares import percent
 from cluster.evaluation.tables import RESULTS, read_evaluation
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
@@ -124,8 +125,8 @@ def print_comparison(
             table.add_row(f"[bold]{shown}[/bold] ({d.num_problems:,})")
         table.add_row(
             f"  {method_label(row.method, row.budget, top_k)}",
-            f"{100 * row.first:.1f}",
-            f"{100 * row.second:.1f}",
+            percent(row.first),
+            percent(row.second),
             f"{100 * d.mean:+.1f} ({100 * d.low:+.1f} {100 * d.high:+.1f})",
             "<0.001" if d.p_value < 0.001 else f"{d.p_value:.3f}",
             *([f"{d.better}:{d.worse}"] if wide else []),

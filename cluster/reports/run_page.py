@@ -1,16 +1,7 @@
-"""`rstar report RUN`: what a run showed, in the terminal and as one page for a person.
+"""The page of a run: what its report and its trees say, as sections of tables and charts.
 
-    RUN/report.json, stages/, checkpoints/*/metrics.jsonl, trajectories/ --> RunFacts --> charts,
-    tables, sample trees --> RUN/report.html
-
-Everything is read from what the stages committed; nothing is measured and the run is not changed
-but for the page. Of a large round at most `MAX_FILES` data files, evenly spread, are read for the
-charts of trees; the page says so. Coverage, accuracy, cost and lost work are of all of it.
-
-Throughput over time comes from the times of the data files: of a run that was copied without them
-the chart is left out.
-
-Not covered: runs that have not finished (`rstar status` shows those).
+RunFacts --> run_page: HTML
+         --> figures: the charts that are written as pictures too
 """
 
 from __future__ import annotations
@@ -18,24 +9,14 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-from rich.console import Console
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from cluster.evaluation import paper
-from cluster.evaluation.reliability import Bins, BinSums
-from cluster.evaluation.shares import COLUMNS, percent
-from cluster.evaluation.tables import REPORT, read_evaluation, read_report
-from cluster.folder.run_folder import RunFolderError, why_not_written
+from cluster.evaluation.reliability import Bins
+from cluster.evaluation.shares import COLUMNS, counts_text, percent
 from cluster.reports import plots
-from cluster.reports.evaluation_page import counts_text, print_evaluation
-from cluster.reports.evaluation_page import page as evaluation_page
+from cluster.reports.marked_tree import num_passes, snippet
 from cluster.reports.page import (
     Section,
     escape,
@@ -44,325 +25,24 @@ from cluster.reports.page import (
     render_report,
     tiles,
 )
-from cluster.reports.run_report import print_report, rounds_figure
-from cluster.reports.tree_view import num_passes, snippet
+from cluster.reports.run_facts import RoundFacts, RunFacts, rate_over_time
 from cluster.telemetry.progress import duration
-from rollout.store import Commit, ManifestFile, RunStore, StoreError, TrajectoryStore
-from rollout.table import table_to_trees
-from rollout.tree import Node, Outcome, Terminal, Tree
+from rollout.tree import Node, Terminal, Tree
 
-MAX_FILES = 64
-"""Data files of a round that charts are made of."""
-
-Q_EDGES = tuple(round(-1.0 + 0.1 * n, 1) for n in range(21))
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_TREE_NODES = 60
 """Of a sample tree that are shown."""
 
-HELD_OUT = {
-    "greedy": "greedy",
-    "majority": "majority",
-    "best_of_n": "best-of-N by PPM",
-    "search": "MCTS + PPM",
-    "any_sample": "some sample (oracle)",
+STAGES = {
+    "rollout": "search",
+    "select": "select",
+    "train_policy": "SFT",
+    "train_ppm": "PPM",
+    "evaluate": "held out",
 }
-
-_COLUMNS = (
-    *("problem_id", "tree", "node", "parent", "terminal", "discard", "multiplicity"),
-    *("correct", "value", "visit_count", "value_sum", "execution_status"),
-)
-
-
-def show_report(run: Path, console: Console, *, page: Path | None = None) -> None:
-    """Print the tables of a run or an evaluation and write its page.
-
-    Args:
-        page: None: report.html in the folder.
-    Raises:
-        RunFolderError: nothing is finished there, or the page cannot be written.
-        StoreError: its trees cannot be read.
-    """
-    target = page or run / "report.html"
-    if (run / REPORT).is_file():
-        evaluation = read_evaluation(run)
-        print_evaluation(evaluation, console)
-        text = evaluation_page(evaluation)
-    else:
-        report = read_report(
-            run / "report.json", "no report; has `rstar evolve` finished this run?"
-        )
-        if "rounds" in report:
-            print_report(report, console)
-            facts = read_run(run, report)
-            text = run_page(facts)
-            if page is None:
-                plots.write_png(rounds_figure(report), run / "report.png")
-                for name, figure in _figures(facts).items():
-                    plots.write_png(figure, run / f"report-{name}.png")
-        else:
-            from cluster.runs.rollout import print_rollout_report
-
-            print_rollout_report(report, console)
-            return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"{target}: {why_not_written(error)}") from error
-    console.print(f"page {target}", markup=False, highlight=False, soft_wrap=True)
-
-
-# ---------------------------------------------------------------------------- what is read
-
-
-@dataclass(slots=True, kw_only=True)
-class RoundFacts:
-    """What the trees of one round say."""
-
-    files_read: int = 0
-    files: int = 0
-    terminals: Counter[str] = field(default_factory=Counter)
-    discards: Counter[str] = field(default_factory=Counter)
-    """Candidates left out by reason, identical ones counted each."""
-    statuses: Counter[str] = field(default_factory=Counter)
-    """Step codes that did not end well, by sandbox status."""
-    q_right: list[int] = field(default_factory=list)
-    """Visited steps with a right answer below, by bin of Q; `q_wrong`: without."""
-    q_wrong: list[int] = field(default_factory=list)
-    answer_bins: Bins = field(default_factory=list)
-    step_bins: Bins = field(default_factory=list)
-    commits: list[tuple[float, int]] = field(default_factory=list)
-    """(seconds since 1970, generated tokens) of each commit, by time."""
-    quarantined: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True, kw_only=True)
-class RunFacts:
-    """Everything the page is made of."""
-
-    report: Mapping[str, Any]
-    stages: Mapping[tuple[int, str], Mapping[str, Any]]
-    rounds: dict[int, RoundFacts] = field(default_factory=dict)
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
-    """Kind of model -> name of the round -> (step, loss)."""
-    samples: list[tuple[str, Tree]] = field(default_factory=list)
-    """(why it is shown, tree)."""
-
-
-def read_run(run: Path, report: Mapping[str, Any]) -> RunFacts:
-    """Read what a finished run committed.
-
-    Raises:
-        StoreError: a data file is missing or changed.
-    """
-    store = RunStore(run)
-    facts = RunFacts(report=report, stages=_stages(run))
-    for entry in report["rounds"]:
-        trees = TrajectoryStore(store, entry["round"])
-        if trees.manifest() is not None:
-            facts.rounds[entry["round"]] = read_round(trees)
-    for kind in ("policy", "ppm"):
-        facts.curves[kind] = {
-            f"round {folder.name.removeprefix('round=')}": curve
-            for folder in _round_folders(run / "checkpoints")
-            if (curve := read_curve(folder / kind / "metrics.jsonl"))
-        }
-    if facts.rounds:
-        facts.samples = sample_trees(TrajectoryStore(store, max(facts.rounds)))
-    return facts
-
-
-def _stages(run: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    found = {}
-    for path in (run / "stages").glob("round=*.json"):
-        number, _, stage = path.stem.removeprefix("round=").partition("-")
-        try:
-            found[int(number), stage] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunFolderError(f"{path}: cannot be read: {error}") from error
-    return found
-
-
-def _round_folders(checkpoints: Path) -> list[Path]:
-    folders = [path for path in checkpoints.glob("round=*") if path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("round=")))
-
-
-def read_curve(path: Path, num_points: int = 120) -> list[tuple[float, float]]:
-    """(step, loss) of a training run, each the mean of its neighbours; [] if it has no log."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # a last line that was cut off
-            continue
-        if isinstance(row, dict) and "step" in row and math.isfinite(row.get("loss", math.nan)):
-            rows.append((float(row["step"]), float(row["loss"])))
-    size = max(math.ceil(len(rows) / num_points), 1)
-    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
-    return [
-        (sum(step for step, _ in g) / len(g), sum(loss for _, loss in g) / len(g)) for g in groups
-    ]
-
-
-def read_round(trees: TrajectoryStore, *, max_files: int = MAX_FILES) -> RoundFacts:
-    """What the trees of a sealed round say, from at most `max_files` of its files.
-
-    Raises:
-        StoreError: a file is missing or changed.
-    """
-    manifest = trees.manifest()
-    assert manifest is not None
-    files = [file for file in manifest.files if file.num_rows]
-    chosen = _spread(files, max_files)
-    facts = RoundFacts(files_read=len(chosen), files=len(files), quarantined=manifest.failed)
-    facts.commits = _commit_times(trees, {file.shard for file in files})
-    bins = {"answers": BinSums(), "steps": BinSums()}
-    right, wrong = np.zeros(len(Q_EDGES) - 1, int), np.zeros(len(Q_EDGES) - 1, int)
-    for file in chosen:
-        table = trees.read_table(file, _COLUMNS)
-        _count(table, facts)
-        below, right_below = answers_below(table)
-        visits = _numbers(table, "visit_count")
-        visited = (visits > 0) & (_numbers(table, "node") > 0)
-        q = np.divide(
-            _numbers(table, "value_sum"), visits, where=visits > 0, out=np.zeros(len(visits))
-        )
-        for counts, which in ((right, right_below > 0), (wrong, right_below == 0)):
-            counts += np.histogram(q[visited & which], bins=np.array(Q_EDGES))[0]
-        value = _numbers(table, "value")
-        is_answer = np.array([t == Terminal.ANSWER for t in table["terminal"].to_pylist()], bool)
-        told = np.isfinite(value) & (below > 0)
-        share = np.divide(right_below, below, where=below > 0, out=np.zeros(len(below)))
-        for name, which in (("answers", told & is_answer), ("steps", told & ~is_answer)):
-            bins[name].add(value[which], share[which])
-    facts.q_right, facts.q_wrong = right.tolist(), wrong.tolist()
-    facts.answer_bins, facts.step_bins = bins["answers"].bins(), bins["steps"].bins()
-    return facts
-
-
-def answers_below(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Of each node: visited answers at or below it, and how many of them are right, `[rows]`."""
-    terminal = table["terminal"].to_pylist()
-    visits = _numbers(table, "visit_count")
-    correct = table["correct"].to_pylist()
-    nodes, parents = _numbers(table, "node"), _numbers(table, "parent")
-    rows = np.arange(len(nodes))
-    parent_rows = (rows - nodes + parents).astype(int)
-    below, right = np.zeros(len(rows), int), np.zeros(len(rows), int)
-    for row in range(len(rows) - 1, -1, -1):
-        # A parent stands before its children, so theirs are complete here.
-        if terminal[row] == Terminal.ANSWER and visits[row] > 0 and correct[row] is not None:
-            below[row] += 1
-            right[row] += bool(correct[row])
-        if nodes[row] > 0:
-            below[parent_rows[row]] += below[row]
-            right[parent_rows[row]] += right[row]
-    return below, right
-
-
-def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    """A column as float64, null as NaN."""
-    return table[name].combine_chunks().cast(pa.float64()).to_numpy(zero_copy_only=False)
-
-
-def _count(table: pa.Table, facts: RoundFacts) -> None:
-    facts.terminals.update(t for t in table["terminal"].to_pylist() if t)
-    pairs = zip(table["discard"].to_pylist(), table["multiplicity"].to_pylist(), strict=True)
-    for reason, count in pairs:
-        if reason:
-            facts.discards[reason] += count
-    facts.statuses.update(
-        status for status in table["execution_status"].to_pylist() if status not in ("", "ok")
-    )
-
-
-def _spread(files: Sequence[ManifestFile], most: int) -> list[ManifestFile]:
-    if len(files) <= most:
-        return list(files)
-    return [files[round(n * (len(files) - 1) / (most - 1))] for n in range(most)]
-
-
-def _commit_times(trees: TrajectoryStore, shards: set[str]) -> list[tuple[float, int]]:
-    found = []
-    commit: Commit
-    for name, commit in trees.commits(trees=False).items():
-        if name in shards:
-            try:
-                when = trees.store.modified_unix_s(commit.path)
-            except FileNotFoundError:
-                continue
-            found.append((when, commit.totals.generated_tokens))
-    return sorted(found)
-
-
-def rate_over_time(
-    commits: Sequence[tuple[float, int]], num_points: int = 24
-) -> list[tuple[float, float]]:
-    """(minutes since the first commit, tokens per second); [] if the times tell nothing.
-
-    Each point is the tokens committed in its share of the time; what was committed first was made
-    before that, so it is left out.
-    """
-    if len(commits) < 4:
-        return []
-    began_s, ended_s = commits[0][0], commits[-1][0]
-    span_s = ended_s - began_s
-    if span_s < 2.0:
-        return []
-    count = min(num_points, max(len(commits) // 4, 2))
-    tokens = [0] * count
-    for when_s, made in commits[1:]:
-        tokens[min(int((when_s - began_s) / span_s * count), count - 1)] += made
-    width_s = span_s / count
-    return [((n + 0.5) * width_s / 60, tokens[n] / width_s) for n in range(count)]
-
-
-def sample_trees(trees: TrajectoryStore, *, max_files: int = 4) -> list[tuple[str, Tree]]:
-    """A few trees that show how the search went, with the reason each is shown.
-
-    Raises:
-        StoreError: a file cannot be read.
-    """
-    manifest = trees.manifest()
-    assert manifest is not None
-    best: dict[str, tuple[float, Tree]] = {}
-    for file in _spread([f for f in manifest.files if f.num_rows], max_files):
-        try:
-            found = table_to_trees(trees.read_table(file))
-        except ValueError as error:
-            raise StoreError(f"data file {file.path} cannot be read: {error}") from error
-        for tree in found:
-            for why, worth in _worth_showing(tree):
-                if worth > best.get(why, (0.0, tree))[0]:
-                    best[why] = (worth, tree)
-    shown: list[tuple[str, Tree]] = []
-    for why, (_, tree) in best.items():
-        if all(tree is not other for _, other in shown):
-            shown.append((why, tree))
-    return shown
-
-
-def _worth_showing(tree: Tree) -> Iterator[tuple[str, float]]:
-    answers = [node for node in tree.answers() if node.visit_count]
-    right = sum(bool(node.correct) for node in answers)
-    # Large enough to show something, small enough to read.
-    size = 1.0 / (1.0 + abs(len(tree.nodes) - 24))
-    if right and right < len(answers):
-        yield "solved, after wrong answers too", size
-    if tree.outcome is Outcome.UNSOLVED:
-        yield "answered, but never rightly", size
-    if tree.outcome is Outcome.NO_ANSWER:
-        yield "no rollout reached an answer", size
-    if right and right == len(answers):
-        yield "every answer right", 0.5 * size
-
-
-# -------------------------------------------------------------------------------- the page
+"""Of a round, in order: name of the record -> name for people."""
 
 
 def run_page(facts: RunFacts) -> str:
@@ -420,20 +100,18 @@ def _results(facts: RunFacts) -> str:
     return tiles(shown)
 
 
-def _figures(facts: RunFacts) -> dict[str, Any]:
-    """The charts that are also written as pictures, by name."""
-    rounds = facts.report["rounds"]
-    counts = {
-        number: {"right": of_round.q_right, "wrong": of_round.q_wrong}
-        for number, of_round in facts.rounds.items()
+def figures(facts: RunFacts) -> dict[str, Figure]:
+    """The charts that are written as pictures, by name of the file."""
+    found = {
+        "report": plots.rounds_figure(facts.report),
+        "report-coverage": plots.coverage_by_round(facts.report["rounds"]),
     }
-    figures = {"coverage": plots.coverage_by_round(rounds)}
     bins = _reliability_bins(facts)
     if bins:
-        figures["reliability"] = plots.reliability(bins)
-    if counts:
-        figures["q-values"] = plots.q_histograms(counts, Q_EDGES)
-    return figures
+        found["report-reliability"] = plots.reliability(bins)
+    if facts.rounds:
+        found["report-q-values"] = plots.q_histograms(facts.rounds)
+    return found
 
 
 def _coverage(facts: RunFacts) -> str:
@@ -465,13 +143,13 @@ def _accuracy(facts: RunFacts) -> str:
     rounds = report["rounds"]
     if not any(entry.get("greedy") for entry in rounds):
         return paragraph("the run has no held-out problems")
-    figure = plots.accuracy_by_round(report.get("cold_start"), rounds, HELD_OUT)
+    figure = plots.accuracy_by_round(report.get("cold_start"), rounds)
     rows = []
     cold = report.get("cold_start")
     if cold and cold.get("greedy"):
         rows.append(["cold start", percent(cold["greedy"]["all"]), *("" for _ in range(4)), ""])
     for entry in rounds:
-        shares = [_share(entry.get(method), "all") for method in HELD_OUT]
+        shares = [_share(entry.get(method), "all") for method in plots.HELD_OUT]
         number = entry["round"]
         told = {row.name[-1]: row for row in paper.GREEDY_ROUNDS if row.name[-1].isdigit()}
         searched = {n + 1: row for n, row in enumerate(paper.SEARCH_ROUNDS)}
@@ -480,7 +158,7 @@ def _accuracy(facts: RunFacts) -> str:
             math = told[str(number)].accuracy["math500"], searched[number].accuracy["math500"]
             beside = f"{math[0]} / {math[1]}"
         rows.append([f"round {number}", *shares, beside])
-    header = ["% right", *HELD_OUT.values(), "paper, MATH-500: greedy / searched"]
+    header = ["% right", *plots.HELD_OUT.values(), "paper, MATH-500: greedy / searched"]
     made = report.get("evaluation") or {}
     about = ""
     if made:
@@ -550,8 +228,7 @@ def _ppm(facts: RunFacts) -> str:
 def _q_values(facts: RunFacts) -> str:
     if not facts.rounds:
         return paragraph("no trees")
-    counts = {n: {"right": f.q_right, "wrong": f.q_wrong} for n, f in facts.rounds.items()}
-    svg = plots.as_svg(plots.q_histograms(counts, Q_EDGES), "Q-values of visited steps")
+    svg = plots.as_svg(plots.q_histograms(facts.rounds), "Q-values of visited steps")
     return svg + paragraph(
         "Q-values of the steps that rollouts went through; blue: a right answer was found at or "
         "below the step." + _read_note(facts)
@@ -572,7 +249,7 @@ def _training(facts: RunFacts) -> str:
     for kind, name in (("policy", "Policy, loss per token"), ("ppm", "PPM, pairwise loss")):
         curves = facts.curves.get(kind)
         if curves:
-            svg = plots.as_svg(plots.training_curves(curves, "loss"), name)
+            svg = plots.as_svg(plots.training_curves(curves), name)
             charts.append(f"<figure><figcaption>{name}</figcaption>{svg}</figure>")
     rows = []
     for (number, stage), record in sorted(facts.stages.items()):
@@ -600,7 +277,7 @@ def _cost(facts: RunFacts) -> str:
     series = {name: points for name, points in series.items() if points}
     chart = ""
     if series:
-        svg = plots.as_svg(plots.throughput(series, "generated tokens/s"), "throughput over time")
+        svg = plots.as_svg(plots.throughput(series), "throughput over time")
         chart = f'<div class="charts"><figure>{svg}</figure></div>'
     cluster = config.get("cluster", {})
     gpus = sum(
@@ -624,13 +301,13 @@ def _cost(facts: RunFacts) -> str:
                 f"{entry['generated_tokens']:,}",
                 f"{entry['generated_tokens_per_s']:,.0f}",
                 f"{entry['generated_tokens'] / solved:,.0f}" if solved else "",
-                *(f"{seconds[s]:,.0f}" if seconds.get(s) is not None else "" for s in _STAGES),
+                *(f"{seconds[s]:,.0f}" if seconds.get(s) is not None else "" for s in STAGES),
                 f"{rollout * gpus / problems:,.1f}" if gpus and problems else "-",
                 "" if told is None else f"{told}",
                 f"{total * dollars / 3600:,.2f}" if dollars is not None else "-",
             ]
         )
-    header = ["", "trees", "tokens", "tokens/s", "per solved", *_STAGES.values()]
+    header = ["", "trees", "tokens", "tokens/s", "per solved", *STAGES.values()]
     header += ["GPU-s", "paper", "$"]
     about = (
         "Tokens generated in search, in all, per second and per solved problem; seconds of each "
@@ -641,15 +318,6 @@ def _cost(facts: RunFacts) -> str:
     if dollars is None:
         about += " Set cost.usd_per_hour to see dollars."
     return chart + html_table(header, rows) + paragraph(about)
-
-
-_STAGES = {
-    "rollout": "search",
-    "select": "select",
-    "train_policy": "SFT",
-    "train_ppm": "PPM",
-    "evaluate": "held out",
-}
 
 
 def _failures(facts: RunFacts) -> str:
@@ -719,11 +387,12 @@ def _trees(facts: RunFacts) -> str:
             f"{len(tree.nodes) - 1} candidates, {tree.generated_tokens:,} tokens; accepted answer "
             f"{problem.answer}"
         )
+        branches = _branch(tree, tree.root, iter(range(MAX_TREE_NODES)))
         parts.append(
             f"<h3>{escape(why[0].upper() + why[1:])}</h3>"
             f'<p class="problem">{escape(problem.text)}</p>'
             f'<p class="remark">{escape(about)}</p>'
-            f'<div class="tree"><ul>{_branch(tree, tree.root, _Budget(MAX_TREE_NODES))}</ul></div>'
+            f'<div class="tree"><ul>{branches}</ul></div>'
         )
     return "".join(parts) + paragraph(
         "Only what rollouts went through; Q-value and number of visits before each step. A click "
@@ -731,22 +400,20 @@ def _trees(facts: RunFacts) -> str:
     )
 
 
-@dataclass(slots=True)
-class _Budget:
-    left: int
+def _branch(tree: Tree, node: Node, places: Iterator[int]) -> str:
+    """List items of the visited children of a node, the most visited first.
 
-
-def _branch(tree: Tree, node: Node, budget: _Budget) -> str:
-    """List items of the visited children of a node, the most visited first."""
+    Args:
+        places: one for each item that may be shown yet.
+    """
     children = [tree.nodes[n] for n in node.children]
     visited = sorted((c for c in children if num_passes(c) > 0), key=lambda c: -num_passes(c))
     items = []
     for child in visited:
-        if budget.left <= 0:
+        if next(places, None) is None:
             items.append('<li class="soft">...</li>')
             break
-        budget.left -= 1
-        below = _branch(tree, child, budget)
+        below = _branch(tree, child, places)
         nested = f"<ul>{below}</ul>" if below else ""
         items.append(f"<li>{_node(child)}{nested}</li>")
     return "".join(items)

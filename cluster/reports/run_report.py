@@ -1,25 +1,62 @@
-"""What a run showed: `report.json`, the table in the terminal and the plot.
+"""`rstar report RUN`: what a run or an evaluation showed, in the terminal and as a page.
 
-Everything is computed from what the stages committed; nothing here measures. Shares are fractions
-of 1 in the JSON and percent in the table.
+Everything is read from what the stages committed; nothing is measured, and the folder is not
+changed but for the page and the plots. Shares are fractions of 1 in report.json and percent here.
+
+Not covered: runs that have not finished (`rstar status` shows those).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 from cluster.evaluation.shares import COLUMNS, percent
+from cluster.evaluation.tables import REPORT as EVALUATION
+from cluster.evaluation.tables import read_evaluation, read_report
+from cluster.folder.run_folder import REPORT
+from cluster.reports import plots
+from cluster.reports.evaluation_page import page as evaluation_page
+from cluster.reports.evaluation_page import print_evaluation
+from cluster.reports.page import write_page
+from cluster.reports.run_facts import read_run
+from cluster.reports.run_page import STAGES, figures, run_page
 
-METHODS = ("greedy", "majority", "best_of_n", "search")
-STAGES = ("rollout", "select", "train_policy", "train_ppm", "evaluate")
+
+def show_report(run: Path, console: Console, *, page: Path | None = None) -> None:
+    """Print the tables of a run or an evaluation and write its page.
+
+    Args:
+        page: None: report.html in the folder.
+    Raises:
+        RunFolderError: nothing is finished there, or the page cannot be written.
+        StoreError: its trees cannot be read.
+    """
+    if (run / EVALUATION).is_file():
+        evaluation = read_evaluation(run)
+        print_evaluation(evaluation, console)
+        text = evaluation_page(evaluation)
+    else:
+        report = read_report(run / REPORT, "no report; has `rstar evolve` finished this run?")
+        if "rounds" not in report:
+            from cluster.runs.rollout import print_rollout_report
+
+            print_rollout_report(report, console)
+            return
+        print_report(report, console)
+        facts = read_run(run, report)
+        text = run_page(facts)
+        if page is None:
+            for name, figure in figures(facts).items():
+                plots.write_png(figure, run / f"{name}.png")
+    target = page or run / "report.html"
+    write_page(target, text)
+    console.print(f"page {target}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -59,7 +96,10 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
         table.add_row(
             str(entry["round"]),
             _cells(entry["coverage"]),
-            *(_cells(entry.get(method)) for method in METHODS),
+            *(
+                _cells(entry.get(method))
+                for method in ("greedy", "majority", "best_of_n", "search")
+            ),
             percent(entry.get("ppm_pair_accuracy")),
         )
     return table
@@ -94,51 +134,3 @@ def _cells(shares: Mapping[str, float | None] | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
-
-
-def rounds_figure(report: Mapping[str, Any]) -> Figure:
-    """Coverage by level and held-out accuracy by method, over the rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    rounds = [entry["round"] for entry in report["rounds"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for column, style in zip(COLUMNS, ("-", "-", "-", "--"), strict=True):
-        values = [entry["coverage"][column] for entry in report["rounds"]]
-        _line(left, rounds, values, column, style)
-    left.set_title("training problems solved by search")
-    for method, name in zip(
-        METHODS, ("greedy", "majority", "best-of-N by PPM", "MCTS + PPM"), strict=True
-    ):
-        xs, values = list(rounds), [_overall(entry.get(method)) for entry in report["rounds"]]
-        if method == "greedy" and report.get("cold_start"):
-            xs, values = [0, *xs], [_overall(report["cold_start"]["greedy"]), *values]
-        _line(right, xs, values, name, "-")
-    sizes = report.get("evaluation", {})
-    counts = f" (greedy: {sizes['num_problems']}, others: {sizes['num_search_problems']})"
-    right.set_title("held-out problems solved" + (counts if sizes else ""))
-    for axes in (left, right):
-        axes.set_xlabel("round (0: cold start)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.suptitle(f"{report['name']} (seed {report['config']['seed']})")
-    figure.tight_layout()
-    return figure
-
-
-def _overall(shares: Mapping[str, float | None] | None) -> float | None:
-    return shares["all"] if shares else None
-
-
-def _line(
-    axes: Any, xs: Sequence[int], values: Sequence[float | None], label: str, style: str
-) -> None:
-    points = [(x, value) for x, value in zip(xs, values, strict=True) if value is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), style, marker="o", label=label)

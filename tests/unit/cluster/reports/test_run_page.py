@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 
 from cluster.folder.run_folder import RunFolderError
-from cluster.reports.run_page import (
+from cluster.reports.run_facts import (
     answers_below,
     rate_over_time,
     read_curve,
     read_round,
     sample_trees,
-    show_report,
 )
+from cluster.reports.run_report import show_report
 from rollout.store import RunStore, TrajectoryStore
 from rollout.table import trees_to_table
 from rollout.tree import Tree
