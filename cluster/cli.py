@@ -209,7 +209,7 @@ def status(
     watch: Annotated[bool, typer.Option(help="Again and again, until the run ends.")] = False,
 ) -> None:
     """Show how a run stands, from any shell or machine that sees its folder."""
-    from cluster.watch.status import show_status
+    from cluster.watch.status_view import show_status
 
     try:
         show_status(run, Console(), as_json=as_json, watch=watch)
