@@ -414,7 +414,7 @@ def evaluate(
 ) -> None:
     """Measure a model with several methods and budgets on benchmarks; run it again to go on."""
     quiet_logging(verbose)
-    from cluster.evaluation.asked import ask, evaluate_config
+    from cluster.evaluation.asked import evaluate_config
     from cluster.evaluation.benchmarks import EvaluationRun
     from cluster.folder.machine import command_line
     from cluster.reports.evaluation_page import print_evaluation, write_evaluation
@@ -426,7 +426,7 @@ def evaluate(
 
         show_comparison(*compare, console)
         return
-    asked = ask(
+    settings = evaluate_config(
         what=what,
         policy=policy,
         ppm=ppm,
@@ -441,7 +441,7 @@ def evaluate(
         overrides=overrides or (),
     )
     view = ProgressView(console)
-    run = EvaluationRun(evaluate_config(asked), view)
+    run = EvaluationRun(settings, view)
     found = _run(run.run(), again=command_line(), view=view)
     write_evaluation(run.folder.root, found)
     print_evaluation(found, console)

@@ -1,6 +1,6 @@
 """What an evaluation is asked to do: from the command line to config, problems and prompt.
 
-    command line, a run's config --ask, evaluate_config--> EvaluateConfig
+    command line, a run's config --evaluate_config-->      EvaluateConfig
     problem files ----------------read_benchmark---------> problems with ids of their own
     tokenizer --------------------choose_prompting-------> how the policy is asked:
 
@@ -38,95 +38,75 @@ SUBSET_SHARE = 0.5
 other."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """The command line of `rstar evaluate`."""
-
-    what: Path | None = None
-    """A run, or a policy's directory."""
-    policy: Path | None = None
-    ppm: Path | None = None
-    round: int | None = None
-    """Of a run; None: its last with both models."""
-    benchmarks: Sequence[str] = ()
-    """Names of files in `data`, or paths."""
-    data: Path | None = None
-    methods: Sequence[str] = ()
-    trajectories: Sequence[int] = ()
-    limit: int | None = None
-    out: Path | None = None
-    config: Path | None = None
-    overrides: Sequence[str] = ()
-
-
-def ask(*, benchmarks: str, methods: str, trajectories: str, **given: Any) -> Asked:
-    """The command line with its lists taken apart.
-
-    Raises:
-        ConfigError: a budget is no whole number.
-    """
-    budgets = []
-    for word in _listed(trajectories):
-        if not word.isdigit() or not int(word):
-            raise ConfigError(f"--trajectories {word!r}: expected whole numbers, as 1,2,4,8")
-        budgets.append(int(word))
-    return Asked(
-        benchmarks=_listed(benchmarks),
-        methods=_listed(methods),
-        trajectories=budgets,
-        **given,
-    )
-
-
-def _listed(words: str) -> list[str]:
-    return [word.strip() for word in words.split(",") if word.strip()]
-
-
-def evaluate_config(asked: Asked) -> EvaluateConfig:
+def evaluate_config(
+    *,
+    what: Path | None = None,
+    policy: Path | None = None,
+    ppm: Path | None = None,
+    round: int | None = None,
+    benchmarks: str = "",
+    data: Path | None = None,
+    methods: str = "",
+    trajectories: str = "",
+    limit: int | None = None,
+    out: Path | None = None,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> EvaluateConfig:
     """The config of an evaluation; the later of run, config file, command line, --set wins.
 
+    Args:
+        what: a run, or a policy's directory.
+        round: of a run; None: its last with both models.
+        benchmarks: names of files in `data`, or paths, with commas between; likewise `methods` and
+            `trajectories`.
     Raises:
         ConfigError, RunFolderError, CheckpointError: what is missing or wrong, named.
     """
-    data: dict[str, Any] = {}
-    policy, ppm, name = asked.policy, asked.ppm, "models"
-    if asked.what is not None:
-        name = asked.what.resolve().name
-        if (asked.what / "config.json").is_file() or asked.what.parent.name.startswith("round="):
+    budgets = set()
+    for word in _listed(trajectories):
+        if not word.isdigit() or not int(word):
+            raise ConfigError(f"--trajectories {word!r}: expected whole numbers, as 1,2,4,8")
+        budgets.add(int(word))
+    made: dict[str, Any] = {}
+    name = "models"
+    if what is not None:
+        name = what.resolve().name
+        if (what / "config.json").is_file() or what.parent.name.startswith("round="):
             if policy is not None:
-                raise ConfigError(f"{asked.what} is a policy already: leave --policy out")
-            policy = asked.what
+                raise ConfigError(f"{what} is a policy already: leave --policy out")
+            policy = what
         else:
             if policy is not None or ppm is not None:
                 raise ConfigError("give a run, or --policy and --ppm, not both")
-            policy, ppm = pair_of_run(asked.what, asked.round)
-            data |= _settings_of_run(asked.what)
-            name += f"-round{asked.round}" if asked.round is not None else ""
+            policy, ppm = pair_of_run(what, round)
+            made |= _settings_of_run(what)
+            name += f"-round{round}" if round is not None else ""
     elif policy is not None:
         name = policy.resolve().name
-    if asked.config is not None:
-        data |= read_yaml(asked.config)
-    data |= {key: path for key, path in (("policy", policy), ("ppm", ppm)) if path is not None}
-    if "policy" not in data:
+    if config is not None:
+        made |= read_yaml(config)
+    made |= {key: path for key, path in (("policy", policy), ("ppm", ppm)) if path is not None}
+    if "policy" not in made:
         raise ConfigError("no policy: give a run, a model's directory, or --policy DIR")
-    if asked.benchmarks or "benchmarks" not in data:
-        data["benchmarks"] = find_benchmarks(asked.benchmarks, asked.data)
-    given = {
-        "methods": list(asked.methods),
-        "trajectories": sorted(set(asked.trajectories)),
-        "limit": asked.limit,
-    }
-    data |= {key: value for key, value in given.items() if value}
-    data["run_dir"] = asked.out or data.get("run_dir") or Path("runs") / f"evaluate-{name}"
-    source = str(asked.config or asked.what or "rstar evaluate")
-    made = make_config(data, asked.overrides, kind=EvaluateConfig, source=source)
-    made = with_checkpoint_directories(made)
-    missing = [m for m in made.methods if m.needs_preference and made.ppm is None]
+    if _listed(benchmarks) or "benchmarks" not in made:
+        made["benchmarks"] = find_benchmarks(_listed(benchmarks), data)
+    given = {"methods": _listed(methods), "trajectories": sorted(budgets), "limit": limit}
+    made |= {key: value for key, value in given.items() if value}
+    made["run_dir"] = out or made.get("run_dir") or Path("runs") / f"evaluate-{name}"
+    source = str(config or what or "rstar evaluate")
+    checked = make_config(made, overrides, kind=EvaluateConfig, source=source)
+    checked = with_checkpoint_directories(checked)
+    missing = [m for m in checked.methods if m.needs_preference and checked.ppm is None]
     if missing:
         raise ConfigError(
             f"method {missing[0]} needs a PPM: give --ppm DIR, or choose another --method"
         )
-    return made
+    return checked
+
+
+def _listed(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def pair_of_run(run: Path, round: int | None) -> tuple[Path, Path | None]:
@@ -165,7 +145,7 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
 
 
 def find_benchmarks(names: Sequence[str], data: Path | None) -> list[Path]:
-    """The problem files that are meant: paths, or names in a folder; all of the folder if none.
+    """The problem files that are meant: paths, or names in a folder.
 
     Raises:
         ConfigError: no such file (with the nearest name), or nothing was named at all.

@@ -104,10 +104,14 @@ def _described(scores: Mapping[Key, Any]) -> str:
     return f"one has {benchmarks} with {methods}"
 
 
-def print_comparison(
-    first: Path, second: Path, found: list[Comparison], console: Console, *, top_k: int
-) -> None:
-    """The comparison as a table, and what it says in words."""
+def show_comparison(first: Path, second: Path, console: Console) -> None:
+    """The comparison as a table, and what it says in words.
+
+    Raises:
+        As `compare`.
+    """
+    top_k = read_evaluation(first)["vote_top_k"]
+    found = compare(first, second)
     for name, root in (("A", first), ("B", second)):
         console.print(f"{name} = {root}", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -150,13 +154,3 @@ def verdict(difference: Difference) -> str:
     if difference.within_noise:
         return "within noise"
     return "B better" if difference.mean > 0 else "A better"
-
-
-def show_comparison(first: Path, second: Path, console: Console) -> None:
-    """`rstar evaluate --compare A B`.
-
-    Raises:
-        As `compare`.
-    """
-    top_k = read_evaluation(first)["vote_top_k"]
-    print_comparison(first, second, compare(first, second), console, top_k=top_k)

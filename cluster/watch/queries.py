@@ -51,10 +51,6 @@ class Expression(ABC):
     def evaluate(self, samples: Samples, time_s: float, window_s: float) -> Result:
         """As numbers at a time; series without a value are left out."""
 
-    @abstractmethod
-    def metrics(self) -> Iterator[Metric]:
-        """Every metric it needs."""
-
     def __truediv__(self, other: Expression) -> Expression:
         return Ratio(self, other)
 
@@ -67,9 +63,6 @@ class _OfMetric(Expression):
     metric: Metric
     by: tuple[str, ...] = ()
     where: Mapping[str, str] = field(default_factory=dict)
-
-    def metrics(self) -> Iterator[Metric]:
-        yield self.metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +124,6 @@ class Quantile(Expression):
         found = {key: _quantile(self.share, sorted(rates)) for key, rates in buckets.items()}
         return {key: value for key, value in found.items() if value is not None}
 
-    def metrics(self) -> Iterator[Metric]:
-        yield self.metric
-
 
 @dataclass(frozen=True, slots=True)
 class Mean(_OfMetric):
@@ -174,9 +164,6 @@ class Scaled(Expression):
         found = self.of.evaluate(samples, time_s, window_s)
         return {key: value * self.factor for key, value in found.items()}
 
-    def metrics(self) -> Iterator[Metric]:
-        return self.of.metrics()
-
 
 @dataclass(frozen=True, slots=True)
 class Ratio(Expression):
@@ -207,10 +194,6 @@ class Ratio(Expression):
             if divisor:
                 found[key] = value / divisor
         return found
-
-    def metrics(self) -> Iterator[Metric]:
-        yield from self.left.metrics()
-        yield from self.right.metrics()
 
 
 def _bracketed(expression: Expression, run: str, window: str) -> str:

@@ -36,6 +36,7 @@ from learner.fit import FitProgress, FitResult
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
 from tests.builders import make_problem
+from tests.made_metrics import metrics_of
 from tests.prometheus import MISSING, Prometheus, has_prometheus
 from tests.saboteur import stopped_at_the_end
 from tests.scripted_replicas import ScriptedPolicyReplica, ScriptedPreferenceReplica
@@ -199,7 +200,7 @@ def queries() -> list[tuple[str, Query]]:
 def trouble(prometheus: Prometheus, query: Query, run: str) -> str:
     """Why an expression's result is not what a panel needs; "" if it is."""
     expression = query.expression.promql(run, f"{WINDOW_S}s")
-    needed = {metric.name for metric in query.expression.metrics()}
+    needed = {metric.name for metric in metrics_of(query.expression)}
     result = prometheus.query(expression)
     if needed & EMPTY.keys():
         return ""
@@ -257,7 +258,7 @@ def differences(prometheus: Prometheus, root: Path) -> dict[str, str]:
     samples = Samples.read(root)
     found = {}
     for name, query in queries():
-        needed = {metric.name for metric in query.expression.metrics()}
+        needed = {metric.name for metric in metrics_of(query.expression)}
         if needed & (EMPTY.keys() | NOT_FINITE.keys()):
             continue
         own = query.expression.evaluate(samples, samples.times[-1], WINDOW_S)

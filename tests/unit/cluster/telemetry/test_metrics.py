@@ -14,6 +14,7 @@ from cluster.watch.panels import DASHBOARDS
 from rollout.engine import GenerationRequest
 from tests.builders import answered, make_problem, make_tree
 from tests.fakes import ScriptedPolicy
+from tests.made_metrics import metrics_of
 from verifier import StepResult, StepStatus
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -37,7 +38,7 @@ def test_every_metric_is_shown_on_some_dashboard() -> None:
         for dashboard in DASHBOARDS
         for panel in dashboard.panels
         for query in panel.queries
-        for metric in query.expression.metrics()
+        for metric in metrics_of(query.expression)
     }
     assert shown == set(m.CATALOGUE)
 
@@ -46,6 +47,7 @@ def test_process_that_was_not_told_counts_nothing_and_imports_no_ray() -> None:
     code = """
 import sys
 from cluster.telemetry import metrics as m
+
 m.count(m.GENERATED_TOKENS, 3, replica="r")
 m.observe(m.POOL_WAIT, 0.1, pool="policy")
 assert "ray" not in sys.modules
