@@ -237,8 +237,8 @@ class EvaluationRun:
             "name": self.folder.root.name,
             "models": {
                 kind: {"path": str(path), "version": given_checkpoint(kind, path).version}
-                for kind, path in (("policy", self.config.policy), ("ppm", self.config.ppm))
-                if path is not None
+                for kind in ("policy", "ppm")
+                if (path := getattr(self.config, kind)) is not None
             },
             "prompt": self.prompting.kind,
             "vote_top_k": self.config.vote_top_k,

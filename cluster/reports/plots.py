@@ -158,7 +158,9 @@ def accuracy_against_tokens(
         top = 0.0
         for method in known:
             points = sorted(
-                (s["generated_tokens"], s["accuracy"]) for s in _of(summaries, names[place], method)
+                (s["generated_tokens"], s["accuracy"])
+                for s in summaries
+                if (s["benchmark"], s["method"]) == (names[place], method)
             )
             if not points:
                 continue
@@ -196,12 +198,6 @@ def accuracy_against_tokens(
         fontsize=9,
     )
     return figure
-
-
-def _of(
-    summaries: Sequence[Mapping[str, Any]], benchmark: str, method: str
-) -> list[Mapping[str, Any]]:
-    return [s for s in summaries if (s["benchmark"], s["method"]) == (benchmark, method)]
 
 
 def _family(method: str, top_k: int) -> str:

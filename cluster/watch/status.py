@@ -29,7 +29,7 @@ import yaml
 
 from cluster.evaluation.shares import problems_by_level, with_all
 from cluster.folder.lineage import lineage_name
-from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.folder.run_folder import REPORT, RunFolder, RunFolderError
 from cluster.jobs.queue import StagePlan
 from cluster.telemetry.live import INTERVAL_S, Live, read_live
 from cluster.telemetry.progress import cost_usd, duration
@@ -154,7 +154,8 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
     rounds = [_round(folder, store, config, number, levels, live, alive) for number in numbers]
     finished = all(s.state == DONE for round in rounds for s in round.stages.values())
     state, explanation = _state(live, alive, finished, now_unix_s)
-    seconds = live.seconds_total if live is not None else _reported_seconds(folder)
+    report = folder.read(REPORT) or {} if live is None else {}
+    seconds = live.seconds_total if live is not None else report.get("seconds_total")
     price = live.progress.usd_per_hour if live is not None else None
     return RunStatus(
         run=str(run),
@@ -264,10 +265,6 @@ def state_text(live: Live | None, now_s: float) -> str:
 
 def _moment(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
-
-
-def _reported_seconds(folder: RunFolder) -> float | None:
-    return (folder.read("report.json") or {}).get("seconds_total")
 
 
 def _go_on(folder: RunFolder, live: Live | None, is_evolve: bool) -> str:

@@ -47,7 +47,6 @@ def test_process_that_was_not_told_counts_nothing_and_imports_no_ray() -> None:
     code = """
 import sys
 from cluster.telemetry import metrics as m
-
 m.count(m.GENERATED_TOKENS, 3, replica="r")
 m.observe(m.POOL_WAIT, 0.1, pool="policy")
 assert "ray" not in sys.modules
