@@ -53,16 +53,15 @@ from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import RunConfig
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
-    Dataset,
     SFTExample,
-    is_validation,
     read_demonstrations,
     read_manifest,
     read_sft,
-    write_dataset,
+    writing_dataset,
 )
 from learner.fit import FitRequest
 from learner.pairs import program_key
+from learner.select import is_validation
 from rollout.engine import GenerationRequest
 from rollout.methods import Method, MethodConfig, Solver
 from rollout.problem import Problem
@@ -439,16 +438,14 @@ class Study:
             ] * self.config.dataset.demonstration_repeat
         directory = self.out.root / "datasets" / f"{name}-{seed}"
         if read_manifest(directory) is None:
-            dataset = Dataset(
-                template=self.template.name,
-                sft_train=examples,
-                sft_validation=[],
-                pairs_train=[],
-                pairs_validation=[],
-                counts={"all": {"sft_train": len(examples)}},
-                excluded={"all": {}},
-            )
-            write_dataset(dataset, directory)
+            with writing_dataset(directory) as writer:
+                for example in examples:
+                    writer.add("sft_train", example)
+                writer.commit(
+                    template=self.template.name,
+                    counts={"all": {"sft_train": len(examples)}},
+                    excluded={"all": {}},
+                )
         config = self.config.train_policy
         request = FitRequest(
             fit_id=f"ablation/{name}/{seed}",

@@ -45,12 +45,8 @@ import ray
 
 from bench.storage import load_problems, make_trees
 from cluster.fleet.config import ClusterConfig
-from cluster.jobs.coordinator import (
-    Coordinator,
-    CoordinatorActor,
-    RemoteCoordinator,
-    WorkerProgress,
-)
+from cluster.jobs.coordinator import Coordinator, CoordinatorActor, WorkerProgress
+from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.queue import Job, QueueConfig, StagePlan, plan_jobs
 from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
 from cluster.planning.simulate import Simulation, SimulationConfig

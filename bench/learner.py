@@ -19,8 +19,8 @@ second of training, set-up excluded; ratios are of wall time, and of CPU time be
 a machine that is shared.
 
 `--memory` measures something else: how much memory it takes to select a round's data and to prepare
-a fit on it, at N/4 and at N trajectories, each in a
-process of its own: `streamed` is what runs do, `held` the same with all of it in memory.
+a fit on it, at N/4 and at N trajectories, each in a process of its own: `streamed` is what runs do,
+`held` the same with all token ids in memory.
 
 With a GPU, MFU of fine-tuning at the shape of Qwen2.5-Math-1.5B, 4,096-token examples, is measured
 too. Prints a table, then one JSON object on the last line.
@@ -51,16 +51,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from bench.answers import hardware
 from learner.attention import documents
 from learner.batch import tokenise_pairs, tokenise_segments
-from learner.dataset import (
-    Dataset,
-    DatasetConfig,
-    SFTExample,
-    build_dataset,
-    read_pairs,
-    read_sft,
-    select_dataset,
-    write_dataset,
-)
+from learner.dataset import SFTExample, read_pairs, read_sft, writing_dataset
 from learner.fit import FitRequest, FitResult, PolicyTrainConfig, PreferenceTrainConfig
 from learner.losses import pairwise_loss
 from learner.miniature import write_base_model
@@ -68,6 +59,7 @@ from learner.objectives import PolicyObjective
 from learner.packing import PlannedStep, Share
 from learner.pairs import PairKind, PreferencePair
 from learner.preference_model import new_preference_model
+from learner.select import DatasetConfig, select_dataset
 from learner.task import plan_fit, policy_task, preference_task
 from learner.trainer import run_fit
 from rollout.problem import Level, Problem
@@ -177,16 +169,17 @@ def write_world(folder: Path, *, examples: int, nodes: int, seed: int = 0) -> No
             for rejected in bad
         ]
 
-    dataset = Dataset(
-        template=SHORT_TEMPLATE.name,
-        sft_train=[example(n) for n in range(examples)],
-        sft_validation=[example(-n) for n in range(1, 17)],
-        pairs_train=[pair for n in range(nodes) for pair in pairs(n)],
-        pairs_validation=[pair for n in range(8) for pair in pairs(1000 + n)],
-        counts={},
-        excluded={},
-    )
-    write_dataset(dataset, folder / "data")
+    files: dict[str, list[Any]] = {
+        "sft_train": [example(n) for n in range(examples)],
+        "sft_validation": [example(-n) for n in range(1, 17)],
+        "pairs_train": [pair for n in range(nodes) for pair in pairs(n)],
+        "pairs_validation": [pair for n in range(8) for pair in pairs(1000 + n)],
+    }
+    with writing_dataset(folder / "data") as writer:
+        for name, rows in files.items():
+            for row in rows:
+                writer.add(name, row)
+        writer.commit(template=SHORT_TEMPLATE.name, counts={}, excluded={})
 
 
 def request(
@@ -382,11 +375,13 @@ def measure_mfu(tokens_per_step: int = 65536, steps: int = 6) -> dict[str, float
 
     from learner.batch import PolicyBatch
     from learner.flops import flop_counter, peak_flops
+    from learner.optimiser import forward_backward, make_engine, update
+    from learner.prepare import choose_attention
+    from learner.ranks import ensure_group
     from learner.task import Task
-    from learner.trainer import _choose_attention, _ensure_group, _make_engine, _step, _update
 
     config = PolicyTrainConfig(zero_stage=1, micro_batch_tokens=16384, precision="bfloat16")
-    _ensure_group(0, 1)
+    ensure_group(0, 1)
     with torch.device("cuda"):
         model = Qwen2ForCausalLM(
             Qwen2Config(
@@ -426,16 +421,16 @@ def measure_mfu(tokens_per_step: int = 65536, steps: int = 6) -> dict[str, float
         denominator=lambda step: float(tokens_per_step),
         skipped_long=0,
     )
-    engine, _ = _make_engine(objective, config, 1)
-    _choose_attention(objective, config, engine.device)
+    engine, _ = make_engine(objective, config)
+    choose_attention(objective, config, engine.device)
     step = PlannedStep(micro=tuple((Share(examples=()),) for _ in range(rows)))
     peak = peak_flops(engine.device, None)
     for number in range(steps):
         if number == 2:
             torch.cuda.synchronize()
             begun = time.perf_counter()
-        _step(engine, task, step, config, 0, 1)
-        _update(engine, config)
+        forward_backward(engine, task, step, config)
+        update(engine, config)
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begun) / (steps - 2)
     flops = counter.total(
@@ -494,11 +489,6 @@ def _select_streamed(folder: Path, trees: int) -> None:
     )
 
 
-def _select_held(folder: Path, trees: int) -> None:
-    dataset = build_dataset(made_trees(trees), template=SHORT_TEMPLATE, config=DatasetConfig())
-    write_dataset(dataset, folder / "held")
-
-
 def _prepare(folder: Path, config: PolicyTrainConfig | PreferenceTrainConfig) -> None:
     from transformers import AutoTokenizer
 
@@ -531,7 +521,6 @@ def _prepare_held(folder: Path, trees: int) -> None:
 
 STAGES: dict[str, Callable[[Path, int], None]] = {
     "select, streamed": _select_streamed,
-    "select, held": _select_held,
     "prepare SFT, streamed": _prepare_sft,
     "prepare PPM, streamed": _prepare_ppm,
     "prepare SFT, held": _prepare_held,

@@ -344,11 +344,12 @@ def cold_start(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from learner.dataset import DatasetConfig, build_dataset, read_demonstrations, write_dataset
-    from learner.fit import PolicyTrainConfig
+    from learner.dataset import read_demonstrations
+    from learner.fit import FitRequest, PolicyTrainConfig
     from learner.miniature import write_base_model
     from learner.preference_model import new_preference_model
-    from learner.trainer import train_policy
+    from learner.select import DatasetConfig, select_dataset
+    from learner.trainer import run_fit
     from rollout.problems.miniature import write_miniature
     from rollout.prompt import TEMPLATES
 
@@ -358,29 +359,35 @@ def cold_start(folder: Path) -> None:
     table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
     texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
     write_base_model(folder / "base", seed=3, texts=texts)
-    dataset = build_dataset(
+    select_dataset(
         (),
+        folder / "dataset",
         template=TEMPLATES["short"],
         config=DatasetConfig(validation_share=0.1),
         demonstrations=read_demonstrations(files.demonstrations),
     )
-    write_dataset(dataset, folder / "dataset")
-    train_policy(
-        folder / "base",
-        folder / "dataset",
-        folder / "checkpoints",
-        config=PolicyTrainConfig(
-            total_tokens=300_000,
-            batch_tokens=1024,
-            batch_examples=None,
-            learning_rate=2e-3,
-            schedule="cosine",
-            warmup_share=0.05,
-            final_share=0.05,
-            betas=(0.9, 0.98),
-            weight_decay=0.05,
-            zero_stage=0,
-        ),
+    config = PolicyTrainConfig(
+        total_tokens=300_000,
+        batch_tokens=1024,
+        batch_examples=None,
+        learning_rate=2e-3,
+        schedule="cosine",
+        warmup_share=0.05,
+        final_share=0.05,
+        betas=(0.9, 0.98),
+        weight_decay=0.05,
+        zero_stage=0,
+    )
+    run_fit(
+        FitRequest(
+            fit_id="round=0/policy",
+            kind="policy",
+            round=0,
+            base=str(folder / "base"),
+            data=str(folder / "dataset"),
+            checkpoints=str(folder / "checkpoints"),
+            config=config,
+        )
     )
     policy = checkpoint_directory(folder / "checkpoints" / "round=0" / "policy")
     model = new_preference_model(policy, seed=1, dtype=torch.float32)

@@ -33,21 +33,21 @@ from pathlib import Path
 from typing import Any
 
 from bench.search_engines import Barrier
-from cluster.engines.config import EngineConfig
-from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
-from cluster.engines.replica import (
+from cluster.engines.arguments import (
     decode_continuation,
     engine_arguments,
     engine_environment,
     plan_stops,
-    read_completion,
     sampling_arguments,
 )
+from cluster.engines.config import EngineConfig
+from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
 from rollout.engine import (
     EvaluationReply,
     EvaluationRequest,
     GenerationReply,
     GenerationRequest,
+    cut_completion,
 )
 from rollout.problem import Problem
 from rollout.search import SearchConfig, run_search
@@ -115,7 +115,7 @@ class OfflinePolicy:
         replies = []
         for request, output, ids in zip(requests, outputs, prompts, strict=True):
             completions = tuple(
-                read_completion(
+                cut_completion(
                     decode_continuation(self.tokenizer, ids, list(choice.token_ids)),
                     stop=request.stop,
                     stopped=choice.finish_reason == "stop",

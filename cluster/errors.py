@@ -11,6 +11,7 @@ from pathlib import Path
 from cluster.engines.model_check import ModelCheckError
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError, why_not_written
+from cluster.jobs.ray_errors import plain
 from cluster.planning.latency import CurveError
 from cluster.planning.planner import PlanError
 from cluster.telemetry.tracing import TracingError
@@ -57,12 +58,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, BaseExceptionGroup):
         told = [explain(inner) for inner in error.exceptions]
         return None if None in told else told[0]
-    cause = getattr(error, "cause", None)
-    if isinstance(error, KNOWN_ERRORS) and isinstance(cause, KNOWN_ERRORS):
-        # Ray raises a child of both kinds whose text is the traceback of another process.
-        return str(cause)
     if isinstance(error, KNOWN_ERRORS):
-        return str(error)
+        return str(plain(error))
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{why_not_written(error)}; what is committed stays"

@@ -16,9 +16,9 @@ Shapes: T tokens of a row, B texts, P positions that a loss reads, R pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -91,27 +91,23 @@ class PolicyBatch:
     input_ids: torch.Tensor
     """[1, T] int64."""
     position_ids: torch.Tensor
-    """[1, T] int64; from 0 in each text."""
+    """[1, T] int64; from 0 in each text, and on from the prefix in a branch."""
     layout: Layout
     positions: torch.Tensor
     """[P] int64 into the T hidden states whose next token has a loss."""
     targets: torch.Tensor
     """[P] int64, those next tokens."""
 
-    def to(self, device: torch.device) -> PolicyBatch:
-        names = ("input_ids", "position_ids", "positions", "targets")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+    def to(self, device: torch.device) -> Self:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreferenceBatch:
-    """One packed row for the losses of the PPM."""
+class PreferenceBatch(PolicyBatch):
+    """One packed row for the losses of the PPM; `positions` are those of the chosen texts, a
+    shared one once for each of them."""
 
-    input_ids: torch.Tensor
-    """[1, T] int64."""
-    position_ids: torch.Tensor
-    """[1, T] int64; a branch goes on from its prefix."""
-    layout: Layout
     last: torch.Tensor
     """[B] int64 into the T hidden states: the last token of each text."""
     chosen: torch.Tensor
@@ -124,25 +120,6 @@ class PreferenceBatch:
     """[B] float32, `PairGroup.targets`."""
     text_weights: torch.Tensor
     """[B] float32: 1, or 0 for a filler."""
-    positions: torch.Tensor
-    """[P] as in `PolicyBatch`, over the chosen texts; a shared position once for each of them."""
-    targets: torch.Tensor
-    """[P]."""
-
-    def to(self, device: torch.device) -> PreferenceBatch:
-        names = (
-            "input_ids",
-            "position_ids",
-            "last",
-            "chosen",
-            "rejected",
-            "weights",
-            "value_targets",
-            "text_weights",
-            "positions",
-            "targets",
-        )
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def check_markers(tokenizer: Any, *, where: str) -> None:

@@ -18,13 +18,14 @@ so the root is a local or shared directory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,13 +33,12 @@ from typing import Any, Literal, get_args
 from safetensors import SafetensorError
 
 from learner.spill import no_room
+from rollout.files import atomic_write, create_only, new_folder
 
 Kind = Literal["policy", "ppm"]
 
 NOTES_FILE = "rstar.json"
 """What Hugging Face's files do not say of a checkpoint."""
-
-_HASH_CHUNK_BYTES = 1 << 22
 
 
 class CheckpointError(RuntimeError):
@@ -136,9 +136,7 @@ class CheckpointStore:
             )
         record |= held["checkpoint"] | {"held": None}
         path = self.folder(kind, round) / "CURRENT.json"
-        hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        hidden.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        hidden.replace(path)
+        atomic_write(path, json.dumps(record, indent=1), durable=True)
         current = self.current(kind, round)
         assert current is not None
         return current
@@ -146,23 +144,22 @@ class CheckpointStore:
     def _write(self, kind: Kind, round: int, write: Callable[[Path], None]) -> Checkpoint:
         """A whole checkpoint in a folder that nothing refers to yet."""
         folder = self.folder(kind, round)
-        name = uuid.uuid4().hex
-        hidden, final = folder / f".{name}.partial", folder / name
-        try:
-            hidden.mkdir(parents=True)
+        final = folder / uuid.uuid4().hex
+
+        @contextlib.contextmanager
+        def telling() -> Iterator[None]:
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{kind} checkpoint of round {round}: {no_room(error, folder)}; the one in "
+                    "service is untouched"
+                ) from error
+
+        # Inside as well: what is free is told before the folder goes and its disk has room again.
+        with telling(), new_folder(final, durable=True) as hidden, telling():
             write(hidden)
             digest = directory_digest(hidden)
-            _sync(hidden)
-            hidden.rename(final)
-        except BaseException as error:
-            # Told before the folder goes: afterwards its disk has room again.
-            said = no_room(error, folder)
-            shutil.rmtree(hidden, ignore_errors=True)
-            if isinstance(error, OSError | SafetensorError):
-                raise CheckpointError(
-                    f"{kind} checkpoint of round {round}: {said}; the one in service is untouched"
-                ) from error
-            raise
         return Checkpoint(kind=kind, round=round, path=str(final), digest=digest)
 
     def _name(
@@ -182,8 +179,7 @@ class CheckpointStore:
             "held": held,
         }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if _create(folder / "CURRENT.json", json.dumps(record, indent=1).encode()):
+            if create_only(folder / "CURRENT.json", json.dumps(record, indent=1)):
                 return checkpoint
             if made is not None:
                 shutil.rmtree(made)
@@ -250,15 +246,7 @@ class CheckpointStore:
         return self.root / f"round={round}" / kind
 
     def _record(self, kind: Kind, round: int) -> dict[str, Any] | None:
-        path = self.folder(kind, round) / "CURRENT.json"
-        try:
-            record = json.loads(path.read_bytes())
-            record["path"], record["digest"], record["info"]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-        return record
+        return _read(self.folder(kind, round) / "CURRENT.json", "path", "digest", "info")
 
 
 def write_prompt_template(directory: Path, name: str) -> None:
@@ -272,13 +260,8 @@ def read_prompt_template(directory: str | Path) -> str | None:
     Raises:
         CheckpointError: the note cannot be read.
     """
-    path = Path(directory) / NOTES_FILE
-    try:
-        return str(json.loads(path.read_text())["prompt_template"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    notes = _read(Path(directory) / NOTES_FILE, "prompt_template")
+    return None if notes is None else str(notes["prompt_template"])
 
 
 def checkpoint_directory(path: str | Path) -> Path:
@@ -290,13 +273,8 @@ def checkpoint_directory(path: str | Path) -> Path:
         CheckpointError: CURRENT.json is there and cannot be read.
     """
     path = Path(path)
-    record = path / "CURRENT.json"
-    try:
-        return path / str(json.loads(record.read_bytes())["path"])
-    except (FileNotFoundError, NotADirectoryError):
-        return path
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{record} cannot be read: {error!r}") from error
+    record = _read(path / "CURRENT.json", "path") if path.is_dir() else None
+    return path if record is None else path / str(record["path"])
 
 
 def directory_digest(path: Path) -> str:
@@ -310,36 +288,24 @@ def directory_digest(path: Path) -> str:
     if not files:
         raise CheckpointError(f"checkpoint directory is empty or missing: {path}")
     for file in files:
-        digest = hashlib.sha256()
         with file.open("rb") as handle:
-            while chunk := handle.read(_HASH_CHUNK_BYTES):
-                digest.update(chunk)
+            digest = hashlib.file_digest(handle, "sha256")
         total.update(f"{file.relative_to(path).as_posix()}\0{digest.hexdigest()}\n".encode())
     return total.hexdigest()
 
 
-def _create(path: Path, data: bytes) -> bool:
-    """Put a whole file where none was; False if one was there."""
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _read(path: Path, *keys: str) -> dict[str, Any] | None:
+    """A JSON object that has some keys; None if there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
-        with hidden.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.link(hidden, path)
-    except FileExistsError:
-        return False
-    finally:
-        hidden.unlink(missing_ok=True)
-    return True
-
-
-def _sync(folder: Path) -> None:
-    """Flush all files of a folder to the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        record = json.loads(path.read_bytes())
+        for key in keys:
+            record[key]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    return record

@@ -218,7 +218,7 @@ class FitRequest:
     base: str
     """Directory of the checkpoint to start from; for a PPM the policy that gives the trunk."""
     data: str
-    """Directory written by `learner.dataset.write_dataset`."""
+    """A dataset directory (`learner.dataset`)."""
     checkpoints: str
     """Root of the `CheckpointStore` to publish into."""
     config: PolicyTrainConfig | PreferenceTrainConfig
@@ -308,11 +308,6 @@ class FitResult:
     def tokens_per_s(self) -> float:
         """Useful tokens per second over all ranks, set-up and saving excluded."""
         return self.useful_tokens / self.seconds_train if self.seconds_train else 0.0
-
-    @property
-    def padded_tokens(self) -> int:
-        """`computed_tokens`, under the name that reports of earlier runs have it."""
-        return self.computed_tokens
 
     def as_record(self) -> dict[str, Any]:
         """Plain data without the checkpoint, which its store knows."""

@@ -8,15 +8,13 @@ checkpoint starts from that folder and so agrees with it.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
+from rollout.files import new_folder
 from rollout.prompt import MARKERS
 
 
-def with_markers(source: Path, target: Path, markers: Sequence[str] = MARKERS) -> Path:
+def with_markers(source: Path, target: Path) -> Path:
     """A model directory whose tokenizer holds every marker as one token.
 
     Args:
@@ -30,20 +28,19 @@ def with_markers(source: Path, target: Path, markers: Sequence[str] = MARKERS) -
     if target.exists():
         return target
     tokenizer = AutoTokenizer.from_pretrained(source)
-    missing = [m for m in markers if len(tokenizer(m, add_special_tokens=False).input_ids) != 1]
+    missing = [m for m in MARKERS if len(tokenizer(m, add_special_tokens=False).input_ids) != 1]
     if not missing:
         return source
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     tokenizer.add_tokens(missing, special_tokens=True)
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
     try:
-        unfinished.rename(target)
+        with new_folder(target) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     except OSError:
-        shutil.rmtree(unfinished)
+        # Another process may have been faster: its folder serves as well.
         if not target.exists():
             raise
     return target

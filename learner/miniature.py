@@ -29,7 +29,7 @@ many tokens), weights for a layout other than Llama's.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -67,22 +67,19 @@ _SLOW_FREQUENCY = 0.02
 """Rotary pairs slower than this (radians a position) hardly turn within one example."""
 
 
-def build_tokenizer(
-    texts: Iterable[str], *, vocab_size: int = 1280, markers: Sequence[str] = MARKERS
-) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str], *, vocab_size: int = 1280) -> PreTrainedTokenizerFast:
     """Byte-level BPE with the step markers as special tokens of one token each.
 
     Args:
         texts: what merges are learned from; few texts give fewer than `vocab_size` tokens.
         vocab_size: upper bound; 256 bytes, the special tokens and `DIGIT_TOKENS` are always in.
-        markers: become special tokens, after end of text and padding.
     Raises:
         ValueError: `vocab_size` leaves no room for `DIGIT_TOKENS`, or no text was given.
     """
     corpus = list(texts)
     if not corpus:
         raise ValueError("build_tokenizer needs at least one text to learn merges from")
-    special = [END_OF_TEXT, PADDING, *markers]
+    special = [END_OF_TEXT, PADDING, *MARKERS]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -110,22 +107,19 @@ def build_tokenizer(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
-        extra_special_tokens=list(markers),
+        extra_special_tokens=list(MARKERS),
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )
 
 
-def structured_initialisation(
-    model: LlamaForCausalLM, *, seed: int, copy_strength: float = 1.0
-) -> None:
+def structured_initialisation(model: LlamaForCausalLM, *, seed: int) -> None:
     """Overwrite the weights of `model` by the structured initialisation (module docstring).
 
     Args:
         model: tied embeddings, attention biases, at least two layers, RoPE in the half-split
             layout of Hugging Face with `ROPE_THETA`.
         seed: decides every random number; the global generator is not touched.
-        copy_strength: scale of the copy heads.
     """
     config = model.config
     generator = torch.Generator().manual_seed(seed)
@@ -180,10 +174,10 @@ def structured_initialisation(
                     attention.k_proj.bias[rows_of(kv)][:half] = 6.0
                 first_values, first_outputs = values, outputs
                 continue
-            attention.v_proj.weight.copy_(copy_strength * values)
+            attention.v_proj.weight.copy_(values)
             for head in range(num_heads):
                 kv = head // group
-                attention.o_proj.weight[:, rows_of(head)] = copy_strength * values[rows_of(kv)].t()
+                attention.o_proj.weight[:, rows_of(head)] = values[rows_of(kv)].t()
             if index == 1:
                 slow = (frequency < _SLOW_FREQUENCY).float()
                 mask = torch.cat([slow, slow])[:, None]

@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-CARD_FILE = "README.md"
-
 _WHAT = {
     "policy": "A policy: writes solution steps with executable code.",
     "ppm": "A process preference model: tanh of its one logit at the last token of a partial "
@@ -17,10 +15,11 @@ _WHAT = {
 }
 
 
-def model_card(kind: str, info: Mapping[str, Any]) -> str:
-    """The card of a checkpoint of a kind ("policy" or "ppm").
+def write_model_card(directory: Path, kind: str, info: Mapping[str, Any]) -> None:
+    """Put the card into a checkpoint directory that is being filled.
 
     Args:
+        kind: "policy" or "ppm".
         info: what the checkpoint store keeps beside it: fit, base, config, seed, data_digest,
             data_counts, final_loss, metrics, versions.
     """
@@ -35,7 +34,7 @@ def model_card(kind: str, info: Mapping[str, Any]) -> str:
         f"| {name} | {value:.4f} |"
         for name, value in {"final_training_loss": info["final_loss"], **metrics}.items()
     ]
-    return "\n".join(
+    card = "\n".join(
         [
             "---",
             yaml.safe_dump(head, sort_keys=False).rstrip(),
@@ -69,8 +68,4 @@ def model_card(kind: str, info: Mapping[str, Any]) -> str:
             "",
         ]
     )
-
-
-def write_model_card(directory: Path, kind: str, info: Mapping[str, Any]) -> None:
-    """Put the card into a checkpoint directory that is being filled."""
-    (directory / CARD_FILE).write_text(model_card(kind, info), encoding="utf-8")
+    (directory / "README.md").write_text(card, encoding="utf-8")

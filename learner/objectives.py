@@ -96,7 +96,7 @@ def untied_output(policy: str | Path) -> torch.nn.Module | None:
     return None if head.weight is model.get_input_embeddings().weight else head
 
 
-def _hidden(model: Any, batch: PolicyBatch | PreferenceBatch, backend: Backend) -> torch.Tensor:
+def _hidden(model: Any, batch: PolicyBatch, backend: Backend) -> torch.Tensor:
     """[1, T, hidden] final hidden states of a packed row."""
     return model.base_model(
         input_ids=batch.input_ids,

@@ -26,9 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from learner.checkpoint import Kind
-from learner.dataset import DatasetConfig, DatasetError, DatasetWriter, SFTExample, is_validation
+from learner.dataset import DatasetError, SFTExample, writing_dataset
 from learner.pairs import PairKind, PreferencePair
-from learner.spill import SortedSpill, no_room
+from learner.select import DatasetConfig, is_validation
+from learner.spill import SortedSpill
 from rollout.prompt import PromptTemplate, Segment, render_question
 
 COLUMNS = {"policy": ("prompt", "response"), "ppm": ("prompt", "chosen", "rejected")}
@@ -54,32 +55,29 @@ def write_plain_dataset(
     """
     counts: Counter[str] = Counter()
     name = "sft" if kind == "policy" else "pairs"
-    try:
-        with DatasetWriter(directory) as writer:
-            for path, held_out in ((train, False), (validation, True)):
-                if path is None:
-                    continue
-                _check(path, kind)
-                rows = (
-                    (_example(row, template) for row in _rows(path))
-                    if kind == "policy"
-                    else _pairs(path, template, directory)
-                )
-                for row in rows:
-                    held = held_out
-                    if validation is None:
-                        held = is_validation(row.problem_id, config)
-                    target = f"{name}_{'validation' if held else 'train'}"
-                    writer.add(target, row)
-                    counts[target] += 1
-            return writer.commit(
-                template=template.name if template is not None else None,
-                counts={"all": dict(counts)},
-                excluded={"all": {}},
-                info={"files": [str(path) for path in (train, validation) if path is not None]},
+    with writing_dataset(directory) as writer:
+        for path, held_out in ((train, False), (validation, True)):
+            if path is None:
+                continue
+            _check(path, kind)
+            rows = (
+                (_example(row, template) for row in _rows(path))
+                if kind == "policy"
+                else _pairs(path, template, directory)
             )
-    except OSError as error:
-        raise DatasetError(no_room(error, directory)) from error
+            for row in rows:
+                held = held_out
+                if validation is None:
+                    held = is_validation(row.problem_id, config)
+                target = f"{name}_{'validation' if held else 'train'}"
+                writer.add(target, row)
+                counts[target] += 1
+        return writer.commit(
+            template=template.name if template is not None else None,
+            counts={"all": dict(counts)},
+            excluded={"all": {}},
+            info={"files": [str(path) for path in (train, validation) if path is not None]},
+        )
 
 
 def _example(row: dict[str, Any], template: PromptTemplate | None) -> SFTExample:

@@ -52,11 +52,11 @@ def new_preference_model(policy: str | Path, *, seed: int, dtype: torch.dtype) -
     return model
 
 
-def load_preference_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A saved PPM, in evaluation mode."""
+def load_preference_model(path: str | Path) -> Any:
+    """A saved PPM in float32, in evaluation mode."""
     from transformers import AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype).eval()
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
 
 
 @torch.no_grad()

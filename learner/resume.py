@@ -6,9 +6,9 @@
 FIT is a fingerprint of everything the training depends on, with the number of ranks: another
 request or other data finds nothing and starts over. Another number of ranks is refused: DeepSpeed
 cuts the optimiser's states by it, and starting over would throw away what the first ranks did
-without a word. STATE.json is replaced
-only after every rank has written, and the older step is removed after that, so at any moment what
-it names is there. The folder goes when the fit is published.
+without a word. STATE.json is replaced only after every rank has written, and the older step is
+removed after that, so at any moment what it names is there. The folder goes when the fit is
+published.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from learner.fit import FitRequest, LearnerError
+from rollout.files import atomic_write
 
 STATE_FILE = "STATE.json"
 
@@ -96,12 +96,7 @@ class ResumeFolder:
 
     def commit(self, state: FitState) -> None:
         """Name the step all ranks have written; older ones go."""
-        hidden = self.path / f".{STATE_FILE}.{os.getpid()}"
-        with hidden.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(state)))
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.replace(self.path / STATE_FILE)
+        atomic_write(self.path / STATE_FILE, json.dumps(asdict(state)), durable=True)
         for other in self.path.glob("step=*"):
             if other.name != state.tag:
                 shutil.rmtree(other, ignore_errors=True)

@@ -27,10 +27,9 @@ import pickle
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Generic, Self, TypeVar, overload
+from typing import IO, Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -79,12 +78,7 @@ class SortedSpill(Generic[T]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for runs in self._levels:
             for run in runs:
                 run.close()
@@ -149,8 +143,8 @@ def _read_run(run: IO[bytes]) -> Iterator[tuple[Any, bytes]]:
                 return
 
 
-class DiskList(Sequence[T]):
-    """A list of records that are in a file; only where each begins is in memory."""
+class DiskList(Generic[T]):
+    """A growing list of records that are in a file; only where each begins is in memory."""
 
     def __init__(self, folder: Path) -> None:
         """
@@ -175,18 +169,9 @@ class DiskList(Sequence[T]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, at: int) -> T: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[T]: ...
-
-    def __getitem__(self, at: int | slice) -> T | list[T]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        number = at + len(self) if at < 0 else at
+    def __getitem__(self, number: int) -> T:
         if not 0 <= number < len(self):
-            raise IndexError(f"record {at} of {len(self)}")
+            raise IndexError(f"record {number} of {len(self)}")
         if not self._flushed:
             self._file.flush()
             self._flushed = True

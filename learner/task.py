@@ -18,7 +18,7 @@ import math
 import random
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from learner.attention import documents, trees
 from learner.batch import (
     PairGroup,
     PolicyBatch,
-    PreferenceBatch,
     TokenisedText,
     pack_policy,
     pack_preference,
@@ -54,12 +53,12 @@ class Task:
     """What an example counts as against `batch_examples`."""
     trained: Sequence[int]
     """Tokens of each example with a next-token loss."""
-    pack: Callable[[Share], PolicyBatch | PreferenceBatch]
+    pack: Callable[[Share], PolicyBatch]
     denominator: Callable[[PlannedStep], float]
     """What the loss sum of a global batch is divided by."""
     skipped_long: int
-    groups: Sequence[PairGroup] = field(default_factory=list)
-    """The nodes of a PPM; empty for a policy."""
+    groups: DiskList[PairGroup] | None = None
+    """The nodes of a PPM; None: of a policy."""
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -31,9 +31,6 @@ def validate(
     forward: Callable[[Any], torch.Tensor],
     task: Task,
     config: TrainConfig,
-    *,
-    rank: int,
-    world_size: int,
     device: torch.device,
 ) -> HeldOut:
     """Measure an objective in evaluation mode on a split; every rank calls it and gets the result.
@@ -43,6 +40,7 @@ def validate(
     """
     if not len(task):
         return HeldOut()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     steps = plan_epoch(
         task.tokens,
         task.counts,
@@ -59,7 +57,7 @@ def validate(
             output = forward(task.pack(shares[rank]).to(device))
             if shares[rank].filler:
                 continue
-            if task.groups:
+            if task.groups is not None:
                 members = [task.groups[e] for e in shares[rank].examples]
                 sums += _pair_sums(members, output.float().tolist())
             else:
@@ -67,7 +65,7 @@ def validate(
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    if not task.groups:
+    if task.groups is None:
         tokens = max(sum(task.trained), 1)
         return HeldOut(metrics={"loss": float(sums[0]) / tokens, "num_examples": float(len(task))})
     return _pair_metrics(dict(zip(_SUMS, sums.tolist(), strict=True)))

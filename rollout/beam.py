@@ -20,20 +20,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rollout.engine import (
-    EngineError,
     EvaluationRequest,
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import Step, StepKind, read_completion, render_prompt
-from rollout.repetition import ends_in_repetition
 from rollout.sampling import Solution
-from rollout.search import SearchConfig, SearchError, StepSandbox
+from rollout.search import (
+    SearchConfig,
+    StepSandbox,
+    discard_reason,
+    only_answer_follows,
+    run_codes,
+)
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
-from verifier.sandbox import INFRASTRUCTURE_STATUSES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +49,6 @@ class _Path:
     """The interpreter after its steps; None for a finished path."""
     value: float | None = None
     num_tokens: int = 0
-
-    @property
-    def closed(self) -> bool:
-        """True if only the answer can follow."""
-        return bool(self.steps) and self.steps[-1].kind is StepKind.LAST_CODE
 
     @property
     def finished(self) -> bool:
@@ -133,23 +132,15 @@ class _Beam:
             return []
         template = self.config.training_template
         texts = tuple(render_prompt(self.problem.text, child.steps, template) for child in grown)
-        reply = await self.preference.evaluate(
-            EvaluationRequest(texts=texts, routing_key=self.problem.id)
-        )
-        if len(reply.values) != len(texts):
-            raise EngineError(
-                f"the preference model returned {len(reply.values)} values for {len(texts)} "
-                f"texts, problem {self.problem.id}"
-            )
-        return [
-            replace(child, value=value if math.isfinite(value) else None)
-            for child, value in zip(grown, reply.values, strict=True)
-        ]
+        request = EvaluationRequest(texts=texts, routing_key=self.problem.id)
+        values = values_of(request, await self.preference.evaluate(request))
+        return [replace(child, value=value) for child, value in zip(grown, values, strict=True)]
 
     async def _generate(self, path: _Path, depth: int, place: int) -> list[_Path]:
         """Distinct candidates that can follow, not executed yet."""
         config, template = self.config, self.config.prompt_template
-        answers_only = config.num_answer_candidates if path.closed else None
+        previous = path.steps[-1] if path.steps else None
+        answers_only = config.num_answer_candidates if only_answer_follows(previous) else None
         reply = await self.policy.generate(
             GenerationRequest(
                 prompt=render_prompt(self.problem.text, path.steps, template),
@@ -162,11 +153,11 @@ class _Beam:
                 routing_key=self.problem.id,
             )
         )
-        previous = path.steps[-1] if path.steps else None
         children: dict[str, _Path] = {}
         for completion in reply.completions:
             step = read_completion(completion.text, template, previous)
-            if step.text not in children and self._can_follow(path, step):
+            unfit = discard_reason(step, previous, config.max_repeats)
+            if step.text not in children and unfit is None:
                 children[step.text] = _Path(
                     steps=(*path.steps, step),
                     state=None,
@@ -174,32 +165,20 @@ class _Beam:
                 )
         return list(children.values())
 
-    def _can_follow(self, path: _Path, step: Step) -> bool:
-        repeats = self.config.max_repeats
-        if repeats is not None and ends_in_repetition(step.body, repeats):
-            return False
-        if step.kind is StepKind.ANSWER:
-            return bool(step.answer)
-        return step.kind is not StepKind.UNFINISHED and not path.closed and bool(step.code.strip())
-
     async def _execute(self, path: _Path, children: list[_Path]) -> list[_Path]:
         """The children whose code ran to its end, with state and output; answers as they are."""
         codes = [child.steps[-1].code for child in children if not child.finished]
         if not codes:
             return children
         assert path.state is not None
-        results = iter(await self.sandbox.run(path.state, codes))
+        ran = await run_codes(self.sandbox, path.state, codes, problem_id=self.problem.id)
+        results = iter(ran)
         done = []
         for child in children:
             if child.finished:
                 done.append(child)
                 continue
             result = next(results)
-            if result.status in INFRASTRUCTURE_STATUSES:
-                raise SearchError(
-                    f"sandbox failed on problem {self.problem.id}: "
-                    f"{result.status} {result.error_message}"
-                )
             if result.status == "ok":
                 step = child.steps[-1]
                 if step.kind is StepKind.LAST_CODE:

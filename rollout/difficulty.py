@@ -93,17 +93,16 @@ class Escalation:
     """Whenever the searches agree on another answer, also where that does not end them."""
 
 
-def difficulty(trees: Sequence[Tree], *, first_trees: int = 1) -> Difficulty:
+def difficulty(trees: Sequence[Tree]) -> Difficulty:
     """Class of a problem.
 
     Args:
-        trees: all of one problem's trees of a round, in any order.
-        first_trees: trees with an index below this are of the first search.
+        trees: all of one problem's trees of a round, in any order; index 0 is the first search.
     Raises:
         ValueError: no tree is given, or they are not of one problem.
     """
     _check_one_problem(trees)
-    first = [tree for tree in trees if tree.index < first_trees]
+    first = [tree for tree in trees if tree.index == 0]
     verdicts = [bool(node.correct) for tree in first for node in _answers(tree)]
     if any(verdicts):
         return Difficulty.EASY if all(verdicts) else Difficulty.MEDIUM

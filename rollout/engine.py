@@ -1,11 +1,12 @@
-"""The two models as the search sees them: records and Protocols, no engine library.
+"""The two models as the search sees them: records, Protocols and how their output is read.
 
     search --GenerationRequest--> PolicyEngine.generate      --GenerationReply--> n completions
     search --EvaluationRequest--> PreferenceEngine.evaluate  --EvaluationReply--> one value each
 
 One generation request carries all candidates of an expansion (they share the prefill), one
 evaluation request all texts of an expansion. `routing_key` is equal for all requests of one tree,
-so that a pool can send them to the replica that holds their prefix in its cache.
+so that a pool can send them to the replica that holds their prefix in its cache: it is the
+problem's id.
 
 An engine raises `EngineError` when the *engine* failed (the caller may retry elsewhere). What the
 model did, including a prompt that does not fit, is a value in the reply.
@@ -13,6 +14,8 @@ model did, including a prompt that does not fit, is a value in the reply.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -96,6 +99,55 @@ class EvaluationReply:
     values: tuple[float, ...]
     num_tokens: int = 0
     preference_version: str = ""
+
+
+def cut_completion(
+    text: str,
+    *,
+    stop: Sequence[str],
+    stopped: bool,
+    end_of_sequence: str,
+    num_tokens: int,
+    logprob: float | None,
+) -> Completion:
+    """A completion from what an engine produced, cut behind the earliest stop string in it.
+
+    Args:
+        text: special tokens and stop strings included.
+        stopped: the engine ended it at a stop or the end of the sequence, not at its length.
+        end_of_sequence: text of the last token, removed where it, and no stop string, ended the
+            completion.
+    """
+    ends = [(text.find(marker) + len(marker), marker) for marker in stop if marker in text]
+    if ends:
+        end, marker = min(ends)
+        return Completion(
+            text=text[:end],
+            finish=FinishReason.STOP,
+            stop_string=marker,
+            num_tokens=num_tokens,
+            logprob=logprob,
+        )
+    return Completion(
+        text=text.removesuffix(end_of_sequence) if stopped else text,
+        finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
+        num_tokens=num_tokens,
+        logprob=logprob,
+    )
+
+
+def values_of(request: EvaluationRequest, reply: EvaluationReply) -> list[float | None]:
+    """The value of each text of a request, within [-1, 1]; None where the model gave none.
+
+    Raises:
+        EngineError: the reply has fewer or more values than there were texts.
+    """
+    if len(reply.values) != len(request.texts):
+        raise EngineError(
+            f"the preference model returned {len(reply.values)} values for {len(request.texts)} "
+            f"texts, problem {request.routing_key}"
+        )
+    return [min(1.0, max(-1.0, v)) if math.isfinite(v) else None for v in reply.values]
 
 
 class PolicyEngine(Protocol):

@@ -1,4 +1,4 @@
-"""Files on a local disk that appear whole or not at all.
+"""Files and folders on a local disk that appear whole or not at all.
 
 A reader sees the old content or the new one, never a part: what is written goes to a hidden file
 beside its place first. `durable` also asks the disk to keep it before the call returns, for what a
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         OSError: from the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    hidden = _hidden(path)
     try:
         yield hidden
         if durable:
@@ -59,7 +61,7 @@ def create_only(path: Path, data: str | bytes) -> bool:
     if path.exists():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    hidden = _hidden(path)
     try:
         hidden.write_bytes(data.encode() if isinstance(data, str) else data)
         _sync(hidden)
@@ -72,6 +74,44 @@ def create_only(path: Path, data: str | bytes) -> bool:
             hidden.unlink()
     _sync(path.parent)
     return True
+
+
+_HIDDEN = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+def _hidden(path: Path) -> Path:
+    """Where what is to become `path` is written."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is one that a killed writer of this module left behind."""
+    return _HIDDEN.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A hidden, empty folder beside `path`, which takes its place as the block ends.
+
+    If the block raises, or another folder with files stands at `path` by then, the hidden one goes
+    and `path` stays as it was. Missing parents are made.
+
+    Raises:
+        OSError: from the disk, or `path` is taken.
+    """
+    hidden = _hidden(path)
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        if durable:
+            for below in (*hidden.rglob("*"), hidden):
+                _sync(below)
+        hidden.rename(path)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    if durable:
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -13,9 +13,12 @@
     mcts        tree search (`rollout.search`)                the vote of the top K by PPM value
 
 `num_trajectories` is the number of solutions a method may finish: samples, beam slots (searches of
-`beam_width` each), or rollouts. A tree that is exhausted before is followed by another one. With
-`rollouts_per_tree` a trajectory is one independent tree instead, and its best-valued answer its
-solution: the released evaluation, which calls 64 such trees 64 trajectories.
+`beam_width` each), or trajectories of MCTS. What one of those is, `rollouts_per_tree` decides, and
+`MethodConfig.protocol` is where:
+
+    null     `SharedTrees`       a rollout; all in one tree, and in another one if that is exhausted
+    a number `IndependentTrees`  a whole tree of so many rollouts; its best-valued answer is its
+                                 solution (the released evaluation: 64 trees are 64 trajectories)
 
 All methods are charged alike: generated tokens, texts valued by the PPM in tokens, seconds. Under
 `max_generated_tokens` nothing new is started once so many were generated: no request for samples
@@ -48,14 +51,15 @@ from rollout.engine import (
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import END_OF_ANSWER, render_question
 from rollout.sampling import Solution, sample_solutions, sample_texts
-from rollout.search import SearchConfig, StepSandbox, TerminalValue, run_search
+from rollout.search import SearchConfig, StepSandbox, run_search
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
-from rollout.tree import Tree
+from rollout.tree import Tree, own_tokens
 from verifier.accuracy import RankedAnswer, rank_answers
 
 T = TypeVar("T")
@@ -84,6 +88,23 @@ class Method(StrEnum):
         return self.needs_preference or self is Method.MCTS
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedTrees:
+    """MCTS whose trajectories are rollouts: one tree, and another one where that is exhausted."""
+
+    num_rollouts: int
+    """Of all trees together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndependentTrees:
+    """MCTS whose trajectories are trees, each searched as if there were no other."""
+
+    num_trees: int
+    num_rollouts: int
+    """Of each tree."""
+
+
 class MethodConfig(BaseModel):
     """One method and its budget; sampling and step limits are those of `SearchConfig`."""
 
@@ -91,7 +112,10 @@ class MethodConfig(BaseModel):
 
     name: Method = Field(Method.MCTS, description="greedy | majority | best-of-n | beam | mcts")
     num_trajectories: int = Field(
-        64, ge=1, description="solutions a method may finish: samples, beam slots, rollouts"
+        64,
+        ge=1,
+        description="solutions a method may finish: samples, beam slots; mcts: rollouts in shared "
+        "trees, or whole trees if rollouts_per_tree is set",
     )
     max_generated_tokens: int | None = Field(
         None, ge=1, description="nothing new starts beyond this many tokens; null: no budget"
@@ -107,8 +131,18 @@ class MethodConfig(BaseModel):
     rollouts_per_tree: int | None = Field(
         None,
         ge=1,
-        description="mcts: each trajectory is a tree of so many rollouts; null: they share trees",
+        description="mcts: each trajectory is a tree of so many rollouts; null: each is a rollout, "
+        "and they share trees",
     )
+
+    @property
+    def protocol(self) -> SharedTrees | IndependentTrees:
+        """What a trajectory of MCTS is."""
+        if self.rollouts_per_tree is None:
+            return SharedTrees(num_rollouts=self.num_trajectories)
+        return IndependentTrees(
+            num_trees=self.num_trajectories, num_rollouts=self.rollouts_per_tree
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +197,7 @@ class SolveResult:
     """Distinct answers, the chosen one first; their members index `solutions`."""
     cost: Cost
     trees: tuple[Tree, ...] = ()
-    """Of MCTS; other methods keep none."""
+    """Of MCTS, their answers not graded; other methods keep none."""
     notes: tuple[str, ...] = ()
     """What is worth knowing about how the result came about, for people."""
     policy_version: str = ""
@@ -187,14 +221,6 @@ class SolveResult:
     @property
     def generated_tokens(self) -> int:
         return self.cost.generated_tokens
-
-    @property
-    def scored_tokens(self) -> int:
-        return self.cost.scored_tokens
-
-    @property
-    def seconds(self) -> float:
-        return self.cost.seconds
 
 
 def choose(
@@ -221,7 +247,7 @@ def tree_solutions(tree: Tree) -> list[Solution]:
             steps=tuple(tree.steps(node)),
             answer=node.step.answer,
             value=node.value,
-            num_tokens=sum(n.num_tokens // max(n.multiplicity, 1) for n in tree.path(node)),
+            num_tokens=own_tokens(tree.path(node)),
             status="ok",
             seed=tree.seed,
         )
@@ -230,49 +256,46 @@ def tree_solutions(tree: Tree) -> list[Solution]:
     ]
 
 
+@dataclass
 class Meter:
     """Both engines of one problem, as a method sees them: passes on, counts, tells.
 
     Cost and events are taken here, at the engines, so that they mean the same for every method.
     """
 
-    def __init__(
-        self,
-        questions: tuple[str, ...],
-        policy: PolicyEngine,
-        preference: PreferenceEngine | None,
-        on_event: OnEvent | None,
-        clock: Callable[[], float] | None,
-    ) -> None:
-        """
-        Args:
-            questions: prompts before any step, of the policy and of the PPM where they differ;
-                left out of the texts of events.
-            clock: in seconds; None: the seconds of a cost stay 0.
-        """
-        self._questions = questions
-        self._policy = policy
-        self._preference = preference
-        self._on_event = on_event
-        self._clock = clock
-        self._began_s = clock() if clock is not None else 0.0
+    questions: tuple[str, ...]
+    """Prompts before any step, of the policy and of the PPM where they differ; left out of the
+    texts of events."""
+    policy: PolicyEngine
+    preference: PreferenceEngine | None
+    on_event: OnEvent | None
+    clock: Callable[[], float] | None
+    """In seconds; None: the seconds of a cost stay 0."""
+    num_too_long: int = 0
+    """Requests whose prompt left no room to generate."""
+    policy_version: str = ""
+    preference_version: str = ""
+
+    def __post_init__(self) -> None:
+        self._began_s = self.clock() if self.clock is not None else 0.0
         self._cost = Cost()
         self._values: dict[str, float] = {}
-        self.num_too_long = 0
-        """Requests whose prompt left no room to generate."""
-        self.policy_version = ""
-        self.preference_version = ""
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a PPM behind it."""
+        return self.preference is not None
 
     @property
     def cost(self) -> Cost:
-        if self._clock is None:
+        if self.clock is None:
             return self._cost
-        return replace(self._cost, seconds=self._clock() - self._began_s)
+        return replace(self._cost, seconds=self.clock() - self._began_s)
 
     async def generate(self, request: GenerationRequest) -> GenerationReply:
         """As `PolicyEngine`."""
         self._tell(EventKind.EXTENDS, request.prompt)
-        reply = await self._policy.generate(request)
+        reply = await self.policy.generate(request)
         self.policy_version = reply.policy_version
         tokens = sum(completion.num_tokens for completion in reply.completions)
         self._cost = replace(
@@ -284,7 +307,7 @@ class Meter:
         )
         if all(c.finish is FinishReason.PROMPT_TOO_LONG for c in reply.completions):
             self.num_too_long += 1
-        if self._preference is None:
+        if self.preference is None:
             for text in dict.fromkeys(completion.text for completion in reply.completions):
                 if text.endswith(END_OF_ANSWER):
                     self._tell(EventKind.ANSWERED, request.prompt + text)
@@ -292,26 +315,26 @@ class Meter:
 
     async def evaluate(self, request: EvaluationRequest) -> EvaluationReply:
         """As `PreferenceEngine`."""
-        assert self._preference is not None
-        reply = await self._preference.evaluate(request)
+        assert self.preference is not None
+        reply = await self.preference.evaluate(request)
         self.preference_version = reply.preference_version
         self._cost = replace(self._cost, scored_tokens=self._cost.scored_tokens + reply.num_tokens)
-        if self._on_event is not None:
-            for text, value in zip(request.texts, reply.values, strict=True):
-                if math.isfinite(value):
+        if self.on_event is not None:
+            for text, value in zip(request.texts, values_of(request, reply), strict=True):
+                if value is not None:
                     self._values[self._solution(text)] = value
                 if text.endswith(END_OF_ANSWER):
                     self._tell(EventKind.ANSWERED, text)
         return reply
 
     def _tell(self, kind: EventKind, text: str) -> None:
-        if self._on_event is not None:
+        if self.on_event is not None:
             solution = self._solution(text)
             value = self._values.get(solution)
-            self._on_event(Event(kind=kind, text=solution, value=value, cost=self.cost))
+            self.on_event(Event(kind=kind, text=solution, value=value, cost=self.cost))
 
     def _solution(self, text: str) -> str:
-        question = next((q for q in self._questions if text.startswith(q)), "")
+        question = next((q for q in self.questions if text.startswith(q)), "")
         return text[len(question) :]
 
 
@@ -362,18 +385,7 @@ class Solver:
             on_event,
             self.clock,
         )
-        job = _Job(
-            problem=problem,
-            config=self.config,
-            search=self.search,
-            meter=meter,
-            guided=preference is not None,
-            sandbox=self.sandbox,
-            clock=self.clock,
-            round=self.round,
-            seed=seed,
-            prompt=self.prompt,
-        )
+        job = _Job(solver=self, problem=problem, meter=meter, seed=seed)
         solutions = await _RUNS[method](job)
         # Comparing answers may take a while, so not on the event loop.
         ranked = await asyncio.to_thread(
@@ -396,22 +408,24 @@ class Solver:
 class _Job:
     """One problem under way with one method."""
 
+    solver: Solver
     problem: Problem
-    config: MethodConfig
-    search: SearchConfig
     meter: Meter
-    guided: bool
-    """Whether the meter has a PPM."""
-    sandbox: StepSandbox
-    clock: Callable[[], float] | None
-    round: int
     seed: int
-    prompt: str | None
     trees: list[Tree] = field(default_factory=list)
 
     @property
+    def config(self) -> MethodConfig:
+        return self.solver.config
+
+    @property
+    def search(self) -> SearchConfig:
+        return self.solver.search
+
+    @property
     def preference(self) -> Meter | None:
-        return self.meter if self.guided else None
+        """The PPM; None: there is none, or the method does not use it."""
+        return self.meter if self.meter.guided else None
 
     @property
     def tokens_left(self) -> float:
@@ -454,14 +468,14 @@ async def _samples(job: _Job) -> list[Solution]:
 
 
 async def _sample(job: _Job, count: int, *, temperature: float, seed: int) -> list[Solution]:
-    if job.prompt is not None:
+    if job.solver.prompt is not None:
         return await sample_texts(
             job.problem,
             num_samples=count,
             temperature=temperature,
             top_p=job.search.top_p,
             max_tokens=job.config.max_solution_tokens,
-            prompt=job.prompt,
+            prompt=job.solver.prompt,
             policy=job.meter,
             seed=seed,
         )
@@ -474,7 +488,7 @@ async def _sample(job: _Job, count: int, *, temperature: float, seed: int) -> li
         template=job.search.prompt_template,
         policy=job.meter,
         preference=job.preference,
-        sandbox=job.sandbox,
+        sandbox=job.solver.sandbox,
         seed=seed,
     )
 
@@ -491,7 +505,7 @@ async def _beam(job: _Job) -> list[Solution]:
             config=job.search,
             policy=job.meter,
             preference=job.meter,
-            sandbox=job.sandbox,
+            sandbox=job.solver.sandbox,
             seed=derive_seed(job.seed, "beam", number),
             spent=job.spent,
         )
@@ -501,13 +515,14 @@ async def _beam(job: _Job) -> list[Solution]:
 
 
 async def _mcts(job: _Job) -> list[Solution]:
-    per_tree = job.config.rollouts_per_tree
-    if per_tree is not None:
-        job.trees = await job.repeat(
-            job.config.num_trajectories, lambda number: _search_tree(job, number, per_tree)
-        )
-        return [best for tree in job.trees for best in _best(tree_solutions(tree))]
-    left = job.config.num_trajectories
+    protocol = job.config.protocol
+    if isinstance(protocol, SharedTrees):
+        return await _rollouts_of_shared_trees(job, protocol)
+    return await _best_of_independent_trees(job, protocol)
+
+
+async def _rollouts_of_shared_trees(job: _Job, protocol: SharedTrees) -> list[Solution]:
+    left = protocol.num_rollouts
     while left > 0 and not job.spent():
         tree = await _search_tree(job, len(job.trees), left)
         job.trees.append(tree)
@@ -517,25 +532,29 @@ async def _mcts(job: _Job) -> list[Solution]:
     return [solution for tree in job.trees for solution in tree_solutions(tree)]
 
 
+async def _best_of_independent_trees(job: _Job, protocol: IndependentTrees) -> list[Solution]:
+    job.trees = await job.repeat(
+        protocol.num_trees, lambda number: _search_tree(job, number, protocol.num_rollouts)
+    )
+    return [best for tree in job.trees for best in _best(tree_solutions(tree))]
+
+
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
-    settings: dict[str, Any] = {
-        "num_rollouts": num_rollouts,
-        "terminal_value": TerminalValue.PREFERENCE if job.guided else TerminalValue.LABEL,
-    }
+    search = job.search.at_test_time(num_rollouts, guided=job.meter.guided)
     if job.config.max_generated_tokens is not None:
-        settings["max_generated_tokens"] = int(job.tokens_left)
+        search = search.model_copy(update={"max_generated_tokens": int(job.tokens_left)})
     names = ("search", number) if number else ("search",)
     return await run_search(
-        # Without a PPM the search would back up the verdict, which no method may see at test time.
-        job.problem if job.guided else replace(job.problem, answer="", answers_alt=()),
-        config=job.search.model_copy(update=settings),
+        job.problem,
+        config=search,
         policy=job.meter,
         preference=job.preference,
-        sandbox=job.sandbox,
-        round=job.round,
+        sandbox=job.solver.sandbox,
+        round=job.solver.round,
         index=-1 - number,
         seed=derive_seed(job.seed, *names),
-        clock=job.clock,
+        grade=None,
+        clock=job.solver.clock,
     )
 
 
@@ -563,7 +582,7 @@ def _valued(solutions: Sequence[Solution]) -> bool:
 def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnswer]) -> list[str]:
     notes = []
     if job.config.name.uses_preference and ranked and not _valued(solutions):
-        why = "the PPM gave no value" if job.guided else "there is no PPM"
+        why = "the PPM gave no value" if job.meter.guided else "there is no PPM"
         notes.append(f"{why}: majority vote over all {len(solutions)} solutions")
     if not ranked:
         requests = job.meter.cost.num_requests
@@ -573,6 +592,6 @@ def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnsw
             notes.append("no solution reached an answer")
     if job.spent():
         notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
-    if len(job.trees) > 1 and job.config.rollouts_per_tree is None:
+    if len(job.trees) > 1 and isinstance(job.config.protocol, SharedTrees):
         notes.append(f"{len(job.trees)} trees, {len(job.trees) - 1} of them exhausted")
     return notes

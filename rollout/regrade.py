@@ -26,14 +26,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
 
-from rollout.problem import Level, Problem
+from rollout.commits import Commit, TreeKey
+from rollout.problem import Problem
 from rollout.search import grade_any
-from rollout.store import Commit, TreeKey
-from rollout.table import SCHEMA
+from rollout.table import SCHEMA, problem_of
 from rollout.tree import Outcome, Terminal
 from verifier import GRADER_VERSION, Verdict, verify_answer
 from verifier.equivalence import Reason
@@ -91,28 +92,6 @@ class VerdictChange:
         return bool(self.from_correct) != bool(self.to_correct)
 
 
-@dataclass(slots=True)
-class _Verdicts:
-    """The grader, asked once for each pair of a problem and an answer."""
-
-    grade: Callable[[str, str], Verdict]
-    known: dict[tuple[str, str], Verdict | None]
-
-    def of(self, problem: Problem, answer: str) -> Verdict | None:
-        key = (problem.id, answer)
-        if key not in self.known:
-            self.known[key] = self._ask(problem, answer)
-        return self.known[key]
-
-    def _ask(self, problem: Problem, answer: str) -> Verdict | None:
-        verdict = None
-        for _ in range(MAX_ASKED):
-            verdict = grade_any(problem, answer, self.grade)
-            if verdict is None or verdict.reason is not Reason.UNDECIDED:
-                break
-        return verdict
-
-
 def regrade_table(
     table: pa.Table,
     *,
@@ -127,18 +106,26 @@ def regrade_table(
         grader: its version.
     """
     rows = table.select(list(_READ)).to_pylist()
-    verdicts = _Verdicts(grade, {})
+
+    @cache
+    def verdict_of(problem: Problem, answer: str) -> Verdict | None:
+        for _ in range(MAX_ASKED):
+            verdict = grade_any(problem, answer, grade)
+            if verdict is None or verdict.reason is not Reason.UNDECIDED:
+                break
+        return verdict
+
     columns = {name: [row[name] for row in rows] for name in REWRITTEN}
     columns["grader_version"] = [grader] * len(rows)
     problem: Problem | None = None
     from_label = True
     for number, row in enumerate(rows):
         if row["node"] == 0:
-            problem, from_label = _problem(row), _rewards_are_labels(row["search_config"])
+            problem, from_label = problem_of(row), _rewards_are_labels(row["search_config"])
         assert problem is not None
         if row["terminal"] != Terminal.ANSWER or row["step_answer"] is None:
             continue
-        verdict = verdicts.of(problem, row["step_answer"])
+        verdict = verdict_of(problem, row["step_answer"])
         if verdict is None:
             continue
         columns["correct"][number] = verdict.equal
@@ -229,17 +216,6 @@ def compare_verdicts(before: pa.Table, after: pa.Table) -> tuple[int, list[Verdi
             )
         )
     return num_answers, changes
-
-
-def _problem(row: dict[str, Any]) -> Problem:
-    return Problem(
-        id=row["problem_id"],
-        source=row["source"],
-        level=Level(row["level"]),
-        text=row["problem_text"],
-        answer=row["problem_answer"],
-        answers_alt=tuple(row["problem_answers_alt"] or ()),
-    )
 
 
 def _rewards_are_labels(search_config: str | None) -> bool:

@@ -9,18 +9,17 @@ completion is one step, and the answer is read out of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rollout.engine import (
     Completion,
-    EngineError,
     EvaluationRequest,
     FinishReason,
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import (
@@ -35,11 +34,14 @@ from rollout.prompt import (
     render_prompt,
     training_template,
 )
-from rollout.search import SearchError, StepSandbox
+from rollout.search import StepSandbox, run_codes
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
 from verifier import extract_answer
-from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
+from verifier.sandbox import StepResult
+
+MAX_ANSWER_TOKENS = 256
+"""Generated tokens of the sentence that states the answer of a program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,42 +83,51 @@ async def sample_solutions(
     Raises:
         EngineError, SearchError: a part of the system failed.
     """
-    prompt = render_prompt(problem.text, [], template)
-    reply = await policy.generate(
-        GenerationRequest(
-            prompt=prompt,
-            num_candidates=num_samples,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            stop=tuple(mark for mark in template.stop if mark != END_OF_STEP),
-            seed=derive_seed(seed, "program"),
-            routing_key=problem.id,
-        )
+    request = GenerationRequest(
+        prompt=render_prompt(problem.text, [], template),
+        num_candidates=num_samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        stop=tuple(mark for mark in template.stop if mark != END_OF_STEP),
+        seed=derive_seed(seed, "program"),
+        routing_key=problem.id,
     )
-    programs = [_split_program(completion.text, template) for completion in reply.completions]
+    completions = (await policy.generate(request)).completions
+    programs = [_split_program(completion.text, template) for completion in completions]
     results = await _run_programs(problem, programs, sandbox, seed)
-    solutions = await all_of(
-        _finish(problem, steps, result, first, temperature, top_p, template, policy, seed, number)
-        for number, (steps, result, first) in enumerate(
-            zip(programs, results, reply.completions, strict=True)
+
+    async def answer(number: int) -> Solution:
+        """Let the policy state the answer of one program, if it ran."""
+        solution = _unanswered(programs[number], results[number], completions[number], seed)
+        if solution.status != "ok":
+            return solution
+        asked = replace(
+            request,
+            prompt=render_prompt(problem.text, solution.steps, template),
+            num_candidates=1,
+            max_tokens=MAX_ANSWER_TOKENS,
+            stop=tuple(mark for mark in request.stop if mark != END_OF_CODE),
+            seed=derive_seed(seed, "answer", number),
         )
-    )
+        completion = (await policy.generate(asked)).completions[0]
+        step = read_completion(completion.text, template, solution.steps[-1])
+        return replace(
+            solution,
+            steps=(*solution.steps, step),
+            answer=step.answer if step.kind is StepKind.ANSWER else None,
+            num_tokens=solution.num_tokens + completion.num_tokens,
+        )
+
+    solutions = await all_of(map(answer, range(len(programs))))
     answered = [s for s in solutions if s.answer]
     if preference is None or not answered:
         return solutions
     valued_as = training_template(template)
     texts = tuple(render_prompt(problem.text, s.steps, valued_as) for s in answered)
-    values = (
-        await preference.evaluate(EvaluationRequest(texts=texts, routing_key=problem.id))
-    ).values
-    if len(values) != len(texts):
-        raise EngineError(
-            f"the preference model returned {len(values)} values for {len(texts)} texts, problem "
-            f"{problem.id}"
-        )
-    valued = {id(s): v for s, v in zip(answered, values, strict=True) if math.isfinite(v)}
-    return [replace(s, value=valued.get(id(s))) for s in solutions]
+    valued = EvaluationRequest(texts=texts, routing_key=problem.id)
+    values = iter(values_of(valued, await preference.evaluate(valued)))
+    return [replace(s, value=next(values)) if s.answer else s for s in solutions]
 
 
 async def sample_texts(
@@ -197,63 +208,26 @@ async def _run_programs(
     tree_id = f"sample/{problem.id}/{seed}"
     root = await sandbox.open(tree_id)
     try:
-        results = iter(await sandbox.run(root, runnable))
+        results = iter(await run_codes(sandbox, root, runnable, problem_id=problem.id))
     finally:
         await sandbox.close(tree_id)
-    ordered = [next(results) if code.strip() else None for code in codes]
-    for result in ordered:
-        if result is not None and result.status in INFRASTRUCTURE_STATUSES:
-            raise SearchError(f"sandbox failed on problem {problem.id}: {result.error_message}")
-    return ordered
+    return [next(results) if code.strip() else None for code in codes]
 
 
-async def _finish(
-    problem: Problem,
-    steps: list[Step],
-    result: StepResult | None,
-    first: Completion,
-    temperature: float,
-    top_p: float,
-    template: PromptTemplate,
-    policy: PolicyEngine,
-    seed: int,
-    number: int,
+def _unanswered(
+    steps: Sequence[Step], result: StepResult | None, completion: Completion, seed: int
 ) -> Solution:
-    """Let the policy state the answer of one program that ran."""
-    status = result.status if result is not None else ""
-    if result is None or status != "ok":
-        return Solution(
-            steps=tuple(steps),
-            answer=None,
-            value=None,
-            num_tokens=first.num_tokens,
-            status=status,
-            seed=seed,
-            finish=first.finish,
-            error=f"{result.error_type}: {result.error_message}" if result is not None else "",
-        )
-    steps = [*steps[:-1], replace(steps[-1], output=result.stdout)]
-    reply = await policy.generate(
-        GenerationRequest(
-            prompt=render_prompt(problem.text, steps, template),
-            num_candidates=1,
-            max_tokens=256,
-            temperature=temperature,
-            top_p=top_p,
-            stop=tuple(mark for mark in template.stop if mark not in (END_OF_STEP, END_OF_CODE)),
-            seed=derive_seed(seed, "answer", number),
-            routing_key=problem.id,
-        )
-    )
-    completion = reply.completions[0]
-    answer_step = read_completion(completion.text, template, steps[-1])
-    answer = answer_step.answer if answer_step.kind is StepKind.ANSWER else None
+    """A program and what came of running it (None: it was not run)."""
+    ok = result is not None and result.status == "ok"
+    if result is not None and ok:
+        steps = [*steps[:-1], replace(steps[-1], output=result.stdout)]
     return Solution(
-        steps=(*steps, answer_step),
-        answer=answer,
+        steps=tuple(steps),
+        answer=None,
         value=None,
-        num_tokens=first.num_tokens + completion.num_tokens,
-        status=status,
+        num_tokens=completion.num_tokens,
+        status=result.status if result is not None else "",
         seed=seed,
-        finish=first.finish,
+        finish=completion.finish,
+        error="" if result is None or ok else f"{result.error_type}: {result.error_message}",
     )

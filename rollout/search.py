@@ -51,6 +51,7 @@ from rollout.engine import (
     GenerationRequest,
     PolicyEngine,
     PreferenceEngine,
+    values_of,
 )
 from rollout.problem import Problem
 from rollout.prompt import (
@@ -167,6 +168,17 @@ class SearchConfig(BaseModel):
         """What the search's steps are trained, and valued by a PPM, under."""
         return training_template(self.prompt_template)
 
+    def at_test_time(self, num_rollouts: int, *, guided: bool) -> SearchConfig:
+        """The same search where no label may be seen; to be run with `grade=None`.
+
+        Args:
+            num_rollouts: of the tree.
+            guided: there is a PPM, whose values are backed up; without one every answer's backup
+                is the same, so visits spread evenly.
+        """
+        value = TerminalValue.PREFERENCE if guided else TerminalValue.LABEL
+        return self.model_copy(update={"num_rollouts": num_rollouts, "terminal_value": value})
+
     def released(self) -> SearchConfig:
         """The same search with the rules of the released code (microsoft/rStar)."""
         return self.model_copy(update={"preset": "released", **_PRESETS["released"]})
@@ -194,8 +206,6 @@ class SearchError(RuntimeError):
 
 Grade = Callable[[str, str], Verdict]
 
-Observe = Callable[[Tree, Node], None]
-
 
 def grade_any(problem: Problem, answer: str, grade: Grade = verify_answer) -> Verdict | None:
     """The first accepting verdict over the problem's accepted answers, else the last one.
@@ -210,6 +220,45 @@ def grade_any(problem: Problem, answer: str, grade: Grade = verify_answer) -> Ve
     return verdict
 
 
+async def run_codes(
+    sandbox: StepSandbox, state: str, codes: Sequence[str], *, problem_id: str
+) -> Sequence[StepResult]:
+    """Run sibling codes after `state`; order kept.
+
+    Raises:
+        SearchError: the sandbox failed on one of them.
+    """
+    results = await sandbox.run(state, codes)
+    for result in results:
+        if result.status in INFRASTRUCTURE_STATUSES:
+            raise SearchError(
+                f"sandbox failed on problem {problem_id}: {result.status} {result.error_message}"
+            )
+    return results
+
+
+def discard_reason(step: Step, previous: Step | None, max_repeats: int | None) -> Discard | None:
+    """Why a step cannot follow `previous` (None: the question); None if it can.
+
+    Args:
+        max_repeats: of equal passages at its end; None: any number.
+    """
+    if max_repeats is not None and ends_in_repetition(step.body, max_repeats):
+        return Discard.REPETITIVE
+    if step.kind is StepKind.UNFINISHED:
+        return Discard.UNFINISHED
+    if step.kind is StepKind.ANSWER:
+        return None if step.answer else Discard.NO_ANSWER
+    if only_answer_follows(previous):
+        return Discard.OUT_OF_PLACE
+    return None if step.code.strip() else Discard.EMPTY
+
+
+def only_answer_follows(step: Step | None) -> bool:
+    """True if the code is closed by `step`."""
+    return step is not None and step.kind is StepKind.LAST_CODE
+
+
 async def run_search(
     problem: Problem,
     *,
@@ -220,10 +269,9 @@ async def run_search(
     round: int,
     index: int = 0,
     seed: int,
-    grade: Grade = verify_answer,
+    grade: Grade | None = verify_answer,
     clock: Callable[[], float] | None = None,
     resume: Tree | None = None,
-    observe: Observe | None = None,
 ) -> Tree:
     """Search one problem and return its tree.
 
@@ -231,13 +279,12 @@ async def run_search(
         preference: the PPM; None means terminal-guided search (rounds 1-2).
         round, index: of the tree, recorded and part of its sandbox id.
         seed: of this tree; the same seed and deterministic engines give the same tree.
-        grade: called on the event loop for plain numbers, else in a thread.
+        grade: called on the event loop for plain numbers, else in a thread. None withholds the
+            label, as at test time: no answer has a verdict.
         clock: seconds, for the tree's timings; None leaves them 0.
         resume: a tree to go on with, in place: of a search that was interrupted or is to get more
             rollouts, or a new `Tree` that the caller wants to hold while it grows. Interpreter
             states are made again by running the code of the paths that are gone on with.
-        observe: told (tree, node) after each change: a node that was expanded, or the terminal a
-            rollout ended at. It must not change the tree.
     Raises:
         ValueError: `terminal_value` is "preference" and there is no PPM, or `resume` is of another
             problem, round, index, seed or grader.
@@ -256,7 +303,7 @@ async def run_search(
     interpreters = _Interpreters(tree, sandbox)
     await interpreters.open()
     try:
-        search = _Search(tree, config, policy, preference, interpreters, grade, now, observe)
+        search = _Search(tree, config, policy, preference, interpreters, grade, now)
         await search.run()
     finally:
         tree.seconds += now() - began_s
@@ -358,14 +405,7 @@ class _Interpreters:
         return state
 
     async def _run(self, state: str, codes: Sequence[str]) -> Sequence[StepResult]:
-        results = await self.sandbox.run(state, codes)
-        for result in results:
-            if result.status in INFRASTRUCTURE_STATUSES:
-                raise SearchError(
-                    f"sandbox failed on problem {self.tree.problem.id}: "
-                    f"{result.status} {result.error_message}"
-                )
-        return results
+        return await run_codes(self.sandbox, state, codes, problem_id=self.tree.problem.id)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -389,31 +429,23 @@ class _Expansion:
     evaluate_s: float = 0.0
 
 
+@dataclass
 class _Search:
     """The moving parts of one `run_search` call."""
 
-    def __init__(
-        self,
-        tree: Tree,
-        config: SearchConfig,
-        policy: PolicyEngine,
-        preference: PreferenceEngine | None,
-        interpreters: _Interpreters,
-        grade: Grade,
-        now: Callable[[], float],
-        observe: Observe | None,
-    ) -> None:
-        self.tree = tree
-        self.config = config
-        self.policy = policy
-        self.preference = preference
-        self.interpreters = interpreters
-        self.grade = grade
-        self.now = now
-        self.observe = observe
-        self.template = config.prompt_template
-        self.question = render_question(tree.problem.text, self.template)
-        self.valued_question = render_question(tree.problem.text, config.training_template)
+    tree: Tree
+    config: SearchConfig
+    policy: PolicyEngine
+    preference: PreferenceEngine | None
+    interpreters: _Interpreters
+    grade: Grade | None
+    now: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.template = self.config.prompt_template
+        self.question = render_question(self.tree.problem.text, self.template)
+        trained = self.config.training_template
+        self.valued_question = render_question(self.tree.problem.text, trained)
         self.verdicts: dict[str, Verdict | None] = {}
 
     async def run(self) -> None:
@@ -498,8 +530,6 @@ class _Search:
             reward,
             leaf_only=failed and self.config.failure_backup == "leaf",
         )
-        if self.observe is not None:
-            self.observe(self.tree, leaf)
 
     def _answer_reward(self, leaf: Node) -> float:
         if self.config.terminal_value is TerminalValue.PREFERENCE:
@@ -535,8 +565,6 @@ class _Search:
         valid = tree.valid_children(node)
         if not valid or (not leaf_rule and all(child.exhausted for child in valid)):
             node.terminal = Terminal.NO_VALID_CHILD
-        if self.observe is not None:
-            self.observe(tree, node)
 
     # -- the stages of an expansion
 
@@ -552,7 +580,7 @@ class _Search:
     async def _generate(self, node: Node, rollout: int) -> _Expansion:
         config, tree = self.config, self.tree
         num_candidates = config.num_candidates
-        if config.num_answer_candidates is not None and _only_answer_follows(node):
+        if config.num_answer_candidates is not None and only_answer_follows(node.step):
             num_candidates = config.num_answer_candidates
         request = GenerationRequest(
             prompt=self.question + render_steps(tree.steps(node)),
@@ -595,6 +623,10 @@ class _Search:
                 known.num_tokens += completion.num_tokens
                 continue
             logprob = completion.logprob
+            if completion.finish is FinishReason.REPETITION:
+                discard: Discard | None = Discard.REPETITIVE
+            else:
+                discard = discard_reason(step, node.step, self.config.max_repeats)
             merged[step.text] = Node(
                 id=-1,
                 parent=-1,
@@ -603,7 +635,7 @@ class _Search:
                 num_tokens=completion.num_tokens,
                 logprob=logprob if logprob is not None and math.isfinite(logprob) else None,
                 rollout=rollout,
-                discard=self._discard_reason(step, node, completion.finish),
+                discard=discard,
             )
         candidates = list(merged.values())
         if self.config.answer_candidates == "first":
@@ -612,21 +644,6 @@ class _Search:
                 if answer is not None and child is not answer and child.discard is None:
                     child.discard = Discard.NOT_KEPT
         return candidates
-
-    def _discard_reason(self, step: Step, node: Node, finish: FinishReason) -> Discard | None:
-        """Why a step cannot follow `node`; None if it can."""
-        repeats = self.config.max_repeats
-        if finish is FinishReason.REPETITION or (
-            repeats is not None and ends_in_repetition(step.body, repeats)
-        ):
-            return Discard.REPETITIVE
-        if step.kind is StepKind.UNFINISHED:
-            return Discard.UNFINISHED
-        if step.kind is StepKind.ANSWER:
-            return None if step.answer else Discard.NO_ANSWER
-        if _only_answer_follows(node):
-            return Discard.OUT_OF_PLACE
-        return None if step.code.strip() else Discard.EMPTY
 
     async def _execute(self, expansion: _Expansion) -> None:
         """Run the code of valid candidates on the state of the node and attach what came out."""
@@ -670,11 +687,13 @@ class _Search:
         expansion.grade_s = self.now() - began_s
 
     async def _verdict(self, answer: str) -> Verdict | None:
-        """The verdict on an answer, asked once for each text.
+        """The verdict on an answer, asked once for each text; None where the label is withheld.
 
         Comparing anything but plain numbers may take a second and wait for another process, so that
         is done off the event loop.
         """
+        if self.grade is None:
+            return None
         if answer in self.verdicts:
             return self.verdicts[answer]
         problem = self.tree.problem
@@ -706,23 +725,13 @@ class _Search:
         prefix = self.valued_question + render_steps(tree.steps(expansion.node))
         texts = tuple(prefix + c.step.rendered for c in valued if c.step is not None)
         began_s = self.now()
-        reply = await self.preference.evaluate(
-            EvaluationRequest(texts=texts, routing_key=tree.problem.id)
-        )
+        request = EvaluationRequest(texts=texts, routing_key=tree.problem.id)
+        reply = await self.preference.evaluate(request)
         expansion.evaluate_s = self.now() - began_s
-        if len(reply.values) != len(texts):
-            raise EngineError(
-                f"the preference model returned {len(reply.values)} values for {len(texts)} texts, "
-                f"problem {tree.problem.id}"
-            )
-        for child, value in zip(valued, reply.values, strict=True):
-            child.value = min(1.0, max(-1.0, value)) if math.isfinite(value) else None
+        for child, value in zip(valued, values_of(request, reply), strict=True):
+            child.value = value
         expansion.evaluation = reply
 
 
 _PLAIN_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,12}(?:[./][0-9]{1,12})?\s*")
 """What every grader compares in microseconds."""
-
-
-def _only_answer_follows(node: Node) -> bool:
-    return node.step is not None and node.step.kind is StepKind.LAST_CODE

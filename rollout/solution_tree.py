@@ -27,10 +27,9 @@ from rollout.methods import Method, MethodConfig, Solver, SolveResult
 from rollout.problem import Problem
 from rollout.prompt import Step, StepKind
 from rollout.sampling import Solution
-from rollout.search import SearchConfig, StepSandbox, TerminalValue, grade_any, run_search
+from rollout.search import SearchConfig, StepSandbox, grade_any, run_search
 from rollout.tree import Discard, Node, Terminal, Tree, expand
 from verifier import GRADER_VERSION, Verdict
-from verifier.equivalence import Reason
 
 
 async def answer_tree(
@@ -58,7 +57,19 @@ async def answer_tree(
         EngineError, SearchError, SandboxError: a part failed; nothing of the problem is at fault.
     """
     if method.name is Method.MCTS:
-        await _search(tree, search, policy, preference, sandbox, clock)
+        await run_search(
+            tree.problem,
+            config=search,
+            policy=policy,
+            preference=preference,
+            sandbox=sandbox,
+            round=tree.round,
+            index=tree.index,
+            seed=tree.seed,
+            grade=None,
+            clock=clock,
+            resume=tree,
+        )
     else:
         solver = Solver(
             config=method,
@@ -72,8 +83,7 @@ async def answer_tree(
         )
         fill_tree(tree, await solver.solve(tree.problem, seed=tree.seed))
         tree.search_config = search.model_dump_json()
-    await _grade(tree)
-    return tree
+    return await grade_tree(tree)
 
 
 def fill_tree(tree: Tree, result: SolveResult) -> None:
@@ -141,51 +151,18 @@ def _attach(tree: Tree, chains: Sequence[Sequence[Node]]) -> None:
             expand(tree, node, [following])
 
 
-async def _search(
-    tree: Tree,
-    search: SearchConfig,
-    policy: PolicyEngine,
-    preference: PreferenceEngine | None,
-    sandbox: StepSandbox,
-    clock: Callable[[], float],
-) -> None:
-    await run_search(
-        tree.problem,
-        config=search,
-        policy=policy,
-        preference=preference,
-        sandbox=sandbox,
-        round=tree.round,
-        index=tree.index,
-        seed=tree.seed,
-        grade=_withheld,
-        clock=clock,
-        resume=tree,
-    )
-
-
 def search_of(method: MethodConfig, search: SearchConfig, *, guided: bool) -> SearchConfig:
-    """The search settings of one tree of a method.
+    """The search settings of a method's first tree, or of each of its independent ones.
 
     Args:
-        guided: there is a PPM; without one every answer is backed up alike.
+        guided: there is a PPM.
     """
     if method.name is not Method.MCTS:
         return search
-    return search.model_copy(
-        update={
-            "num_rollouts": method.rollouts_per_tree or method.num_trajectories,
-            "terminal_value": TerminalValue.PREFERENCE if guided else TerminalValue.LABEL,
-        }
-    )
+    return search.at_test_time(method.protocol.num_rollouts, guided=guided)
 
 
-def _withheld(gold: str, answer: str) -> Verdict:
-    """No label at test time: without a PPM all answers are backed up alike."""
-    return Verdict(equal=False, reason=Reason.DIFFERENT, path="withheld")
-
-
-async def _grade(tree: Tree) -> None:
+async def grade_tree(tree: Tree) -> Tree:
     """Set the verdict of every answer of a tree, each text compared once."""
     verdicts: dict[str, Verdict | None] = {}
     for node in tree.answers():
@@ -199,6 +176,7 @@ async def _grade(tree: Tree) -> None:
         node.correct = verdict.equal if verdict is not None else None
         node.verdict = verdict.reason.value if verdict is not None else ""
     tree.grader_version = GRADER_VERSION
+    return tree
 
 
 def of_trajectory(problem: Problem, number: int) -> Problem:

@@ -24,507 +24,47 @@ were handed back, each the problems of one new shard. Part and rest are decided 
 What a killed worker left, a data file no marker names, is removed once the round is sealed and the
 file is older than any lease (`TrajectoryStore.remove_orphans`).
 
+The store itself is `rollout.run_store`, the records of markers and manifests `rollout.commits`;
+other packages take them from here.
+
 Not covered: local file systems without hard links, which `self_check` refuses; NFS clients that
 cache directory listings may see a commit late, never wrongly.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
-import time
 import uuid
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractFileSystem
 
-from rollout.table import SCHEMA_VERSION, table_to_bytes, table_to_trees, trees_to_table
+from rollout.commits import Commit, Manifest, ManifestFile, Totals, TreeKey, to_json
+from rollout.run_store import RunStore, StoreError
+from rollout.table import table_to_bytes, table_to_trees, trees_to_table
 from rollout.tree import Tree
 
+__all__ = [
+    "Commit",
+    "Manifest",
+    "ManifestFile",
+    "RunStore",
+    "StoreError",
+    "Totals",
+    "TrajectoryStore",
+    "TreeKey",
+    "stored_rounds",
+]
+
 T = TypeVar("T")
-
-
-class StoreError(RuntimeError):
-    """The store cannot be used, or holds something other than what was written."""
-
-
-# --------------------------------------------------------------------------------- store
-
-
-_PERMANENT = (FileExistsError, PermissionError, NotADirectoryError)
-_MAKES = ("write", "create")
-"""Actions for which a missing file is no answer: a bucket is not there."""
-
-
-class RunStore:
-    """Bytes by path under one root, local or any fsspec URL; safe to use from many threads.
-
-    Paths are relative to the root, with forward slashes. A passing failure (`OSError`) is retried
-    with back-off; what still fails is a `StoreError` that names the path.
-    """
-
-    def __init__(
-        self,
-        root: str | os.PathLike[str],
-        *,
-        num_attempts: int = 4,
-        backoff_s: float = 0.2,
-        storage_options: Mapping[str, Any] | None = None,
-    ) -> None:
-        """
-        Args:
-            root: a folder or an fsspec URL such as s3://bucket/run; made on the first write.
-            num_attempts: tries of one operation, >= 1.
-            backoff_s: pause before the second try; doubled each time.
-            storage_options: passed to fsspec.
-        """
-        self.root = os.fspath(root)
-        self.num_attempts = num_attempts
-        self.backoff_s = backoff_s
-        self.storage_options = dict(storage_options or {})
-        self._fs, self._base = fsspec.core.url_to_fs(self.root, **self.storage_options)
-        self._base = self._base.rstrip("/")
-        self._local = isinstance(self._fs, LocalFileSystem)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_open_store, (self.root, self.num_attempts, self.backoff_s, self.storage_options))
-
-    def put(self, path: str, data: bytes) -> None:
-        """Write a file whole, replacing one that exists."""
-        self._retry("write", path, lambda: self._put(path, data))
-
-    def create(self, path: str, data: bytes) -> bool:
-        """Write a file whole only if there is none; False if there was one.
-
-        After a failure whose outcome is unknown the retry may find its own file and answer False:
-        callers compare the content where that matters.
-        """
-        return self._retry("create", path, lambda: self._create(path, data))
-
-    def read(self, path: str) -> bytes:
-        """The content of a file.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        full = self._full(path)
-        if self._local:
-            return self._retry("read", path, lambda: _read_whole(full))
-        return self._retry("read", path, lambda: self._fs.cat_file(full))
-
-    def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """The contents of several files; remote ones are fetched side by side."""
-        if self._local or len(paths) < 2:
-            return {path: self.read(path) for path in paths}
-        full = {self._full(path): path for path in paths}
-        found = self._retry("read", paths[0], lambda: self._fs.cat(list(full)))
-        return {path: found[self._fs._strip_protocol(key)] for key, path in full.items()}
-
-    def exists(self, path: str) -> bool:
-        """True if there is a file or folder."""
-        if self._local:
-            return Path(self._full(path)).exists()
-        self._fs.invalidate_cache()
-        return self._retry("look up", path, lambda: self._fs.exists(self._full(path)))
-
-    def files(self, prefix: str) -> list[str]:
-        """Paths of all files directly in a folder, sorted; empty if there is no such folder."""
-        return sorted(self._retry("list", prefix, lambda: self._files(prefix)))
-
-    def folders(self, prefix: str) -> list[str]:
-        """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
-        return sorted(self._retry("list", prefix, lambda: self._folders(prefix)))
-
-    def unfinished(self, prefix: str) -> list[str]:
-        """Paths of the hidden files directly in a folder that a killed writer left half-written.
-
-        Only local stores have any: elsewhere a file appears whole.
-        """
-        if not self._local:
-            return []
-        base = prefix.strip("/")
-
-        def look() -> list[str]:
-            try:
-                with os.scandir(self._full(base)) as entries:
-                    names = [e.name for e in entries if e.is_file()]
-            except FileNotFoundError:
-                return []
-            return [f"{base}/{n}" for n in names if n.startswith(".") and n.endswith(".tmp")]
-
-        return sorted(self._retry("list", prefix, look))
-
-    def modified_unix_s(self, path: str) -> float:
-        """When a file was written last, by the store's clock.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        when = self._retry("look up", path, lambda: self._fs.modified(self._full(path)))
-        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-
-    def delete(self, path: str) -> None:
-        """Remove a file; harmless if there is none."""
-
-        def remove() -> None:
-            try:
-                if self._local:
-                    Path(self._full(path)).unlink()
-                else:
-                    self._fs.rm_file(self._full(path))
-            except FileNotFoundError:
-                pass
-
-        self._retry("delete", path, remove)
-
-    def self_check(self) -> None:
-        """Prove that the root can be written and that a key can be created only once.
-
-        Raises:
-            StoreError: it cannot; the message says which.
-        """
-        if not self._local and not _has_own_create(self._fs):
-            raise StoreError(
-                f"store {self.root}: {type(self._fs).__name__} has no atomic create; use a store "
-                "with create-only writes (local disk, S3, GCS)"
-            )
-        path = f".self-check/{uuid.uuid4().hex}"
-        first, second = b"first", b"second"
-        if not self.create(path, first):
-            raise StoreError(f"store {self.root}: creating a new key failed as if it existed")
-        try:
-            if self.create(path, second):
-                raise StoreError(
-                    f"store {self.root} lets a key be created twice: finished work could be "
-                    "written twice; use a store with create-only writes (local disk, S3, GCS)"
-                )
-            if self.read(path) != first:
-                raise StoreError(f"store {self.root}: a refused create changed the file")
-        finally:
-            self.delete(path)
-
-    def _full(self, path: str) -> str:
-        return f"{self._base}/{path}"
-
-    def _retry(self, action: str, path: str, operation: Callable[[], T]) -> T:
-        # Cloud libraries also raise their own kinds, which say little about what will pass.
-        passing: type[Exception] = OSError if self._local else Exception
-        pause = self.backoff_s
-        for attempt in range(1, self.num_attempts + 1):
-            try:
-                return operation()
-            except passing as error:
-                absent = isinstance(error, FileNotFoundError)
-                if absent and action not in _MAKES:
-                    raise
-                if attempt == self.num_attempts or absent or isinstance(error, _PERMANENT):
-                    raise StoreError(self._explain(action, path, error, attempt)) from error
-            time.sleep(pause)
-            pause *= 2
-        raise AssertionError("unreachable")
-
-    def _explain(self, action: str, path: str, error: Exception, attempts: int) -> str:
-        # What is the matter comes first: a progress view shows only the beginning.
-        tries = f" after {attempts} tries" if attempts > 1 else ""
-        what = f"cannot {action} {path} of {self.root}{tries}"
-        if isinstance(error, PermissionError):
-            return f"store: no permission: {what} ({error})"
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"store: no space left: {what} ({error})"
-        return f"store: {what}: {type(error).__name__}: {error}"
-
-    def _put(self, path: str, data: bytes) -> None:
-        full = self._full(path)
-        if not self._local:
-            self._fs.pipe_file(full, data)
-            return
-        temporary = _write_temporary(Path(full), data)
-        temporary.replace(full)
-        _sync_folder(temporary.parent)
-
-    def _create(self, path: str, data: bytes) -> bool:
-        full = self._full(path)
-        if not self._local:
-            try:
-                self._fs.pipe_file(full, data, mode="create")
-            except FileExistsError:
-                return False
-            return True
-        target = Path(full)
-        if target.exists():
-            return False
-        temporary = _write_temporary(target, data)
-        try:
-            # A link appears whole or not at all, and never over another file.
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        _sync_folder(target.parent)
-        return True
-
-    def _files(self, prefix: str) -> list[str]:
-        base = prefix.strip("/")
-        if self._local:
-            try:
-                with os.scandir(self._full(base)) as entries:
-                    names = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
-            except FileNotFoundError:
-                return []
-        else:
-            names = self._remote_names(base, "file")
-        return [f"{base}/{name}" for name in names]
-
-    def _folders(self, prefix: str) -> list[str]:
-        base = prefix.strip("/")
-        if not self._local:
-            return self._remote_names(base, "directory")
-        try:
-            with os.scandir(self._full(base)) as entries:
-                return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-        except FileNotFoundError:
-            return []
-
-    def _remote_names(self, base: str, kind: str) -> list[str]:
-        self._fs.invalidate_cache()
-        try:
-            entries = self._fs.ls(self._full(base), detail=True)
-        except FileNotFoundError:
-            return []
-        return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind]
-
-
-def _has_own_create(fs: AbstractFileSystem) -> bool:
-    """False if creating is what fsspec makes of it: a look whether the key exists, then a write."""
-    if isinstance(fs, AsyncFileSystem):
-        return type(fs)._pipe_file is not AsyncFileSystem._pipe_file
-    return type(fs).pipe_file is not AbstractFileSystem.pipe_file
-
-
-def _open_store(
-    root: str, num_attempts: int, backoff_s: float, storage_options: dict[str, Any]
-) -> RunStore:
-    return RunStore(
-        root, num_attempts=num_attempts, backoff_s=backoff_s, storage_options=storage_options
-    )
-
-
-def _read_whole(path: str) -> bytes:
-    # Unbuffered and without a Path: a restart reads tens of thousands of small files.
-    with io.FileIO(path) as file:
-        return file.readall()
-
-
-def _write_temporary(target: Path, data: bytes) -> Path:
-    """Write and sync a hidden file beside `target`; it is gone again if that fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --------------------------------------------------------------------------------- commits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TreeKey:
-    """Which tree of a round, and whether it solved its problem."""
-
-    problem_id: str
-    index: int
-    solved: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """Sums over trees."""
-
-    trees: int = 0
-    solved: int = 0
-    nodes: int = 0
-    rollouts: int = 0
-    generated_tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    scored_tokens: int = 0
-    executions: int = 0
-    trees_by_level: Mapping[str, int] = field(default_factory=dict)
-    solved_by_level: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, trees: Iterable[Tree]) -> Totals:
-        """Count trees."""
-        return cls.sum(cls._of_one(tree) for tree in trees)
-
-    @classmethod
-    def sum(cls, parts: Iterable[Totals]) -> Totals:
-        """Add totals up."""
-        sums: dict[str, Any] = dict.fromkeys(_COUNTS, 0) | {name: {} for name in _COUNTS_BY_LEVEL}
-        for part in parts:
-            for name in _COUNTS:
-                sums[name] += getattr(part, name)
-            for name in _COUNTS_BY_LEVEL:
-                levels = sums[name]
-                for level, count in getattr(part, name).items():
-                    levels[level] = levels.get(level, 0) + count
-        return cls(**sums)
-
-    @classmethod
-    def _of_one(cls, tree: Tree) -> Totals:
-        level = str(tree.problem.level)
-        return cls(
-            trees=1,
-            solved=int(tree.solved),
-            nodes=len(tree.nodes),
-            rollouts=tree.num_rollouts,
-            generated_tokens=tree.generated_tokens,
-            prompt_tokens=tree.prompt_tokens,
-            cached_tokens=tree.cached_tokens,
-            scored_tokens=tree.scored_tokens,
-            executions=tree.num_executions,
-            trees_by_level={level: 1},
-            solved_by_level={level: int(tree.solved)},
-        )
-
-
-_COUNTS_BY_LEVEL = [f.name for f in fields(Totals) if f.name.endswith("_by_level")]
-_COUNTS = [f.name for f in fields(Totals) if f.name not in _COUNTS_BY_LEVEL]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """The marker of a committed shard: what stands in its data file, and what does not."""
-
-    shard: str
-    attempt: str
-    """Unique to the writer; tells one's own marker from another's."""
-    path: str
-    """Of the data file, relative to the store's root."""
-    num_rows: int
-    num_bytes: int
-    sha256: str
-    """Of the data file."""
-    schema_version: int = SCHEMA_VERSION
-    trees: tuple[TreeKey, ...] = ()
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Quarantined problems of the shard: id -> error."""
-    remaining: tuple[tuple[str, ...], ...] = ()
-    """Problems handed back, in groups; each group is a new shard."""
-    totals: Totals = field(default_factory=Totals)
-    info: Mapping[str, Any] = field(default_factory=dict)
-    """What the writer said of itself: versions, worker, stage."""
-
-    def to_json(self) -> bytes:
-        return _to_json(
-            {
-                **asdict(self),
-                "trees": [[t.problem_id, t.index, int(t.solved)] for t in self.trees],
-            }
-        )
-
-    @classmethod
-    def from_json(cls, data: bytes, *, trees: bool = True) -> Commit:
-        """Read a marker.
-
-        Args:
-            trees: False leaves `trees` empty, where only sums and parts are asked for.
-        Raises:
-            ValueError: the bytes are not a commit marker.
-        """
-        parsed = _from_json(data, "commit marker")
-        try:
-            keys = parsed["trees"] if trees else ()
-            parsed["trees"] = tuple(
-                TreeKey(problem_id=p, index=i, solved=bool(s)) for p, i, s in keys
-            )
-            parsed["remaining"] = tuple(tuple(group) for group in parsed["remaining"])
-            parsed["totals"] = Totals(**parsed["totals"])
-            return cls(**parsed)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a commit marker: {error}") from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ManifestFile:
-    """One data file of a sealed round."""
-
-    shard: str
-    path: str
-    num_rows: int
-    num_bytes: int
-    sha256: str
-    num_trees: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What a sealed round consists of; never changes once it exists."""
-
-    round: int
-    schema_version: int = SCHEMA_VERSION
-    files: tuple[ManifestFile, ...] = ()
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Quarantined problems: id -> error."""
-    totals: Totals = field(default_factory=Totals)
-
-    def to_json(self) -> bytes:
-        return _to_json(asdict(self))
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Manifest:
-        """Raises ValueError if the bytes are not a manifest."""
-        parsed = _from_json(data, "manifest")
-        try:
-            parsed["files"] = tuple(ManifestFile(**f) for f in parsed["files"])
-            parsed["totals"] = Totals(**parsed["totals"])
-            return cls(**parsed)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a manifest: {error}") from error
-
-
-def _to_json(record: Mapping[str, Any]) -> bytes:
-    # ASCII escapes keep whatever a model wrote, lone surrogates included.
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-
-
-def _from_json(data: bytes, what: str) -> dict[str, Any]:
-    parsed = json.loads(data)
-    if not isinstance(parsed, dict):
-        raise ValueError(f"not a {what}: a JSON object was expected")
-    return parsed
-
 
 _MARKERS_AT_ONCE = 4096
 """Bounds the memory of reading a round's markers, which are many times larger than what is kept."""
@@ -636,23 +176,19 @@ class TrajectoryStore:
             )
         if any(one == other for one, other in pairwise(sorted(names))):
             self._check_disjoint(shards)
-        manifest = Manifest(
-            round=self.round,
-            files=tuple(files),
-            failed={p: error for shard in sorted(failed) for p, error in failed[shard].items()},
-            totals=totals,
-        )
-        return self._create_manifest(manifest, generation=0)
+        named = {p: error for shard in sorted(failed) for p, error in failed[shard].items()}
+        return self._create_manifest(files, named, totals, generation=0)
 
-    def _seal(
-        self, commits: Sequence[Commit], failed: Mapping[str, str], *, generation: int
+    def _create_manifest(
+        self,
+        files: Sequence[ManifestFile],
+        failed: Mapping[str, str],
+        totals: Totals,
+        *,
+        generation: int,
     ) -> Manifest:
         """Write the manifest of a generation; the first one stands."""
-        files, totals = _listed(commits)
         manifest = Manifest(round=self.round, files=tuple(files), failed=failed, totals=totals)
-        return self._create_manifest(manifest, generation=generation)
-
-    def _create_manifest(self, manifest: Manifest, *, generation: int) -> Manifest:
         if self.store.create(self._manifest_path(generation), manifest.to_json()):
             return manifest
         sealed = self.manifest(generation)
@@ -678,7 +214,7 @@ class TrajectoryStore:
         while True:
             number += 1
             path = f"{self._folder(number)}/plan.json"
-            if self.store.create(path, _to_json(plan)):
+            if self.store.create(path, to_json(plan)):
                 return number
             if _parse(json.loads, self.store.read(path), path) == plan:
                 return number
@@ -714,7 +250,8 @@ class TrajectoryStore:
                 f"shards are not graded, the first is {missing[0]}"
             )
         ordered = [commits[file.shard] for file in before.files]
-        manifest = self._seal(ordered, before.failed, generation=generation)
+        files, totals = _listed(ordered)
+        manifest = self._create_manifest(files, before.failed, totals, generation=generation)
         named = {commit.path for commit in ordered}
         folder = f"{self._folder(generation)}/data"
         for path in [*self.store.files(folder), *self.store.unfinished(folder)]:
@@ -760,9 +297,14 @@ class TrajectoryStore:
             for path, data in some.items():
                 yield _parse(partial(Commit.from_json, trees=trees), data, path)
 
-    def solved(self) -> set[str]:
-        """Problems that some committed tree solves, read from the markers alone."""
-        return {k.problem_id for c in self.each_commit() for k in c.trees if k.solved}
+    def solved(self, generation: int | None = None) -> set[str]:
+        """Problems that some committed tree solves, read from the markers alone.
+
+        Args:
+            generation: as of `commits`.
+        """
+        commits = self.each_commit(generation=generation)
+        return {key.problem_id for commit in commits for key in commit.trees if key.solved}
 
     def manifest(self, generation: int | None = None) -> Manifest | None:
         """The manifest; None if the round, or this generation of it, is not sealed.

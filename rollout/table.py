@@ -353,6 +353,18 @@ def _members(kind: type[StrEnum], cells: list[str | None]) -> list[StrEnum | Non
     return [members[cell] for cell in cells]
 
 
+def problem_of(root: Mapping[str, Any]) -> Problem:
+    """The problem of a root row."""
+    return Problem(
+        id=root["problem_id"],
+        source=root["source"],
+        level=Level(root["level"]),
+        text=root["problem_text"],
+        answer=root["problem_answer"],
+        answers_alt=tuple(root["problem_answers_alt"]),
+    )
+
+
 def _tree(root: Mapping[str, Any], nodes: list[Node]) -> Tree:
     """The tree of a root row."""
     fields = {
@@ -361,14 +373,7 @@ def _tree(root: Mapping[str, Any], nodes: list[Node]) -> Tree:
         if field.name not in _PER_TREE and field.name != "outcome"
     }
     return Tree(
-        problem=Problem(
-            id=root["problem_id"],
-            source=root["source"],
-            level=Level(root["level"]),
-            text=root["problem_text"],
-            answer=root["problem_answer"],
-            answers_alt=tuple(root["problem_answers_alt"]),
-        ),
+        problem=problem_of(root),
         round=root["round"],
         index=root["tree"],
         nodes=nodes,

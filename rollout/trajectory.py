@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rollout.problem import Problem
 from rollout.prompt import Step
-from rollout.tree import Tree, mean_q
+from rollout.tree import Tree, mean_q, own_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ def trajectories(tree: Tree) -> list[Trajectory]:
                 mean_q=mean_q(path),
                 min_q=min(n.q_value for n in path[1:]),
                 value=node.value,
-                num_tokens=sum(n.num_tokens // max(n.multiplicity, 1) for n in path),
+                num_tokens=own_tokens(path),
             )
         )
     found.sort(key=lambda t: (-t.mean_q, -t.min_q, t.node))

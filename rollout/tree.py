@@ -256,6 +256,11 @@ def mean_q(nodes: Sequence[Node]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def own_tokens(nodes: Sequence[Node]) -> int:
+    """Generated tokens of a path, a step counted once where candidates were identical."""
+    return sum(node.num_tokens // max(node.multiplicity, 1) for node in nodes)
+
+
 def is_answer(node: Node) -> bool:
     """True if the node's step is an answer."""
     return node.step is not None and node.step.kind is StepKind.ANSWER

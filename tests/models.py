@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.engines.model_check import ModelInfo
 from rollout.prompt import MARKERS
 
 Architecture = Literal["llama", "qwen2", "phi3"]
@@ -128,3 +129,19 @@ def _config(
     if architecture == "qwen2":
         return Qwen2Config(**shape)
     return Phi3Config(**shape, original_max_position_embeddings=max_positions)
+
+
+def make_model_info(path: str = "model", **fields: Any) -> ModelInfo:
+    """What the check of a small preference model would find, but for `fields`."""
+    known: dict[str, Any] = {
+        "path": path,
+        "architecture": "LlamaForSequenceClassification",
+        "model_type": "llama",
+        "dtype": "float32",
+        "max_positions": 1024,
+        "num_labels": 1,
+        "weight_bytes": 4000,
+        "shape": "{}",
+        "tokenizer_digest": "t",
+    }
+    return ModelInfo(**(known | fields))

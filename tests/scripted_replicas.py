@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.engines.replica import ReplicaInfo, ReplicaStats
+from cluster.engines.lifecycle import ReplicaInfo, ReplicaStats
 from cluster.jobs.admission import EnginePressure
 from rollout.engine import EvaluationReply, EvaluationRequest, GenerationReply, GenerationRequest
 from tests.fakes import ScriptedPolicy, TablePreference, random_steps
@@ -38,10 +38,7 @@ class ScriptedReplica:
             version=self.version,
             path=self.path,
             device="cpu",
-            max_model_len=1,
-            dtype="",
             pid=os.getpid(),
-            start_s=0.0,
         )
 
     async def load(self, path: str, version: str, *, force: bool = False) -> float:
@@ -57,19 +54,8 @@ class ScriptedReplica:
             version=self.version,
             healthy=True,
             requests=self.requests,
-            failed=0,
-            prompt_tokens=0,
-            cached_tokens=0,
-            generated_tokens=0,
-            too_long=0,
             running_requests=self.running,
             running_sequences=self.running,
-            idle_s=0.0,
-            sequence_s=0.0,
-            waiting_requests=0,
-            loads=0,
-            load_s=0.0,
-            rss_bytes=0,
         )
 
     async def pressure(self) -> EnginePressure:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster.engines.arguments import engine_environment
 from cluster.engines.config import EngineConfig
-from cluster.engines.replica import engine_environment
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 240.0

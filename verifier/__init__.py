@@ -5,7 +5,6 @@ from __future__ import annotations
 from verifier.answer import extract_answer
 from verifier.sandbox import (
     AsyncSandbox,
-    ExecutionResult,
     Sandbox,
     SandboxError,
     SandboxLimits,
@@ -16,7 +15,6 @@ from verifier.verify import GRADER_VERSION, Verdict, answers_match, verify_answe
 
 __all__ = [
     "AsyncSandbox",
-    "ExecutionResult",
     "GRADER_VERSION",
     "Sandbox",
     "SandboxError",

@@ -1,4 +1,4 @@
-"""How often a set of sampled answers is right: pass@1, pass@k, majority vote and best-by-value.
+"""Which of many sampled answers to believe, and how often one of k is right.
 
 Plain functions over answers (text, or None for a rollout without one) and their values (the
 preference model's estimate of each, any scale, higher is better). Answers are grouped by
@@ -10,7 +10,7 @@ Grouping asks for a mathematical comparison only where the text cannot tell: equ
 one answer, two different whole numbers are two.
 
 The paper's test-time protocol (arXiv 2501.04519, section 4) keeps the `top_k` trajectories with the
-highest values and takes the best of them; `majority_vote(..., values=..., top_k=...)` is the voting
+highest values and takes the best of them; `rank_answers(..., values=..., top_k=...)` is the voting
 form of it.
 """
 
@@ -40,25 +40,6 @@ class RankedAnswer:
     """Best value of its samples; None: none of them has one."""
     members: tuple[int, ...]
     """Indices of its samples: those with a vote first, best value first, then in order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProblemAccuracy:
-    """One problem's results; each number is 0..1 so that a mean over problems is the benchmark's
-    accuracy."""
-
-    num_samples: int
-    num_correct: int
-    pass_at_1: float
-    """Share of samples that are right."""
-    pass_at_k: dict[int, float]
-    """Unbiased estimate for each k <= num_samples asked for."""
-    majority: float
-    """1.0 when the majority answer is right."""
-    best_by_value: float | None
-    """1.0 when the sample with the highest value is right; None without values."""
-    top_k_majority: float | None
-    """1.0 when the majority among the top-K by value is right; None without values or top_k."""
 
 
 def answer_groups(answers: Sequence[str | None]) -> list[list[int]]:
@@ -150,42 +131,6 @@ def rank_answers(
     return ranked
 
 
-def majority_vote(
-    answers: Sequence[str | None],
-    *,
-    values: Sequence[float | None] | None = None,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> str | None:
-    """The answer most samples agree on, up to mathematical equality; the first of `rank_answers`.
-
-    Returns:
-        The voted answer as written by the group's best-valued (or else first) member; None when no
-        sample has an answer.
-    Raises:
-        ValueError: as `rank_answers`.
-    """
-    ranked = rank_answers(answers, values=values, top_k=top_k, seed=seed)
-    return ranked[0].answer if ranked else None
-
-
-def best_by_value(
-    answers: Sequence[str | None], values: Sequence[float], *, seed: int = 0
-) -> str | None:
-    """The answer of the sample with the highest value, among samples that have one; ties by seed.
-
-    Raises:
-        ValueError: lengths differ or a value is NaN.
-    """
-    _check_values(answers, values)
-    rng = random.Random(seed)
-    draws = [rng.random() for _ in answers]
-    answered = [index for index, answer in enumerate(answers) if answer is not None]
-    if not answered:
-        return None
-    return answers[max(answered, key=lambda index: (values[index], draws[index]))]
-
-
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Unbiased chance that at least one of k samples drawn without replacement is right.
 
@@ -199,51 +144,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     if not 1 <= k <= num_samples:
         raise ValueError(f"k must be in 1..{num_samples} (num_samples), got {k}")
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
-def problem_accuracy(
-    golds: str | Sequence[str],
-    answers: Sequence[str | None],
-    *,
-    values: Sequence[float] | None = None,
-    ks: Sequence[int] = (1, 8, 64),
-    top_k: int | None = None,
-    seed: int = 0,
-) -> ProblemAccuracy:
-    """Grade one problem's samples against its gold answer, or against any of several accepted ones.
-
-    Args:
-        ks: the k of pass@k; those above the number of samples are left out of the result.
-    Raises:
-        ValueError: no samples, no golds, or values that do not fit the answers.
-    """
-    accepted = [golds] if isinstance(golds, str) else list(golds)
-    if not accepted:
-        raise ValueError("golds is empty; at least one accepted answer is needed")
-    if not answers:
-        raise ValueError("answers is empty; a problem needs at least one sample")
-    _check_values(answers, values)
-
-    def right(answer: str | None) -> bool:
-        return answer is not None and any(answers_match(gold, answer) for gold in accepted)
-
-    num_correct = sum(right(answer) for answer in answers)
-    voted = majority_vote(answers, values=values, seed=seed)
-    best = top = None
-    if values is not None:
-        best = float(right(best_by_value(answers, values, seed=seed)))
-        if top_k is not None:
-            chosen = majority_vote(answers, values=values, top_k=top_k, seed=seed)
-            top = float(right(chosen))
-    return ProblemAccuracy(
-        num_samples=len(answers),
-        num_correct=num_correct,
-        pass_at_1=num_correct / len(answers),
-        pass_at_k={k: pass_at_k(len(answers), num_correct, k) for k in ks if k <= len(answers)},
-        majority=float(right(voted)),
-        best_by_value=best,
-        top_k_majority=top,
-    )
 
 
 def _check_values(answers: Sequence[str | None], values: Sequence[float | None] | None) -> None:

@@ -73,6 +73,12 @@ def _inside(text: str, box: int, boxes: dict[int, tuple[int, int]]) -> str:
         start, end = boxes[start]
 
 
+_COMMAND_OF = (
+    "× times ≠ ne ≈ approx ∞ infty ∪ cup ∩ cap ∖ setminus ∅ emptyset ∈ in √ sqrt ± pm ∓ mp "
+    "⌊ lfloor ⌋ rfloor ⌈ lceil ⌉ rceil ⟨ langle ⟩ rangle … ldots α alpha β beta γ gamma δ delta "
+    "Δ Delta ε epsilon θ theta λ lambda μ mu π pi ρ rho σ sigma τ tau φ phi ϕ phi ω omega"
+)
+_COMMANDS = _COMMAND_OF.split()
 _CHARACTERS = {
     **dict.fromkeys("−–—‐‑﹣", "-"),
     **dict.fromkeys("·⋅∙", r"\cdot "),
@@ -83,68 +89,19 @@ _CHARACTERS = {
     **dict.fromkeys("“”", '"'),
     **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2061\u2062\u2064", ""),
     **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u2005\u3000", " "),
-    "×": r"\times ",
+    **{char: rf"\{name} " for char, name in zip(_COMMANDS[::2], _COMMANDS[1::2], strict=True)},
+    **{char: rf"\mathbb{{{unicodedata.normalize('NFKC', char)}}}" for char in "ℝℤℚℕℂ"},
+    **{
+        char: r"\frac{" + unicodedata.normalize("NFKC", char).replace("\u2044", "}{") + "}"
+        for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+    },
     "∗": "*",
     "÷": "/",
-    "⁄": "/",
+    "\u2044": "/",
     "∕": "/",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "∞": r"\infty ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∖": r"\setminus ",
-    "∅": r"\emptyset ",
-    "∈": r"\in ",
-    "√": r"\sqrt ",
     "∛": r"\sqrt[3] ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℚ": r"\mathbb{Q}",
-    "ℕ": r"\mathbb{N}",
-    "ℂ": r"\mathbb{C}",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
     "∣": "|",
-    "…": r"\ldots ",
     "、": ",",
-    "½": r"\frac{1}{2}",
-    "⅓": r"\frac{1}{3}",
-    "⅔": r"\frac{2}{3}",
-    "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}",
-    "⅕": r"\frac{1}{5}",
-    "⅖": r"\frac{2}{5}",
-    "⅗": r"\frac{3}{5}",
-    "⅘": r"\frac{4}{5}",
-    "⅙": r"\frac{1}{6}",
-    "⅚": r"\frac{5}{6}",
-    "⅛": r"\frac{1}{8}",
-    "⅜": r"\frac{3}{8}",
-    "⅝": r"\frac{5}{8}",
-    "⅞": r"\frac{7}{8}",
-    "α": r"\alpha ",
-    "β": r"\beta ",
-    "γ": r"\gamma ",
-    "δ": r"\delta ",
-    "Δ": r"\Delta ",
-    "ε": r"\epsilon ",
-    "θ": r"\theta ",
-    "λ": r"\lambda ",
-    "μ": r"\mu ",
-    "π": r"\pi ",
-    "ρ": r"\rho ",
-    "σ": r"\sigma ",
-    "τ": r"\tau ",
-    "φ": r"\phi ",
-    "ϕ": r"\phi ",
-    "ω": r"\omega ",
 }
 _TRANSLATION = str.maketrans(_CHARACTERS)
 _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ"

@@ -57,7 +57,7 @@ _DOTTED = re.compile(
 _NUMPY_SCALAR = re.compile(r"\b(float|int)(?:32|64)\(")
 _INTERVAL_KIND = re.compile(r"\bInterval\.(open|Lopen|Ropen)\b")
 _GROUPED = re.compile(r"\d{1,3}(?:(?:\{,\}|\\,|\\!|,\\!|\\ |\\;)\d{3})+(?!\d)")
-_THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)")
+THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)")
 _UNIT_FRACTION = re.compile(
     r"\\[dt]?frac\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}"
 )
@@ -146,7 +146,7 @@ class _Tokenizer:
         text = self.text
         while position < end:
             if self.reading.thousands and self.depth == 0 and text[position].isdigit():
-                match = _THOUSANDS.match(text, position)
+                match = THOUSANDS.match(text, position)
                 if match:
                     fraction = re.compile(r"\.\d+").match(text, match.end())
                     value = match[0].replace(",", "") + (fraction[0] if fraction else "")
@@ -370,16 +370,7 @@ class _Tokenizer:
         elif name in ("euro", "pounds", "textdollar", "yen"):
             self._add("operator", {"euro": "€", "pounds": "£", "textdollar": "$", "yen": "¥"}[name])
         else:
-            self._add(
-                "command",
-                {
-                    "dfrac": "frac",
-                    "tfrac": "frac",
-                    "cfrac": "frac",
-                    "dbinom": "binom",
-                    "tbinom": "binom",
-                }.get(name, name),
-            )
+            self._add("command", name[1:] if name[1:] in ("frac", "binom") else name)
         return position
 
     def _escaped(self, char: str, position: int) -> int:

@@ -10,6 +10,7 @@ take part in equality.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -147,7 +148,6 @@ Node: TypeAlias = (
 )
 
 _EXPRESSIONS = (Number, Constant, Symbol, Add, Mul, Power, Call, PlusMinus)
-ONE = Number(Fraction(1))
 MINUS_ONE = Number(Fraction(-1))
 INFINITY = Constant("oo")
 REALS = Interval(Mul((MINUS_ONE, INFINITY)), INFINITY, True, True)
@@ -185,6 +185,24 @@ def children(node: Node) -> tuple[Node, ...]:
             return tuple(cell for row in rows for cell in row)
         case _:
             return ()
+
+
+def map_children(node: Node, change: Callable[[Node], Node]) -> Node:
+    """The node with each direct subtree changed, left to right, where it is a sum, product, power,
+    call or sequence; others stay."""
+    match node:
+        case Add(terms=items):
+            return Add(tuple(map(change, items)))
+        case Mul(factors=items):
+            return Mul(tuple(map(change, items)))
+        case Power(base=base, exponent=exponent, principal=principal):
+            return Power(change(base), change(exponent), principal)
+        case Call(name=name, args=items):
+            return Call(name, tuple(map(change, items)))
+        case Sequence(kind=kind, items=items):
+            return Sequence(kind, tuple(map(change, items)))
+        case _:
+            return node
 
 
 def contains(node: Node, kinds: type | tuple[type, ...]) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from verifier.answer_tree import INFINITY, REALS, Constant, Label, Node, Sequence
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a table to look names up in."""
     return frozenset(text.split())
 
 
@@ -24,37 +25,23 @@ FUNCTIONS = {
         if spelling != "ar" or name.endswith("h")
     },
     **{name: name for name in ("exp", "gcd", "lcm", "conjugate", "gamma", "sign", "re", "im")},
-    "ln": "ln",
-    "log": "log",
+    **{name: name for name in ("ln", "log", "log10", "log2", "sqrt", "cbrt", "root", "abs")},
+    **{name: name for name in ("floor", "ceil", "factorial", "factorial2", "binomial")},
+    **{name: name for name in ("max", "min", "det", "pow")},
     "lg": "log10",
-    "log10": "log10",
-    "log2": "log2",
-    "sqrt": "sqrt",
-    "cbrt": "cbrt",
-    "root": "root",
-    "abs": "abs",
     "Abs": "abs",
     "fabs": "abs",
-    "floor": "floor",
-    "ceil": "ceil",
     "ceiling": "ceil",
-    "factorial": "factorial",
-    "factorial2": "factorial2",
-    "binomial": "binomial",
     "binom": "binomial",
     "comb": "binomial",
     "Max": "max",
-    "max": "max",
     "Min": "min",
-    "min": "min",
     "Mod": "mod",
-    "det": "det",
-    "pow": "pow",
     "cosec": "csc",
     "tg": "tan",
     "ctg": "cot",
 }
-TRIGONOMETRIC = _words("sin cos tan cot sec csc sinh cosh tanh")
+TRIGONOMETRIC = words("sin cos tan cot sec csc sinh cosh tanh")
 ARITIES = {
     "gcd": (2, 99),
     "lcm": (2, 99),
@@ -62,25 +49,16 @@ ARITIES = {
     "min": (1, 99),
     "log": (1, 2),
 } | dict.fromkeys(("binomial", "mod", "pow", "root"), (2, 2))
-BARE_FUNCTIONS = sorted(
-    (
-        name
-        for name in FUNCTIONS
-        if name.islower() and name not in ("re", "im", "sign", "root", "pow", "tg", "lg")
-    ),
-    key=len,
-    reverse=True,
-)
 CARVED_FUNCTIONS = (
     *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt"),
     *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "pi"),
 )
 """Longer names first, because the first that fits is taken."""
-CALL_ONLY = _words(
+CALL_ONLY = words(
     "gamma re im sign root conjugate pow max min det gcd lcm comb Max Min Mod exp abs Abs floor "
     "ceil ceiling factorial factorial2 binomial"
 )
-CONSTRUCTORS = _words(
+CONSTRUCTORS = words(
     "Fraction Rational Integer Float Decimal mpf complex Matrix ImmutableMatrix "
     "MutableDenseMatrix ImmutableDenseMatrix array Interval Union Intersection Complement "
     "FiniteSet set frozenset Tuple Point Point2D Point3D Eq Ne Lt Le Gt Ge"
@@ -97,7 +75,7 @@ CONSTANTS = {
     "I": Constant("i"),
     "i": Constant("i"),
 }
-GREEK = _words(
+GREEK = words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell"
 )
@@ -112,17 +90,17 @@ LATEX_OPERATORS = {
     "lvert": "lbar", "rvert": "rbar", "vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈",
     "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→",
 }  # fmt: skip
-LATEX_IGNORED = _words(
+LATEX_IGNORED = words(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
     "scriptstyle limits nolimits quad qquad rm bf it sf tt boldmath hline thinspace medspace "
     "negthinspace nobreak break newline allowbreak mathsurround notag nonumber hfill"
 )
-LATEX_TEXT = _words(
+LATEX_TEXT = words(
     "text mathrm textrm textbf textit mathbf mathit mathsf textsf mbox hbox operatorname "
     "textnormal mathtt texttt boldsymbol emph rm underline mathnormal pmb bm textsc mathop"
 )
-LATEX_ACCENTS = _words("vec overrightarrow hat widehat bar tilde widetilde mathcal mathfrak")
-LATEX_ATOMS = _words(
+LATEX_ACCENTS = words("vec overrightarrow hat widehat bar tilde widetilde mathcal mathfrak")
+LATEX_ATOMS = words(
     "frac dfrac tfrac cfrac sqrt binom dbinom tbinom begin end mathbb overline sum prod infty pi "
     "emptyset varnothing boxed fbox hspace phantom pmod dot mathbf sin R Re Im lg cosec arccot "
     "arcsec arccsc arsinh arcosh artanh stackrel overset underset forall exists ldots dots cdots "
@@ -130,6 +108,8 @@ LATEX_ATOMS = _words(
     "triangle subset subseteq notin nabla partial oplus otimes bmod mod gcd max min det exp euro "
     "pounds textdollar yen tan cos"
 )
+_NOT_COMMANDS = words("re im sign root pow tg lg binomial comb abs floor ceil sqrt cbrt")
+"""Functions whose names, behind a backslash, mean nothing or stand in another table."""
 LATEX_KNOWN = (
     set(LATEX_OPERATORS)
     | LATEX_IGNORED
@@ -138,11 +118,7 @@ LATEX_KNOWN = (
     | LATEX_ATOMS
     | GREEK
     | set(VARIANTS)
-) | {
-    name
-    for name in BARE_FUNCTIONS
-    if name not in ("binomial", "comb", "abs", "floor", "ceil", "sqrt", "cbrt")
-}
+) | {name for name in FUNCTIONS if name.islower() and name not in _NOT_COMMANDS}
 NUMBER_SETS: dict[str, Node] = {
     "R": REALS,
     "Z": Label("integers"),
@@ -168,7 +144,7 @@ UNIT_NAMES = {
 SPEEDS = {"mph": {"mi": 1, "h": -1}, "kmh": {"km": 1, "h": -1}}
 UNIT_OF = {word: unit for unit, words in UNIT_NAMES.items() for word in words.split()}
 CURRENCIES = {"$": "dollar", "£": "pound sterling", "€": "euro", "¥": "yen", "₹": "rupee"}
-NOT_UNITS = _words(
+NOT_UNITS = words(
     "about above all almost also although an and any anything approx approximately are around as "
     "at because below between but by can cannot certainly could correct depends different do does "
     "each either else error even every exactly except false few finite for from given greater "
@@ -180,30 +156,11 @@ NOT_UNITS = _words(
     "whose with without wrong yes you"
 )
 SEPARATOR_WORDS = {"and", "or"}
-NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        (
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-        )
-    )
-}
+_ZERO_TO_SIXTEEN = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen"
+)
+NUMBER_WORDS = {word: value for value, word in enumerate(_ZERO_TO_SIXTEEN.split())}
 BASE_WORDS = {word: value for word, value in NUMBER_WORDS.items() if value > 1} | {
     "binary": 2,
     "octal": 8,

@@ -62,9 +62,7 @@ class Difference:
         return self.low <= 0.0 <= self.high
 
 
-def bootstrap_mean(
-    results: Sequence[float], *, num_draws: int = NUM_DRAWS, seed: int = 0
-) -> Estimate:
+def bootstrap_mean(results: Sequence[float], *, seed: int = 0) -> Estimate:
     """Mean and 95 % interval of per-problem results.
 
     Args:
@@ -72,21 +70,17 @@ def bootstrap_mean(
     Raises:
         ValueError: no results.
     """
-    values = _values(results, "results")
+    values = _values(results)
     mean = float(values.mean())
     if np.ptp(values) == 0.0:
         low, high = _wilson(mean, len(values))
     else:
-        low, high = _interval(_drawn_means(values, num_draws, seed))
+        low, high = _interval(_drawn_means(values, seed))
     return Estimate(mean=mean, low=low, high=high, num_problems=len(values))
 
 
 def bootstrap_difference(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    num_draws: int = NUM_DRAWS,
-    seed: int = 0,
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0
 ) -> Difference:
     """Paired bootstrap of `second` minus `first`.
 
@@ -100,9 +94,9 @@ def bootstrap_difference(
     """
     if len(first) != len(second):
         raise ValueError(f"paired results must be equally many, got {len(first)} and {len(second)}")
-    apart = _values(second, "results") - _values(first, "results")
+    apart = _values(second) - _values(first)
     mean = float(apart.mean())
-    means = _drawn_means(apart, num_draws, seed)
+    means = _drawn_means(apart, seed)
     low, high = _interval(means)
     # Sums in another order differ in the last bits.
     hits = int(np.count_nonzero(np.abs(means - mean) >= abs(mean) - 1e-12))
@@ -110,27 +104,27 @@ def bootstrap_difference(
         mean=mean,
         low=low,
         high=high,
-        p_value=(1 + hits) / (1 + num_draws),
+        p_value=(1 + hits) / (1 + NUM_DRAWS),
         num_problems=len(apart),
         better=int(np.count_nonzero(apart > 0)),
         worse=int(np.count_nonzero(apart < 0)),
     )
 
 
-def _values(results: Sequence[float], what: str) -> np.ndarray:
+def _values(results: Sequence[float]) -> np.ndarray:
     values = np.asarray(results, dtype=np.float64)
     if values.size == 0:
-        raise ValueError(f"{what}: at least one problem is needed")
+        raise ValueError("results: at least one problem is needed")
     return values
 
 
-def _drawn_means(values: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
-    """Means of draws with replacement, `[num_draws]`."""
+def _drawn_means(values: np.ndarray, seed: int) -> np.ndarray:
+    """Means of draws with replacement, `[NUM_DRAWS]`."""
     rng = np.random.default_rng(seed)
     rows = max(_DRAWN_AT_ONCE // len(values), 1)
     means = []
-    for start in range(0, num_draws, rows):
-        size = (min(rows, num_draws - start), len(values))
+    for start in range(0, NUM_DRAWS, rows):
+        size = (min(rows, NUM_DRAWS - start), len(values))
         means.append(values[rng.integers(0, len(values), size=size)].mean(axis=1))
     return np.concatenate(means)
 

@@ -7,11 +7,10 @@ many such rows there are, because they bound what any system can reach.
 
 from __future__ import annotations
 
-import dataclasses
-
 from verifier.answer import normalise
-from verifier.answer_parser import AnswerTooLarge, parse_answer
-from verifier.answer_tree import Label
+from verifier.answer_parser import parse_answer
+from verifier.answer_tokens import AnswerTooLarge
+from verifier.answer_tree import Label, Node, children
 from verifier.verify import MAX_CHARACTERS
 
 MAX_WORD_CHARACTERS = 16
@@ -32,12 +31,7 @@ def is_comparable(gold: str) -> bool:
     return any(not _has_sentence(reading) for reading in readings)
 
 
-def _has_sentence(node: object) -> bool:
+def _has_sentence(node: Node) -> bool:
     if isinstance(node, Label):
         return len(node.text) > MAX_WORD_CHARACTERS
-    if isinstance(node, tuple):
-        return any(_has_sentence(item) for item in node)
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        fields = dataclasses.fields(node)
-        return any(_has_sentence(getattr(node, field.name)) for field in fields)
-    return False
+    return any(map(_has_sentence, children(node)))

@@ -186,22 +186,15 @@ def _whole(value: Fraction, limit: int = 10**9) -> int:
     return value.numerator
 
 
-def _exact_factorial(value: Fraction) -> Fraction:
+def _exact_factorial(value: Fraction, step: int = 1) -> Fraction:
+    """number (number - step) (number - 2 step) ... of positive factors."""
     number = _whole(value)
     if number < 0:
         raise Undefined
     if number > _FACTORIAL_LIMIT:
         raise BeyondBudget
-    return _sized(Fraction(math.factorial(number)))
-
-
-def _exact_double_factorial(value: Fraction) -> Fraction:
-    number = _whole(value)
-    if number < 0:
-        raise Undefined
-    if number > _FACTORIAL_LIMIT:
-        raise BeyondBudget
-    return _sized(Fraction(math.prod(range(number, 0, -2))))
+    product = math.factorial(number) if step == 1 else math.prod(range(number, 0, -step))
+    return _sized(Fraction(product))
 
 
 def _exact_binomial(top: Fraction, bottom: Fraction) -> Fraction:
@@ -230,7 +223,7 @@ _EXACT_CALLS: dict[str, Callable[..., Fraction]] = {
     "ceil": lambda value: Fraction(math.ceil(value)),
     "sign": lambda value: Fraction((value > 0) - (value < 0)),
     "factorial": _exact_factorial,
-    "factorial2": _exact_double_factorial,
+    "factorial2": lambda value: _exact_factorial(value, 2),
     "binomial": _exact_binomial,
     "mod": _exact_mod,
     "gcd": lambda *values: Fraction(math.gcd(*map(_whole, values))),

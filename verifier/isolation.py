@@ -57,12 +57,10 @@ REQUIRED_LAYERS = (
 )
 """Without one of these `strict` refuses to start."""
 
-OPTIONAL_LAYERS = ("session", "uid", "namespaces", "file_system_view")
-
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # PyDLL keeps the interpreter lock over the call, so that a fork never copies a released one
-_HELD_SYSCALL = ctypes.PyDLL(None, use_errno=True).syscall
-_HELD_SYSCALL.restype = ctypes.c_long
+HELD_SYSCALL = ctypes.PyDLL(None, use_errno=True).syscall
+HELD_SYSCALL.restype = ctypes.c_long
 
 _SYS_CLONE = 56
 _SYS_PIVOT_ROOT = 155
@@ -89,28 +87,27 @@ class LayerError(OSError):
     """A layer could not be set up; the message names the system call."""
 
 
-def _call(name: str, *arguments: object) -> int:
+def _call(name: str, *arguments: object, label: str = "") -> int:
+    """Call a function of the C library; whole numbers go as the 64 bits of a register.
+
+    Raises:
+        LayerError: it returned less than 0; the message begins with label or name.
+    """
     function = getattr(_LIBC, name)
     function.restype = ctypes.c_long
-    result = function(*arguments)
+    result = function(*(ctypes.c_long(one) if isinstance(one, int) else one for one in arguments))
     if result < 0:
         number = ctypes.get_errno()
-        raise LayerError(number, f"{name}: {os.strerror(number)}")
+        raise LayerError(number, f"{label or name}: {os.strerror(number)}")
     return int(result)
 
 
 def _syscall(label: str, number: int, *arguments: object) -> int:
-    _LIBC.syscall.restype = ctypes.c_long
-    result = _LIBC.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        error = ctypes.get_errno()
-        raise LayerError(error, f"{label}: {os.strerror(error)}")
-    return int(result)
+    return _call("syscall", number, *arguments, label=label)
 
 
 def _prctl(option: int, *arguments: int) -> int:
-    padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
-    return _call("prctl", ctypes.c_int(option), *padded)
+    return _call("prctl", option, *(*arguments, 0, 0, 0, 0)[:4])
 
 
 # --------------------------------------------------------------------------- fork
@@ -119,7 +116,7 @@ def _prctl(option: int, *arguments: int) -> int:
 def _tid_address() -> int:
     address = ctypes.c_ulong(0)
     try:
-        _call("prctl", ctypes.c_int(_PR_GET_TID_ADDRESS), ctypes.byref(address))
+        _call("prctl", _PR_GET_TID_ADDRESS, ctypes.byref(address))
     except LayerError:
         return 0
     return address.value
@@ -150,7 +147,7 @@ class SiblingFork:
             ctypes.c_ulong(0),
         )
 
-    def __call__(self, _syscall=_HELD_SYSCALL) -> int:
+    def __call__(self, _syscall=HELD_SYSCALL) -> int:
         """The child's pid in the parent, 0 in the child, -1 when the kernel refused."""
         return _syscall(*self._arguments)
 
@@ -185,9 +182,7 @@ def join_library_data() -> int:
         start, end = span.split("-")
         if previous and previous[1:] == (start, name) and protection == "rw-p":
             first, last = int(previous[0], 16), int(start, 16)
-            _call(
-                "mprotect", ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(3)
-            )
+            _call("mprotect", first, last - first, 3)
             joined += 1
         previous = (start, end, name) if protection == "r--p" else None
     return joined
@@ -196,8 +191,8 @@ def join_library_data() -> int:
 def fixed_addresses() -> bool:
     """No address randomisation in the programs this process will start; False if refused."""
     try:
-        current = _call("personality", ctypes.c_ulong(0xFFFFFFFF))
-        _call("personality", ctypes.c_ulong(current | _ADDR_NO_RANDOMIZE))
+        current = _call("personality", 0xFFFFFFFF)
+        _call("personality", current | _ADDR_NO_RANDOMIZE)
     except LayerError:
         return False
     return True
@@ -337,13 +332,8 @@ class _Program(ctypes.Structure):
 def _install_filter(code: bytes, listener: bool) -> int | None:
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    result = _syscall(
-        "seccomp",
-        _SYS_SECCOMP,
-        ctypes.c_uint(1),
-        ctypes.c_uint(8 if listener else 0),
-        ctypes.byref(program),
-    )
+    flags = 8 if listener else 0
+    result = _syscall("seccomp", _SYS_SECCOMP, 1, flags, ctypes.byref(program))
     return result if listener else None
 
 
@@ -363,9 +353,7 @@ _FS_READ_FILE, _FS_READ_DIR, _FS_WRITE_FILE = 4, 8, 2
 def landlock_abi() -> int:
     """The Landlock version of this kernel; 0 when it is missing or refused."""
     try:
-        return _syscall(
-            "landlock", _SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1)
-        )
+        return _syscall("landlock", _SYS_LANDLOCK_CREATE, None, 0, 1)
     except LayerError:
         return 0
 
@@ -374,13 +362,7 @@ def _landlock_ruleset(readable: Sequence[str], abi: int) -> int:
     file_rights = _FS_RIGHTS_BY_ABI[max(known for known in _FS_RIGHTS_BY_ABI if known <= abi)]
     attributes = struct.pack("<QQQ", file_rights, 3, 3)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
-    ruleset = _syscall(
-        "landlock_create_ruleset",
-        _SYS_LANDLOCK_CREATE,
-        attributes,
-        ctypes.c_size_t(size),
-        ctypes.c_uint(0),
-    )
+    ruleset = _syscall("landlock_create_ruleset", _SYS_LANDLOCK_CREATE, attributes, size, 0)
     rules = [(path, _FS_READ_FILE | _FS_READ_DIR) for path in readable]
     rules += [("/dev/null", _FS_READ_FILE | _FS_WRITE_FILE), ("/dev/urandom", _FS_READ_FILE)]
     for path, rights in rules:
@@ -392,14 +374,7 @@ def _landlock_ruleset(readable: Sequence[str], abi: int) -> int:
             if not Path(path).is_dir():
                 rights &= ~_FS_READ_DIR
             rule = struct.pack("<Qi", rights, descriptor)
-            _syscall(
-                "landlock_add_rule",
-                _SYS_LANDLOCK_ADD,
-                ctypes.c_int(ruleset),
-                ctypes.c_int(1),
-                rule,
-                ctypes.c_uint(0),
-            )
+            _syscall("landlock_add_rule", _SYS_LANDLOCK_ADD, ruleset, 1, rule, 0)
         finally:
             os.close(descriptor)
     return ruleset
@@ -433,26 +408,25 @@ def readable_paths(search_path: Sequence[str]) -> list[str]:
 
 
 def _bind_read_only(source: str, target: str) -> None:
-    _call("mount", source.encode(), target.encode(), None, ctypes.c_ulong(_MS_BIND | _MS_REC), None)
+    _call("mount", source.encode(), target.encode(), None, _MS_BIND | _MS_REC, None)
     held = os.statvfs(target).f_flag
     flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | (held & (2 | 4 | 8 | 1024 | 2048))
     if held & 4096:
         flags |= 1 << 21
     if not source.endswith("/dev/null"):
         flags |= _MS_NOSUID
-    _call("mount", None, target.encode(), None, ctypes.c_ulong(flags), None)
+    _call("mount", None, target.encode(), None, flags, None)
 
 
 def _replace_file_system(paths: Sequence[str]) -> None:
     """Leave only `paths` and three devices visible, all of it read-only."""
-    _call("mount", b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
+    _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     base = "/tmp"
-    options = ctypes.c_char_p(b"size=1m,mode=755")
-    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
-    _call("mount", b"tmpfs", base.encode(), b"tmpfs", flags, options)
+    flags = _MS_NOSUID | _MS_NODEV
+    _call("mount", b"tmpfs", base.encode(), b"tmpfs", flags, b"size=1m,mode=755")
     Path(base, ".host").mkdir()
     os.chdir(base)
-    _syscall("pivot_root", _SYS_PIVOT_ROOT, ctypes.c_char_p(b"."), ctypes.c_char_p(b".host"))
+    _syscall("pivot_root", _SYS_PIVOT_ROOT, b".", b".host")
     os.chdir("/")
     os.umask(0o022)
     for path in (*paths, "/dev/null", "/dev/urandom"):
@@ -466,9 +440,9 @@ def _replace_file_system(paths: Sequence[str]) -> None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).touch(0o644)
         _bind_read_only(source, path)
-    _call("umount2", b"/.host", ctypes.c_int(_MNT_DETACH))
+    _call("umount2", b"/.host", _MNT_DETACH)
     Path("/.host").rmdir()
-    _call("mount", None, b"/", None, ctypes.c_ulong(_MS_REMOUNT | _MS_BIND | _MS_RDONLY), None)
+    _call("mount", None, b"/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY, None)
 
 
 def _resolve_below(root: str, path: str, depth: int = 16) -> str:
@@ -501,22 +475,18 @@ def enter_namespaces(paths: Sequence[str]) -> None:
     flags = _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWNET
     user, group = os.geteuid(), os.getegid()
     if effective_capabilities() >> CAP_SYS_ADMIN & 1:
-        _call("unshare", ctypes.c_int(flags))
+        _call("unshare", flags)
     elif user == 0:
         # a user namespace would map root only, and trees could no longer become other users
         raise LayerError(errno.EPERM, "root without CAP_SYS_ADMIN")
     else:
-        _call("unshare", ctypes.c_int(flags | _CLONE_NEWUSER))
+        _call("unshare", flags | _CLONE_NEWUSER)
         for name, text in (
             ("setgroups", "deny"),
             ("uid_map", f"{user} {user} 1"),
             ("gid_map", f"{group} {group} 1"),
         ):
-            descriptor = os.open(f"/proc/self/{name}", os.O_WRONLY)
-            try:
-                os.write(descriptor, text.encode())
-            finally:
-                os.close(descriptor)
+            Path(f"/proc/self/{name}").write_text(text, encoding="ascii")
     _replace_file_system(paths)
 
 
@@ -664,15 +634,8 @@ def lock_process(
             "withheld" if "landlock" in locks.withheld else "not in this kernel"
         )
     else:
-        ruleset = ctypes.c_int(locks.ruleset_fd)
-        attempt(
-            "landlock",
-            _syscall,
-            "landlock_restrict_self",
-            _SYS_LANDLOCK_RESTRICT,
-            ruleset,
-            ctypes.c_uint(0),
-        )
+        restrict = ("landlock_restrict_self", _SYS_LANDLOCK_RESTRICT, locks.ruleset_fd, 0)
+        attempt("landlock", _syscall, *restrict)
     listener = None
     if "seccomp" not in locks.withheld:
         listener = attempt("fork_supervision", _install_filter, locks.supervised_program, True)

@@ -83,14 +83,10 @@ def _pieces(node: Node) -> list[Piece] | None:
     match node:
         case Interval(low=low, high=high, low_open=low_open, high_open=high_open):
             return _one_piece(low, high, low_open, high_open)
-        case Sequence(kind="tuple", items=(low, high)) if is_expression(low) and is_expression(
-            high
-        ):
-            return _one_piece(low, high, True, True)
-        case Sequence(kind="bracket", items=(low, high)) if is_expression(low) and is_expression(
-            high
-        ):
-            return _one_piece(low, high, False, False)
+        case Sequence(kind=("tuple" | "bracket") as kind, items=(low, high)) if is_expression(
+            low
+        ) and is_expression(high):
+            return _one_piece(low, high, kind == "tuple", kind == "tuple")
         case Sequence(kind="set", items=items) if all(map(is_expression, items)):
             return _merge(
                 [piece for item in items for piece in _one_piece(item, item, False, False)]
@@ -124,6 +120,11 @@ def _one_piece(low: Node, high: Node, low_open: bool, high_open: bool) -> list[P
     return [Piece(low, high, low_open, high_open, low_value, high_value)]
 
 
+def _from_to(one: Piece, two: Piece) -> Piece:
+    """From the low end of one piece to the high end of another."""
+    return Piece(one.low, two.high, one.low_open, two.high_open, one.low_value, two.high_value)
+
+
 def _end_value(node: Node) -> Any:
     if has_infinity(node):
         sign = infinite_sign(node)
@@ -153,9 +154,7 @@ def _merge(pieces: list[Piece]) -> list[Piece]:
             )
             if piece.low_value < last.high_value or touching:
                 end = max(last, piece, key=lambda one: (one.high_value, not one.high_open))
-                merged[-1] = Piece(
-                    last.low, end.high, last.low_open, end.high_open, last.low_value, end.high_value
-                )
+                merged[-1] = _from_to(last, end)
                 continue
         merged.append(piece)
     return merged
@@ -173,11 +172,7 @@ def _intersection(left: list[Piece], right: list[Piece]) -> list[Piece]:
                 continue
             if low.low_value == high.high_value and (low.low_open or high.high_open):
                 continue
-            found.append(
-                Piece(
-                    low.low, high.high, low.low_open, high.high_open, low.low_value, high.high_value
-                )
-            )
+            found.append(_from_to(low, high))
     return _merge(found)
 
 

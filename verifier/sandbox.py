@@ -35,7 +35,6 @@ from verifier.sandbox_client import SandboxError, SupervisorClient, SupervisorSe
 
 __all__ = [
     "AsyncSandbox",
-    "ExecutionResult",
     "Isolation",
     "Sandbox",
     "SandboxError",
@@ -167,9 +166,6 @@ class StepResult:
     @property
     def ok(self) -> bool:
         return self.status is StepStatus.OK
-
-
-ExecutionResult = StepResult
 
 
 class _Base:

@@ -4,10 +4,9 @@
     reader thread                   answers -> futures; supervisor gone -> a new one, journal
                                     restored, requests sent again
 
-Frames are a 4-byte length and JSON. The journal keeps, for each state the caller was told of, how
-it came to be (parent, code, limits, output hash); after a restart the states exist again as evicted
-ones and come back by replay. A request is answered exactly once, whatever happens to the supervisor
-in between.
+The journal keeps, for each state the caller was told of, how it came to be (parent, code, limits,
+output hash); after a restart the states exist again as evicted ones and come back by replay. A
+request is answered exactly once, whatever happens to the supervisor in between.
 """
 
 from __future__ import annotations
@@ -18,61 +17,23 @@ import logging
 import os
 import selectors
 import socket
-import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from verifier.isolation import SINGLE_THREADED
+from verifier.sandbox_interpreter import SUPERVISOR, start_interpreter
+from verifier.sandbox_wire import frame, take_frames
 
 logger = logging.getLogger(__name__)
 
-_LENGTH = struct.Struct("<I")
 _START_TIMEOUT_S = 120.0
 _MAX_RESTARTS = 5
 _RESTART_WINDOW_S = 60.0
 _SHUTDOWN_TIMEOUT_S = 10.0
-
-# The package is stood up by hand so that nothing of its __init__ is imported there, and the modules
-# get builtins of their own (see sandbox_runner).
-BOOTSTRAP = """
-import builtins, pathlib, sys, types
-folder, names, sys.argv = sys.argv[1], sys.argv[2].split(","), sys.argv[2:]
-package = types.ModuleType("verifier")
-package.__path__ = []
-sys.modules["verifier"] = package
-for name in names:
-    path = pathlib.Path(folder, name + ".py")
-    module = types.ModuleType("verifier." + name)
-    module.__dict__.update(__builtins__=dict(vars(builtins)), __file__=str(path))
-    sys.modules["verifier." + name] = module
-    setattr(package, name, module)
-    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
-module.main()
-"""
-
-
-def interpreter_command(*modules: str) -> list[str]:
-    """Command that runs `main()` of the last of these modules in a fresh interpreter.
-
-    User site-packages and the working folder stay out (-s, -P). Not -I: it would ignore
-    PYTHONHASHSEED.
-    """
-    folder = str(Path(__file__).resolve().parent)
-    return [sys.executable, "-s", "-P", "-B", "-c", BOOTSTRAP, folder, ",".join(modules)]
-
-
-def interpreter_environment() -> dict[str, str]:
-    """The whole environment of supervisor and zygote: nothing of ours, one thread, fixed hashes."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    fixed = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"}
-    return {**fixed, **SINGLE_THREADED, **kept}
 
 
 class SandboxError(RuntimeError):
@@ -129,32 +90,20 @@ class SupervisorClient:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            command = interpreter_command("isolation", "sandbox_client", "fork_tree")
-            process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=interpreter_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-            )
-        finally:
-            theirs.close()
+        with theirs:
+            process = start_interpreter(SUPERVISOR, theirs)
         try:
             ours.settimeout(_START_TIMEOUT_S)
-            ours.sendall(_frame(asdict(self._settings)))
-            size = _LENGTH.unpack(_receive_exactly(ours, 4))[0]
+            ours.sendall(frame(asdict(self._settings)))
+            size = int.from_bytes(_receive_exactly(ours, 4), "little")
             answer = json.loads(_receive_exactly(ours, size))
             if "failed" in answer:
                 raise SandboxError(answer["failed"])
         except (OSError, EOFError) as error:
-            raise_from: BaseException = error
             process.kill()
             process.wait()
             ours.close()
-            raise SandboxError(f"the sandbox supervisor did not start: {error!r}") from raise_from
+            raise SandboxError(f"the sandbox supervisor did not start: {error!r}") from error
         except SandboxError:
             process.wait()
             ours.close()
@@ -165,10 +114,6 @@ class SupervisorClient:
         for layer, state in self.capabilities["layers"].items():
             if state.startswith("off") and layer in self.capabilities["required"]:
                 logger.warning("sandbox layer missing: %s layer=%s", state, layer)
-
-    @property
-    def supervisor_pid(self) -> int:
-        return self._process.pid
 
     def shutdown(self) -> None:
         if os.getpid() != self._owner_pid:
@@ -198,25 +143,26 @@ class SupervisorClient:
                 raise SandboxError(self._failure or "the sandbox is shut down")
             number = self._next_id
             self._next_id += 1
-            frame = _frame({"id": number, "op": operation, **fields})
-            self._pending[number] = _Pending(frame, future, {"op": operation, **fields})
-            self._send(frame)
+            content = {"op": operation, **fields}
+            pending = _Pending(frame({"id": number, **content}), future, content)
+            self._pending[number] = pending
+            self._send(pending.frame)
         return future
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         """Called with the lock held."""
         if not self._outgoing:
             try:
-                sent = self._socket.send(frame)
+                sent = self._socket.send(message)
             except BlockingIOError:
                 sent = 0
             except OSError:
                 # the reader thread sees the end of the supervisor and sends it all again
                 return
-            if sent == len(frame):
+            if sent == len(message):
                 return
-            frame = frame[sent:]
-        self._outgoing += frame
+            message = message[sent:]
+        self._outgoing += message
         os.eventfd_write(self._wake_fd, 1)
 
     # ------------------------------------------------------------------ the reader thread
@@ -269,12 +215,7 @@ class SupervisorClient:
         if not data:
             return False
         self._incoming += data
-        while len(self._incoming) >= 4:
-            size = _LENGTH.unpack_from(self._incoming)[0]
-            if len(self._incoming) < 4 + size:
-                break
-            answer = json.loads(self._incoming[4 : 4 + size])
-            del self._incoming[: 4 + size]
+        for answer in take_frames(self._incoming):
             self._answer(answer)
         return True
 
@@ -338,7 +279,7 @@ class SupervisorClient:
                 "trees": list(self._open_trees.values()),
                 "states": list(self._journal.values()),
             }
-            self._outgoing += _frame(restore)
+            self._outgoing += frame(restore)
             for pending in self._pending.values():
                 pending.restarts += 1
                 self._outgoing += pending.frame
@@ -350,11 +291,6 @@ class SupervisorClient:
         for pending in waiting.values():
             with contextlib.suppress(InvalidStateError):
                 pending.future.set_exception(SandboxError(message))
-
-
-def _frame(content: Mapping[str, Any]) -> bytes:
-    body = json.dumps(content).encode("ascii")
-    return _LENGTH.pack(len(body)) + body
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes:

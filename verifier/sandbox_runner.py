@@ -4,7 +4,7 @@
                              each one: wait for a spawn order, fork; the child runs one step,
                              replies, waits
 
-This file is executed by `fork_tree` as the main program of a fresh interpreter. It holds no secret
+This file is the main program of a fresh interpreter (`sandbox_interpreter`). It holds no secret
 and is not trusted after the first user step: user code shares its address space and may rewrite any
 of it. All it could gain is to lie about its own node and its descendants; limits, exits and forks
 are judged by the supervisor and the kernel.
@@ -43,18 +43,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from verifier import isolation, memory_image, sandbox_warm_up
-
-REQUEST = struct.Struct("<4sIIIIIIQI")
-"""magic, nonce, step number, bytes kept, characters accepted, error bytes, CPU s, address space in
-bytes, bytes of code."""
-REPLY = struct.Struct("<4sIBBdQIII")
-"""magic, nonce, status, truncated, seconds in the step, characters printed, three text lengths."""
-REQUEST_MAGIC, REPLY_MAGIC = b"RSQ1", b"RSA1"
-HELLO, ROOT_HELLO, SPAWN, NO_FORK = b"H", b"L", b"S", b"N"
-FRAME_BYTES = 60_000
-"""Larger messages travel as several frames of at most this size."""
-OK, ERROR, MEMORY, OUTPUT_LIMIT, DENIED = range(5)
-READY = b"READY"
+from verifier.sandbox_wire import (
+    DENIED,
+    ERROR,
+    FRAME_BYTES,
+    HELLO,
+    MEMORY,
+    NO_FORK,
+    OK,
+    OUTPUT_LIMIT,
+    READY,
+    REPLY,
+    REPLY_MAGIC,
+    REQUEST,
+    ROOT_HELLO,
+    SPAWN,
+)
 
 
 class _Bytes(io.RawIOBase):
@@ -280,7 +284,7 @@ def _describe(error: BaseException, error_bytes: int) -> tuple[int, str, str]:
     return ERROR, kind, message
 
 
-_close_range_call = isolation._HELD_SYSCALL
+_close_range_call = isolation.HELD_SYSCALL
 
 
 def _close_range(first: int, end: int) -> None:

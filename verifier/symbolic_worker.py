@@ -81,40 +81,11 @@ def build(sympy: Any, tree: Any) -> Any:
 
 
 def functions(sympy: Any) -> dict[str, Callable[..., Any]]:
-    named = {
-        name: getattr(sympy, name)
-        for name in (
-            *(
-                "sin",
-                "cos",
-                "tan",
-                "cot",
-                "sec",
-                "csc",
-                "sinh",
-                "cosh",
-                "tanh",
-                "coth",
-                "sech",
-                "csch",
-            ),
-            *("asin", "acos", "atan", "acot", "asec", "acsc", "asinh", "acosh", "atanh"),
-            *(
-                "factorial",
-                "factorial2",
-                "binomial",
-                "floor",
-                "gamma",
-                "sign",
-                "re",
-                "im",
-                "conjugate",
-                "gcd",
-                "lcm",
-            ),
-        )
-    }
-    return named | {
+    named = (
+        "sin cos tan cot sec csc sinh cosh tanh coth sech csch asin acos atan acot asec acsc asinh "
+        "acosh atanh factorial factorial2 binomial floor gamma sign re im conjugate gcd lcm"
+    )
+    return {name: getattr(sympy, name) for name in named.split()} | {
         "add": sympy.Add,
         "mul": sympy.Mul,
         "power": sympy.Pow,

@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from verifier.answer import normalise
-from verifier.answer_parser import AnswerTooLarge, parse_answer, squash
+from verifier.answer_parser import parse_answer
+from verifier.answer_tokens import AnswerTooLarge
 from verifier.answer_tree import Node
-from verifier.equivalence import Finding, Reason, compare_readings
+from verifier.equivalence import compare_readings
+from verifier.finding import Finding, Reason
 from verifier.symbolic import SymbolicWorker, Timeout
 
 GRADER_VERSION = "answers-1"
@@ -87,9 +89,9 @@ def clear_caches() -> None:
     _parsed.cache_clear()
 
 
-def start_symbolic_worker(timeout_s: float = 30.0) -> bool:
+def start_symbolic_worker() -> bool:
     """Start the sympy process now instead of at its first question; True when it is ready."""
-    return _worker.start(timeout_s)
+    return _worker.start()
 
 
 def stop_symbolic_worker() -> None:
@@ -194,16 +196,3 @@ def _choice_letters(text: str) -> str | None:
         letters = sorted(char for char in bare if char.isupper())
         return "".join(letters) if len(set(letters)) == len(letters) else None
     return None
-
-
-__all__ = [
-    "GRADER_VERSION",
-    "Reason",
-    "Verdict",
-    "answers_match",
-    "clear_caches",
-    "squash",
-    "start_symbolic_worker",
-    "stop_symbolic_worker",
-    "verify_answer",
-]

@@ -40,9 +40,8 @@ from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import Any
 
-from cluster.engines.config import Dialect
-from cluster.engines.replica import read_completion
-from rollout.engine import Completion, FinishReason, GenerationRequest
+from cluster.engines.config import Dialect, EndpointConfig
+from rollout.engine import Completion, FinishReason, GenerationRequest, cut_completion
 
 _FINISH = {
     "stop": FinishReason.STOP,
@@ -93,22 +92,20 @@ class CompletionsReply:
 
 def request_body(
     request: GenerationRequest,
+    config: EndpointConfig,
     *,
-    model: str,
-    dialect: Dialect,
     n: int,
-    seed: int | None,
     max_tokens: int,
-    logprobs: bool,
-    extra: Mapping[str, Any],
+    seed: int | None = None,
+    logprobs: bool = False,
 ) -> dict[str, Any]:
     """The JSON of one HTTP request for `n` of the candidates.
 
-    Args:
-        extra: further keys; null removes one that would be sent otherwise.
+    A further key of the config that is null removes one that would be sent otherwise.
     """
+    dialect = config.dialect
     body: dict[str, Any] = {
-        "model": model,
+        "model": config.model,
         "prompt": request.prompt,
         "n": n,
         "max_tokens": max_tokens,
@@ -129,7 +126,7 @@ def request_body(
         if dialect == "vllm":
             usage["continuous_usage_stats"] = True
         body |= {"stream": True, "stream_options": usage}
-    body |= extra
+    body |= config.extra_body
     return {name: value for name, value in body.items() if value is not None}
 
 
@@ -174,7 +171,7 @@ def read_reply(
     sums = [_logprobs(choice) for choice in choices]
     counted = [len(values) for values in sums]
     if not all(counted):
-        total = usage.completion if usage else sum(_guess_tokens(text) for text in texts)
+        total = usage.completion if usage else sum(math.ceil(len(text) / 3.5) for text in texts)
         # One more each: the token that ended it left no text.
         counted = split_tokens(total, [len(text) + 1 for text in texts])
     completions = []
@@ -183,7 +180,7 @@ def read_reply(
         if dialect == "vllm":
             text += _reported_stop(choice, stop)
         completions.append(
-            read_completion(
+            cut_completion(
                 text,
                 stop=stop,
                 stopped=finish is FinishReason.STOP,
@@ -518,7 +515,3 @@ def _tokens_up_to(choice: Mapping[str, Any], text: str, end: int) -> int:
         if length >= end:
             return number
     return len(tokens)
-
-
-def _guess_tokens(text: str) -> int:
-    return math.ceil(len(text) / 3.5)

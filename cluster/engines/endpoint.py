@@ -35,12 +35,13 @@ import asyncio
 import codecs
 import json
 import logging
+import math
 import random
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -63,13 +64,7 @@ from cluster.engines.completions_api import (
 from cluster.engines.config import EndpointConfig
 from cluster.jobs.admission import EnginePressure
 from cluster.telemetry.tracing import Traced
-from rollout.engine import (
-    Completion,
-    EngineError,
-    FinishReason,
-    GenerationReply,
-    GenerationRequest,
-)
+from rollout.engine import Completion, EngineError, FinishReason, GenerationReply, GenerationRequest
 from rollout.prompt import RSTAR_TEMPLATE, render_question
 
 logger = logging.getLogger(__name__)
@@ -93,38 +88,38 @@ _PROBE = GenerationRequest(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class EndpointStats:
     """Counters since the start, and the present load; names as in `ReplicaStats`."""
 
     name: str
     version: str
-    healthy: bool
-    fatal: str
+    healthy: bool = True
+    fatal: str = ""
     """Why no request will be answered any more; "" if they are."""
-    requests: int
+    requests: int = 0
     """HTTP requests answered."""
-    failed: int
+    failed: int = 0
     """HTTP requests given up."""
-    retries: int
-    throttled: int
+    retries: int = 0
+    throttled: int = 0
     """Answers that asked to slow down (429)."""
-    prompt_tokens: int
+    prompt_tokens: int = 0
     """Once an HTTP request, however many candidates."""
-    cached_tokens: int
+    cached_tokens: int = 0
     """As far as the server tells."""
-    generated_tokens: int
+    generated_tokens: int = 0
     """All that were received, those behind a stop string included."""
-    estimated_requests: int
+    estimated_requests: int = 0
     """Answers without usage: tokens are counted here, those of the prompt estimated."""
-    too_long: int
+    too_long: int = 0
     """Prompts that did not fit."""
-    running_requests: int
+    running_requests: int = 0
     """HTTP requests with a slot, pauses included."""
-    running_sequences: int
-    waiting_requests: int
+    running_sequences: int = 0
+    waiting_requests: int = 0
     """HTTP requests that wait for a slot."""
-    paused_s: float
+    paused_s: float = 0.0
     """Sum over requests of the time they waited for back-off, Retry-After or a rate limit."""
 
 
@@ -224,29 +219,21 @@ class EndpointPolicy(Traced):
         self._key = ""
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(config.max_in_flight)
-        per_minute = config.requests_per_minute
-        self._request_pace = Pace(per_minute) if per_minute is not None else None
-        per_minute = config.tokens_per_minute
-        self._token_pace = Pace(per_minute) if per_minute is not None else None
+        self._request_pace = Pace(config.requests_per_minute or math.inf)
+        self._token_pace = Pace(config.tokens_per_minute or math.inf)
         self._resume_s = float("-inf")
         """No request is sent before: a server asked for a pause."""
-        self._fatal = ""
         # A prompt's tokens are estimated from its length by what usage has told so far.
         self._known_chars, self._known_tokens = 3.5, 1.0
-        self._requests = before.requests if before else 0
-        self._failed = before.failed if before else 0
-        self._retries = before.retries if before else 0
-        self._throttled = before.throttled if before else 0
-        self._prompt_tokens = before.prompt_tokens if before else 0
-        self._cached_tokens = before.cached_tokens if before else 0
-        self._generated_tokens = before.generated_tokens if before else 0
-        self._estimated = before.estimated_requests if before else 0
-        self._too_long = before.too_long if before else 0
-        self._running = 0
-        self._sequences = 0
-        self._waiting = 0
+        self._stats = replace(
+            before or EndpointStats(name=name, version=config.version),
+            healthy=True,
+            fatal="",
+            running_requests=0,
+            running_sequences=0,
+            waiting_requests=0,
+        )
         self._waiting_sequences = 0
-        self._paused_s = before.paused_s if before else 0.0
 
     # ---------------------------------------------------------------- the engine
 
@@ -258,16 +245,7 @@ class EndpointPolicy(Traced):
                 not speak the configured dialect.
         """
         self._key = api_key
-        body = request_body(
-            _PROBE,
-            model=self.config.model,
-            dialect=self.config.dialect,
-            n=1,
-            seed=None,
-            max_tokens=_PROBE.max_tokens,
-            logprobs=False,
-            extra=self.config.extra_body,
-        )
+        body = request_body(_PROBE, self.config, n=1, max_tokens=_PROBE.max_tokens)
         deadline_s = min(PROBE_DEADLINE_S, self.config.deadline_s)
         try:
             await self._exchange(_PROBE, body, deadline_s=deadline_s)
@@ -310,30 +288,12 @@ class EndpointPolicy(Traced):
 
     async def stats(self) -> EndpointStats:
         """Counters and load."""
-        return EndpointStats(
-            name=self._name,
-            version=self.config.version,
-            healthy=not self._fatal,
-            fatal=self._fatal,
-            requests=self._requests,
-            failed=self._failed,
-            retries=self._retries,
-            throttled=self._throttled,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            generated_tokens=self._generated_tokens,
-            estimated_requests=self._estimated,
-            too_long=self._too_long,
-            running_requests=self._running,
-            running_sequences=self._sequences,
-            waiting_requests=self._waiting,
-            paused_s=self._paused_s,
-        )
+        return replace(self._stats)
 
     async def pressure(self) -> EnginePressure:
         """How full the slots are, as an engine says it of its batch."""
         return EnginePressure(
-            running=self._sequences,
+            running=self._stats.running_sequences,
             waiting=self._waiting_sequences,
             kv_usage=0.0,
             preemptions=0,
@@ -354,21 +314,19 @@ class EndpointPolicy(Traced):
         while True:
             body = request_body(
                 request,
-                model=self.config.model,
-                dialect=self.config.dialect,
+                self.config,
                 n=n,
+                max_tokens=max_tokens,
                 # As vLLM numbers the candidates of one request: the same texts, however split.
                 seed=seed + before if seed is not None else None,
-                max_tokens=max_tokens,
                 logprobs=self.config.logprobs,
-                extra=self.config.extra_body,
             )
             try:
                 return await self._exchange(request, body, deadline_s=self.config.deadline_s)
             except _Failure as failure:
                 room = room_left(failure.text, max_tokens)
             if room.max_tokens < 1:
-                self._too_long += 1
+                self._stats.too_long += 1
                 empty = Completion(text="", finish=FinishReason.PROMPT_TOO_LONG)
                 tokens = room.prompt_tokens or self._estimate(request.prompt)
                 return CompletionsReply(completions=(empty,) * n, prompt_tokens=tokens)
@@ -400,12 +358,12 @@ class EndpointPolicy(Traced):
                 except _Failure as failure:
                     pause_s = self._judge(failure, attempt)
                     if self._clock() + pause_s >= until_s:
-                        self._failed += 1
+                        self._stats.failed += 1
                         raise self._error(
                             f"gave up after {attempt} tries in {self._clock() - began_s:.0f} s, "
                             f"last: {failure.text}"
                         ) from None
-                    self._retries += 1
+                    self._stats.retries += 1
                     logger.info(
                         "A request is sent again in %.1f s: %s endpoint=%s attempt=%d",
                         pause_s,
@@ -419,44 +377,40 @@ class EndpointPolicy(Traced):
 
     @asynccontextmanager
     async def _slot(self, sequences: int) -> AsyncIterator[None]:
-        self._waiting += 1
+        self._stats.waiting_requests += 1
         self._waiting_sequences += sequences
         try:
             await self._slots.acquire()
         finally:
-            self._waiting -= 1
+            self._stats.waiting_requests -= 1
             self._waiting_sequences -= sequences
-        self._running += 1
-        self._sequences += sequences
+        self._stats.running_requests += 1
+        self._stats.running_sequences += sequences
         try:
             yield
         finally:
-            self._running -= 1
-            self._sequences -= sequences
+            self._stats.running_requests -= 1
+            self._stats.running_sequences -= sequences
             self._slots.release()
 
     def _check_usable(self) -> None:
         budget = self.config.max_total_tokens
-        used = self._prompt_tokens + self._generated_tokens
-        if budget is not None and used >= budget and not self._fatal:
+        read, written = self._stats.prompt_tokens, self._stats.generated_tokens
+        if budget is not None and read + written >= budget and not self._stats.fatal:
             raise self._end(
                 f"the budget of {budget:,} tokens (endpoint.max_total_tokens) is used up: "
-                f"{self._prompt_tokens:,} in, {self._generated_tokens:,} out; what is finished is "
-                "kept, and the same command goes on with a new budget"
+                f"{read:,} in, {written:,} out; what is finished is kept, and the same command "
+                "goes on with a new budget"
             )
-        if self._fatal:
-            raise EngineError(self._fatal)
+        if self._stats.fatal:
+            raise EngineError(self._stats.fatal)
 
     async def _keep_pace(self, tokens: float) -> float:
         """Wait for the rate limits; returns the seconds waited."""
         now_s = self._clock()
-        waits_s = [0.0]
-        if self._request_pace is not None:
-            waits_s.append(self._request_pace.take(1.0, now_s))
-        if self._token_pace is not None:
-            waits_s.append(self._token_pace.take(tokens, now_s))
-        await self._pause(max(waits_s))
-        return max(waits_s)
+        wait_s = max(self._request_pace.take(1.0, now_s), self._token_pace.take(tokens, now_s))
+        await self._pause(wait_s)
+        return wait_s
 
     async def _keep_quiet(self) -> None:
         """Wait for the end of the pause that the server asked for, if it did."""
@@ -465,7 +419,7 @@ class EndpointPolicy(Traced):
 
     async def _pause(self, seconds: float) -> None:
         if seconds > 0:
-            self._paused_s += seconds
+            self._stats.paused_s += seconds
             await self._sleep(seconds)
 
     def _judge(self, failure: _Failure, attempt: int) -> float:
@@ -478,12 +432,12 @@ class EndpointPolicy(Traced):
         if failure.kind is ErrorKind.TOO_LONG:
             raise failure
         # A server that never took a request will not take the next one for being another.
-        refuses_all = failure.kind is ErrorKind.REFUSED and self._requests == 0
+        refuses_all = failure.kind is ErrorKind.REFUSED and self._stats.requests == 0
         if failure.kind is ErrorKind.FATAL or refuses_all:
-            self._failed += 1
+            self._stats.failed += 1
             raise self._end(failure.text) from None
         if failure.kind is ErrorKind.REFUSED:
-            self._failed += 1
+            self._stats.failed += 1
             raise self._error(failure.text) from None
         own_s = backoff_s(
             attempt,
@@ -492,11 +446,11 @@ class EndpointPolicy(Traced):
             rng=self._rng,
         )
         if failure.status == 429:
-            self._throttled += 1
+            self._stats.throttled += 1
         if failure.pause_s is None:
             return own_s
         if failure.pause_s >= self.config.deadline_s:
-            self._failed += 1
+            self._stats.failed += 1
             raise self._end(
                 f"the server asks to come back in {failure.pause_s:,.0f} s, later than "
                 f"endpoint.deadline_s allows: {failure.text}"
@@ -528,28 +482,16 @@ class EndpointPolicy(Traced):
             raise _Failure(self._clean(f"no completion came: {error}")) from None
 
     async def _post(self, request: GenerationRequest, body: dict[str, Any]) -> CompletionsReply:
-        n: int = body["n"]
-        async with self._client().post(
-            self.config.url, json=body, proxy=proxy_for(self.config.url), allow_redirects=False
-        ) as response:
-            if response.status != 200:
-                raise self._failure_of(response, await response.text(errors="replace"))
+        asked: dict[str, Any] = {
+            "n": body["n"],
+            "stop": request.stop,
+            "dialect": self.config.dialect,
+            "logprobs": self.config.logprobs,
+        }
+        async with self._answer(body) as response:
             if not body.get("stream"):
-                raw = await response.read()
-                data = self._parse(raw.decode("utf-8"))
-                return read_reply(
-                    data,
-                    n=n,
-                    stop=request.stop,
-                    dialect=self.config.dialect,
-                    logprobs=self.config.logprobs,
-                )
-            reader = StreamReader(
-                n=n,
-                stop=request.stop,
-                logprobs=self.config.logprobs,
-                dialect=self.config.dialect,
-            )
+                return read_reply(self._parse((await response.read()).decode("utf-8")), **asked)
+            reader = StreamReader(**asked)
             async for event in _events(response.content):
                 reader.feed(self._parse(event))
                 if reader.ended:
@@ -557,6 +499,27 @@ class EndpointPolicy(Traced):
                     response.close()
                     break
             return reader.reply()
+
+    @asynccontextmanager
+    async def _answer(self, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer to a body that is sent, with status 200.
+
+        Raises:
+            _Failure: it has another status.
+        """
+        url = self.config.url
+        async with self._client().post(
+            url, json=body, proxy=proxy_for(url), allow_redirects=False
+        ) as response:
+            if response.status != 200:
+                text = await response.text(errors="replace")
+                raise _Failure(
+                    f"HTTP {response.status} {response.reason or ''}: {self._clean(text)}",
+                    judge_error(response.status, text),
+                    status=response.status,
+                    pause_s=retry_after_s(response.headers.get("Retry-After"), time.time()),
+                )
+            yield response
 
     def _parse(self, text: str) -> Any:
         """JSON of an answer with status 200.
@@ -571,14 +534,6 @@ class EndpointPolicy(Traced):
         code = error.get("code") if isinstance(error, dict) else None
         status = code if isinstance(code, int) and code >= 400 else 500
         raise _Failure(f"HTTP 200, then: {self._clean(text)}", judge_error(status, text))
-
-    def _failure_of(self, response: aiohttp.ClientResponse, text: str) -> _Failure:
-        return _Failure(
-            f"HTTP {response.status} {response.reason or ''}: {self._clean(text)}",
-            judge_error(response.status, text),
-            status=response.status,
-            pause_s=retry_after_s(response.headers.get("Retry-After"), time.time()),
-        )
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -602,30 +557,22 @@ class EndpointPolicy(Traced):
             tokens = reply.prompt_tokens
             self._known_chars += len(request.prompt)
             self._known_tokens += tokens
-        self._requests += 1
-        self._prompt_tokens += tokens
-        self._cached_tokens += reply.cached_tokens
-        self._generated_tokens += reply.generated_tokens
-        self._estimated += reply.estimated
-        if self._token_pace is not None:
-            difference = tokens + reply.generated_tokens - expected
-            self._token_pace.settle(difference, self._clock())
-        return CompletionsReply(
-            completions=reply.completions,
-            prompt_tokens=tokens,
-            generated_tokens=reply.generated_tokens,
-            cached_tokens=reply.cached_tokens,
-            estimated=reply.estimated,
-        )
+        self._stats.requests += 1
+        self._stats.prompt_tokens += tokens
+        self._stats.cached_tokens += reply.cached_tokens
+        self._stats.generated_tokens += reply.generated_tokens
+        self._stats.estimated_requests += reply.estimated
+        self._token_pace.settle(tokens + reply.generated_tokens - expected, self._clock())
+        return replace(reply, prompt_tokens=tokens)
 
     def _estimate(self, prompt: str) -> int:
         return max(1, round(len(prompt) * self._known_tokens / self._known_chars))
 
     def _expected_tokens(self, prompt: str, n: int, max_tokens: int) -> float:
         """Tokens a request will come to, by those before it."""
-        if self._requests == 0:
+        if self._stats.requests == 0:
             return self._estimate(prompt) + n * max_tokens
-        return self._estimate(prompt) + self._generated_tokens / self._requests
+        return self._estimate(prompt) + self._stats.generated_tokens / self._stats.requests
 
     def _error(self, text: str) -> EngineError:
         return EngineError(f"endpoint {self.config.model} at {self.config.base_url}: {text}")
@@ -633,7 +580,7 @@ class EndpointPolicy(Traced):
     def _end(self, text: str) -> EngineError:
         """The error of this call and of every later one."""
         error = self._error(text)
-        self._fatal = str(error)
+        self._stats.fatal, self._stats.healthy = str(error), False
         return error
 
     def _clean(self, text: str) -> str:

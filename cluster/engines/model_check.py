@@ -1,26 +1,29 @@
-"""Is this directory a model that a replica can serve, and is there memory for it?
+"""Can a replica serve this directory, is there memory for it, and is it what the engine serves?
 
-Every finding is one sentence that names the directory, what is wrong and what would be right, and
-comes before an engine is started: an engine that fails to start takes tens of seconds and reports
-from another process.
+Every finding of the first two is one sentence that names the directory, what is wrong and what
+would be right, and comes before an engine is started: an engine that fails to start takes tens of
+seconds and reports from another process. The last is judged by what an engine says of fixed texts
+once it has the weights (`check_fingerprint`).
 
 A tokenizer can be replaced without a word: for some model types (`qwen2` for one) transformers
 ignores the saved tokenizer class and builds its own pre-tokenizer, so that a model reads other ids
 than it was trained on. The check encodes probes with the saved tokenizer file and with what
 `AutoTokenizer` makes of it and refuses a difference.
 
-Not covered: the weights themselves (a file that is there may hold noise), and whether vLLM
-implements the architecture.
+Not covered: weights that are noise, and whether vLLM implements the architecture.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.engine import EngineError
 from rollout.prompt import MARKERS
 
 GIB = 1 << 30
@@ -54,8 +57,6 @@ class ModelInfo:
     """Longest text in tokens the model is made for."""
     num_labels: int
     weight_bytes: int
-    kv_values_per_token: int
-    """Numbers (not bytes) the key-value cache holds for one token, all layers."""
     shape: str
     """Everything of the config that decides tensor shapes and meaning, as canonical JSON: equal
     for two checkpoints that one engine can hold in turn."""
@@ -112,7 +113,7 @@ def check_cpu_memory(
     Raises:
         ModelCheckError: more than there is.
     """
-    weights = info.weight_bytes * bytes_per_weight // _type_bytes(info.dtype)
+    weights = info.weight_bytes * bytes_per_weight // type_bytes(info.dtype)
     needed = weights + kv_cache_bytes + CPU_PROCESS_BYTES
     if needed > available_bytes:
         raise ModelCheckError(
@@ -142,7 +143,7 @@ def check_gpu_memory(
         ModelCheckError: the share is not free, or the weights do not fit in it.
     """
     share = int(utilization * total_bytes)
-    weights = info.weight_bytes * bytes_per_weight // _type_bytes(info.dtype)
+    weights = info.weight_bytes * bytes_per_weight // type_bytes(info.dtype)
     per_gpu = weights // num_gpus
     if share > free_bytes:
         raise ModelCheckError(
@@ -176,6 +177,62 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else min(available, int(limit) - used)
 
 
+def check_fingerprint(
+    first: Sequence[float],
+    second: Sequence[float],
+    previous: Sequence[float] | None,
+    *,
+    reference: Sequence[float] | None,
+    weights_differ: bool,
+    tolerance: float,
+) -> None:
+    """Check what an engine says of fixed texts after it took new weights.
+
+    Args:
+        first, second: of two calls, the prefix cache emptied between them.
+        previous: of the weights before; None: there were none.
+        reference: what transformers says of them with the new weights; None: not asked.
+        weights_differ: the files differ from those before.
+        tolerance: largest difference two calls, or engine and reference, may show.
+    Raises:
+        EngineError: a number is not finite, the two calls disagree, nothing changed, or it is not
+            what the reference says.
+    """
+    if not all(math.isfinite(number) for number in first):
+        raise EngineError(f"new weights give numbers that are not finite: {list(first)}")
+    apart = max(abs(a - b) for a, b in zip(first, second, strict=True))
+    if apart > tolerance:
+        raise EngineError(f"two calls with the same weights differ by {apart:.3g}")
+    if weights_differ and previous is not None and list(first) == list(previous):
+        raise EngineError("the weight files differ but the engine's output did not change")
+    if reference is not None:
+        apart = max(abs(a - b) for a, b in zip(first, reference, strict=True))
+        if apart > tolerance:
+            raise EngineError(f"the engine's output differs by {apart:.3g} from transformers'")
+
+
+def weights_digest(path: str | Path) -> str:
+    """Digest of names, sizes and samples of the weight files: other weights, other digest.
+
+    Samples 64 blocks of 4 KiB a file, so that it costs the same for every model size.
+    """
+    digest = hashlib.sha256()
+    root = Path(path)
+    for file in sorted([*root.glob("*.safetensors"), *root.glob("pytorch_model*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            for i in range(64):
+                stream.seek(size * i // 64)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def type_bytes(dtype: str) -> int:
+    """Of one number of a type; an unknown one is taken for half precision."""
+    return {"float32": 4, "float64": 8}.get(dtype, 2)
+
+
 def _check(path: Path) -> tuple[ModelInfo, Any]:
     """The checks of every model; returns its tokenizer besides."""
     if not path.is_dir():
@@ -193,9 +250,6 @@ def _check(path: Path) -> tuple[ModelInfo, Any]:
         raise ModelCheckError(
             f'{path / "config.json"}: no "architectures"; expected as ["LlamaForCausalLM"]'
         )
-    heads = text_config.num_attention_heads
-    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     return (
         ModelInfo(
             path=str(path),
@@ -205,7 +259,6 @@ def _check(path: Path) -> tuple[ModelInfo, Any]:
             max_positions=text_config.max_position_embeddings,
             num_labels=config.num_labels,
             weight_bytes=sum(file.stat().st_size for file in weights),
-            kv_values_per_token=2 * text_config.num_hidden_layers * kv_heads * head_size,
             shape=_shape(path),
             tokenizer_digest=_tokenizer_digest(tokenizer),
         ),
@@ -289,12 +342,6 @@ def _shape(path: Path) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    import hashlib
-
     vocabulary = sorted(tokenizer.get_vocab().items())
     probes = [tokenizer(probe).input_ids for probe in _PROBES]
     return hashlib.sha256(json.dumps([vocabulary, probes]).encode()).hexdigest()
-
-
-def _type_bytes(dtype: str) -> int:
-    return {"float32": 4, "float64": 8}.get(dtype, 2)

@@ -3,7 +3,8 @@
     load on all (each drains, swaps, checks itself) --> ask all: version? fingerprint?
         ^                                                        |
         |                                                     judge (pure)
-        +--- RETRY: load again, REPLACE: a new replica <---------+--> all SERVE: done
+        +--- RETRY: load again <---------------------------------+--> all SERVE: done
+                                                                 +--> one is DEAD: an error
 
 Replicas of one version say the same of fixed texts, up to rounding: one that does not has the
 wrong weights, whatever version it names, and is told to load again. With two replicas nobody knows
@@ -17,8 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
@@ -30,9 +30,6 @@ from cluster.engines.model_check import ModelCheckError
 from rollout.engine import EngineError
 
 logger = logging.getLogger(__name__)
-
-Replace = Callable[[str], Awaitable[Any]]
-"""Makes a new replica under a dead one's name; returns its handle, ready or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,29 +45,18 @@ class Answer:
 
 
 class Finding(StrEnum):
-    """What to do with a replica next."""
+    """What is known of a replica."""
 
     SERVES = "serves"
     RETRY = "retry"
-    REPLACE = "replace"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncReport:
-    """How a synchronisation went."""
-
-    version: str
-    attempts: int
-    """Times the slowest replica was told to load."""
-    replaced: Mapping[str, Any]
-    """New handles by name, for the pool."""
-    seconds: float
+    """It may serve after another load."""
+    DEAD = "dead"
 
 
 def judge(
     answers: Mapping[str, Answer], version: str, *, tolerance: float
 ) -> dict[str, tuple[Finding, str]]:
-    """What to do with each replica, and why.
+    """What is known of each replica, and why.
 
     Args:
         tolerance: largest difference of a fingerprint's number from the median over replicas.
@@ -78,7 +64,7 @@ def judge(
     findings: dict[str, tuple[Finding, str]] = {}
     for name, answer in answers.items():
         if answer.dead:
-            findings[name] = (Finding.REPLACE, answer.error)
+            findings[name] = (Finding.DEAD, answer.error)
         elif answer.error:
             findings[name] = (Finding.RETRY, answer.error)
         elif answer.version != version:
@@ -104,57 +90,44 @@ async def sync_weights(
     path: str,
     version: str,
     *,
-    replace: Replace | None = None,
     max_attempts: int = 3,
     timeout_s: float = 900.0,
     tolerance: float = 0.05,
-) -> SyncReport:
-    """Have every replica serve a checkpoint.
+) -> int:
+    """Have every replica serve a checkpoint; returns how often the slowest was told to load.
 
     Args:
         replicas: Ray handles of `PolicyReplica` or `PreferenceReplica` actors by name.
-        replace: how to make a new replica for one that died; None: a death is an error.
         timeout_s: for one attempt of one replica, waiting for its requests included.
         tolerance: see `judge`; the default lets half precision pass.
     Raises:
         ModelCheckError: the checkpoint cannot be served by these replicas; none was changed.
-        EngineError: a replica does not serve it after `max_attempts`; the message says which.
+        EngineError: a replica died, or does not serve it after `max_attempts`; says which.
     """
-    started = time.monotonic()
-    handles = dict(replicas)
-    replaced: dict[str, Any] = {}
     answers: dict[str, Answer] = {}
-    pending = list(handles)
+    pending = list(replicas)
     findings: dict[str, tuple[Finding, str]] = {}
     for attempt in range(1, max_attempts + 1):
         found = await asyncio.gather(
-            *(_load(handles[n], path, version, attempt > 1, timeout_s) for n in pending)
+            *(_load(replicas[n], path, version, attempt > 1, timeout_s) for n in pending)
         )
         answers |= dict(zip(pending, found, strict=True))
         findings = judge(answers, version, tolerance=tolerance)
         pending = [name for name, (finding, _) in findings.items() if finding != Finding.SERVES]
         if not pending:
-            return SyncReport(
-                version=version,
-                attempts=attempt,
-                replaced=replaced,
-                seconds=time.monotonic() - started,
-            )
+            return attempt
         for name in pending:
-            finding, reason = findings[name]
             logger.warning(
                 "Replica does not serve the new weights: %s replica=%s version=%s attempt=%d",
-                reason,
+                findings[name][1],
                 name,
                 version,
                 attempt,
             )
-            if finding is Finding.REPLACE and replace is not None and attempt < max_attempts:
-                handles[name] = replaced[name] = await replace(name)
-        if replace is None and any(findings[name][0] is Finding.REPLACE for name in pending):
+        if any(findings[name][0] is Finding.DEAD for name in pending):
             break
     reasons = "; ".join(f"{name}: {findings[name][1]}" for name in pending)
-    raise EngineError(f"{version} is not served by {len(pending)} of {len(handles)}: {reasons}")
+    raise EngineError(f"{version} is not served by {len(pending)} of {len(replicas)}: {reasons}")
 
 
 async def _load(handle: Any, path: str, version: str, force: bool, timeout_s: float) -> Answer:

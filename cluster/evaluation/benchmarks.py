@@ -35,13 +35,13 @@ from cluster.evaluation.tables import REPORT, arm_record, score_arms
 from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
 from cluster.fleet.given_models import (
     given_checkpoint,
+    serve_given,
     with_prompt_template,
 )
+from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
-from cluster.folder.lineage import record_start
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
-from cluster.telemetry.live import LiveFile
 from cluster.telemetry.progress import ProgressView
 from rollout.methods import Method, MethodConfig
 from rollout.problem import Problem
@@ -57,7 +57,6 @@ class EvaluationRun:
         self.config = config
         self.view = view
         self.folder = RunFolder(config.run_dir)
-        self.fleet: Fleet | None = None
         self.problems: list[Problem] = []
         self.benchmarks: list[Benchmark] = []
         self.warnings: list[str] = []
@@ -75,22 +74,18 @@ class EvaluationRun:
             EngineError: what stopped it, named; everything committed stays.
         """
         self._prepare()
-        with self.folder.locked():
-            self.folder.keep_config(self.config)
-            store = RunStore(str(self.folder.root))
-            store.self_check()
-            with LiveFile(self.folder.root, self.view.snapshot) as live:
-                self.view.seconds_before = live.seconds_before
-                self.view.usd_per_hour = self.config.cost.usd_per_hour
-                self.folder.write_problems(self.problems)
-                left = [a for a in self.arms if TrajectoryStore(store, a.round).manifest() is None]
-                if left:
-                    paths = [*self.config.benchmarks, self.config.policy, self.config.ppm]
-                    inputs = [path for path in paths if path is not None]
-                    await asyncio.to_thread(record_start, self.folder, inputs)
-                    with self.view:
-                        await self._answer(left)
-                report = await self._report(store, live.seconds_total)
+        session = Session(self.config, self.view)
+        with session.held() as live:
+            self.folder.write_problems(self.problems)
+            store = session.store
+            left = [a for a in self.arms if TrajectoryStore(store, a.round).manifest() is None]
+            if left:
+                await session.record_start(
+                    [*self.config.benchmarks, self.config.policy, self.config.ppm]
+                )
+                async with session.fleet_shown() as fleet:
+                    await self._answer(fleet, left)
+            report = await self._report(store, live.seconds_total)
         return report
 
     def _prepare(self) -> None:
@@ -137,26 +132,17 @@ class EvaluationRun:
         for warning in self.warnings:
             self.view.note(f"warning: {warning}")
 
-    async def _answer(self, arms: Sequence[Arm]) -> None:
+    async def _answer(self, fleet: Fleet, arms: Sequence[Arm]) -> None:
         """Have the cluster answer, one arm after the other."""
-        config = self.config
-        self.fleet = Fleet(config, self.folder)
-        self.fleet.note = self.view.note
         self.view.plan = ["start", *("rollout" for _ in arms)]
-        try:
-            self.view.begin("start", "starting engines")
-            policy = given_checkpoint("policy", config.policy)
-            await self.fleet.start(config.policy, version=policy.version, learner=False)
-            if config.ppm is not None and any(arm is not Arm.GREEDY for arm in arms):
-                await self.fleet.serve_preference(given_checkpoint("ppm", config.ppm))
-            self.view.end(self.fleet.describe())
-            for arm in arms:
-                await self._answer_arm(arm)
-        finally:
-            await self.fleet.stop(self.view.note)
+        self.view.begin("start", "starting engines")
+        guided = any(arm is not Arm.GREEDY for arm in arms)
+        await serve_given(fleet, self.config, preference=guided)
+        self.view.end(fleet.describe())
+        for arm in arms:
+            await self._answer_arm(fleet, arm)
 
-    async def _answer_arm(self, arm: Arm) -> None:
-        assert self.fleet is not None
+    async def _answer_arm(self, fleet: Fleet, arm: Arm) -> None:
         jobs = self.jobs(arm)
         guided = self.config.ppm is not None and arm is not Arm.GREEDY
         method = self.method(arm)
@@ -173,7 +159,7 @@ class EvaluationRun:
         before = (self.folder.read(name) or {}).get("seconds", 0.0)
         outcome: RolloutOutcome | None = None
         try:
-            outcome = await self.fleet.rollout(
+            outcome = await fleet.rollout(
                 arm.round, jobs, [stage], preference=guided, on_progress=self.view.update
             )
         finally:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.fleet.given_models import GivenModelsConfig
+from cluster.fleet.config import GivenModelsConfig
 from cluster.folder.config_file import Config
 from rollout.methods import Method
 from rollout.problem import Level

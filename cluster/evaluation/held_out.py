@@ -22,6 +22,7 @@ from rollout.methods import Method, MethodConfig, Solver, SolveResult, choose
 from rollout.problem import Problem
 from rollout.search import SearchConfig, StepSandbox, grade_any
 from rollout.seeds import derive_seed
+from rollout.solution_tree import grade_tree
 from verifier.verify import start_symbolic_worker
 
 _NO_ROLLOUT_LIMIT = 10_000
@@ -192,7 +193,7 @@ async def _evaluate_problem(
         best_of_n=await _right(problem, samples.answer),
         search=await _right(problem, searched.answer),
         any_sample=any([await _right(problem, s.answer) for s in samples.solutions]),
-        any_search=any(tree.solved for tree in searched.trees),
+        any_search=any([(await grade_tree(tree)).solved for tree in searched.trees]),
         sample_tokens=samples.generated_tokens,
         search_tokens=searched.generated_tokens,
     )

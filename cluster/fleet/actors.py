@@ -33,14 +33,16 @@ from ray.util.scheduling_strategies import (
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.engines.endpoint import EndpointActor, EndpointStats
-from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor, ReplicaStats
+from cluster.engines.lifecycle import ReplicaStats
+from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
 from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
 from cluster.fleet.config import ActorConfig
-from cluster.fleet.keeper import ActorKind, Look, cause
+from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
 from cluster.fleet.sandbox_worker import SandboxWorkerActor
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
+from cluster.jobs.ray_errors import cause, plain
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
 from rollout.engine import EngineError
@@ -187,7 +189,7 @@ class EngineKind(RayKind):
 
     async def sync(self, handle: Any, siblings: Mapping[str, Any]) -> str:
         path, version = self.path, self.version
-        report = await sync_weights({"it": handle}, path, version)
+        await sync_weights({"it": handle}, path, version)
         fingerprints = await asyncio.gather(
             *(as_future(one.fingerprint.remote()) for one in (handle, *siblings.values())),
             return_exceptions=True,
@@ -204,7 +206,7 @@ class EngineKind(RayKind):
         finding, reason = judge(answers, version, tolerance=FINGERPRINT_TOLERANCE)["it"]
         if finding is not Finding.SERVES:
             raise EngineError(reason)
-        return report.version
+        return version
 
     async def sync_all(self, handles: Mapping[str, Any]) -> None:
         await sync_weights(handles, self.path, self.version, tolerance=FINGERPRINT_TOLERANCE)
@@ -326,7 +328,7 @@ class EndpointKind(RayKind):
             # As an argument of a call it is kept nowhere; of the actor, Ray would keep it.
             await handle.ready.remote(self._key)
         except RayTaskError as error:
-            self.refusal = str(error.cause or error)
+            self.refusal = str(plain(error))
             raise
 
     async def look(self, name: str, handle: Any) -> Look:

@@ -165,3 +165,12 @@ class ServingConfig(Config):
                     f"{name}_engine.tensor_parallel_size x pipeline_parallel_size; got {num_gpus:g}"
                 )
         return self
+
+
+class GivenModelsConfig(ServingConfig):
+    """What is served is named, not made."""
+
+    policy: Path | None = Field(
+        None, description="Hugging Face checkpoint directory of the policy; null: an endpoint's"
+    )
+    ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")

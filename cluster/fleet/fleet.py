@@ -54,7 +54,7 @@ from cluster.fleet.actors import (
     replica_bundles,
 )
 from cluster.fleet.config import ActorConfig, ClusterConfig, ServingConfig
-from cluster.fleet.keeper import ActorKind, PoolKeeper, cause, guard
+from cluster.fleet.keeper import ActorKind, PoolKeeper, guard
 from cluster.fleet.learner_group import LearnerGroup
 from cluster.fleet.left_over import (
     FindCoordinator,
@@ -67,15 +67,13 @@ from cluster.fleet.membership import Losses
 from cluster.fleet.meter import Meter
 from cluster.fleet.stall import Stall, StallDetector
 from cluster.folder.run_folder import RunFolder
-from cluster.jobs.coordinator import (
-    RemoteCoordinator,
-    RoundStatus,
-    WorkerProgress,
-    audit_round,
-)
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import RoundStatus, WorkerProgress
+from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.escalation import EscalationPlan, StageCost, plan_escalation, rollout_share
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, ReplicaPool, SandboxPool
 from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan
+from cluster.jobs.ray_errors import cause
 from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
@@ -752,7 +750,7 @@ class Fleet:
         }
         return RolloutOutcome(
             manifest=manifest,
-            solved=len(await asyncio.to_thread(solved_problems, trees)),
+            solved=len(await asyncio.to_thread(trees.solved)),
             expected=audit.expected,
             lost=len(audit.lost),
             doubled=len(audit.doubled),
@@ -1059,13 +1057,6 @@ def _tree_stages(stage: RolloutStage) -> list[str]:
     if stage.trees == 1:
         return [stage.name]
     return [f"{stage.name}-tree{number}" for number in range(stage.trees)]
-
-
-def solved_problems(trees: TrajectoryStore) -> set[str]:
-    """Ids of the problems some committed tree of the round solved."""
-    return {
-        key.problem_id for commit in trees.commits().values() for key in commit.trees if key.solved
-    }
 
 
 def _learner_resources(settings: ActorConfig) -> dict[str, float]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import Field
-
-from cluster.fleet.config import ServingConfig
+from cluster.fleet.config import GivenModelsConfig
+from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError
 from learner.checkpoint import (
     Checkpoint,
@@ -17,16 +16,6 @@ from learner.checkpoint import (
     read_prompt_template,
 )
 from rollout.prompt import TEMPLATES
-
-
-class GivenModelsConfig(ServingConfig):
-    """What is served is named, not made."""
-
-    policy: Path | None = Field(
-        None, description="Hugging Face checkpoint directory of the policy; null: an endpoint's"
-    )
-    ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
-
 
 G = TypeVar("G", bound=GivenModelsConfig)
 
@@ -59,6 +48,20 @@ def with_prompt_template(config: G) -> G:
         )
     search = config.search.model_copy(update={"template": name})
     return config.model_copy(update={"search": search})
+
+
+async def serve_given(fleet: Fleet, config: GivenModelsConfig, *, preference: bool) -> None:
+    """Start the fleet with the models that are named: the policy, if there is one, and the PPM.
+
+    Args:
+        preference: False: the PPM is not needed.
+    """
+    version = ""
+    if config.policy is not None:
+        version = given_checkpoint("policy", config.policy).version
+    await fleet.start(config.policy, version=version, learner=False)
+    if preference and config.ppm is not None:
+        await fleet.serve_preference(given_checkpoint("ppm", config.ppm))
 
 
 def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:

@@ -29,9 +29,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from cluster.fleet.membership import Membership, MemberState, SupervisionConfig
+from cluster.jobs.ray_errors import cause
 from cluster.machines.scaler import ReplicaLoad, ReplicaState
 from rollout.engine import EngineError
 from rollout.tasks import all_of
@@ -477,15 +478,3 @@ async def guard(work: Awaitable[T], keepers: Callable[[], list[PoolKeeper]]) -> 
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-
-
-def cause(error: BaseException) -> str:
-    """The message behind a Ray error, without its traceback."""
-    inner = getattr(error, "cause", None)
-    if inner is not None:
-        return f"{type(inner).__name__}: {inner}"
-    if isinstance(error, RayActorError):
-        # Before this Ray says which actor, behind it what kills processes in general.
-        said = str(error).partition("The actor is dead because ")[2] or str(error)
-        return " ".join(said.partition("Some common causes")[0].split())[:300]
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -44,6 +44,7 @@ import yaml
 
 from cluster.folder.config_file import Config, ConfigError
 from rollout.difficulty import SuspectLabel
+from rollout.files import atomic_write
 from rollout.problem import Problem
 
 RESUMABLE = (
@@ -229,13 +230,9 @@ class RunFolder:
         return f"evaluations/round={round}.json"
 
     def _write(self, path: Path, data: str | bytes) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-            temporary.replace(path)
+            atomic_write(path, data)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise RunFolderError(f"{path}: {why_not_written(error)}") from error
 
 

@@ -18,18 +18,14 @@ All methods are idempotent and short; Ray may call them again after a restart
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
 
 from cluster.jobs.queue import (
     Job,
@@ -39,6 +35,7 @@ from cluster.jobs.queue import (
     QueueConfig,
     StageCounts,
     StagePlan,
+    committed_jobs,
     plan_jobs,
 )
 from cluster.telemetry import metrics, tracing
@@ -60,7 +57,7 @@ RESOLVE_INTERVAL_S = 5.0
 """Pause before a split or quarantine that the store refused is tried again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class WorkerProgress:
     """What a worker has done since it started and is doing now; sent with every renewal."""
 
@@ -119,10 +116,8 @@ class CoordinatorStats:
     epoch: str
     """Different after each start."""
     leases: LeaseCounters
-    leases_by_worker: Mapping[str, int]
     workers: Mapping[str, WorkerProgress]
     """Last report of each worker that has been heard of."""
-    heard_s_ago: Mapping[str, float]
 
 
 class Coordinator:
@@ -149,7 +144,7 @@ class Coordinator:
         self._plans: dict[tuple[int, str], StagePlan] = {}
         self._totals: dict[tuple[int, str], Totals] = {}
         self._quarantined: dict[tuple[int, str], dict[str, str]] = {}
-        self._workers: dict[str, tuple[WorkerProgress, float]] = {}
+        self._workers: dict[str, WorkerProgress] = {}
         self._resolve_after_s = 0.0
         for round in stored_rounds(self.store):
             self._rebuild(round)
@@ -243,7 +238,7 @@ class Coordinator:
         Returns the ids of the jobs the worker should drop.
         """
         now_s = self._clock()
-        self._workers[worker] = (progress, now_s)
+        self._workers[worker] = progress
         # Renewing first: the renewal shows that the worker lives, even if it comes late.
         dropped = [
             job_id
@@ -285,13 +280,8 @@ class Coordinator:
 
     def stats(self) -> CoordinatorStats:
         """Leases and workers."""
-        now_s = self._clock()
         return CoordinatorStats(
-            epoch=self.epoch,
-            leases=self._queue.counters,
-            leases_by_worker=self._queue.leases(),
-            workers={name: progress for name, (progress, _) in self._workers.items()},
-            heard_s_ago={name: now_s - heard_s for name, (_, heard_s) in self._workers.items()},
+            epoch=self.epoch, leases=self._queue.counters, workers=dict(self._workers)
         )
 
     def pid(self) -> int:
@@ -330,7 +320,7 @@ class Coordinator:
         jobs = plan_jobs(plan)
         for job in jobs:
             self._queue.add(job)
-        for job, commit in _committed_jobs(jobs, commits):
+        for job, commit in committed_jobs(jobs, commits):
             self._record(job.id, "", commit)
 
     def _record(self, job_id: str, lease_id: str, commit: Commit) -> bool:
@@ -394,161 +384,3 @@ class Coordinator:
 
 
 CoordinatorActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Coordinator)
-
-
-def _committed_jobs(
-    jobs: Sequence[Job], commits: Mapping[str, Commit]
-) -> Iterable[tuple[Job, Commit]]:
-    """Each committed job of a stage with its marker, parents before the parts they handed back."""
-    waiting = list(reversed(jobs))
-    while waiting:
-        job = waiting.pop()
-        commit = commits.get(job.id)
-        if commit is None:
-            continue
-        yield job, commit
-        waiting.extend(job.child(group) for group in commit.remaining if group)
-
-
-# --------------------------------------------------------------------------------- client
-
-
-class CoordinatorClient(Protocol):
-    """The coordinator as a worker sees it; see `Coordinator` for the contracts."""
-
-    async def grant(self, worker: str) -> Lease | None: ...
-
-    async def renew(
-        self, worker: str, leases: Sequence[tuple[str, str]], progress: WorkerProgress
-    ) -> list[str]: ...
-
-    async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool: ...
-
-    async def release(self, job_id: str, lease_id: str) -> bool: ...
-
-    async def fail(self, job_id: str, lease_id: str, error: str) -> bool: ...
-
-
-class RemoteCoordinator:
-    """`CoordinatorClient` over an actor handle; waits out a restart or replacement of the actor."""
-
-    def __init__(
-        self,
-        handle: Any,
-        *,
-        find: Callable[[], Any] | None = None,
-        patience_s: float = 120.0,
-        backoff_s: float = 0.2,
-    ) -> None:
-        """
-        Args:
-            find: the handle of the actor that has taken the place of one that is gone for good, or
-                None if there is none yet; blocks. Without it that is the end.
-            patience_s: how long one call keeps trying while the actor is not there.
-        """
-        self.handle = handle
-        self.find = find
-        self.patience_s = patience_s
-        self.backoff_s = backoff_s
-
-    async def grant(self, worker: str) -> Lease | None:
-        return await self._call("grant", worker)
-
-    async def renew(
-        self, worker: str, leases: Sequence[tuple[str, str]], progress: WorkerProgress
-    ) -> list[str]:
-        return await self._call("renew", worker, leases, progress)
-
-    async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool:
-        # The coordinator needs the sums and the parts; the names of the trees are most of a marker.
-        return await self._call("complete", job_id, lease_id, replace(commit, trees=()))
-
-    async def release(self, job_id: str, lease_id: str) -> bool:
-        return await self._call("release", job_id, lease_id)
-
-    async def fail(self, job_id: str, lease_id: str, error: str) -> bool:
-        return await self._call("fail", job_id, lease_id, error)
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        give_up_s = time.monotonic() + self.patience_s
-        while True:
-            try:
-                return await getattr(self.handle, method).remote(*arguments)
-            except RayActorError as error:
-                permanent = not isinstance(error, ActorUnavailableError)
-                if (permanent and self.find is None) or time.monotonic() > give_up_s:
-                    raise
-                if permanent and self.find is not None:
-                    other = await asyncio.to_thread(self.find)
-                    self.handle = other if other is not None else self.handle
-            await asyncio.sleep(self.backoff_s)
-
-
-# --------------------------------------------------------------------------------- audit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Audit:
-    """Expected trees of a round against committed rows; nothing is wrong if `clean`."""
-
-    expected: int
-    """(problem, tree index) pairs of all planned stages."""
-    committed: int
-    """Trees found in the files, each time they are found."""
-    quarantined: Mapping[str, str]
-    lost: tuple[tuple[str, int], ...]
-    """Expected, neither committed nor quarantined."""
-    doubled: tuple[tuple[str, int], ...]
-    """Committed more than once."""
-    unexpected: tuple[tuple[str, int], ...]
-    """Committed without having been planned."""
-    reported: int | None = None
-    """Trees that completed leases reported; None: not asked for."""
-
-    @property
-    def clean(self) -> bool:
-        agree = self.reported is None or self.reported == self.committed
-        return agree and not (self.lost or self.doubled or self.unexpected)
-
-
-def audit_round(trajectories: TrajectoryStore, *, reported: int | None = None) -> Audit:
-    """Count the trees in the data files of a round against what its stages planned.
-
-    It reads the rows themselves (with their checksums), not what the markers say of them: the
-    files of the manifest if the round is sealed, else those of the committed jobs.
-
-    Args:
-        reported: trees that completed leases reported (`RoundStatus.totals.trees`), to compare.
-    Raises:
-        StoreError: a file is missing, truncated or changed.
-    """
-    plans = [StagePlan.from_json(data) for data in trajectories.plans().values()]
-    commits = trajectories.commits()
-    committed = [
-        (plan, job, commit)
-        for plan in plans
-        for job, commit in _committed_jobs(plan_jobs(plan), commits)
-    ]
-    jobs = {job.id: commit for _, job, commit in committed}
-    manifest = trajectories.manifest()
-    files = list(jobs.values()) if manifest is None else list(manifest.files)
-    found: Counter[tuple[str, int]] = Counter()
-    for file in files:
-        table = trajectories.read_table(file, ["problem_id", "tree", "node"])
-        rows = zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
-        found.update((problem_id, tree) for problem_id, tree, node in rows if node == 0)
-    expected = {(p, plan.tree_index) for plan in plans for p in plan.problem_ids}
-    quarantined = {
-        (problem_id, plan.tree_index): error
-        for plan, _, commit in committed
-        for problem_id, error in commit.failed.items()
-    }
-    return Audit(
-        expected=len(expected),
-        committed=found.total(),
-        quarantined={problem_id: error for (problem_id, _), error in quarantined.items()},
-        lost=tuple(sorted(expected - found.keys() - quarantined.keys())),
-        doubled=tuple(sorted(key for key, count in found.items() if count > 1)),
-        unexpected=tuple(sorted(found.keys() - expected)),
-        reported=reported,
-    )

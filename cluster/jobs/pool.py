@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from cluster.jobs.admission import EnginePressure
+from cluster.jobs.ray_errors import describe
 from cluster.telemetry import metrics, tracing
 from rollout.engine import (
     EngineError,
@@ -117,34 +118,7 @@ class _Replica:
     in_flight: int = 0
     pinned: int = 0
     """Open trees that can only be served here."""
-    calls: int = 0
-    failures: int = 0
     rests_until_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaStats:
-    """One replica as this pool sees it."""
-
-    in_flight: int
-    pinned: int
-    calls: int
-    failures: int
-    resting: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolStats:
-    """What a pool has done since it was made."""
-
-    replicas: Mapping[str, ReplicaStats]
-    lost: tuple[str, ...]
-    """Replicas forgotten because their actor is gone."""
-    waiting: int
-    """Calls that wait for a slot now."""
-    queue_wait_s: float
-    """Sum over all calls of the wait for a slot."""
-    retries: int
 
 
 class ReplicaPool:
@@ -163,8 +137,6 @@ class ReplicaPool:
         self._replicas = {name: _Replica(name, handle) for name, handle in handles.items()}
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._lost: list[str] = []
-        self._queue_wait_s = 0.0
-        self._retries = 0
         self._revision = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -197,30 +169,6 @@ class ReplicaPool:
             if known is None or known.handle != handle:
                 self.add(name, handle)
 
-    def names(self) -> list[str]:
-        """Replicas that are not gone."""
-        return list(self._replicas)
-
-    def stats(self) -> PoolStats:
-        """Load and history."""
-        now_s = time.monotonic()
-        return PoolStats(
-            replicas={
-                r.name: ReplicaStats(
-                    in_flight=r.in_flight,
-                    pinned=r.pinned,
-                    calls=r.calls,
-                    failures=r.failures,
-                    resting=r.rests_until_s > now_s,
-                )
-                for r in self._replicas.values()
-            },
-            lost=tuple(self._lost),
-            waiting=len(self._waiters),
-            queue_wait_s=self._queue_wait_s,
-            retries=self._retries,
-        )
-
     async def call(self, method: str, *arguments: Any, key: str = "") -> tuple[Any, str]:
         """Call a method on some replica; returns its result and the replica's name.
 
@@ -242,7 +190,6 @@ class ReplicaPool:
                         f"{self.kind} call {method} failed {attempt} times, last on "
                         f"{replica.name}: {failure.reason}"
                     ) from failure.__cause__
-                self._retries += 1
                 logger.warning(
                     "A call is tried again: %s method=%s replica=%s",
                     failure.reason,
@@ -291,7 +238,6 @@ class ReplicaPool:
                 loads = [Load(r.name, r.in_flight + r.pinned) for r in untried]
                 replica = self._replicas[choose(loads, key, self.config.spill_over)]
                 replica.in_flight += 1
-                self._queue_wait_s += now_s - start_s
                 metrics.observe(metrics.POOL_WAIT, now_s - start_s, pool=self.label)
                 return replica
             if now_s >= deadline_s:
@@ -356,7 +302,6 @@ class ReplicaPool:
     async def _ask(
         self, replica: _Replica, start_s: float, method: str, arguments: tuple[Any, ...]
     ) -> Any:
-        replica.calls += 1
         answer: Any = None
         timeout = asyncio.timeout(max(0.0, start_s + self.config.deadline_s - time.monotonic()))
         began_s = time.monotonic()
@@ -382,10 +327,10 @@ class ReplicaPool:
             raise _Failed("its actor is restarting") from error
         except RayActorError as error:
             self._lose(replica)
-            raise _Failed(f"its actor died ({_first_line(error)})") from error
+            raise _Failed(f"its actor died ({describe(error).splitlines()[0]})") from error
         except (EngineError, SandboxError) as error:
             self._rest(replica)
-            raise _Failed(_first_line(error)) from error
+            raise _Failed(describe(error).splitlines()[0]) from error
         finally:
             replica.in_flight -= 1
             self._wake_one()
@@ -395,12 +340,10 @@ class ReplicaPool:
 
     def _rest(self, replica: _Replica) -> None:
         self._count(replica, "failed")
-        replica.failures += 1
         replica.rests_until_s = time.monotonic() + self.config.rest_s
 
     def _lose(self, replica: _Replica) -> None:
         self._count(replica, "failed")
-        replica.failures += 1
         if self._replicas.get(replica.name) is replica:
             del self._replicas[replica.name]
             self._lost.append(replica.name)
@@ -420,13 +363,6 @@ def _cancel(answer: Any) -> None:
     """Tell the actor that nobody waits for its answer any more."""
     if isinstance(answer, ray.ObjectRef):
         ray.cancel(answer, force=False)
-
-
-def _first_line(error: BaseException) -> str:
-    # Errors raised inside an actor carry its whole traceback; the cause is the plain one.
-    plain = getattr(error, "cause", None) or error
-    text = str(plain).strip().splitlines()
-    return f"{type(plain).__name__}: {text[0] if text else ''}"
 
 
 class PolicyPool(ReplicaPool):

@@ -29,13 +29,14 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.seeds import derive_seed
+from rollout.store import Commit
 
 
 class QueueConfig(BaseModel):
@@ -97,15 +98,8 @@ class Job:
 
     def child(self, problem_ids: Sequence[str]) -> Job:
         """The job of a part of this one's problems; the same part gives the same id."""
-        return Job(
-            id=_hash("part", self.id, list(problem_ids)),
-            round=self.round,
-            stage=self.stage,
-            tree_index=self.tree_index,
-            problem_ids=tuple(problem_ids),
-            seed=self.seed,
-            priority=self.priority,
-        )
+        problems = tuple(problem_ids)
+        return replace(self, id=_hash("part", self.id, problems), problem_ids=problems)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,17 +136,7 @@ class StagePlan:
             raise ValueError(f"stage {self.stage!r} of round {self.round} names a problem twice")
 
     def to_json(self) -> bytes:
-        return json.dumps(
-            {
-                "round": self.round,
-                "stage": self.stage,
-                "tree_index": self.tree_index,
-                "problem_ids": self.problem_ids,
-                "shard_size": self.shard_size,
-                "seed": self.seed,
-                "priority": self.priority,
-            }
-        ).encode()
+        return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> StagePlan:
@@ -177,6 +161,20 @@ def plan_jobs(plan: StagePlan) -> list[Job]:
             )
         )
     return jobs
+
+
+def committed_jobs(
+    jobs: Sequence[Job], commits: Mapping[str, Commit]
+) -> Iterable[tuple[Job, Commit]]:
+    """Each committed job of a stage with its marker, parents before the parts they handed back."""
+    waiting = list(reversed(jobs))
+    while waiting:
+        job = waiting.pop()
+        commit = commits.get(job.id)
+        if commit is None:
+            continue
+        yield job, commit
+        waiting.extend(job.child(group) for group in commit.remaining if group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,17 +397,9 @@ class JobQueue:
         """Jobs and problems of a stage by state."""
         return self._counts.get((round, stage), StageCounts())
 
-    def stages(self) -> list[tuple[int, str]]:
-        """(round, stage) of everything queued, in the order it came."""
-        return list(self._counts)
-
     def jobs(self, round: int) -> list[Job]:
         """All jobs of a round, in the order they came."""
         return [e.job for e in self._entries.values() if e.job.round == round]
-
-    def leases(self) -> dict[str, int]:
-        """Number of jobs each worker holds."""
-        return {worker: len(held) for worker, held in self._held.items() if held}
 
     # -- transitions
 

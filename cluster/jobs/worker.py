@@ -38,22 +38,19 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray.exceptions import RayActorError
 
-from cluster.jobs.admission import (
-    AdmissionConfig,
-    AdmissionController,
-    EnginePressure,
-    TreeSlots,
-)
-from cluster.jobs.coordinator import CoordinatorClient, WorkerProgress
+from cluster.jobs.admission import AdmissionConfig, AdmissionController, EnginePressure, TreeSlots
+from cluster.jobs.coordinator import WorkerProgress
+from cluster.jobs.coordinator_client import CoordinatorClient
 from cluster.jobs.pool import ReplicaPool
 from cluster.jobs.queue import Lease, SearchTask
+from cluster.jobs.ray_errors import describe
 from cluster.telemetry import logs, metrics, tracing
 from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
@@ -206,20 +203,12 @@ class RolloutWorker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = asyncio.Event()
         self._changed = asyncio.Event()
-        self._open_trees = 0
-        self._commits_waiting = 0
+        self._progress = WorkerProgress()
         self._paused_until_s = 0.0
         self._poll_s = self.config.poll_s
         # Workers that fall idle together do not ask together for ever.
         self._jitter = random.Random(name)
         self._succeeded_s = time.monotonic()
-        self._committed = Totals()
-        self._finished = Totals()
-        self._failed_problems = 0
-        self._retried_searches = 0
-        self._resumed_trees = 0
-        self._lost_leases = 0
-        self._error = ""
 
     # -- lifecycle
 
@@ -283,22 +272,12 @@ class RolloutWorker:
 
     def progress(self) -> WorkerProgress:
         """What was done since the start and is being done now."""
-        return WorkerProgress(
-            open_trees=self._open_trees,
-            committed=self._committed,
-            finished=self._finished,
-            failed_problems=self._failed_problems,
-            retried_searches=self._retried_searches,
-            resumed_trees=self._resumed_trees,
-            requests=sum(
-                tree.num_requests
-                for shard in self._shards.values()
-                for tree in (*shard.trees, *shard.open.values())
-            ),
-            lost_leases=self._lost_leases,
-            waiting_commits=self._commits_waiting,
-            error=self._error,
+        requests = sum(
+            tree.num_requests
+            for shard in self._shards.values()
+            for tree in (*shard.trees, *shard.open.values())
         )
+        return replace(self._progress, requests=requests)
 
     def set_replicas(self, pool: str, handles: Mapping[str, Any], revision: int) -> None:
         """Let a pool of the search consist of these replicas; see `ReplicaPool.set_replicas`.
@@ -319,10 +298,10 @@ class RolloutWorker:
 
     def _has_room(self) -> bool:
         """True if a slot would stay empty with the shards at hand."""
-        if self._commits_waiting or time.monotonic() < self._paused_until_s:
+        if self._progress.waiting_commits or time.monotonic() < self._paused_until_s:
             return False
         unstarted = sum(shard.unstarted for shard in self._shards.values())
-        return self._open_trees + unstarted < self._slots.limit
+        return self._progress.open_trees + unstarted < self._slots.limit
 
     def _start(self, lease: Lease) -> None:
         shard = _Shard(lease, unstarted=len(lease.job.problem_ids))
@@ -375,7 +354,7 @@ class RolloutWorker:
                 shard = self._shards.get(job_id)
                 if shard is not None and not shard.dropped:
                     logger.warning("A lease was lost job=%s lease=%s", job_id, shard.lease.id)
-                    self._lost_leases += 1
+                    self._progress.lost_leases += 1
                     metrics.count(metrics.LOST_LEASES)
                     shard.dropped = True
                     shard.stop.set()
@@ -395,8 +374,8 @@ class RolloutWorker:
         except Exception as error:
             # One broken shard must not stop the others; its lease is given back with the reason.
             logger.exception("A shard could not be worked on job=%s", job.id)
-            self._error = _describe(error)
-            await self._coordinator.fail(job.id, shard.lease.id, self._error)
+            self._progress.error = describe(error)
+            await self._coordinator.fail(job.id, shard.lease.id, self._progress.error)
         finally:
             del self._shards[job.id]
             self._changed.set()
@@ -438,7 +417,7 @@ class RolloutWorker:
         async with self._slots.slot():
             metrics.observe(metrics.SLOT_WAIT, time.monotonic() - leased_s)
             shard.unstarted -= 1
-            self._open_trees += 1
+            self._progress.open_trees += 1
             job, task = shard.lease.job, shard.lease.job.task(problem_id)
             about = {"job": job.id, "lease": shard.lease.id}
             try:
@@ -450,7 +429,7 @@ class RolloutWorker:
                 ):
                     await self._search_with_retries(shard, problem_id)
             finally:
-                self._open_trees -= 1
+                self._progress.open_trees -= 1
                 self._changed.set()
 
     async def _search_with_retries(self, shard: _Shard, problem_id: str) -> None:
@@ -460,10 +439,10 @@ class RolloutWorker:
             self._quarantine(shard, problem_id, "no problem of this id was read")
             return
         attempts = engine_attempts = 0
-        finished_before = self._finished.trees
+        finished_before = self._progress.finished.trees
         open_tree = shard.kept.pop(problem_id, None)
         kept = open_tree is not None and _continues(open_tree, problem, task)
-        self._resumed_trees += kept
+        self._progress.resumed_trees += kept
         metrics.count(metrics.RESUMED, kept)
         began_s = time.monotonic()
         if open_tree is None or not kept:
@@ -483,7 +462,7 @@ class RolloutWorker:
                 engine_attempts = (
                     1 if open_tree.num_requests > requests_before else engine_attempts + 1
                 )
-                self._error = _describe(error)
+                self._progress.error = describe(error)
                 retry = "search" if isinstance(error, SearchError) else "engine"
                 if isinstance(error, SearchError):
                     kept, open_tree = False, _new_tree(problem, task)
@@ -496,22 +475,22 @@ class RolloutWorker:
                 attempts += not kept
                 retry = "other"
                 kept, open_tree = False, _new_tree(problem, task)
-                self._error = _describe(error)
+                self._progress.error = describe(error)
                 logger.warning(
                     "A search raised problem=%s attempt=%d", problem_id, attempts, exc_info=True
                 )
                 if attempts >= self.config.search_attempts:
-                    self._quarantine(shard, problem_id, self._error)
+                    self._quarantine(shard, problem_id, self._progress.error)
                     return
                 pause_s = 0.0
             else:
                 del shard.open[problem_id]
                 shard.trees.append(tree)
                 self._succeeded_s = time.monotonic()
-                self._finished = Totals.sum((self._finished, Totals.of([tree])))
+                self._progress.finished = Totals.sum((self._progress.finished, Totals.of([tree])))
                 metrics.count_tree(tree, self._succeeded_s - began_s)
                 return
-            self._retried_searches += 1
+            self._progress.retried_searches += 1
             metrics.count(metrics.SEARCH_RETRIES, cause=retry)
             await asyncio.sleep(pause_s)
 
@@ -523,10 +502,10 @@ class RolloutWorker:
         `outage_limit_s` a job of one problem is taken for the cause.
         """
         now_s = time.monotonic()
-        shard.error = f"problem {problem_id}: {self._error}"
+        shard.error = f"problem {problem_id}: {self._progress.error}"
         alone = len(shard.lease.job.problem_ids) == 1
         lasts_s = now_s - self._succeeded_s
-        if self._finished.trees > finished_before or (
+        if self._progress.finished.trees > finished_before or (
             alone and lasts_s > self.config.outage_limit_s
         ):
             shard.culprit = problem_id
@@ -540,7 +519,7 @@ class RolloutWorker:
         shard.failed[problem_id] = error
         metrics.count(metrics.QUARANTINED)
         shard.open.pop(problem_id, None)
-        self._failed_problems += 1
+        self._progress.failed_problems += 1
 
     # -- open trees
 
@@ -625,7 +604,9 @@ class RolloutWorker:
         metrics.observe(metrics.COMMIT_SECONDS, time.monotonic() - ended_s)
         metrics.count(metrics.COMMITS, outcome="written" if written else "late")
         if written:
-            self._committed = Totals.sum((self._committed, Totals.of(shard.trees)))
+            self._progress.committed = Totals.sum(
+                (self._progress.committed, Totals.of(shard.trees))
+            )
         else:
             logger.warning("A shard was committed by another worker job=%s", job.id)
             await self._forget_open_trees(shard, [job.child(group).id for group in handed_back])
@@ -646,18 +627,18 @@ class RolloutWorker:
                 try:
                     return await asyncio.to_thread(operation)
                 except StoreError as error:
-                    self._error = _describe(error)
+                    self._progress.error = describe(error)
                     metrics.count(metrics.STORE_ERRORS, operation=what.split()[0])
                     logger.error("The store failed at %s: %s", what, error)
                     if self._draining.is_set() or time.monotonic() > give_up_s:
                         raise
                     if not waiting:
                         waiting = True
-                        self._commits_waiting += 1
+                        self._progress.waiting_commits += 1
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 30.0)
         finally:
-            self._commits_waiting -= waiting
+            self._progress.waiting_commits -= waiting
 
 
 def _new_tree(problem: Problem, task: SearchTask) -> Tree:
@@ -671,10 +652,6 @@ def _continues(tree: Tree, problem: Problem, task: SearchTask) -> bool:
     if not same:
         logger.warning("An open tree of another search is ignored problem=%s", problem.id)
     return same
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 RolloutWorkerActor = ray.remote(num_cpus=0)(RolloutWorker)

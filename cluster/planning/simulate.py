@@ -42,7 +42,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from cluster.jobs.coordinator import Coordinator, WorkerProgress, audit_round
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.queue import Lease, QueueConfig, StagePlan
 from cluster.machines.scaler import PoolLoad, ReplicaLoad, ReplicaState, Scaler, ScalerConfig
 from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve

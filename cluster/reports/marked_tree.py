@@ -3,7 +3,7 @@
     RUN/trajectories --find_trees, choose_tree, read_trees--> trees of a problem
                      --view_tree--> TreeView: the tree and its marks
 
-The marks come from the functions that make training data (`learner.dataset`), with the settings of
+The marks come from the functions that make training data (`learner.select`), with the settings of
 the run and all trees of the problem up to the shown round: what is marked is what that round's
 dataset takes. Nothing here changes a run.
 """
@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from cluster.folder.run_folder import RunFolderError, resolve_problem
 from cluster.reports.page import visible
-from learner.dataset import DatasetConfig, build_dataset, chosen_trajectories, is_validation
 from learner.pairs import PairKind, PreferencePair
+from learner.select import DatasetConfig, choose_of_problem
 from rollout.difficulty import Difficulty, difficulty
 from rollout.prompt import RSTAR_TEMPLATE, TEMPLATES, PromptTemplate, training_template
 from rollout.store import Commit, RunStore, StoreError, TrajectoryStore, stored_rounds
@@ -183,18 +183,14 @@ def view_tree(tree: Tree, trees: Sequence[Tree], config: DatasetConfig) -> TreeV
     Args:
         trees: all trees of the problem up to this round, this one included.
     """
-    dataset = build_dataset(trees, template=_template(tree), config=config)
-    here = [
-        pair
-        for pair in (*dataset.pairs_train, *dataset.pairs_validation)
-        if (pair.round, pair.tree_index) == (tree.round, tree.index)
-    ]
+    chosen = choose_of_problem(trees, template=_template(tree), config=config)
+    here = [p for p in chosen.pairs if (p.round, p.tree_index) == (tree.round, tree.index)]
     return TreeView(
         tree=tree,
         others=tuple(trees),
-        chosen=tuple(chosen_trajectories(trees, config)),
+        chosen=tuple(chosen.trajectories),
         pairs=_pair_marks(tree, here),
-        held_out=is_validation(tree.problem.id, config),
+        held_out=chosen.held_out,
     )
 
 

@@ -13,11 +13,10 @@ from pydantic import Field, model_validator
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.evaluation.config import EvaluationConfig
-from cluster.fleet.config import ActorConfig, ServingConfig
-from cluster.fleet.given_models import GivenModelsConfig
+from cluster.fleet.config import ActorConfig, GivenModelsConfig, ServingConfig
 from cluster.folder.config_file import Config
-from learner.dataset import DatasetConfig
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
+from learner.select import DatasetConfig
 from rollout.methods import MethodConfig
 from rollout.problem import Level
 from rollout.search import SearchConfig

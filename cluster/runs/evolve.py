@@ -13,43 +13,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from cluster.engines.model_check import check_policy_checkpoint
-from cluster.evaluation.held_out import Evaluation, evaluate
-from cluster.evaluation.shares import problems_by_level, shares_by_level
-from cluster.fleet.fleet import Fleet, RolloutStage
-from cluster.folder.lineage import record_lineage, record_start
-from cluster.folder.machine import hardware, versions
-from cluster.folder.run_folder import REPORT, RunFolder
+from cluster.evaluation.held_out import evaluate
+from cluster.evaluation.shares import problems_by_level
+from cluster.fleet.session import Session
+from cluster.folder.lineage import record_lineage
+from cluster.folder.run_folder import REPORT
 from cluster.runs.config import RunConfig
-from cluster.runs.regrade import verdicts_of
-from cluster.telemetry.live import LiveFile
+from cluster.runs.evolve_report import evolution_report
+from cluster.runs.rollout import search_stages
+from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import Checkpoint, CheckpointStore
-from learner.dataset import (
-    build_dataset,
-    read_demonstrations,
-    read_manifest,
-    select_dataset,
-    write_dataset,
-)
+from learner.dataset import read_demonstrations, read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, PolicyTrainConfig
 from learner.markers import with_markers
+from learner.select import select_dataset
+from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
-from rollout.store import Manifest, RunStore, TrajectoryStore
-from rollout.trajectory import trajectories
-from rollout.tree import Tree
+from rollout.store import Manifest, TrajectoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +56,15 @@ class Evolution:
         self.config = config
         self.force = force
         self.view = view
-        self.folder = RunFolder(config.run_dir)
-        self.store = RunStore(str(self.folder.root))
+        self.session = Session(config, view)
+        self.folder, self.store = self.session.folder, self.session.store
+        self.fleet = self.session.fleet
         self.checkpoints = CheckpointStore(self.folder.checkpoints)
-        self.fleet = Fleet(config, self.folder)
-        self.fleet.note = view.note
         self.train: list[Problem] = []
         self.test: list[Problem] = []
         self.demonstrations: Path | None = None
         self.base_model = Path()
-        self.inputs: list[Path] = []
+        self.inputs: list[Path | None] = []
         """Files and model directories the run starts from."""
 
     async def run(self) -> dict[str, Any]:
@@ -84,23 +74,22 @@ class Evolution:
             ConfigError, RunFolderError, ProblemFileError, StoreError, CheckpointError,
             LearnerError, EngineError: what stopped it, named; everything committed stays.
         """
-        with self.folder.locked():
-            self.folder.keep_config(self.config)
-            self.store.self_check()
-            with LiveFile(self.folder.root, self.view.snapshot) as live:
-                self.view.seconds_before = live.seconds_before
-                self.view.usd_per_hour = self.config.cost.usd_per_hour
-                self.view.num_rounds = len(self.config.rounds)
-                self._prepare()
-                self.folder.write_problems(self.train)
-                self._plan()
-                try:
-                    with self.view:
-                        await self._rounds()
-                finally:
-                    await self.fleet.stop(self.view.note)
-                report = self.report(live.seconds_total)
-                self.folder.write(REPORT, report)
+        with self.session.held() as live:
+            self.view.num_rounds = len(self.config.rounds)
+            self._prepare()
+            self.folder.write_problems(self.train)
+            self._plan()
+            async with self.session.fleet_shown():
+                await self._rounds()
+            report = evolution_report(
+                self.config,
+                self.folder,
+                self.store,
+                levels={p.id: p.level for p in self.train},
+                num_test=len(self.test),
+                seconds_total=live.seconds_total,
+            )
+            self.folder.write(REPORT, report)
         return report
 
     # ---------------------------------------------------------------- before the first round
@@ -115,8 +104,7 @@ class Evolution:
             self.demonstrations = problems.demonstrations
             assert self.config.models.base_model is not None
             self.base_model = self.config.models.base_model
-        given = [*train_files, test_file, self.demonstrations, self.base_model]
-        self.inputs = [path for path in given if path is not None]
+        self.inputs = [*train_files, test_file, self.demonstrations, self.base_model]
         check_policy_checkpoint(self.base_model, markers=())
         self.base_model = with_markers(self.base_model, self.folder.marked_base)
         seen: dict[str, Path] = {}
@@ -149,10 +137,8 @@ class Evolution:
             table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
             texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
             texts += pq.read_table(files.train, columns=["problem"])["problem"].to_pylist()
-            partial = self.base_model.with_name(f".{self.base_model.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_base_model(partial, seed=derive_seed(self.config.seed, "base"), texts=texts)
-            partial.rename(self.base_model)
+            with new_folder(self.base_model) as made:
+                write_base_model(made, seed=derive_seed(self.config.seed, "base"), texts=texts)
         return [files.train], files.test
 
     def _tell(self, lines: Sequence[str]) -> None:
@@ -177,7 +163,7 @@ class Evolution:
             return
         self.view.begin("start", "starting engines and learner")
         # Reading a large base model takes about as long as starting an engine with it.
-        recording = asyncio.create_task(asyncio.to_thread(record_start, self.folder, self.inputs))
+        recording = asyncio.create_task(self.session.record_start(self.inputs))
         # With an endpoint for round 1, replicas start when a checkpoint is to be served.
         await self.fleet.start(self.base_model if self.config.endpoint is None else None)
         await recording
@@ -219,13 +205,13 @@ class Evolution:
         self.view.begin("cold start", "cold start: SFT on demonstrations")
         directory = self.folder.dataset(0)
         if read_manifest(directory) is None:
-            dataset = build_dataset(
+            select_dataset(
                 (),
+                directory,
                 template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=read_demonstrations(self.demonstrations),
             )
-            write_dataset(dataset, directory)
         result = await self._fit(0, "policy", self.base_model, config)
         seconds = self.view.end(_fit_summary(result))
         self.folder.record_stage(0, "train_policy", seconds, **_fit_facts(result))
@@ -250,22 +236,10 @@ class Evolution:
             assert ppm is not None
             await self.fleet.serve_preference(ppm)
         search = settings.search(self.config.search)
-        stages = [
-            RolloutStage(name="base", search=search, trees=settings.trees),
-            *(
-                RolloutStage(
-                    name=f"escalation-{position}",
-                    search=stage.search(search),
-                    trees=stage.trees,
-                    unsolved_only=True,
-                )
-                for position, stage in enumerate(settings.escalation, start=1)
-            ),
-        ]
         outcome = await self.fleet.rollout(
             number,
             self.train,
-            stages,
+            search_stages(search, settings.escalation, trees=settings.trees),
             preference=settings.preference,
             on_progress=self.view.update,
         )
@@ -302,26 +276,20 @@ class Evolution:
             self._skip(number, "select", "select")
             return
         self.view.begin("select", f"round {number}: select", round=number)
-        counted = _Counted()
-        rounds = range(1, number + 1)
-        source = chain.from_iterable(
-            counted.count(TrajectoryStore(self.store, r).trees(), only=r == number) for r in rounds
-        )
+        selection = RoundSelection(self.store, number)
         demonstrations = (
             read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
         )
         try:
             manifest = await asyncio.to_thread(
-                select_dataset,
-                source,
+                selection.select,
                 directory,
                 template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=demonstrations,
-                info={"rounds": list(rounds), "verdicts": verdicts_of(self.store, rounds)},
             )
         finally:
-            counted.stop()
+            selection.stop()
         counts = manifest["counts"]["all"]
         seconds = self.view.end(
             f"{counts.get('sft_train', 0)} SFT examples, {counts.get('pairs_train', 0)} pairs"
@@ -330,8 +298,8 @@ class Evolution:
             number,
             "select",
             seconds,
-            trajectories=counted.trajectories,
-            correct_trajectories=counted.correct,
+            trajectories=selection.trajectories,
+            correct_trajectories=selection.correct,
         )
 
     async def _train_policy(self, number: int, previous: Checkpoint | None) -> Checkpoint:
@@ -441,111 +409,6 @@ class Evolution:
         seconds = self.view.end(f"greedy pass@1 {100 * (greedy['all'] or 0.0):.1f} %")
         self.folder.record_stage(number, "evaluate", seconds)
 
-    # ---------------------------------------------------------------- the report
-
-    def report(self, seconds_total: float) -> dict[str, Any]:
-        """Everything the run showed, from what its stages committed."""
-        solved_before: set[str] = set()
-        rounds = []
-        for number in range(1, len(self.config.rounds) + 1):
-            entry = self._round_entry(number, solved_before)
-            if entry is not None:
-                rounds.append(entry)
-        cold = self._evaluation(0)
-        return {
-            "name": self.config.name,
-            "cold_start": {"greedy": cold.shares("greedy")} if cold is not None else None,
-            "rounds": rounds,
-            "seconds_total": round(seconds_total, 1),
-            "evaluation": self._evaluation_facts(),
-            "config": self.config.effective(),
-            "versions": versions(),
-            "hardware": hardware(),
-        }
-
-    def _round_entry(self, number: int, solved_before: set[str]) -> dict[str, Any] | None:
-        trees = TrajectoryStore(self.store, number)
-        manifest = trees.manifest()
-        if manifest is None:
-            return None
-        solved = {
-            key.problem_id
-            for commit in trees.commits().values()
-            for key in commit.trees
-            if key.solved
-        }
-        solved_before |= solved
-        stages = {
-            name: self.folder.stage(number, name)
-            for name in ("rollout", "select", "train_policy", "train_ppm", "evaluate")
-        }
-        rollout, select = stages["rollout"], stages["select"]
-        evaluation = self._evaluation(number)
-        shares = {
-            method: evaluation.shares(method) if evaluation is not None else None
-            for method in ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
-        }
-        return {
-            "round": number,
-            "coverage": self._coverage(solved),
-            "coverage_so_far": self._coverage(solved_before),
-            **shares,
-            "ppm_pair_accuracy": stages["train_ppm"].get("metrics", {}).get("pair_accuracy"),
-            "ppm_metrics": stages["train_ppm"].get("metrics", {}),
-            "trees": manifest.totals.trees,
-            "trajectories": select.get("trajectories", 0),
-            "correct_trajectories": select.get("correct_trajectories", 0),
-            "generated_tokens": manifest.totals.generated_tokens,
-            "generated_tokens_per_s": rollout.get("generated_tokens_per_s", 0.0),
-            "sandbox_steps_per_s": rollout.get("sandbox_steps_per_s", 0.0),
-            "prefix_hit_rate": rollout.get("prefix_hit_rate", 0.0),
-            "lost": rollout.get("lost", 0),
-            "doubled": rollout.get("doubled", 0),
-            "failed_problems": len(manifest.failed),
-            "deaths": rollout.get("deaths", {}),
-            "resumed_trees": rollout.get("resumed_trees", 0),
-            "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
-        }
-
-    def _coverage(self, solved: set[str]) -> dict[str, float | None]:
-        return shares_by_level((p.level.value, p.id in solved) for p in self.train)
-
-    def _evaluation(self, number: int) -> Evaluation | None:
-        record = self.folder.read(self.folder.evaluation_name(number))
-        return Evaluation.from_record(record) if record is not None else None
-
-    def _evaluation_facts(self) -> dict[str, int]:
-        config = self.config.evaluation
-        total = min(config.num_problems or len(self.test), len(self.test))
-        return {
-            "num_problems": total,
-            "num_search_problems": min(config.num_search_problems or total, total),
-            "num_samples": config.num_samples,
-        }
-
-
-class _Counted:
-    """Counts the trajectories of trees that pass by, until it is stopped."""
-
-    def __init__(self) -> None:
-        self.trajectories = 0
-        self.correct = 0
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        """End a thread that still reads: after Ctrl-C nobody waits for hours of trees."""
-        self._stopped.set()
-
-    def count(self, trees: Iterator[Tree], *, only: bool) -> Iterator[Tree]:
-        for tree in trees:
-            if self._stopped.is_set():
-                raise RuntimeError("the selection was stopped")
-            if only:
-                found = trajectories(tree)
-                self.trajectories += len(found)
-                self.correct += sum(1 for t in found if t.correct)
-            yield tree
-
 
 def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> list[Problem]:
     for problem in found:
@@ -570,7 +433,7 @@ def _fit_facts(result: FitResult) -> Mapping[str, Any]:
         "examples": result.examples,
         "steps": result.steps,
         "useful_tokens": result.useful_tokens,
-        "padded_tokens": result.padded_tokens,
+        "padded_tokens": result.computed_tokens,
         "loss_tokens": result.loss_tokens,
         "final_loss": result.final_loss,
         "tokens_per_s": result.tokens_per_s,

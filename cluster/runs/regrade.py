@@ -192,14 +192,9 @@ def _compare(
         from_graders=tuple(sorted(graders)),
         answers=answers,
         changes=tuple(changes),
-        solved_before=len(_solved(trees, earlier)),
-        solved=len(_solved(trees, generation)),
+        solved_before=len(trees.solved(earlier)),
+        solved=len(trees.solved(generation)),
     )
-
-
-def _solved(trees: TrajectoryStore, generation: int) -> set[str]:
-    commits = trees.commits(generation=generation).values()
-    return {key.problem_id for commit in commits for key in commit.trees if key.solved}
 
 
 # -------------------------------------------------------------------- records
@@ -264,7 +259,7 @@ def _refresh_report(
         trees = by_round.get(entry.get("round"))
         if trees is None or not levels:
             continue
-        solved = _solved(trees, trees.generation())
+        solved = trees.solved()
         so_far |= solved
         for name, ids in (("coverage", solved), ("coverage_so_far", so_far)):
             if name in entry:

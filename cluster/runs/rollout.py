@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,21 +25,22 @@ from cluster.evaluation.shares import (
     problems_by_level,
     shares_by_level,
 )
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
+from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
 from cluster.fleet.given_models import (
-    given_checkpoint,
+    serve_given,
     with_checkpoint_directories,
     with_prompt_template,
 )
-from cluster.folder.lineage import record_lineage, record_start
+from cluster.fleet.session import Session
+from cluster.folder.lineage import record_lineage
 from cluster.folder.machine import hardware, versions
-from cluster.folder.run_folder import REPORT, RunFolder
-from cluster.runs.config import RolloutConfig
-from cluster.telemetry.live import LiveFile
+from cluster.folder.run_folder import REPORT
+from cluster.runs.config import EscalationConfig, RolloutConfig
 from cluster.telemetry.progress import ProgressView
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
-from rollout.store import RunStore, TrajectoryStore
+from rollout.search import SearchConfig
+from rollout.store import TrajectoryStore
 
 ROUND = 1
 """The one round a rollout run has."""
@@ -48,12 +50,10 @@ class RolloutRun:
     """One rollout run, from its config to its report."""
 
     def __init__(self, config: RolloutConfig, view: ProgressView) -> None:
-        config = with_prompt_template(with_checkpoint_directories(config))
-        self.config = config
+        self.config = with_prompt_template(with_checkpoint_directories(config))
         self.view = view
-        self.folder = RunFolder(config.run_dir)
-        self.fleet = Fleet(config, self.folder)
-        self.fleet.note = view.note
+        self.session = Session(self.config, view)
+        self.folder = self.session.folder
 
     async def run(self) -> dict[str, Any]:
         """Search what is left of the file and return the report.
@@ -70,26 +70,18 @@ class RolloutRun:
         problems = problems[: self.config.limit]
         for line in read.lines():
             self.view.note(line)
-        with self.folder.locked():
-            self.folder.keep_config(self.config)
-            trees = TrajectoryStore(RunStore(str(self.folder.root)), ROUND)
-            trees.store.self_check()
-            with LiveFile(self.folder.root, self.view.snapshot) as live:
-                self.view.seconds_before = live.seconds_before
-                self.view.usd_per_hour = self.config.cost.usd_per_hour
-                self.folder.write_problems(problems)
-                if trees.manifest() is None:
-                    given = [self.config.problems, self.config.policy, self.config.ppm]
-                    inputs = [path for path in given if path is not None]
-                    await asyncio.to_thread(record_start, self.folder, inputs)
-                    try:
-                        with self.view:
-                            outcome = await self._search(problems)
-                    finally:
-                        await self.fleet.stop(self.view.note)
-                    await asyncio.to_thread(self._record, outcome, trees)
-                report = await asyncio.to_thread(self._report, problems, trees, read.skipped)
-                self.folder.write(REPORT, report)
+        trees = TrajectoryStore(self.session.store, ROUND)
+        with self.session.held():
+            self.folder.write_problems(problems)
+            if trees.manifest() is None:
+                await self.session.record_start(
+                    [self.config.problems, self.config.policy, self.config.ppm]
+                )
+                async with self.session.fleet_shown() as fleet:
+                    outcome = await self._search(fleet, problems)
+                await asyncio.to_thread(self._record, outcome, trees)
+            report = await asyncio.to_thread(self._report, problems, trees, read.skipped)
+            self.folder.write(REPORT, report)
         return report
 
     def _record(self, outcome: RolloutOutcome, trees: TrajectoryStore) -> None:
@@ -99,37 +91,19 @@ class RolloutRun:
         record_lineage(self.folder, ROUND)
         trees.remove_orphans(older_than_s=self.config.cluster.lease_s, now_unix_s=time.time())
 
-    async def _search(self, problems: list[Problem]) -> RolloutOutcome:
+    async def _search(self, fleet: Fleet, problems: list[Problem]) -> RolloutOutcome:
         config = self.config
         self.view.plan = ["start", "rollout"]
         self.view.begin("start", "starting engines")
-        if config.policy is not None:
-            version = given_checkpoint("policy", config.policy).version
-            await self.fleet.start(config.policy, version=version, learner=False)
-        else:
-            assert config.endpoint is not None
-            await self.fleet.start(None, learner=False)
-            await self.fleet.serve_endpoint(config.endpoint)
-        if config.ppm is not None:
-            await self.fleet.serve_preference(given_checkpoint("ppm", config.ppm))
-        self.view.end(self.fleet.describe())
+        await serve_given(fleet, config, preference=True)
+        if config.endpoint is not None:
+            await fleet.serve_endpoint(config.endpoint)
+        self.view.end(fleet.describe())
         self.view.begin("rollout", f"rollout of {config.problems.name}", len(problems), round=ROUND)
-        stages = [
-            RolloutStage(name="base", search=config.search),
-            *(
-                RolloutStage(
-                    name=f"escalation-{position}",
-                    search=stage.search(config.search),
-                    trees=stage.trees,
-                    unsolved_only=True,
-                )
-                for position, stage in enumerate(config.escalation, start=1)
-            ),
-        ]
-        outcome = await self.fleet.rollout(
+        outcome = await fleet.rollout(
             ROUND,
             problems,
-            stages,
+            search_stages(config.search, config.escalation),
             preference=config.ppm is not None,
             on_progress=self.view.update,
         )
@@ -144,7 +118,7 @@ class RolloutRun:
         manifest = trees.manifest()
         assert manifest is not None
         stage = self.folder.stage(ROUND, "rollout")
-        solved = solved_problems(trees)
+        solved = trees.solved()
         dead_ends: Counter[str] = Counter()
         discarded: Counter[str] = Counter()
         for table in trees.tables(["terminal", "discard", "multiplicity"]):
@@ -179,6 +153,24 @@ class RolloutRun:
             "versions": versions(),
             "hardware": hardware(),
         }
+
+
+def search_stages(
+    search: SearchConfig, escalation: Sequence[EscalationConfig], *, trees: int = 1
+) -> list[RolloutStage]:
+    """Every problem once with `search`, then what is unsolved with each stage of `escalation`."""
+    return [
+        RolloutStage(name="base", search=search, trees=trees),
+        *(
+            RolloutStage(
+                name=f"escalation-{position}",
+                search=stage.search(search),
+                trees=stage.trees,
+                unsolved_only=True,
+            )
+            for position, stage in enumerate(escalation, start=1)
+        ),
+    ]
 
 
 def print_rollout_report(report: dict[str, Any], console: Console) -> None:

@@ -33,7 +33,7 @@ from cluster.engines.model_check import check_policy_checkpoint, check_preferenc
 from cluster.fleet.config import ActorConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
-    given_checkpoint,
+    serve_given,
     with_checkpoint_directories,
     with_prompt_template,
 )
@@ -200,11 +200,7 @@ async def solve(config: SolveConfig, problem: Problem, view: SolveView) -> Solve
     try:
         with view:
             view.note("starting the engines")
-            policy = given_checkpoint("policy", config.policy)
-            await fleet.start(config.policy, version=policy.version, learner=False)
-            if uses_ppm:
-                assert config.ppm is not None
-                await fleet.serve_preference(given_checkpoint("ppm", config.ppm))
+            await serve_given(fleet, config, preference=uses_ppm)
             # A symbolic question that has to wait for its process would end undecided.
             await asyncio.to_thread(start_symbolic_worker)
             start_s = time.monotonic() - began_s

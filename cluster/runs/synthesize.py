@@ -35,10 +35,11 @@ from rich.table import Table
 
 from cluster.engines.completions_api import CompletionsReply, read_reply
 from cluster.engines.config import EndpointConfig
-from cluster.engines.endpoint import EndpointPolicy, EndpointStats, proxy_for, read_api_key
+from cluster.engines.endpoint import EndpointPolicy, EndpointStats, read_api_key
 from cluster.folder.config_file import make_config, read_yaml
 from cluster.telemetry.progress import ProgressView
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
+from rollout.files import replacing
 from rollout.problem import Level, Problem
 from rollout.problems.reader import read_problems
 from rollout.problems.synthesis import (
@@ -93,14 +94,7 @@ class ChatPolicy(EndpointPolicy):
     """`EndpointPolicy` over /chat/completions: the prompt is the user's one message."""
 
     async def _post(self, request: GenerationRequest, body: dict[str, Any]) -> CompletionsReply:
-        async with self._client().post(
-            self.config.url,
-            json=chat_body(body, request.stop),
-            proxy=proxy_for(self.config.url),
-            allow_redirects=False,
-        ) as response:
-            if response.status != 200:
-                raise self._failure_of(response, await response.text(errors="replace"))
+        async with self._answer(chat_body(body, request.stop)) as response:
             data = self._parse((await response.read()).decode("utf-8"))
             # Which stop string ended a problem does not matter, so none is looked for.
             return read_reply(
@@ -352,12 +346,10 @@ def _show(
 
 def write_table(synthesis: Synthesis, config: SynthesizeConfig) -> None:
     """Write the kept problems whole, replacing an earlier table."""
-    hidden = config.out.with_name(f".{config.out.name}.{os.getpid()}")
     try:
-        pq.write_table(synthesis.table(config.endpoint.model), hidden, compression="zstd")
-        hidden.replace(config.out)
+        with replacing(config.out) as hidden:
+            pq.write_table(synthesis.table(config.endpoint.model), hidden, compression="zstd")
     except OSError as error:
-        hidden.unlink(missing_ok=True)
         raise SynthesisError(f"{config.out}: cannot be written: {error.strerror}") from error
 
 

@@ -15,7 +15,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from cluster.folder.config_file import load_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
+from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
-from learner.dataset import read_manifest, select_dataset
+from learner.dataset import read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError
 from learner.markers import with_markers
 from learner.plain import write_plain_dataset
@@ -168,22 +168,12 @@ def _last_round(run: RunFolder) -> int:
 def _select(run: RunFolder, number: int, config: TrainRunConfig, directory: Path) -> None:
     """Build a round's dataset from the trees of all rounds up to it."""
     store = RunStore(str(run.root))
-    stores = [TrajectoryStore(store, r) for r in range(1, number + 1)]
-    missing = [r for r, trees in enumerate(stores, start=1) if trees.manifest() is None]
-    if not stores or missing:
-        raise RunFolderError(
-            f"{run.root}: round {missing[0] if missing else number} is not committed"
-        )
+    for r in range(1, max(number, 1) + 1):
+        if TrajectoryStore(store, r).manifest() is None:
+            raise RunFolderError(f"{run.root}: round {r} is not committed")
     search = SearchConfig.model_validate(read_yaml(run.root / "config.yaml").get("search", {}))
-    select_dataset(
-        chain.from_iterable(trees.trees() for trees in stores),
-        directory,
-        template=search.training_template,
-        config=config.dataset,
-        info={
-            "rounds": list(range(1, number + 1)),
-            "verdicts": verdicts_of(store, range(1, number + 1)),
-        },
+    RoundSelection(store, number).select(
+        directory, template=search.training_template, config=config.dataset
     )
 
 

@@ -61,7 +61,7 @@ STOP_TEXTS: Mapping[str, str] = {
     "": "the engines end (at most 25 s); what this stage has not saved is done again when the run "
     "goes on; again: at once",
 }
-"""What is done after Ctrl-C, by kind of stage; "" for all others. Bounds: `cluster.fleet`."""
+"""What is done after Ctrl-C, by kind of stage; "" for all others. Bounds: `cluster.fleet.fleet`."""
 
 LOG_INTERVAL_S = 15.0
 

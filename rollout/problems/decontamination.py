@@ -41,7 +41,6 @@ from rollout.problems.text import (
     TokenBatch,
     answer_key,
     folded,
-    num_words,
     problem_key,
     spans,
     tokenise,
@@ -107,7 +106,6 @@ class BenchmarkIndex:
         pairs = np.unique(np.stack((hashes[kept], owners[kept].astype(np.uint64)), axis=1), axis=0)
         self._hashes, self._owners = pairs[:, 0].copy(), pairs[:, 1].astype(np.int64)
         self._num_ngrams = np.bincount(self._owners, minlength=len(self.problems))
-        self.num_short = int((num_words(batch) < NGRAM).sum()) if self.problems else 0
 
     def _common(self, hashes: Hashes, owners: Places) -> Hashes:
         """Runs of words in too many different texts of one benchmark."""

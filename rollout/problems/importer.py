@@ -18,6 +18,7 @@ Not covered: a process killed outright (SIGKILL) leaves the hidden folder behind
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
@@ -25,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -137,14 +137,12 @@ def import_problems(
     out: Path | None,
     *,
     progress: Progress = lambda stage, done, total: None,
-    scratch: Path | None = None,
 ) -> ImportReport:
     """Read, judge and write; the whole of `rstar problems import`.
 
     Args:
         out: the problems table; its report folder lies beside it. None: only the report is made, as
             for a check.
-        scratch: where the work is kept meanwhile; None: beside `out`.
     Raises:
         ProblemFileError: a file is missing or of unknown format, an input is also a benchmark, or
             there is no row to keep. Nothing is written then.
@@ -156,11 +154,10 @@ def import_problems(
     both = {_real(name) for name in names} & {_real(name) for name in against}
     if both:
         raise ProblemFileError(f"{sorted(both)[0]}: both imported and a benchmark")
-    place = scratch or (out.parent if out is not None else None)
-    if place is not None:
-        place.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-        prefix=f".{out.name if out else 'problems'}.", dir=place
+        prefix=f".{out.name if out else 'problems'}.", dir=out.parent if out else None
     ) as folder:
         run = _Import(settings, names, against, Path(folder), progress)
         report = run.run()
@@ -200,35 +197,27 @@ def _where_they_went(report: ImportReport) -> list[str]:
     return told + report.bad_examples[:3]
 
 
-class _Table:
+Append = Callable[[dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def _table(path: Path, schema: pa.Schema) -> Iterator[Append]:
     """A Parquet file that grows by rows; written even when it stays empty."""
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._schema, self._rows = schema, list[dict[str, Any]]()
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        def flush() -> None:
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows.clear()
 
-    def __enter__(self) -> _Table:
-        return self
+        def append(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if len(rows) >= _BATCH:
+                flush()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.flush()
-        self._writer.close()
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) >= _BATCH:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows.clear()
+        yield append
+        flush()
 
 
 _SPILL_SCHEMA = pa.schema([*_PROBLEM_FIELDS, ("file", pa.int32())])
@@ -259,9 +248,9 @@ class _Import:
         self.index = self._read_benchmarks()
         report_folder = self.folder / "report"
         with (
-            _Table(report_folder / "set_aside.parquet", SET_ASIDE_SCHEMA) as self._aside,
-            _Table(report_folder / "contaminated.parquet", CONTAMINATION_SCHEMA) as self._hits,
-            _Table(report_folder / "bad_rows.parquet", BAD_ROW_SCHEMA) as self._bad,
+            _table(report_folder / "set_aside.parquet", SET_ASIDE_SCHEMA) as self._aside,
+            _table(report_folder / "contaminated.parquet", CONTAMINATION_SCHEMA) as self._hits,
+            _table(report_folder / "bad_rows.parquet", BAD_ROW_SCHEMA) as self._bad,
         ):
             with pq.ParquetWriter(self.folder / "spill.parquet", _SPILL_SCHEMA) as self._spill:
                 self._read(converts)
@@ -336,7 +325,7 @@ class _Import:
                 draft.level = self.settings.level or draft.level
                 return draft
         self._file.bad += 1
-        self._bad.append({"file": source.name, "row": row.number, "error": error})
+        self._bad({"file": source.name, "row": row.number, "error": error})
         if len(self.report.bad_examples) < 10:
             self.report.bad_examples.append(f"{source.name}, {source.place} {row.number}: {error}")
         return None
@@ -352,9 +341,9 @@ class _Import:
                 else screening.screen(draft.problem, draft.answer)
             )
             if reason is not None:
-                self._file.set_aside[_counted(reason, draft)] += 1
+                self._file.set_aside[draft.exclusion or reason.value] += 1
                 del record["id"]
-                self._aside.append({"reason": reason.value, "detail": draft.exclusion, **record})
+                self._aside({"reason": reason.value, "detail": draft.exclusion, **record})
                 continue
             if draft.level is None:
                 self._file.assumed_levels += 1
@@ -415,7 +404,7 @@ class _Import:
     def _report_hit(self, hit: Hit, record: Mapping[str, Any]) -> None:
         problem = hit.benchmark
         removed = hit.removes(self.settings.rule)
-        self._hits.append(
+        self._hits(
             {
                 "id": record["id"],
                 "origin": record["origin"],
@@ -448,7 +437,7 @@ class _Import:
         number = first
         with (
             pq.ParquetFile(self.folder / "spill.parquet") as spill,
-            _Table(self.folder / "report" / "duplicates.parquet", DUPLICATE_SCHEMA) as duplicates,
+            _table(self.folder / "report" / "duplicates.parquet", DUPLICATE_SCHEMA) as duplicates,
             pq.ParquetWriter(
                 self.folder / "problems.parquet", PROBLEM_SCHEMA, compression="zstd"
             ) as out,
@@ -483,7 +472,7 @@ class _Import:
         self._report_hit(hit, row)
 
     def _duplicate(
-        self, item: Duplicate, row: Mapping[str, Any], kept: Mapping[str, Any], into: _Table
+        self, item: Duplicate, row: Mapping[str, Any], kept: Mapping[str, Any], into: Append
     ) -> None:
         report = self.report.files[row["file"]]
         if item.exact:
@@ -494,7 +483,7 @@ class _Import:
             kept["answer"], row["answer"]
         )
         self.report.other_answers += not same
-        into.append(
+        into(
             {
                 "id": row["id"],
                 "origin": row["origin"],
@@ -576,8 +565,7 @@ def read_benchmark(name: str) -> tuple[list[BenchmarkProblem], int]:
 
 
 def _first_readable(name: str) -> Row | None:
-    rows: Iterator[Row] = RowFile(name).rows()
-    return next((row for row in rows if row.error is None), None)
+    return next((row for row in RowFile(name).rows() if row.error is None), None)
 
 
 def _picked(
@@ -585,10 +573,6 @@ def _picked(
 ) -> list[tuple[int, dict[str, Any]]]:
     places = [place for place in range(table.num_rows) if number + place in found]
     return list(zip(places, table.take(pa.array(places, pa.int64())).to_pylist(), strict=True))
-
-
-def _counted(reason: screening.Reason, draft: Draft) -> str:
-    return draft.exclusion if draft.exclusion else reason.value
 
 
 def _check_unicode(draft: Draft) -> None:

@@ -1,8 +1,8 @@
 """The miniature: a seeded world of small problems on which the whole loop runs on a CPU.
 
-18 families (six per level) with five paraphrases each write demonstrations, training problems and
-a held-out test set as Parquet files. They are one more problem source: nothing downstream knows
-of it.
+18 families (`miniature_families`) with five paraphrases each write demonstrations, training
+problems and a held-out test set as Parquet files. They are one more problem source: nothing
+downstream knows of it.
 
     family --draw numbers, names, nouns--> Draft (five phrasings, steps, answer)
            --pick a paraphrase-----------> MiniatureProblem
@@ -10,9 +10,8 @@ of it.
 Why a loop can improve here: paraphrases are long-tailed in the demonstrations (8:6:2:1:1) and
 uniform in the training and test problems, so a policy trained on the demonstrations knows common
 phrasings well and rare ones badly; search reaches the rare ones and training on what it finds
-closes the gap. `compose` problems nest three operations; demonstrations show half of their 24
-combinations. Phrasings of a family differ in the order of quantities, voice and place of the
-question, so that the position of a number alone does not tell what it means.
+closes the gap. Of `compose` problems, which nest three operations, demonstrations show half of the
+24 combinations.
 
 Invariants: a seed and the counts decide every byte; no problem text occurs twice, within a file or
 between files; the test set does not depend on how many demonstrations or training problems are
@@ -28,16 +27,17 @@ from __future__ import annotations
 import difflib
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import comb, gcd, lcm
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rollout.files import replacing
 from rollout.problem import Level
+from rollout.problems.miniature_families import FAMILIES, NUM_PARAPHRASES, Draft, Draw
 from rollout.prompt import (
     ANSWER,
     CODE,
@@ -50,22 +50,11 @@ from rollout.prompt import (
 SOURCE = "miniature"
 """The `source` of every problem of the miniature."""
 
-NUM_PARAPHRASES = 5
-
 DEMONSTRATION_WEIGHTS = (8, 6, 2, 1, 1)
 """How often each paraphrase occurs in the demonstrations; elsewhere all are equally frequent."""
 
 MAX_DRAWS_PER_PROBLEM = 1000
 """After so many repeated texts a family is taken to be exhausted."""
-
-_NAMES = (
-    "Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack",
-    "Kate", "Leo", "Maria", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor",
-)  # fmt: skip
-_OBJECTS = (
-    "apples", "books", "cards", "coins", "cups", "eggs", "flowers", "hats",
-    "marbles", "pears", "pencils", "plates", "shells", "stamps", "stickers", "toys",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,49 +88,6 @@ class MiniatureFiles:
     demonstrations: Path
     train: Path
     test: Path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Draft:
-    """One draw of a family, before a phrasing is chosen."""
-
-    phrasings: tuple[str, str, str, str, str]
-    steps: tuple[tuple[str, str], ...]
-    """(thought, code) of each step before the printing step."""
-    result: str
-    """The variable that holds the answer."""
-    answer: int | Fraction
-
-
-class _Draw:
-    """The random choices of one draft."""
-
-    def __init__(self, rng: random.Random, *, demonstration: bool) -> None:
-        self._rng = rng
-        self.demonstration = demonstration
-
-    def number(self, low: int, high: int) -> int:
-        """Uniform in low..high, both included."""
-        return self._rng.randint(low, high)
-
-    def name(self) -> str:
-        return self._rng.choice(_NAMES)
-
-    def two_names(self) -> tuple[str, str]:
-        first, second = self._rng.sample(_NAMES, 2)
-        return first, second
-
-    def objects(self) -> str:
-        return self._rng.choice(_OBJECTS)
-
-    def two_objects(self) -> tuple[str, str]:
-        first, second = self._rng.sample(_OBJECTS, 2)
-        return first, second
-
-    def two_numbers(self, low: int, high: int) -> tuple[int, int]:
-        """Two different numbers in random order."""
-        first, second = self._rng.sample(range(low, high + 1), 2)
-        return first, second
 
 
 def generate(
@@ -209,7 +155,6 @@ def write_miniature(
         families=families,
     )
     root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
     files = MiniatureFiles(
         demonstrations=root / "demonstrations.parquet",
         train=root / "train.parquet",
@@ -260,7 +205,7 @@ def _generate_split(
     taken: set[str],
 ) -> tuple[MiniatureProblem, ...]:
     """`count` problems whose texts are not in `taken`, which grows by theirs."""
-    drawn: list[tuple[str, int, str, _Draft]] = []
+    drawn: list[tuple[str, int, str, Draft]] = []
     for family, num_problems in _spread_over_levels(count, families).items():
         rng = random.Random(f"miniature/{seed}/{split}/{family}")
         for paraphrase in _paraphrase_plan(num_problems, weights, rng):
@@ -283,8 +228,8 @@ def _generate_split(
 
 def _draw_new(
     family: str, paraphrase: int, rng: random.Random, split: str, taken: set[str]
-) -> tuple[str, _Draft]:
-    draw = _Draw(rng, demonstration=split == "demonstrations")
+) -> tuple[str, Draft]:
+    draw = Draw(rng, demonstration=split == "demonstrations")
     for _ in range(MAX_DRAWS_PER_PROBLEM):
         draft = FAMILIES[family].draft(draw)
         text = draft.phrasings[paraphrase]
@@ -344,572 +289,5 @@ def _write_parquet(
         columns["solution"] = pa.array([problem.solution for problem in problems], pa.string())
     columns["family"] = pa.array([problem.family for problem in problems], pa.string())
     columns["paraphrase"] = pa.array([problem.paraphrase for problem in problems], pa.int32())
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.table(columns), partial)
-    partial.replace(path)
-
-
-# --- gsm: two or three short arithmetic steps -------------------------------------------------
-
-
-def _buy(draw: _Draw) -> _Draft:
-    name = draw.name()
-    x, y = draw.two_objects()
-    a, b = draw.number(2, 20), draw.number(2, 20)
-    p, q = draw.number(2, 30), draw.number(2, 30)
-    return _Draft(
-        phrasings=(
-            f"{name} buys {a} {x} for {p} dollars each and {b} {y} for {q} dollars each. "
-            f"How many dollars does {name} spend?",
-            f"How much does {name} pay for {a} {x} and {b} {y} if the {x} cost {p} dollars each "
-            f"and the {y} cost {q} dollars each?",
-            f"At {p} dollars each, {a} {x} were bought by {name}. At {q} dollars each, {b} {y} "
-            f"were bought too. What was the total cost in dollars?",
-            f"One of the {x} costs {p} dollars and one of the {y} costs {q} dollars. {name} "
-            f"takes {b} {y} and {a} {x}. What is the bill in dollars?",
-            f"Find the total price when {q} dollars is paid for each of {b} {y} and {p} dollars "
-            f"for each of {a} {x} by {name}.",
-        ),
-        steps=(
-            (f"Cost of the {x}", f"first = {a} * {p}"),
-            (f"Cost of the {y}", f"second = {b} * {q}"),
-            (f"Total cost for {name}", "total = first + second"),
-        ),
-        result="total",
-        answer=a * p + b * q,
-    )
-
-
-def _gain_lose(draw: _Draw) -> _Draft:
-    name, x = draw.name(), draw.objects()
-    a, b = draw.number(20, 99), draw.number(2, 60)
-    c = draw.number(2, min(99, a + b - 1))
-    return _Draft(
-        phrasings=(
-            f"{name} has {a} {x}, gets {b} more and then loses {c}. How many {x} does {name} "
-            f"have now?",
-            f"There are {a} {x} in a box. {name} puts in {b} more and takes out {c}. How many "
-            f"{x} are left in the box?",
-            f"How many {x} remain if {name} gave away {c} after adding {b} to the {a} already "
-            f"there?",
-            f"After {b} {x} were given to {name}, who had {a} before, {c} were stolen. What "
-            f"number of {x} is left?",
-            f"{name} lost {c} {x} today. Before that, {b} were found, and at the start of the "
-            f"day there were {a}. Count the {x} now.",
-        ),
-        steps=(
-            (f"The {x} after the gain", f"count = {a} + {b}"),
-            (f"The {x} after the loss", f"left = count - {c}"),
-        ),
-        result="left",
-        answer=a + b - c,
-    )
-
-
-def _share(draw: _Draw) -> _Draft:
-    name, x = draw.name(), draw.objects()
-    a, c = draw.number(2, 20), draw.number(2, 12)
-    b = c * draw.number(1, 90 // c)
-    return _Draft(
-        phrasings=(
-            f"{name} has {a} boxes with {b} {x} in each and shares all of them equally among "
-            f"{c} friends. How many {x} does each friend get?",
-            f"{c} friends share the {x} of {name} equally. There are {a} bags with {b} {x} each. "
-            f"How many {x} per friend?",
-            f"Equal parts for {c} people are made by {name} from {a} baskets, each holding {b} "
-            f"{x}. How large is one part?",
-            f"If {b} {x} are in each of {a} packs, how many {x} does each of {c} children "
-            f"receive from {name}?",
-            f"What is the share of one of {c} teams when {name} divides {b} {x} from every one "
-            f"of {a} crates?",
-        ),
-        steps=(
-            (f"All the {x}", f"total = {a} * {b}"),
-            (f"The {x} of each one", f"each = total // {c}"),
-        ),
-        result="each",
-        answer=a * b // c,
-    )
-
-
-def _times(draw: _Draw) -> _Draft:
-    first, second = draw.two_names()
-    x = draw.objects()
-    a, k = draw.number(3, 60), draw.number(2, 12)
-    return _Draft(
-        phrasings=(
-            f"{first} has {a} {x} and {second} has {k} times as many. How many {x} do they have "
-            f"together?",
-            f"{second} owns {k} times as many {x} as {first}, who owns {a}. How many {x} are "
-            f"there in total?",
-            f"How many {x} do {first} and {second} have in all if {second} has {k} times the {a} "
-            f"of {first}?",
-            f"{a} {x} belong to {first}. The number that belongs to {second} is {k} times as "
-            f"large. Find the sum.",
-            f"Multiply what {first} has by {k} to get what {second} has. With {a} {x} for "
-            f"{first}, what do both have?",
-        ),
-        steps=(
-            (f"The {x} of {second}", f"more = {a} * {k}"),
-            (f"The {x} of both", f"total = {a} + more"),
-        ),
-        result="total",
-        answer=a + a * k,
-    )
-
-
-def _pages(draw: _Draw) -> _Draft:
-    name = draw.name()
-    r, d = draw.number(5, 30), draw.number(2, 12)
-    n = draw.number(r * d + 1, r * d + 300)
-    return _Draft(
-        phrasings=(
-            f"A book has {n} pages. {name} reads {r} pages a day for {d} days. How many pages "
-            f"are left?",
-            f"{name} reads {r} pages every day. How many pages of a book with {n} pages are left "
-            f"after {d} days?",
-            f"For {d} days {name} has been reading {r} pages daily. The book is {n} pages long. "
-            f"What is still unread?",
-            f"How much of a novel of {n} pages remains for {name} when on each of {d} days {r} "
-            f"pages are read?",
-            f"In {d} days, with {r} pages per day, {name} does not finish all {n} pages. How many "
-            f"are missing?",
-        ),
-        steps=(
-            (f"The pages {name} reads", f"read = {r} * {d}"),
-            ("The pages left", f"left = {n} - read"),
-        ),
-        result="left",
-        answer=n - r * d,
-    )
-
-
-def _age(draw: _Draw) -> _Draft:
-    first, second = draw.two_names()
-    a, b = draw.number(3, 70), draw.number(2, 28)
-    return _Draft(
-        phrasings=(
-            f"{first} is {a} years old and {second} is {b} years older. What is the sum of their "
-            f"ages?",
-            f"{second} is {b} years older than {first}, who is {a}. How old are they together?",
-            f"Add the ages of {first} and {second} if {first} is {a} and {second} is {b} years "
-            f"older.",
-            f"What do the ages of {second} and {first} add up to when {second} was born {b} years "
-            f"before {first}, now {a}?",
-            f"By {b} years {first} is younger than {second}. The age of {first} is {a}. Find the "
-            f"total of both ages.",
-        ),
-        steps=(
-            (f"The age of {second}", f"older = {a} + {b}"),
-            ("The sum of the ages", f"total = {a} + older"),
-        ),
-        result="total",
-        answer=a + a + b,
-    )
-
-
-# --- math: three steps, exact fractions, an equation -------------------------------------------
-
-
-def _discount(draw: _Draw) -> _Draft:
-    name, x = draw.name(), draw.objects()
-    p, d, s = draw.number(10, 199), draw.number(5, 60), draw.number(2, 30)
-    return _Draft(
-        phrasings=(
-            f"A set of {x} costs {p} dollars. {name} gets {d} percent off and pays {s} dollars "
-            f"for shipping. What is the total price in dollars?",
-            f"{name} orders {x} for {p} dollars with a discount of {d} percent. Shipping costs "
-            f"{s} dollars. How many dollars does {name} pay?",
-            f"With {s} dollars for shipping and {d} percent taken off the price of {p} dollars, "
-            f"what do the {x} cost {name}?",
-            f"What does {name} pay if shipping is {s} dollars and the {x}, usually {p} dollars, "
-            f"are reduced by {d} percent?",
-            f"The shop takes {d} percent off for {name}. Without that the {x} are {p} dollars. "
-            f"Add {s} dollars for shipping and give the sum.",
-        ),
-        steps=(
-            (
-                "The part of the price that is paid",
-                f"from fractions import Fraction\npart = Fraction(100 - {d}, 100)",
-            ),
-            (f"The price of the {x}", f"price = {p} * part"),
-            ("Add the shipping", f"total = price + {s}"),
-        ),
-        result="total",
-        answer=p * Fraction(100 - d, 100) + s,
-    )
-
-
-def _gcd_lcm(draw: _Draw) -> _Draft:
-    a, b = draw.two_numbers(4, 75)
-    return _Draft(
-        phrasings=(
-            f"What is the least common multiple of {a} and {b} minus their greatest common "
-            f"divisor?",
-            f"Find the difference between the least common multiple and the greatest common "
-            f"divisor of {a} and {b}.",
-            f"Subtract the greatest common divisor of {a} and {b} from their least common "
-            f"multiple.",
-            f"For the numbers {a} and {b}, by how much is the least common multiple larger than "
-            f"the greatest common divisor?",
-            f"The greatest common divisor of {a} and {b} is taken away from the smallest number "
-            f"that both divide. What is left?",
-        ),
-        steps=(
-            ("The least common multiple", f"from math import gcd, lcm\nmultiple = lcm({a}, {b})"),
-            ("The greatest common divisor", f"divisor = gcd({a}, {b})"),
-            ("The difference", "difference = multiple - divisor"),
-        ),
-        result="difference",
-        answer=lcm(a, b) - gcd(a, b),
-    )
-
-
-def _linear(draw: _Draw) -> _Draft:
-    root, a = draw.number(2, 30), draw.number(2, 12)
-    b, d = draw.number(1, 60), draw.number(1, 40)
-    c = a * root + b
-    return _Draft(
-        phrasings=(
-            f"If {a}x + {b} = {c}, what is x + {d}?",
-            f"Find x + {d} when {a}x + {b} = {c}.",
-            f"Solve {c} = {a}x + {b} and add {d} to the solution.",
-            f"What is {d} more than the number x for which {b} + {a}x equals {c}?",
-            f"A number times {a} plus {b} gives {c}. Increase that number by {d}. What is the "
-            f"result?",
-        ),
-        steps=(
-            ("The unknown", "from sympy import symbols, solve\nx = symbols('x')"),
-            ("Solve the equation", f"root = solve({a} * x + {b} - {c}, x)[0]"),
-            (f"Add {d}", f"value = root + {d}"),
-        ),
-        result="value",
-        answer=root + d,
-    )
-
-
-def _remaining(draw: _Draw) -> _Draft:
-    name, x = draw.name(), draw.objects()
-    a, b = draw.number(2, 12), draw.number(2, 12)
-    n = a * draw.number(4, 40)
-    return _Draft(
-        phrasings=(
-            f"{name} has {n} kilograms of rice, uses 1/{a} of it and then 1/{b} of the rest. How "
-            f"many kilograms are left?",
-            f"A tank of {name} holds {n} litres. First 1/{a} of it is used, then 1/{b} of what "
-            f"remains. How many litres remain?",
-            f"How much is left of {n} dollars if {name} pays 1/{a} of them for {x} and then 1/{b} "
-            f"of the remaining money?",
-            f"{name} gave 1/{b} of the land away after 1/{a} of all {n} acres had been sold. How "
-            f"many acres does {name} keep?",
-            f"Of a rope, 1/{b} is cut off by {name}; before, 1/{a} of it was lost. It was {n} "
-            f"metres long at first. How long is it now?",
-        ),
-        steps=(
-            ("The first part", f"from fractions import Fraction\nfirst = Fraction({n}, {a})"),
-            ("What remains", f"rest = {n} - first"),
-            ("What is left in the end", f"left = rest - rest / {b}"),
-        ),
-        result="left",
-        answer=(n - Fraction(n, a)) * (1 - Fraction(1, b)),
-    )
-
-
-def _average(draw: _Draw) -> _Draft:
-    a, b = draw.number(2, 99), draw.number(2, 99)
-    c, d = draw.number(2, 99), draw.number(2, 99)
-    return _Draft(
-        phrasings=(
-            f"What is the average of {a}, {b}, {c} and {d}?",
-            f"Find the mean of the four numbers {a}, {b}, {c} and {d}.",
-            f"The sum of {a}, {b}, {c} and {d} is divided by 4. What is the result?",
-            f"Four children are {a}, {b}, {c} and {d} months old. How many months old are they on "
-            f"average?",
-            f"With {a}, {b}, {c} and {d} points in four games, what is the mean number of points?",
-        ),
-        steps=(
-            ("Add the first two", f"first = {a} + {b}"),
-            ("Add the other two", f"total = first + {c} + {d}"),
-            (
-                "Divide by 4",
-                "from fractions import Fraction\nmean = Fraction(total, 4)",
-            ),
-        ),
-        result="mean",
-        answer=Fraction(a + b + c + d, 4),
-    )
-
-
-def _ratio(draw: _Draw) -> _Draft:
-    first, second = draw.two_names()
-    x = draw.objects()
-    a = draw.number(1, 9)
-    b = a + draw.number(1, 9)
-    n = (a + b) * draw.number(2, 40)
-    return _Draft(
-        phrasings=(
-            f"{first} and {second} share {n} {x} in the ratio {a} to {b}. How many more {x} does "
-            f"{second} get?",
-            f"{n} {x} are divided between {first} and {second} in the ratio {a} to {b}. What is "
-            f"the difference of their shares?",
-            f"In the ratio {a} to {b}, {first} and {second} split {n} {x}. How many {x} more than "
-            f"{first} has {second}?",
-            f"How many {x} does {second} get more than {first} if for every {a} of {first} there "
-            f"are {b} for {second}, out of {n}?",
-            f"For each {b} {x} given to {second}, {a} go to {first}. All {n} are given out. By how "
-            f"much does {second} have more?",
-        ),
-        steps=(
-            ("One part", f"part = {n} // ({a} + {b})"),
-            (f"How many parts more {second} has", f"parts = {b} - {a}"),
-            (f"The {x} more", "more = part * parts"),
-        ),
-        result="more",
-        answer=n // (a + b) * (b - a),
-    )
-
-
-# --- olympiad: four or five steps, number theory, counting, nested operations -------------------
-
-
-def _inclusion(draw: _Draw) -> _Draft:
-    n, m = draw.number(100, 999), draw.number(3, 29)
-    a, b = draw.two_numbers(2, 15)
-    return _Draft(
-        phrasings=(
-            f"How many integers from 1 to {n} are divisible by {a} or {b}? Give the remainder of "
-            f"that number modulo {m}.",
-            f"Let N be the number of positive integers up to {n} that are multiples of {a} or of "
-            f"{b}. Find N modulo {m}.",
-            f"Modulo {m}, what is the count of the integers divisible by {a} or {b} that are at "
-            f"most {n}?",
-            f"Find the remainder after division by {m} of how many of the first {n} positive "
-            f"integers {a} or {b} divides.",
-            f"The multiples of {a} and the multiples of {b} are marked among 1 to {n}. Divide the "
-            f"number of marks by {m}. What remains?",
-        ),
-        steps=(
-            (f"Multiples of {a}", f"first = {n} // {a}"),
-            (f"Multiples of {b}", f"second = {n} // {b}"),
-            ("Multiples of both", f"from math import lcm\nboth = {n} // lcm({a}, {b})"),
-            (f"Remainder modulo {m}", f"rest = (first + second - both) % {m}"),
-        ),
-        result="rest",
-        answer=(n // a + n // b - n // lcm(a, b)) % m,
-    )
-
-
-def _power(draw: _Draw) -> _Draft:
-    a, c = draw.two_numbers(2, 30)
-    b, d = draw.number(3, 60), draw.number(3, 60)
-    m = draw.number(5, 60)
-    return _Draft(
-        phrasings=(
-            f"What is the remainder when {a}^{b} + {c}^{d} is divided by {m}?",
-            f"Find {a}^{b} + {c}^{d} modulo {m}.",
-            f"Modulo {m}, what is the sum of {a}^{b} and {c}^{d}?",
-            f"Divide by {m} the number {a} to the power {b} plus {c} to the power {d}. What is "
-            f"the remainder?",
-            f"When the sum of the power of {a} with exponent {b} and the power of {c} with "
-            f"exponent {d} is reduced modulo {m}, what remains?",
-        ),
-        steps=(
-            ("The first power", f"first = pow({a}, {b}, {m})"),
-            ("The second power", f"second = pow({c}, {d}, {m})"),
-            ("The sum", "total = first + second"),
-            (f"Remainder modulo {m}", f"rest = total % {m}"),
-        ),
-        result="rest",
-        answer=(pow(a, b, m) + pow(c, d, m)) % m,
-    )
-
-
-def _committee(draw: _Draw) -> _Draft:
-    a, b = draw.number(5, 12), draw.number(5, 12)
-    i, j = draw.number(2, 4), draw.number(2, 4)
-    return _Draft(
-        phrasings=(
-            f"A club has {a} men and {b} women. How many ways are there to choose a committee of "
-            f"{i} men and {j} women and one of its members as leader?",
-            f"From {a} men and {b} women, a team of {i} men and {j} women with a leader is "
-            f"chosen. In how many ways can this be done?",
-            f"In how many ways can {i} of {a} men and {j} of {b} women form a group in which one "
-            f"person leads?",
-            f"How many committees with {j} women and {i} men and a leader can be formed in a town "
-            f"of {b} women and {a} men?",
-            f"A leader stands before a group of {j} women, out of {b}, and {i} men, out of {a}, "
-            f"being one of the group. Count the possible choices.",
-        ),
-        steps=(
-            ("Ways to choose the men", f"from math import comb\nmen = comb({a}, {i})"),
-            ("Ways to choose the women", f"women = comb({b}, {j})"),
-            ("Ways to choose the leader", f"leader = {i} + {j}"),
-            ("All ways", "total = men * women * leader"),
-        ),
-        result="total",
-        answer=comb(a, i) * comb(b, j) * (i + j),
-    )
-
-
-def _vieta(draw: _Draw) -> _Draft:
-    first, second = draw.two_numbers(1, 30)
-    s, p = first + second, first * second
-    return _Draft(
-        phrasings=(
-            f"What is the sum of the squares of the roots of x^2 - {s}x + {p} = 0?",
-            f"Find the sum of the squares of the solutions of x^2 - {s}x + {p} = 0.",
-            f"The roots of x^2 + {p} = {s}x are squared and added. What is the result?",
-            f"Square both numbers x for which x^2 + {p} - {s}x is zero and give the sum.",
-            f"Two numbers have product {p} and sum {s}. Add their squares.",
-        ),
-        steps=(
-            ("The unknown", "from sympy import symbols, solve\nx = symbols('x')"),
-            ("Find the roots", f"roots = solve(x**2 - {s} * x + {p}, x)"),
-            ("Square the roots", "squares = [r**2 for r in roots]"),
-            ("Add the squares", "total = sum(squares)"),
-        ),
-        result="total",
-        answer=first**2 + second**2,
-    )
-
-
-def _series(draw: _Draw) -> _Draft:
-    a, d = draw.two_numbers(2, 40)
-    n, m = draw.number(5, 60), draw.number(5, 97)
-    return _Draft(
-        phrasings=(
-            f"An arithmetic sequence starts with {a} and has difference {d}. What is the sum of "
-            f"its first {n} terms modulo {m}?",
-            f"Find the remainder modulo {m} of the sum of {n} terms of the arithmetic sequence "
-            f"with first term {a} and difference {d}.",
-            f"The first of {n} numbers is {a} and each next one is {d} larger. What remains when "
-            f"their sum is divided by {m}?",
-            f"Modulo {m}, add {n} numbers that grow by {d}, beginning with {a}. What is the "
-            f"result?",
-            f"In steps of {d}, count from {a} until there are {n} numbers. Divide their sum by {m} "
-            f"and give the remainder.",
-        ),
-        steps=(
-            ("The number of gaps", f"gaps = {n} - 1"),
-            ("The last term", f"last = {a} + {d} * gaps"),
-            ("The sum", f"total = {n} * ({a} + last) // 2"),
-            (f"Remainder modulo {m}", f"rest = total % {m}"),
-        ),
-        result="rest",
-        answer=n * (2 * a + (n - 1) * d) // 2 % m,
-    )
-
-
-def _compose(draw: _Draw) -> _Draft:
-    """Inner (4) x middle (3) x outer (2); demonstrations show the twelve of even parity."""
-    while True:
-        inner, middle, outer = draw.number(0, 3), draw.number(0, 2), draw.number(0, 1)
-        if not draw.demonstration or (inner + middle + outer) % 2 == 0:
-            break
-    a, b = draw.number(3, 15), draw.number(3, 15)
-    if inner == 2:
-        a, b = draw.number(4, 12), draw.number(2, 4)
-    c, d, m = draw.number(2, 60), draw.number(2, 20), draw.number(5, 60)
-
-    inner_text, inner_step, value = (
-        (
-            f"the least common multiple of {a} and {b}",
-            ("The least common multiple", f"from math import lcm\ninner = lcm({a}, {b})"),
-            lcm(a, b),
-        ),
-        (f"the product of {a} and {b}", ("The product", f"inner = {a} * {b}"), a * b),
-        (
-            f"the number of ways to choose {b} of {a} things",
-            ("The number of ways", f"from math import comb\ninner = comb({a}, {b})"),
-            comb(a, b),
-        ),
-        (
-            f"the sum of the squares of {a} and {b}",
-            ("The sum of the squares", f"inner = {a}**2 + {b}**2"),
-            a**2 + b**2,
-        ),
-    )[inner]
-
-    middle_text, middle_step, value = (
-        (
-            "the digit sum of {}",
-            ("The digit sum", "middle = sum(int(i) for i in str(inner))"),
-            sum(int(digit) for digit in str(value)),
-        ),
-        (
-            "the number of divisors of {}",
-            (
-                "The number of divisors",
-                "from sympy import divisors\nmiddle = len(divisors(inner))",
-            ),
-            sum(value % divisor == 0 for divisor in range(1, value + 1)),
-        ),
-        (f"the sum of {c} and {{}}", (f"Add {c}", f"middle = inner + {c}"), value + c),
-    )[middle]
-
-    outer_text, outer_steps, value = (
-        (
-            f"the remainder of {d} times {{}} modulo {m}",
-            (
-                (f"Multiply by {d}", f"outer = middle * {d}"),
-                (f"Remainder modulo {m}", f"result = outer % {m}"),
-            ),
-            value * d % m,
-        ),
-        (
-            f"the square of {{}} minus {d}",
-            (
-                ("The square", "outer = middle**2"),
-                (f"Subtract {d}", f"result = outer - {d}"),
-            ),
-            value**2 - d,
-        ),
-    )[outer]
-
-    return _Draft(
-        phrasings=(
-            f"Let A be {inner_text} and let B be {middle_text.format('A')}. What is "
-            f"{outer_text.format('B')}?",
-            f"What is {outer_text.format(middle_text.format(inner_text))}?",
-            f"What is {outer_text.format('B')}, where B is {middle_text.format('A')} and A is "
-            f"{inner_text}?",
-            f"Take {inner_text}. Then take {middle_text.format('it')}. Find "
-            f"{outer_text.format('the last number')}.",
-            f"Find {outer_text.format('C')} if C stands for {middle_text.format('D')} and D for "
-            f"{inner_text}.",
-        ),
-        steps=(inner_step, middle_step, *outer_steps),
-        result="result",
-        answer=value,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """One kind of problem."""
-
-    level: Level
-    draft: Callable[[_Draw], _Draft]
-
-
-FAMILIES: Mapping[str, Family] = {
-    "buy": Family(level=Level.GSM, draft=_buy),
-    "gain_lose": Family(level=Level.GSM, draft=_gain_lose),
-    "share": Family(level=Level.GSM, draft=_share),
-    "times": Family(level=Level.GSM, draft=_times),
-    "pages": Family(level=Level.GSM, draft=_pages),
-    "age": Family(level=Level.GSM, draft=_age),
-    "discount": Family(level=Level.MATH, draft=_discount),
-    "gcd_lcm": Family(level=Level.MATH, draft=_gcd_lcm),
-    "linear": Family(level=Level.MATH, draft=_linear),
-    "remaining": Family(level=Level.MATH, draft=_remaining),
-    "average": Family(level=Level.MATH, draft=_average),
-    "ratio": Family(level=Level.MATH, draft=_ratio),
-    "inclusion": Family(level=Level.OLYMPIAD, draft=_inclusion),
-    "power": Family(level=Level.OLYMPIAD, draft=_power),
-    "committee": Family(level=Level.OLYMPIAD, draft=_committee),
-    "vieta": Family(level=Level.OLYMPIAD, draft=_vieta),
-    "series": Family(level=Level.OLYMPIAD, draft=_series),
-    "compose": Family(level=Level.OLYMPIAD, draft=_compose),
-}
-"""Every family by name, in level order."""
+    with replacing(path) as hidden:
+        pq.write_table(pa.table(columns), hidden)

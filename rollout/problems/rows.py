@@ -27,10 +27,9 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.problems.reader import ProblemFileError
+from rollout.problems.reader import SUFFIXES, ProblemFileError
 
-TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
-SUFFIXES = (".parquet", *TEXT_SUFFIXES)
+TEXT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 HUB = "hf://"
 LIST_KEYS = ("example", "examples", "data", "rows")

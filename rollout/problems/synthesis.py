@@ -17,7 +17,7 @@ or killed goes on from it and asks nothing again but what had not been answered.
 A budget counts answered requests, tokens and dollars over all starts of a run. A request is sent
 only if the most it may come to still fits beside all that are under way.
 
-Not covered: whether an agreed answer is right. `learner.dataset` leaves out problems of synthetic
+Not covered: whether an agreed answer is right. `learner.select` leaves out problems of synthetic
 sources that search solves too rarely (`dataset.synthetic_sources`).
 """
 
@@ -597,11 +597,10 @@ async def run_synthesis(
     journal: Journal,
     budget: BudgetConfig,
     max_n: int = 16,
-    drain_s: float = DRAIN_S,
 ) -> str:
     """Ask until enough is kept, nothing more may be asked or the budget ends; returns why it ended.
 
-    Cancelling it lets requests that are under way end, for `drain_s`, since they are paid for.
+    Cancelling it lets requests that are under way end, for `DRAIN_S`, since they are paid for.
 
     Args:
         max_n: candidates the endpoint takes in one HTTP request, of which budgets count each.
@@ -612,26 +611,20 @@ async def run_synthesis(
     try:
         return await runner.run()
     finally:
-        await runner.drain(drain_s)
+        await runner.drain()
 
 
+@dataclass(slots=True)
 class _Runner:
-    def __init__(
-        self,
-        synthesis: Synthesis,
-        policy: PolicyEngine,
-        journal: Journal,
-        budget: BudgetConfig,
-        max_n: int,
-    ) -> None:
-        self.synthesis = synthesis
-        self.policy = policy
-        self.journal = journal
-        self.budget = budget
-        self.max_n = max_n
-        self.tasks: dict[asyncio.Task[None], Spending] = {}
-        """What each request under way may come to at most."""
-        self.failures = 0
+    synthesis: Synthesis
+    policy: PolicyEngine
+    journal: Journal
+    budget: BudgetConfig
+    max_n: int
+    tasks: dict[asyncio.Task[None], Spending] = field(default_factory=dict)
+    """What each request under way may come to at most."""
+    failures: int = 0
+    """In a row."""
 
     async def run(self) -> str:
         while True:
@@ -641,9 +634,9 @@ class _Runner:
             done, _ = await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
             self._collect(done)
 
-    async def drain(self, drain_s: float) -> None:
+    async def drain(self) -> None:
         if self.tasks:
-            _, pending = await asyncio.wait(self.tasks, timeout=drain_s)
+            _, pending = await asyncio.wait(self.tasks, timeout=DRAIN_S)
             for task in pending:
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)

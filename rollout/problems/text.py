@@ -82,7 +82,7 @@ def canonical(text: str) -> str:
 
 def problem_key(text: str) -> int:
     """64 bits that stand for the canonical text."""
-    return int.from_bytes(blake2b(canonical(text).encode(errors="replace"), digest_size=8).digest())
+    return _hash(canonical(text))
 
 
 def drawing_key(text: str) -> int:
@@ -191,11 +191,6 @@ def word_ngrams(batch: TokenBatch, size: int = NGRAM) -> tuple[Hashes, Places, P
     firsts = np.searchsorted(rows, np.arange(batch.num_rows))
     owners = rows[:count][inside]
     return values[inside], owners, np.flatnonzero(inside) - firsts[owners]
-
-
-def num_words(batch: TokenBatch) -> Places:
-    """Words and numbers of each text [B]."""
-    return np.bincount(batch.rows[batch.hashes >= _FIRST_WORD], minlength=batch.num_rows)
 
 
 def shingles(batch: TokenBatch) -> tuple[Hashes, Places]:

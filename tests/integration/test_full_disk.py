@@ -13,7 +13,7 @@ import ray
 
 from cluster.fleet.fleet import Fleet, RolloutStage
 from cluster.folder.run_folder import RunFolder
-from cluster.jobs.coordinator import audit_round
+from cluster.jobs.audit import audit_round
 from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
 from rollout.store import RunStore, StoreError, TrajectoryStore

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.engines.replica import ReplicaInfo
+from cluster.engines.lifecycle import ReplicaInfo
 from cluster.fleet.fleet import Fleet
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes

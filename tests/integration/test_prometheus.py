@@ -22,7 +22,7 @@ import ray
 import yaml
 from rich.console import Console
 
-from cluster.engines.replica import RequestGate
+from cluster.engines.gate import RequestGate
 from cluster.fleet.fleet import Fleet, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig

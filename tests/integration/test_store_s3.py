@@ -17,8 +17,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from cluster.jobs.coordinator import Coordinator, audit_round
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import Coordinator
 from cluster.jobs.queue import QueueConfig, StagePlan
+from rollout import run_store
 from rollout.open_trees import OpenTreeStore
 from rollout.store import RunStore, StoreError, TrajectoryStore, stored_rounds
 from rollout.table import trees_to_table
@@ -119,7 +121,7 @@ def test_s3_whose_second_create_succeeds_is_refused(root: str) -> None:
 
 def test_bucket_that_is_not_there_is_one_clear_error(root: str) -> None:
     with pytest.raises(StoreError, match=r"cannot create .* of s3://no-such-bucket/run: .*bucket"):
-        RunStore("s3://no-such-bucket/run", num_attempts=1).self_check()
+        RunStore("s3://no-such-bucket/run").self_check()
 
 
 def test_zombie_between_data_and_marker_on_s3_leaves_one_shard(
@@ -181,14 +183,17 @@ def test_s3_that_cannot_be_reached_for_a_while_is_tried_again(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
     S3FileSystem.clear_instance_cache()
     options = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 1}}
-    impatient = RunStore(root, num_attempts=2, backoff_s=0.01, storage_options=options)
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    monkeypatch.setattr(run_store, "NUM_ATTEMPTS", 2)
+    impatient = RunStore(root, backoff_s=0.01)
     with pytest.raises(StoreError, match=r"cannot create k of s3.* after 2 tries: .*[Cc]onnect"):
         impatient.create("k", b"")
     back = ThreadedMotoServer(ip_address=host, port=port, verbose=False)
     timer = threading.Timer(0.5, back.start)
     timer.start()
     try:
-        patient = RunStore(root, num_attempts=12, backoff_s=0.05, storage_options=options)
+        monkeypatch.setattr(run_store, "NUM_ATTEMPTS", 12)
+        patient = RunStore(root, backoff_s=0.05)
         assert patient.create("k", b"here")
         assert patient.read("k") == b"here"
     finally:

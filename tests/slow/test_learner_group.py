@@ -19,8 +19,8 @@ import yaml
 
 from cluster.fleet.learner_group import LearnerGroup
 from learner.checkpoint import CheckpointStore
-from learner.dataset import DatasetConfig, build_dataset, write_dataset
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
+from learner.select import DatasetConfig, select_dataset
 from rollout.prompt import SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_tiny_policy
@@ -54,7 +54,7 @@ def request_of(tmp_path_factory):
     ]
     config = DatasetConfig(validation_share=0.3)
     data = tmp_path_factory.mktemp("data")
-    write_dataset(build_dataset(trees, template=SHORT_TEMPLATE, config=config), data)
+    select_dataset(trees, data, template=SHORT_TEMPLATE, config=config)
     checkpoints = tmp_path_factory.mktemp("checkpoints")
 
     def make(config, round, **changes):

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from learner.batch import pack_preference, tokenise_pairs
-from learner.dataset import DatasetConfig, build_dataset, read_pairs, write_dataset
+from learner.dataset import read_pairs
 from learner.fit import FitRequest, PreferenceTrainConfig
 from learner.objectives import PreferenceObjective
 from learner.preference_model import load_preference_model
+from learner.select import DatasetConfig, select_dataset
 from learner.trainer import run_fit
 from rollout.prompt import SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
@@ -68,8 +69,7 @@ def test_trainer_transformers_and_vllm_agree_within_1e_4(tmp_path: Path) -> None
         )
         for n in range(12)
     ]
-    dataset = build_dataset(trees, template=SHORT_TEMPLATE, config=DatasetConfig())
-    write_dataset(dataset, tmp_path / "data")
+    select_dataset(trees, tmp_path / "data", template=SHORT_TEMPLATE, config=DatasetConfig())
     config = PreferenceTrainConfig(num_epochs=4, batch_examples=8, learning_rate=1e-3, zero_stage=0)
     result = run_fit(
         FitRequest(

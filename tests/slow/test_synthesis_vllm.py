@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from cluster.runs.synthesize import run_synthesize, synthesize_config
-from learner.dataset import DatasetConfig
-from learner.fit import PolicyTrainConfig
+from learner.fit import FitRequest, PolicyTrainConfig
 from learner.miniature import write_base_model
 from learner.plain import write_plain_dataset
-from learner.trainer import train_policy
+from learner.select import DatasetConfig
+from learner.trainer import run_fit
 from rollout.problems.reader import read_problems
 from rollout.problems.synthesis import SynthesisConfig
 from tests.vllm_server import serving_model
@@ -73,7 +73,17 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         betas=(0.9, 0.98),
         zero_stage=0,
     )
-    fit = train_policy(base, folder / "data", folder / "checkpoints", config=config)
+    fit = run_fit(
+        FitRequest(
+            fit_id="round=0/policy",
+            kind="policy",
+            round=0,
+            base=str(base),
+            data=str(folder / "data"),
+            checkpoints=str(folder / "checkpoints"),
+            config=config,
+        )
+    )
     model = Path(fit.checkpoint.path)
     with serving_model(model, folder / "log", max_model_len=256) as address:
         yield address

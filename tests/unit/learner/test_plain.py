@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from learner.dataset import DatasetConfig, DatasetError, read_manifest, read_pairs, read_sft
+from learner.dataset import DatasetError, read_manifest, read_pairs, read_sft
 from learner.plain import write_plain_dataset
+from learner.select import DatasetConfig
 from rollout.prompt import SHORT_TEMPLATE, render_question
 
 ALL = DatasetConfig(validation_share=0.0)

@@ -8,8 +8,9 @@ from transformers import AutoTokenizer
 
 from learner import dataset as dataset_module
 from learner import spill as spill_module
-from learner.dataset import DatasetConfig, read_pairs, read_sft, select_dataset
+from learner.dataset import read_pairs, read_sft
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
+from learner.select import DatasetConfig, select_dataset
 from learner.task import plan_fit, policy_task, preference_task
 from rollout.prompt import SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree

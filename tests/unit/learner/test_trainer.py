@@ -13,15 +13,8 @@ from tensorboardX.proto import event_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.checkpoint import CheckpointStore
-from learner.dataset import (
-    DatasetConfig,
-    build_dataset,
-    read_manifest,
-    read_sft,
-    write_dataset,
-)
+from learner.dataset import read_manifest, read_sft
 from learner.fit import (
-    PPM_PRESETS,
     FitRequest,
     GateConfig,
     LearnerError,
@@ -30,7 +23,8 @@ from learner.fit import (
     RankError,
 )
 from learner.preference_model import load_preference_model, values
-from learner.trainer import deepspeed_config, learning_rate_share, run_fit
+from learner.select import DatasetConfig, select_dataset
+from learner.trainer import run_fit
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_byte_tokenizer, write_tiny_policy
@@ -58,10 +52,9 @@ def data(tmp_path_factory):
         for n in range(24)
     ]
     config = DatasetConfig(validation_share=0.3)
-    dataset = build_dataset(trees, template=SHORT_TEMPLATE, config=config)
-    assert dataset.sft_validation and dataset.pairs_validation
     path = tmp_path_factory.mktemp("data")
-    write_dataset(dataset, path)
+    manifest = select_dataset(trees, path, template=SHORT_TEMPLATE, config=config)
+    assert all(file["rows"] for file in manifest["files"].values())
     return path
 
 
@@ -193,7 +186,7 @@ def test_finished_fit_is_answered_from_its_record(fit, monkeypatch):
     def prepare(request):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("learner.trainer._prepare", prepare)
+    monkeypatch.setattr("learner.trainer.prepare", prepare)
     assert fit(POLICY) == replace(first, seconds_save=0.0)
     with pytest.raises(LearnerError, match="round 1 has a policy checkpoint of another"):
         fit(POLICY, seed=5)
@@ -358,8 +351,7 @@ def test_bad_input_is_one_clear_error(fit, policy, tmp_path):
         fit(POLICY, base=str(tmp_path / "nowhere"))
     with pytest.raises(LearnerError, match=r"no complete training data in .*nowhere"):
         fit(POLICY, data=str(tmp_path / "nowhere"))
-    empty = build_dataset([], template=SHORT_TEMPLATE, config=DatasetConfig())
-    write_dataset(empty, tmp_path / "empty")
+    select_dataset([], tmp_path / "empty", template=SHORT_TEMPLATE, config=DatasetConfig())
     with pytest.raises(LearnerError, match="no preference pairs to train on"):
         fit(PPM, data=str(tmp_path / "empty"))
     AutoModelForCausalLM.from_pretrained(policy).save_pretrained(tmp_path / "unmarked")
@@ -372,7 +364,7 @@ def test_rank_out_of_memory_says_what_to_lower(fit, monkeypatch):
     def step(*arguments):
         raise MemoryError("no more")
 
-    monkeypatch.setattr("learner.trainer._step", step)
+    monkeypatch.setattr("learner.trainer.forward_backward", step)
     with pytest.raises(RankError, match=r"rank 0 is out of memory .*lower micro_batch_tokens"):
         fit(POLICY)
 
@@ -418,15 +410,6 @@ def test_request_with_the_other_kinds_config_is_refused(fit):
         fit(POLICY, kind="ppm")
 
 
-def test_learning_rate_warms_up_and_decays_to_its_final_share():
-    config = PolicyTrainConfig(warmup_share=0.2, schedule="cosine", final_share=0.1)
-    shares = [learning_rate_share(step, 10, config) for step in range(10)]
-    assert shares[:3] == [0.5, 1.0, 1.0]
-    assert shares[6] == pytest.approx(0.1 + 0.9 * 0.5)  # halfway: cos(pi / 2) = 0
-    linear = PolicyTrainConfig(schedule="linear")
-    assert [learning_rate_share(step, 4, linear) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -450,31 +433,3 @@ def test_bfloat16_trains_and_is_saved_as_such(fit):
     assert result.loss_curve[-1][1] < 0.8 * result.loss_curve[0][1]
     state = load_file(Path(result.checkpoint.path) / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
-
-
-def test_defaults_are_the_papers_and_presets_the_released_scripts():
-    policy, ppm = PolicyTrainConfig(), PreferenceTrainConfig()
-    assert (policy.num_epochs, policy.batch_examples, policy.learning_rate) == (2.0, 128, 7e-6)
-    assert (policy.max_sequence_tokens, policy.schedule, policy.warmup_share) == (4096, "linear", 0)
-    assert (ppm.num_epochs, ppm.batch_examples, ppm.learning_rate) == (1.0, 512, 7e-6)
-    assert (ppm.objective, ppm.loss_on) == ("pairwise", "value")  # tanh in the loss
-    assert PPM_PRESETS["paper"] == ppm
-    released = PPM_PRESETS["released"]
-    assert (released.num_epochs, released.dropout, released.max_sequence_tokens) == (2.0, 0.1, 2048)
-    assert (released.loss_on, released.logit_scale) == ("logit", 5.0)  # serves tanh(r / 5)
-    phi = PolicyTrainConfig(schedule="cosine", learning_rate=5e-6)
-    assert learning_rate_share(50, 100, phi) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offload_keeps_the_optimiser_on_the_host(stage):
-    config = PolicyTrainConfig(zero_stage=stage, offload=True)
-    zero = deepspeed_config(config, 8, bfloat16=True)["zero_optimization"]
-    assert zero == {"stage": stage, "offload_optimizer": {"device": "cpu"}}
-
-
-def test_config_refuses_offload_without_zero_and_batches_without_limit():
-    with pytest.raises(ValueError, match="offload needs zero_stage"):
-        PolicyTrainConfig(offload=True, zero_stage=0)
-    with pytest.raises(ValueError, match="set batch_tokens, batch_examples or both"):
-        PolicyTrainConfig(batch_examples=None)

@@ -32,7 +32,6 @@ def test_the_same_text_is_a_hit_even_when_short_and_laid_out_otherwise() -> None
         (1, "b2", HitKind.TEXT),
         (2, "b1", HitKind.TEXT),
     ]
-    assert index.num_short == 1
 
 
 def test_thirteen_words_in_a_row_are_a_hit_and_twelve_are_not() -> None:

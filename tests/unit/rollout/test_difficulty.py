@@ -55,12 +55,6 @@ def test_answers_no_rollout_reached_do_not_count() -> None:
     assert difficulty([tree("8", visited=False)]) is Difficulty.HARD
 
 
-def test_two_first_trees_are_judged_together() -> None:
-    trees = [tree("7"), tree("8", index=1)]
-    assert difficulty(trees, first_trees=2) is Difficulty.MEDIUM
-    assert difficulty(trees, first_trees=1) is Difficulty.EASY
-
-
 def test_trees_that_agree_on_another_answer_make_the_label_suspect() -> None:
     trees = [tree("1/2", "0.5", "\\frac{1}{2}", "3"), tree("0.5", "0.5", "1/2", "2/4", index=1)]
     found = suspect_label(trees, SuspectConfig())

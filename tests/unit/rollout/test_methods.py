@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from rollout.engine import Completion, EngineError, FinishReason, GenerationRequest
-from rollout.methods import Event, EventKind, Method, MethodConfig, Solver, SolveResult, choose
+from rollout.methods import (
+    Event,
+    EventKind,
+    IndependentTrees,
+    Method,
+    MethodConfig,
+    SharedTrees,
+    Solver,
+    SolveResult,
+    choose,
+)
 from rollout.problem import Level, Problem
 from rollout.sampling import Solution
 from rollout.search import SearchConfig, SearchError
@@ -125,7 +135,7 @@ def test_majority_and_best_of_n_judge_the_same_samples_differently() -> None:
     likes_four = TablePreference(lambda text: 0.9 if "print(4)" in text else -0.9)
     voted = solve(Method.MAJORITY, by_printed("334"), likes_four, num_trajectories=3)
     best = solve(Method.BEST_OF_N, by_printed("334"), likes_four, num_trajectories=3)
-    assert (voted.answer, voted.value, voted.scored_tokens) == ("3", None, 0)
+    assert (voted.answer, voted.value, voted.cost.scored_tokens) == ("3", None, 0)
     assert (best.answer, best.value) == ("4", 0.9)
     assert [(r.answer, r.votes, len(r.members)) for r in best.ranked] == [("4", 1, 1), ("3", 0, 2)]
     assert best.chosen is not None and best.chosen.steps[0].code == "print(4)"
@@ -139,7 +149,7 @@ def test_tokens_are_those_of_programs_and_answers_and_of_the_texts_valued() -> N
     each = len(program("3")) // 4 + len(answer("3")) // 4
     text = QUESTION + program("3") + "\n<output>7<end_of_output>\n" + answer("3")
     assert result.generated_tokens == 2 * each == sum(s.num_tokens for s in result.solutions)
-    assert result.scored_tokens == 2 * (len(text) // 4)
+    assert result.cost.scored_tokens == 2 * (len(text) // 4)
     assert result.cost.num_requests == 3
     prompts = len(QUESTION) // 4 + 2 * ((len(text) - len(answer("3"))) // 4)
     assert result.cost.prompt_tokens == prompts
@@ -158,8 +168,8 @@ def test_sampling_under_a_token_budget_asks_for_as_many_as_should_fill_it() -> N
 
 def test_seconds_are_read_from_the_clock_that_was_given() -> None:
     ticks = chain([10.0], repeat(12.5))
-    assert solve(Method.GREEDY, by_printed("7"), clock=lambda: next(ticks)).seconds == 2.5
-    assert solve(Method.GREEDY, by_printed("7")).seconds == 0.0
+    assert solve(Method.GREEDY, by_printed("7"), clock=lambda: next(ticks)).cost.seconds == 2.5
+    assert solve(Method.GREEDY, by_printed("7")).cost.seconds == 0.0
 
 
 # ---------------------------------------------------------------- step beam search
@@ -310,7 +320,7 @@ def test_mcts_answers_with_the_vote_of_the_best_valued_answers_it_visited() -> N
     assert [(r.answer, r.votes, r.value) for r in result.ranked] == [("2", 2, 0.8), ("1", 1, 0.9)]
     (tree,) = result.trees
     assert (tree.num_rollouts, tree.generated_tokens) == (3, result.generated_tokens)
-    assert tree.scored_tokens == result.scored_tokens > 0
+    assert tree.scored_tokens == result.cost.scored_tokens > 0
 
 
 def test_exhausted_tree_is_followed_by_another_until_all_rollouts_are_done() -> None:
@@ -321,6 +331,12 @@ def test_exhausted_tree_is_followed_by_another_until_all_rollouts_are_done() -> 
     assert len({tree.seed for tree in result.trees}) == 3
     assert result.notes == ("3 trees, 2 of them exhausted",)
     assert result.generated_tokens == sum(tree.generated_tokens for tree in result.trees)
+
+
+def test_rollouts_per_tree_says_what_a_trajectory_is() -> None:
+    assert MethodConfig(num_trajectories=6).protocol == SharedTrees(num_rollouts=6)
+    trees = IndependentTrees(num_trees=6, num_rollouts=2)
+    assert MethodConfig(num_trajectories=6, rollouts_per_tree=2).protocol == trees
 
 
 def test_with_rollouts_per_tree_each_trajectory_is_the_best_answer_of_a_tree() -> None:

@@ -13,12 +13,12 @@ import pytest
 
 from rollout.problem import Level
 from rollout.problems.miniature import (
-    FAMILIES,
     Miniature,
     generate,
     render_solution,
     write_miniature,
 )
+from rollout.problems.miniature_families import FAMILIES
 from rollout.prompt import StepKind, parse_response
 
 # Runs every program of a JSON list in a namespace of its own; prints the JSON list of outputs.

@@ -433,26 +433,6 @@ def test_without_a_clock_no_time_is_recorded() -> None:
     assert (tree.seconds, tree.generate_s, tree.evaluate_s) == (0.0, 0.0, 0.0)
 
 
-def test_observer_is_told_of_each_expansion_and_each_end_of_a_rollout() -> None:
-    seen: list[tuple[int, Terminal | None]] = []
-    policy = ScriptedPolicy(
-        {"<|assistant|>": [last("print(3)")], "<end_of_output>\n": [answer("3")]}
-    )
-    asyncio.run(
-        run_search(
-            PROBLEM,
-            config=SearchConfig(template="short", num_candidates=1, num_rollouts=1),
-            policy=policy,
-            preference=None,
-            sandbox=ScriptedSandbox(default="3\n"),
-            round=1,
-            seed=0,
-            observe=lambda tree, node: seen.append((node.id, node.terminal)),
-        )
-    )
-    assert seen == [(0, None), (1, None), (2, Terminal.ANSWER)]
-
-
 def test_bootstrap_search_shows_examples_and_scores_under_the_trained_template() -> None:
     policy = ScriptedPolicy(
         {

@@ -111,12 +111,12 @@ async def run(
     *,
     journal: Kept | None = None,
     budget: BudgetConfig | None = None,
-    **more: float,
+    max_n: int = 16,
 ) -> tuple[Synthesis, str]:
     journal = journal if journal is not None else Kept()
     synthesis = Synthesis(config, seed_problems(), list(journal))
     why = await run_synthesis(
-        synthesis, policy=writer, journal=journal, budget=budget or BudgetConfig(), **more
+        synthesis, policy=writer, journal=journal, budget=budget or BudgetConfig(), max_n=max_n
     )
     return synthesis, why
 
@@ -323,10 +323,11 @@ async def test_a_run_that_is_stopped_keeps_what_was_under_way() -> None:
     assert any(not isinstance(record, ProposalRecord) for record in journal)
 
 
-async def test_what_is_stuck_is_given_up_after_the_drain() -> None:
+async def test_what_is_stuck_is_given_up_after_the_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.problems.synthesis.DRAIN_S", 0.01)
     writer = Writer()
     writer.hold = asyncio.Event()
-    task = asyncio.create_task(run(writer, drain_s=0.01))
+    task = asyncio.create_task(run(writer))
     for _ in range(50):
         await asyncio.sleep(0)
     task.cancel()

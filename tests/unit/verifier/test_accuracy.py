@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from verifier.accuracy import (
-    answer_groups,
-    best_by_value,
-    majority_vote,
-    pass_at_k,
-    problem_accuracy,
-    rank_answers,
-)
+from verifier.accuracy import answer_groups, pass_at_k, rank_answers
 from verifier.verify import answers_match
+
+
+def _winner(answers, **options) -> str:
+    return rank_answers(answers, **options)[0].answer
 
 
 def test_answers_vote_together_when_they_are_equal() -> None:
     assert answer_groups(["1/2", "0.5", None, "2", "\\frac12", ""]) == [[0, 1, 4], [3]]
-    assert majority_vote(["3", "1/2", "0.5", None]) == "1/2"
+    assert _winner(["3", "1/2", "0.5", None]) == "1/2"
 
 
 def test_no_answers_give_no_vote() -> None:
-    assert majority_vote([None, None]) is None
-    assert best_by_value([None], [1.0]) is None
+    assert rank_answers([None, None]) == []
 
 
 def test_grouping_by_text_agrees_with_comparing_all_pairs() -> None:
@@ -73,25 +69,21 @@ def test_ranking_names_every_answer_with_its_votes_best_value_and_samples() -> N
 
 def test_a_tie_goes_to_the_higher_value() -> None:
     answers = ["1", "1.0", "2", "2.0"]
-    assert majority_vote(answers, values=[0.1, 0.2, 0.9, 0.0]) == "2"
-    assert majority_vote(answers, values=[0.1, 0.95, 0.9, 0.0]) == "1.0"
+    assert _winner(answers, values=[0.1, 0.2, 0.9, 0.0]) == "2"
+    assert _winner(answers, values=[0.1, 0.95, 0.9, 0.0]) == "1.0"
 
 
 def test_a_tie_without_values_is_settled_by_the_seed_alone() -> None:
-    picks = {majority_vote(["1", "2"], seed=seed) for seed in range(20)}
+    picks = {_winner(["1", "2"], seed=seed) for seed in range(20)}
     assert picks == {"1", "2"}
-    assert majority_vote(["1", "2"], seed=3) == majority_vote(["1", "2"], seed=3)
+    assert _winner(["1", "2"], seed=3) == _winner(["1", "2"], seed=3)
 
 
 def test_only_the_top_k_by_value_vote() -> None:
     answers = ["1", "1", "1", "2", "2"]
     values = [0.1, 0.2, 0.3, 0.9, 0.8]
-    assert majority_vote(answers, values=values) == "1"
-    assert majority_vote(answers, values=values, top_k=2) == "2"
-
-
-def test_best_by_value_passes_over_samples_without_an_answer() -> None:
-    assert best_by_value([None, "1", "2"], [0.9, 0.2, 0.5]) == "2"
+    assert _winner(answers, values=values) == "1"
+    assert _winner(answers, values=values, top_k=2) == "2"
 
 
 @pytest.mark.parametrize(
@@ -104,30 +96,15 @@ def test_pass_at_k_is_the_unbiased_estimate(
     assert pass_at_k(samples, right, k) == pytest.approx(expected)
 
 
-def test_a_problem_is_graded_by_every_rule() -> None:
-    accuracy = problem_accuracy(
-        "1/2", ["0.5", "3", "3.0", None], values=[0.9, 0.1, 0.2, 0.3], ks=(1, 2, 8), top_k=1
-    )
-    assert (accuracy.num_samples, accuracy.num_correct, accuracy.pass_at_1) == (4, 1, 0.25)
-    assert accuracy.pass_at_k == {1: pytest.approx(0.25), 2: pytest.approx(0.5)}
-    assert (accuracy.majority, accuracy.best_by_value, accuracy.top_k_majority) == (0.0, 1.0, 1.0)
-
-
-def test_any_of_several_golds_is_right() -> None:
-    assert problem_accuracy(["3", "4"], ["4.0"], ks=(1,)).pass_at_1 == 1.0
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: majority_vote(["1"], values=[0.1, 0.2]), "one value per answer"),
-        (lambda: majority_vote(["1"], top_k=1), "top_k was given without values"),
-        (lambda: majority_vote(["1"], values=[0.1], top_k=0), "top_k must be >= 1"),
-        (lambda: best_by_value(["1"], [float("nan")]), "value 0 is NaN"),
+        (lambda: rank_answers(["1"], values=[0.1, 0.2]), "one value per answer"),
+        (lambda: rank_answers(["1"], top_k=1), "top_k was given without values"),
+        (lambda: rank_answers(["1"], values=[0.1], top_k=0), "top_k must be >= 1"),
+        (lambda: rank_answers(["1"], values=[float("nan")]), "value 0 is NaN"),
         (lambda: pass_at_k(3, 4, 1), "num_correct"),
         (lambda: pass_at_k(3, 1, 5), "k must be in"),
-        (lambda: problem_accuracy([], ["1"]), "golds is empty"),
-        (lambda: problem_accuracy("1", []), "answers is empty"),
     ],
 )
 def test_bad_arguments_are_named(call, message: str) -> None:

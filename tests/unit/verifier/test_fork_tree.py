@@ -34,25 +34,6 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    ("code", "empty"),
-    [
-        ("", True),
-        ("# a", True),
-        (" \t\f\n\r# b\r\n", True),
-        ("#a\u2028b", False),
-        ("x", False),
-        ("#\0", False),
-        ("# \ud800", False),
-        ("\u00a0", False),
-        ('"""doc"""', False),
-        ("\\\n", False),
-    ],
-)
-def test_only_codes_without_any_statement_count_as_empty(code, empty):
-    assert fork_tree._is_empty(code) is empty
-
-
 @pytest.fixture(scope="module")
 def small():
     """Four live processes per tree, six in all."""

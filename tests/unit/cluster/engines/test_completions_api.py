@@ -17,6 +17,7 @@ from cluster.engines.completions_api import (
     split_candidates,
     split_tokens,
 )
+from cluster.engines.config import EndpointConfig
 from rollout.engine import FinishReason, GenerationRequest
 
 STOP = ("<end_of_step>", "<end_of_code>", "<end_of_answer>")
@@ -29,8 +30,10 @@ def request(**more: Any) -> GenerationRequest:
 
 
 def body(asked: GenerationRequest, dialect: Any, **more: Any) -> dict[str, Any]:
-    settings: dict[str, Any] = {"n": 2, "seed": 7, "max_tokens": 9, "logprobs": False, "extra": {}}
-    return request_body(asked, model="m", dialect=dialect, **{**settings, **more})
+    config = EndpointConfig(
+        base_url="http://server/v1", model="m", dialect=dialect, extra_body=more.pop("extra", {})
+    )
+    return request_body(asked, config, **{"n": 2, "seed": 7, "max_tokens": 9, **more})
 
 
 def vllm(*choices: dict[str, Any], usage: Any = None) -> dict[str, Any]:

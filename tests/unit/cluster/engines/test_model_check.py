@@ -1,8 +1,9 @@
-"""Directories that can and cannot be served."""
+"""Directories that can and cannot be served, and engines that serve something else."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from cluster.engines.model_check import (
     ModelCheckError,
     available_memory_bytes,
     check_cpu_memory,
+    check_fingerprint,
     check_gpu_memory,
     check_policy_checkpoint,
     check_preference_checkpoint,
+    weights_digest,
 )
+from rollout.engine import EngineError
 from rollout.prompt import END_OF_CODE, MARKERS, OUTPUT
 from tests.models import write_byte_tokenizer
 
@@ -49,7 +53,6 @@ def test_policy_directory_is_described(tmp_path: Path) -> None:
     info = check_policy_checkpoint(write_model(tmp_path))
     assert info.architecture == "LlamaForCausalLM"
     assert (info.dtype, info.max_positions, info.weight_bytes) == ("float32", 512, 1000)
-    assert info.kv_values_per_token == 2 * 3 * 2 * 16
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])
@@ -187,3 +190,48 @@ def test_gpu_share_must_be_free_and_hold_the_weights(tmp_path: Path) -> None:
 
 def test_available_memory_is_a_positive_number_of_bytes() -> None:
     assert available_memory_bytes() > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "previous", "reference", "differ", "reason"),
+    [
+        (1.0, 1.0, 2.0, 1.0, True, None),
+        (1.0, 1.0, 1.0, None, False, None),
+        (math.nan, math.nan, None, None, True, "not finite"),
+        (1.0, 1.5, None, None, True, r"two calls .* differ by 0\.5"),
+        (1.0, 1.0, 1.0, None, True, "did not change"),
+        (1.0, 1.0, 2.0, 1.25, True, r"differs by 0\.25 from transformers"),
+    ],
+)
+def test_fingerprint_must_be_finite_repeatable_new_and_as_transformers_says(
+    first: float,
+    second: float,
+    previous: float | None,
+    reference: float | None,
+    differ: bool,
+    reason: str | None,
+) -> None:
+    def check() -> None:
+        check_fingerprint(
+            [first],
+            [second],
+            None if previous is None else [previous],
+            reference=None if reference is None else [reference],
+            weights_differ=differ,
+            tolerance=1e-3,
+        )
+
+    if reason is None:
+        check()
+    else:
+        with pytest.raises(EngineError, match=reason):
+            check()
+
+
+def test_weights_digest_sees_a_change_of_content_and_not_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(1 << 16))
+    before = weights_digest(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_digest(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"\1" + bytes((1 << 16) - 1))
+    assert weights_digest(tmp_path) != before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,10 +44,10 @@ def test_an_old_version_is_loaded_again_and_does_not_count_as_witness() -> None:
     assert findings(answers) == {"a": Finding.RETRY, "b": Finding.SERVES}
 
 
-def test_the_dead_are_replaced_and_the_failed_told_again() -> None:
+def test_the_dead_are_given_up_and_the_failed_told_again() -> None:
     answers = {"a": Answer(error="gone", dead=True), "b": Answer(error="busy"), "c": serves(1.0)}
     assert findings(answers) == {
-        "a": Finding.REPLACE,
+        "a": Finding.DEAD,
         "b": Finding.RETRY,
         "c": Finding.SERVES,
     }
@@ -84,20 +83,15 @@ class ScriptedReplica:
         return (self.number,)
 
 
-Replace = Callable[[str], Awaitable[Any]]
-
-
 async def test_all_replicas_load_once_when_all_goes_well() -> None:
     replicas = {"a": ScriptedReplica(1.0), "b": ScriptedReplica(1.0)}
-    report = await sync_weights(replicas, "path", "v1")
-    assert report.attempts == 1
+    assert await sync_weights(replicas, "path", "v1") == 1
     assert [replica.loads for replica in replicas.values()] == [[("path", "v1", False)]] * 2
 
 
 async def test_replica_that_was_busy_is_told_again_and_the_other_left_alone() -> None:
     replicas = {"a": ScriptedReplica(EngineError("busy"), 1.0), "b": ScriptedReplica(1.0)}
-    report = await sync_weights(replicas, "path", "v1")
-    assert report.attempts == 2
+    assert await sync_weights(replicas, "path", "v1") == 2
     assert replicas["a"].loads == [("path", "v1", False), ("path", "v1", True)]
     assert len(replicas["b"].loads) == 1
 
@@ -108,20 +102,7 @@ async def test_replica_with_other_output_is_made_to_load_again() -> None:
         "b": ScriptedReplica(7.0, 1.0),
         "c": ScriptedReplica(1.0),
     }
-    assert (await sync_weights(replicas, "path", "v1")).attempts == 2
-
-
-async def test_broken_replica_is_replaced_by_a_new_one() -> None:
-    replicas = {"a": ScriptedReplica(EngineError("lost"), healthy=False), "b": ScriptedReplica(1.0)}
-    new = ScriptedReplica(1.0)
-
-    async def replace(name: str) -> ScriptedReplica:
-        assert name == "a"
-        return new
-
-    report = await sync_weights(replicas, "path", "v1", replace=replace)
-    assert report.replaced == {"a": new}
-    assert new.version == "v1"
+    assert await sync_weights(replicas, "path", "v1") == 2
 
 
 async def test_replica_that_never_serves_is_named() -> None:
@@ -130,7 +111,7 @@ async def test_replica_that_never_serves_is_named() -> None:
         await sync_weights(replicas, "path", "v1")
 
 
-async def test_broken_replica_without_replacement_is_an_error_at_once() -> None:
+async def test_broken_replica_is_an_error_at_once() -> None:
     replica = ScriptedReplica(EngineError("lost"), healthy=False)
     with pytest.raises(EngineError, match="a: lost"):
         await sync_weights({"a": replica}, "path", "v1")

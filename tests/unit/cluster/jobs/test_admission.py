@@ -6,12 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster.jobs.admission import (
-    AdmissionConfig,
-    AdmissionController,
-    EnginePressure,
-    TreeSlots,
-)
+from cluster.jobs.admission import AdmissionConfig, AdmissionController, EnginePressure, TreeSlots
 
 CONFIG = AdmissionConfig(min_trees=2, start_trees=8, increase=4, decrease=0.5, settle_s=5.0)
 

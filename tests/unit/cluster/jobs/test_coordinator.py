@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError
 
-from cluster.jobs.coordinator import (
-    Coordinator,
-    RemoteCoordinator,
-    WorkerProgress,
-    audit_round,
-)
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import Coordinator, WorkerProgress
+from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.queue import JobState, Lease, QueueConfig, StagePlan
 from rollout.open_trees import OpenTreeStore
 from rollout.store import Commit, RunStore, StoreError, TrajectoryStore

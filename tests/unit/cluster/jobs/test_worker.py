@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.jobs.admission import AdmissionConfig, EnginePressure
-from cluster.jobs.coordinator import Coordinator, WorkerProgress, audit_round
+from cluster.jobs.audit import audit_round
+from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.queue import JobState, Lease, QueueConfig, SearchTask, StagePlan
 from cluster.jobs.worker import RolloutWorker, WorkerConfig
 from rollout.engine import EngineError
@@ -346,7 +347,7 @@ async def test_drain_commits_what_is_finished_and_hands_back_the_rest(setting: S
     (commit,) = setting.store.commits().values()
     assert [t.problem_id for t in commit.trees] == ["a", "d"]
     assert commit.remaining == (("b", "c"),)
-    assert setting.inner.stats().leases_by_worker == {}
+    assert not any(setting.inner._queue._held.values())
     setting.searches.let_go("b", "c")
     async with setting.running(setting.worker("w2")):
         await setting.finish()

@@ -30,12 +30,13 @@ from cluster.reports.marked_tree import (
 from cluster.reports.page import visible
 from cluster.reports.tree_page import page_data, render_page
 from cluster.reports.tree_view import print_node, print_tree, show_tree
-from learner.dataset import DatasetConfig, build_dataset
 from learner.pairs import PairConfig
+from learner.select import DatasetConfig
 from rollout.prompt import RSTAR_TEMPLATE
 from rollout.store import RunStore, StoreError, TrajectoryStore
 from rollout.tree import Tree
 from tests.builders import answered, code, discarded, failed, make_problem, make_tree
+from tests.datasets import selected
 
 HOSTILE = "x = 1  # </script><img src=x onerror=pwned()>\u202e\x1b]0;owned\x07&{{DATA}}"
 
@@ -149,7 +150,7 @@ def test_settings_come_from_the_run(tmp_path: Path) -> None:
 def test_marks_are_what_the_dataset_takes() -> None:
     tree = solved_tree()
     view = viewed(tree)
-    dataset = build_dataset([tree], template=RSTAR_TEMPLATE, config=DatasetConfig())
+    dataset = selected([tree], template=RSTAR_TEMPLATE, config=DatasetConfig())
     texts = {
         (pair.chosen, pair.rejected) for pair in dataset.pairs_train + dataset.pairs_validation
     }

@@ -12,12 +12,13 @@ from rich.console import Console
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs import regrade as regrade_module
 from cluster.runs.regrade import print_regrade, regrade_run, run_regrade, stale_datasets
-from learner.dataset import Dataset, DatasetConfig, build_dataset, write_dataset
+from learner.select import DatasetConfig, select_dataset
 from rollout.problem import Level
 from rollout.prompt import SHORT_TEMPLATE
 from rollout.store import RunStore, StoreError, TrajectoryStore
 from rollout.tree import Tree
 from tests.builders import answered, code, make_problem, make_tree
+from tests.datasets import Rows, selected
 from verifier import GRADER_VERSION
 
 SHARDS = ("a", "b", "c")
@@ -231,14 +232,12 @@ def test_coverage_and_stage_records_follow(run: Path) -> None:
 
 
 def test_learner_selects_by_the_new_verdicts(run: Path) -> None:
-    def select() -> Dataset:
-        return build_dataset(
-            TrajectoryStore(RunStore(run), 1).trees(),
-            template=SHORT_TEMPLATE,
-            config=DatasetConfig(validation_share=0.0),
+    def select() -> Rows:
+        return selected(
+            TrajectoryStore(RunStore(run), 1).trees(), config=DatasetConfig(validation_share=0.0)
         )
 
-    def answers(dataset: Dataset) -> dict[str, str]:
+    def answers(dataset: Rows) -> dict[str, str]:
         return {e.problem_id: e.segments[-1].text[-24:] for e in dataset.sft_train}
 
     assert "8" in answers(select())["p1"]
@@ -250,14 +249,16 @@ def test_learner_selects_by_the_new_verdicts(run: Path) -> None:
 
 
 def test_a_dataset_of_earlier_verdicts_is_named(run: Path) -> None:
-    dataset = build_dataset((), template=SHORT_TEMPLATE, config=DatasetConfig())
-    write_dataset(dataset, run / "datasets/round=0", info={"rounds": []})
-    write_dataset(dataset, run / "datasets/round=1", info={"rounds": [1]})
+    def select(number: int, info: dict[str, object]) -> None:
+        folder, config = run / f"datasets/round={number}", DatasetConfig()
+        select_dataset((), folder, template=SHORT_TEMPLATE, config=config, info=info)
+
+    select(0, {"rounds": []})
+    select(1, {"rounds": [1]})
     assert stale_datasets(run) == []
     regrade_run(run)
     assert [path.name for path in stale_datasets(run)] == ["round=1"]
-    info = {"rounds": [1], "verdicts": {"1": 1}}
-    write_dataset(dataset, run / "datasets/round=1", info=info)
+    select(1, {"rounds": [1], "verdicts": {"1": 1}})
     assert stale_datasets(run) == []
 
 

@@ -12,8 +12,8 @@ from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.train import print_train_report, run_train
 from learner.checkpoint import CheckpointStore
-from learner.dataset import DatasetConfig, build_dataset, write_dataset
 from learner.fit import LearnerError
+from learner.select import DatasetConfig, select_dataset
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_byte_tokenizer, write_tiny_policy
@@ -68,15 +68,16 @@ async def test_both_models_train_on_a_committed_round(tmp_path, base, quiet):
         )
         for n in range(12)
     ]
-    dataset = build_dataset(trees, template=SHORT_TEMPLATE, config=DatasetConfig())
-    write_dataset(dataset, run.dataset(2))
+    manifest = select_dataset(
+        trees, run.dataset(2), template=SHORT_TEMPLATE, config=DatasetConfig()
+    )
     data = {"run": str(run.root)}
     config = write_config(tmp_path / "c.yaml", base=str(base), data=data)
 
     policy = await run_train("policy", config, ["data.round=2"], console=quiet)
     assert policy.checkpoint.round == 2
     ppm = await run_train("ppm", config, [f"base={policy.checkpoint.path}"], console=quiet)
-    assert ppm.examples == len(dataset.pairs_train)
+    assert ppm.examples == manifest["files"]["pairs_train"]["rows"]
     with pytest.raises(RunFolderError, match="round 1 is not committed"):
         await run_train("policy", config, ["data.round=5"], console=quiet)
 

@@ -1,0 +1,166 @@
+"""What a fit starts from: its data, and models as objectives in its precision and attention.
+
+    FitRequest --prepare--> tokenizer, tasks (train, validation), objective
+
+Every rank prepares the same. Not covered: models that do not fit into the host memory of one rank
+while they are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner.attention import choose_backend
+from learner.batch import check_markers
+from learner.checkpoint import CheckpointStore
+from learner.fit import (
+    FitRequest,
+    LearnerError,
+    PolicyTrainConfig,
+    PreferenceTrainConfig,
+    TrainConfig,
+)
+from learner.objectives import PolicyObjective, PreferenceObjective, untied_output
+from learner.preference_model import load_preference_model, new_preference_model
+from learner.spill import disk_is_full, no_room
+from learner.task import Task, policy_task, preference_task
+
+Objective = PolicyObjective | PreferenceObjective
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """A fit's data and model before the engine exists."""
+
+    tokenizer: Any
+    objective: Objective
+    train: Task
+    validation: Task
+
+
+def prepare(request: FitRequest) -> Prepared:
+    """Read, tokenise and load.
+
+    Raises:
+        LearnerError: no checkpoint, nothing to train on, or no room for the token ids.
+        DatasetError, OSError, ValueError: something cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    config = request.config
+    if not (Path(request.base) / "config.json").is_file():
+        raise LearnerError(f"no checkpoint in {request.base} (config.json is missing)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(request.base)
+    except (OSError, ValueError) as error:
+        raise LearnerError(f"no tokenizer in checkpoint {request.base}: {error}") from error
+    check_markers(tokenizer, where=request.base)
+    task = policy_task if isinstance(config, PolicyTrainConfig) else preference_task
+    spill = CheckpointStore(request.checkpoints).folder(request.kind, request.round)
+    try:
+        spill.mkdir(parents=True, exist_ok=True)
+        train, validation = (
+            task(tokenizer, request, split, spill=spill) for split in ("train", "validation")
+        )
+    except OSError as error:
+        if disk_is_full(error):
+            raise LearnerError(no_room(error, request.checkpoints)) from error
+        raise
+    objective: Objective
+    with quiet_loading():
+        if isinstance(config, PolicyTrainConfig):
+            objective = _policy_objective(request.base)
+        else:
+            model = new_preference_model(request.base, seed=request.seed, dtype=torch.float32)
+            lm_head = untied_output(request.base) if config.lm_weight else None
+            objective = PreferenceObjective(model, config, lm_head)
+    vocabulary = num_embeddings(objective)
+    if len(tokenizer) > vocabulary:
+        raise LearnerError(
+            f"checkpoint {request.base} does not fit its tokenizer: {len(tokenizer)} tokens, "
+            f"{vocabulary} embeddings"
+        )
+    if config.gradient_checkpointing:
+        objective.model.gradient_checkpointing_enable()
+    objective.to(dtype=training_dtype(config))
+    return Prepared(tokenizer=tokenizer, objective=objective, train=train, validation=validation)
+
+
+def load_in_service(path: str, config: TrainConfig) -> Objective:
+    """The objective of a checkpoint in service, to be measured with a fit's config.
+
+    Raises:
+        LearnerError: it cannot be read.
+    """
+    try:
+        with quiet_loading():
+            if isinstance(config, PreferenceTrainConfig):
+                return PreferenceObjective(load_preference_model(path), config)
+            return _policy_objective(path)
+    except (OSError, ValueError) as error:
+        raise LearnerError(f"checkpoint in service {path} cannot be read: {error}") from error
+
+
+def _policy_objective(path: str) -> PolicyObjective:
+    from transformers import AutoModelForCausalLM
+
+    return PolicyObjective(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+
+
+def num_embeddings(objective: Objective) -> int:
+    """Tokens the model has an embedding for."""
+    return objective.model.get_input_embeddings().num_embeddings
+
+
+def choose_attention(objective: Objective, config: TrainConfig, device: torch.device) -> None:
+    """Set the objective's attention backend.
+
+    Raises:
+        LearnerError: one is asked for by name and cannot run on the device.
+    """
+    shape = objective.model.config
+    heads = shape.num_attention_heads
+    try:
+        objective.backend = choose_backend(
+            config.attention,
+            device,
+            training_dtype(config),
+            num_heads=heads,
+            num_key_heads=getattr(shape, "num_key_value_heads", None) or heads,
+            head_size=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
+        )
+    except ValueError as error:
+        raise LearnerError(str(error)) from error
+
+
+def training_dtype(config: TrainConfig) -> torch.dtype:
+    """The precision to train in, on what hardware there is."""
+    if config.precision == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence what is expected: a new head, a left-out output layer, progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

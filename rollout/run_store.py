@@ -1,0 +1,236 @@
+"""Bytes by path on any fsspec store: whole files, keys that are created once, listings.
+
+    RunStore --local disk----> `rollout.files`, read without fsspec
+             --s3://, gs://--> fsspec, a key created by a conditional write
+
+What is built on it (`rollout.store`) needs one promise: of several creators of a key one succeeds.
+`RunStore.self_check` refuses a store that does not keep it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import UTC
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from rollout.files import atomic_write, create_only, is_unfinished
+
+T = TypeVar("T")
+
+
+class StoreError(RuntimeError):
+    """The store cannot be used, or holds something other than what was written."""
+
+
+NUM_ATTEMPTS = 4
+"""Tries of one operation."""
+
+_PERMANENT = (FileExistsError, PermissionError, NotADirectoryError)
+_MAKES = ("write", "create")
+"""Actions for which a missing file is no answer: a bucket is not there."""
+
+
+class RunStore:
+    """Bytes by path under one root, local or any fsspec URL; safe to use from many threads.
+
+    Paths are relative to the root, with forward slashes. A passing failure (`OSError`) is retried
+    with back-off; what still fails is a `StoreError` that names the path.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, backoff_s: float = 0.2) -> None:
+        """
+        Args:
+            root: a folder or an fsspec URL such as s3://bucket/run; made on the first write.
+            backoff_s: pause before the second try; doubled each time.
+        """
+        self.root = os.fspath(root)
+        self.backoff_s = backoff_s
+        self._fs, self._base = fsspec.core.url_to_fs(self.root)
+        self._base = self._base.rstrip("/")
+        self._local = isinstance(self._fs, LocalFileSystem)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file whole, replacing one that exists."""
+        self._retry("write", path, lambda: self._put(path, data))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file whole only if there is none; False if there was one.
+
+        After a failure whose outcome is unknown the retry may find its own file and answer False:
+        callers compare the content where that matters.
+        """
+        return self._retry("create", path, lambda: self._create(path, data))
+
+    def read(self, path: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        full = self._full(path)
+        if self._local:
+            return self._retry("read", path, lambda: _read_whole(full))
+        return self._retry("read", path, lambda: self._fs.cat_file(full))
+
+    def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """The contents of several files; remote ones are fetched side by side."""
+        if self._local or len(paths) < 2:
+            return {path: self.read(path) for path in paths}
+        full = {self._full(path): path for path in paths}
+        found = self._retry("read", paths[0], lambda: self._fs.cat(list(full)))
+        return {path: found[self._fs._strip_protocol(key)] for key, path in full.items()}
+
+    def exists(self, path: str) -> bool:
+        """True if there is a file or folder."""
+        if self._local:
+            return Path(self._full(path)).exists()
+        self._fs.invalidate_cache()
+        return self._retry("look up", path, lambda: self._fs.exists(self._full(path)))
+
+    def files(self, prefix: str) -> list[str]:
+        """Paths of all files directly in a folder, sorted; empty if there is no such folder."""
+        names = self._names(prefix, "file")
+        return [f"{prefix.strip('/')}/{name}" for name in names if not name.startswith(".")]
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
+        names = self._names(prefix, "directory")
+        return [name for name in names if not name.startswith(".")]
+
+    def unfinished(self, prefix: str) -> list[str]:
+        """Paths of the hidden files directly in a folder that a killed writer left half-written.
+
+        Only local stores have any: elsewhere a file appears whole.
+        """
+        names = self._names(prefix, "file") if self._local else []
+        return [f"{prefix.strip('/')}/{name}" for name in names if is_unfinished(name)]
+
+    def modified_unix_s(self, path: str) -> float:
+        """When a file was written last, by the store's clock.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        when = self._retry("look up", path, lambda: self._fs.modified(self._full(path)))
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+
+    def delete(self, path: str) -> None:
+        """Remove a file; harmless if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._retry("delete", path, lambda: self._fs.rm_file(self._full(path)))
+
+    def self_check(self) -> None:
+        """Prove that the root can be written and that a key can be created only once.
+
+        Raises:
+            StoreError: it cannot; the message says which.
+        """
+        if not self._local and not _has_own_create(self._fs):
+            raise StoreError(
+                f"store {self.root}: {type(self._fs).__name__} has no atomic create; use a store "
+                "with create-only writes (local disk, S3, GCS)"
+            )
+        path = f".self-check/{uuid.uuid4().hex}"
+        first, second = b"first", b"second"
+        if not self.create(path, first):
+            raise StoreError(f"store {self.root}: creating a new key failed as if it existed")
+        try:
+            if self.create(path, second):
+                raise StoreError(
+                    f"store {self.root} lets a key be created twice: finished work could be "
+                    "written twice; use a store with create-only writes (local disk, S3, GCS)"
+                )
+            if self.read(path) != first:
+                raise StoreError(f"store {self.root}: a refused create changed the file")
+        finally:
+            self.delete(path)
+
+    def _full(self, path: str) -> str:
+        return f"{self._base}/{path}"
+
+    def _retry(self, action: str, path: str, operation: Callable[[], T]) -> T:
+        # Cloud libraries also raise their own kinds, which say little about what will pass.
+        passing: type[Exception] = OSError if self._local else Exception
+        pause = self.backoff_s
+        for attempt in range(1, NUM_ATTEMPTS + 1):
+            try:
+                return operation()
+            except passing as error:
+                absent = isinstance(error, FileNotFoundError)
+                if absent and action not in _MAKES:
+                    raise
+                if attempt == NUM_ATTEMPTS or absent or isinstance(error, _PERMANENT):
+                    raise StoreError(self._explain(action, path, error, attempt)) from error
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError("unreachable")
+
+    def _explain(self, action: str, path: str, error: Exception, attempts: int) -> str:
+        # What is the matter comes first: a progress view shows only the beginning.
+        tries = f" after {attempts} tries" if attempts > 1 else ""
+        what = f"cannot {action} {path} of {self.root}{tries}"
+        if isinstance(error, PermissionError):
+            return f"store: no permission: {what} ({error})"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"store: no space left: {what} ({error})"
+        return f"store: {what}: {type(error).__name__}: {error}"
+
+    def _put(self, path: str, data: bytes) -> None:
+        full = self._full(path)
+        if self._local:
+            atomic_write(Path(full), data, durable=True)
+        else:
+            self._fs.pipe_file(full, data)
+
+    def _create(self, path: str, data: bytes) -> bool:
+        full = self._full(path)
+        if self._local:
+            return create_only(Path(full), data)
+        try:
+            self._fs.pipe_file(full, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def _names(self, prefix: str, kind: str) -> list[str]:
+        """Names of what is directly in a folder, sorted: of each "file" or each "directory"."""
+        folder = self._full(prefix.strip("/"))
+
+        def local() -> list[str]:
+            is_kind = os.DirEntry.is_file if kind == "file" else os.DirEntry.is_dir
+            with os.scandir(folder) as entries:
+                return [entry.name for entry in entries if is_kind(entry)]
+
+        def remote() -> list[str]:
+            self._fs.invalidate_cache()
+            entries = self._fs.ls(folder, detail=True)
+            return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind]
+
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(self._retry("list", prefix, local if self._local else remote))
+        return []
+
+
+def _has_own_create(fs: AbstractFileSystem) -> bool:
+    """False if creating is what fsspec makes of it: a look whether the key exists, then a write."""
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._pipe_file is not AsyncFileSystem._pipe_file
+    return type(fs).pipe_file is not AbstractFileSystem.pipe_file
+
+
+def _read_whole(path: str) -> bytes:
+    # Unbuffered and without a Path: a restart reads tens of thousands of small files.
+    with io.FileIO(path) as file:
+        return file.readall()

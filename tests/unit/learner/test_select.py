@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import asdict
+
+import pytest
+
+from learner.dataset import Demonstration, read_manifest
+from learner.select import DatasetConfig, choose_of_problem, is_validation, select_dataset
+from rollout.problem import Level
+from rollout.prompt import SHORT_TEMPLATE, parse_response
+from tests.builders import answered, code, make_problem, make_tree
+from tests.datasets import rows_of, selected
+
+NO_SPLIT = {"validation_share": 0.0}
+
+
+def right(source: str):
+    return code(source, answered("7", correct=True))
+
+
+def wrong(source: str):
+    return code(source, answered("8", correct=False))
+
+
+def build(trees, demonstrations=(), **config):
+    return selected(trees, config=DatasetConfig(**config), demonstrations=demonstrations)
+
+
+def solution(example) -> str:
+    return "".join(s.text for s in example.segments if s.trained)
+
+
+def test_two_best_correct_trajectories_of_a_problem_are_kept():
+    tree = make_tree(
+        code("a = 1", answered("7", correct=True), answered("8", correct=False)),  # mean 1/3
+        right("b = 2"),
+        wrong("c = 3"),
+        right("d = 4"),
+    )
+    dataset = build([tree], **NO_SPLIT)
+
+    assert ["b = 2" in solution(dataset.sft_train[0]), "d = 4" in solution(dataset.sft_train[1])]
+    assert len(dataset.sft_train) == 2
+    assert dataset.manifest["counts"]["gsm"]["trajectories_correct"] == 3
+    assert dataset.manifest["excluded"]["gsm"]["beyond_top"] == 1
+
+
+def test_loss_falls_on_what_the_policy_wrote():
+    (example,) = build([make_tree(right("b = 2"))], **NO_SPLIT).sft_train
+    assert [(s.text, s.trained) for s in example.segments] == [
+        ("<|user|>How many?<|assistant|>", False),
+        ("<code>\nb = 2\n<end_of_step>", True),
+        ("\nprint(7)\n<end_of_code>", True),
+        ("\n<output>7<end_of_output>\n", False),
+        ("<answer>The answer is \\boxed{7}<end_of_answer>", True),
+    ]
+
+
+def test_one_program_counts_once_over_all_rounds_and_its_best_run_stays():
+    early = make_tree(
+        code("# think\nx = 7", answered("7", correct=True), answered("8", correct=False)), round=1
+    )
+    late = make_tree(right("# think again\nx  = 7"), round=2)
+    dataset = build([early, late], **NO_SPLIT)
+
+    (example,) = dataset.sft_train
+    assert (example.round, example.mean_q) == (2, 1.0)
+    assert "think again" in solution(example)
+    assert dataset.manifest["excluded"]["all"]["same_program"] == 1
+
+
+def test_result_does_not_depend_on_the_order_of_trees():
+    trees = [
+        make_tree(right(f"x = {i}"), wrong(f"y = {i}"), problem=make_problem(f"p{p}"), round=i)
+        for p in range(3)
+        for i in range(1, 4)
+    ]
+    forward, backward = build(trees), build(trees[::-1])
+    assert forward == backward
+    assert len(forward.sft_train + forward.sft_validation) == 6
+
+
+def test_validation_problem_is_in_no_training_data():
+    problems = [make_problem(f"p{i}") for i in range(200)]
+    trees = [make_tree(right("a = 1"), wrong("b = 2"), problem=p) for p in problems]
+    dataset = build(trees, validation_share=0.2)
+
+    held_out = {p.id for p in problems if is_validation(p.id, DatasetConfig(validation_share=0.2))}
+    assert 20 < len(held_out) < 60
+    assert {e.problem_id for e in dataset.sft_validation} == held_out
+    assert {p.problem_id for p in dataset.pairs_validation} == held_out
+    assert not held_out & {e.problem_id for e in dataset.sft_train}
+    assert not held_out & {p.problem_id for p in dataset.pairs_train}
+
+
+def test_split_is_another_one_for_another_seed():
+    ids = [f"p{i}" for i in range(200)]
+    first, second = (
+        {i for i in ids if is_validation(i, DatasetConfig(validation_share=0.2, split_seed=seed))}
+        for seed in (0, 1)
+    )
+    assert first != second
+
+
+def test_often_missed_synthetic_problem_is_left_out_as_mislabelled():
+    def tree(source):
+        problem = make_problem(source, source=source)
+        return make_tree(right("a = 1"), wrong("b = 2"), wrong("c = 3"), problem=problem)
+
+    config = {"synthetic_sources": ("made_up",), **NO_SPLIT}
+    dataset = build([tree("made_up"), tree("real")], **config)
+
+    assert {e.problem_id for e in dataset.sft_train} == {"real"}
+    assert {p.problem_id for p in dataset.pairs_train} == {"real"}
+    assert dataset.manifest["excluded"]["gsm"]["low_accuracy"] == 1
+    assert dataset.manifest["excluded"]["gsm"]["low_accuracy_pair"] > 0
+
+
+def test_pair_that_another_tree_turns_round_is_dropped_and_a_repeated_one_kept_once():
+    first = make_tree(right("a = 1"), wrong("b = 2"), index=0)
+    again = make_tree(right("a = 1"), wrong("b = 2"), index=1)
+    turned = make_tree(wrong("a = 1"), right("b = 2"), index=2)
+    config = {"pairs": {"answer_pairs": False}, **NO_SPLIT}
+
+    assert len(build([first, again], **config).pairs_train) == 1
+    assert build([first, again], **config).manifest["excluded"]["gsm"]["duplicate_pair"] == 1
+    assert build([first, turned], **config).pairs_train == []
+    assert build([first, turned], **config).manifest["excluded"]["gsm"]["contradicted_pair"] == 2
+
+
+def test_counts_stand_by_level_and_sum_up():
+    solved = make_tree(right("a = 1"), problem=make_problem("g"))
+    unsolved = make_tree(wrong("a = 1"), problem=make_problem("o", level=Level.OLYMPIAD))
+    dataset = build([solved, unsolved], **NO_SPLIT)
+
+    assert dataset.manifest["counts"]["gsm"]["solved"] == 1
+    assert dataset.manifest["excluded"]["olympiad"] == {"unsolved": 1}
+    assert dataset.manifest["counts"]["all"]["problems"] == 2
+
+
+SOLUTION = (
+    "<code>\na = 7\n<end_of_step>\nprint(a)\n<end_of_code>\n<output>7<end_of_output>\n"
+    "<answer>It is \\boxed{7}<end_of_answer>"
+)
+DEMONSTRATION = Demonstration(
+    id="d1", level="gsm", problem="Seven?", steps=tuple(parse_response(SOLUTION))
+)
+
+
+def test_demonstrations_enter_as_often_as_asked():
+    dataset = build([], [DEMONSTRATION], demonstration_repeat=3)
+
+    assert len(dataset.sft_train) == 3
+    assert "".join(s.text for s in dataset.sft_train[0].segments).endswith(SOLUTION)
+    assert dataset.manifest["counts"]["gsm"] == {"demonstrations": 1, "sft_train": 3}
+
+
+DIGESTS = {
+    "sft_train": "30b02509dd38958e",
+    "sft_validation": "852086cd4a8f398a",
+    "pairs_train": "172fa75070d3dbad",
+    "pairs_validation": "d49d4b61c08cfa67",
+}
+"""Of the rows that a selection with everything in memory made of the trees below."""
+
+
+def test_selection_is_that_in_memory_whatever_the_memory_and_the_order_of_trees(tmp_path):
+    trees = [
+        make_tree(
+            right(f"a = {index}"),
+            wrong(f"b = {number % 7}"),
+            code(f"c = {number}", answered("7", correct=index == 1), answered("8", correct=False)),
+            problem=make_problem(f"p{number}", source="made_up" if number % 5 else "real"),
+            round=round,
+            index=index,
+        )
+        for number in range(40)
+        for round in (1, 2)
+        for index in (0, 1)
+    ]
+    config = DatasetConfig(
+        validation_share=0.3, synthetic_sources=("made_up",), min_synthetic_accuracy=0.45
+    )
+
+    def select(name, memory_bytes):
+        return select_dataset(
+            iter(trees),
+            tmp_path / name,
+            template=SHORT_TEMPLATE,
+            config=config,
+            demonstrations=[DEMONSTRATION],
+            info={"rounds": [1, 2]},
+            memory_bytes=memory_bytes,
+        )
+
+    held = select("held", 1 << 26)
+    random.Random(0).shuffle(trees)
+    assert select("shuffled", 1 << 26) == held
+    assert select("spilled", 1) == held
+    for name in ("shuffled", "spilled"):
+        assert {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} == {
+            p.name: p.read_bytes() for p in (tmp_path / "held").iterdir()
+        }
+    dataset = rows_of(tmp_path / "held", held)
+    found = {name: [asdict(row) for row in getattr(dataset, name)] for name in DIGESTS}
+    assert {
+        name: hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        for name, rows in found.items()
+    } == DIGESTS
+    assert held["counts"]["all"] == {
+        "demonstrations": 1,
+        "pairs_train": 60,
+        "pairs_validation": 36,
+        "problems": 40,
+        "sft_train": 11,
+        "sft_validation": 6,
+        "solved": 40,
+        "trajectories_correct": 240,
+        "trajectories_kept": 16,
+        "trees": 160,
+    }
+    assert held["excluded"]["gsm"] == {
+        "beyond_top": 8,
+        "duplicate_pair": 480,
+        "low_accuracy": 32,
+        "low_accuracy_pair": 384,
+        "same_program": 120,
+    }
+
+
+def test_choice_of_one_problem_is_what_the_dataset_takes():
+    trees = [make_tree(right(f"a = {i}"), wrong(f"b = {i}"), index=i) for i in range(3)]
+    dataset = build(trees, **NO_SPLIT)
+    chosen = choose_of_problem(
+        trees[::-1], template=SHORT_TEMPLATE, config=DatasetConfig(**NO_SPLIT)
+    )
+    assert chosen.pairs == dataset.pairs_train
+    assert [t.mean_q for t in chosen.trajectories] == [e.mean_q for e in dataset.sft_train]
+    assert not chosen.held_out
+
+
+def test_selection_that_fails_leaves_the_dataset_before_it(tmp_path):
+    config = DatasetConfig(**NO_SPLIT)
+    before = select_dataset(
+        [make_tree(right("a = 1"))], tmp_path, template=SHORT_TEMPLATE, config=config
+    )
+
+    def trees():
+        yield make_tree(right("b = 2"))
+        raise RuntimeError("a tree that cannot be read")
+
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        select_dataset(trees(), tmp_path, template=SHORT_TEMPLATE, config=DatasetConfig())
+    assert read_manifest(tmp_path) == json.loads(json.dumps(before))
+    assert not list(tmp_path.glob(".*"))
