@@ -98,7 +98,7 @@ class SampleSource:
 
 
 class PrometheusSource:
-    """A Prometheus that scrapes the run, likewise; DashboardError: it cannot be asked."""
+    """A Prometheus that scrapes the run; it is asked the same."""
 
     def __init__(self, url: str, run: str) -> None:
         self._url = url.rstrip("/")
@@ -109,6 +109,11 @@ class PrometheusSource:
         return time.time()
 
     async def lines(self, query: Query, from_s: float, to_s: float, step_s: float) -> list[Line]:
+        """Likewise.
+
+        Raises:
+            DashboardError: it does not answer, or refuses.
+        """
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15))
         window_s = max(MIN_WINDOW_S, step_s)
