@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from verifier import AsyncSandbox, Sandbox, SandboxLimits, StepResult
 
@@ -76,11 +76,20 @@ class ActorBackend:
     def __init__(self, limits: SandboxLimits, isolation: Any) -> None:
         import ray
 
-        from cluster.fleet.sandbox_worker import SandboxWorkerActor
+        from cluster.fleet.sandbox_worker import SandboxWorker
+
+        class Whole(SandboxWorker):
+            """With what only the suite asks for."""
+
+            async def evict(self, state: str) -> None:
+                await cast(AsyncSandbox, self._sandbox).evict(state)
+
+            def capabilities(self) -> dict[str, Any]:
+                return dict(cast(AsyncSandbox, self._sandbox).capabilities())
 
         ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
         self._ray = ray
-        self._actor = SandboxWorkerActor.options(num_cpus=1).remote(limits, isolation)
+        self._actor = ray.remote(num_cpus=1)(Whole).remote(limits, isolation)
 
     def _call(self, method: str, *arguments: Any, **settings: Any) -> Any:
         try:

@@ -235,7 +235,7 @@ class PoolKeeper:
             state = self.members.state(name)
             if state in (None, MemberState.DRAINING):
                 continue
-            self.members.drain(name, self._clock())
+            self.members.drain(name)
             if state is MemberState.STARTING:  # it may not even have a process to ask
                 self._lose(name, "not needed any more")
                 continue
@@ -258,7 +258,7 @@ class PoolKeeper:
         Raises:
             EngineError: a living member cannot, or too many died.
         """
-        self.members.want(self.kind.version, self._clock())
+        self.members.want(self.kind.version)
         self._tell()
         async with self._syncing:
             while handles := self._in(MemberState.SYNCING):
@@ -329,7 +329,7 @@ class PoolKeeper:
             handle = self._handles[name] = self.kind.start(name)
             self._made(name, handle)
             await self._until_ready(name, handle, patient=patient)
-            self.members.started(name, self._clock())
+            self.members.started(name)
             async with self._syncing:
                 while self.members.state(name) is MemberState.SYNCING:
                     version = await self.kind.sync(handle, self.handles)

@@ -73,8 +73,6 @@ class Member:
     state: MemberState
     version: str
     """Served, or last heard of; "" where there is no such thing."""
-    since_s: float
-    """When the state began."""
     added_s: float
 
 
@@ -134,12 +132,12 @@ class Membership:
         while len(self._gaps) > size:
             self._gaps.pop()
 
-    def want(self, version: str, now_s: float) -> None:
+    def want(self, version: str) -> None:
         """Change what members should serve: nobody is READY until it is `synced`."""
         self._version = version
         for member in self._members.values():
             if member.state is MemberState.READY and member.version != version:
-                member.state, member.since_s = MemberState.SYNCING, now_s
+                member.state = MemberState.SYNCING
 
     def add(self, name: str, now_s: float) -> None:
         """A member was asked for.
@@ -149,13 +147,13 @@ class Membership:
         """
         if name in self._members:
             raise ValueError(f"{self.kind} {name} is a member already")
-        self._members[name] = Member(MemberState.STARTING, "", now_s, now_s)
+        self._members[name] = Member(MemberState.STARTING, "", now_s)
 
-    def started(self, name: str, now_s: float) -> None:
+    def started(self, name: str) -> None:
         """A member runs; what it serves is not known yet."""
         member = self._members.get(name)
         if member is not None and member.state is MemberState.STARTING:
-            member.state, member.since_s = MemberState.SYNCING, now_s
+            member.state = MemberState.SYNCING
 
     def synced(self, name: str, version: str, now_s: float) -> bool:
         """A member serves a version; True if it may be given work now."""
@@ -164,17 +162,17 @@ class Membership:
             return False
         member.version = version
         if member.state is MemberState.SYNCING and version == self._version:
-            member.state, member.since_s = MemberState.READY, now_s
+            member.state = MemberState.READY
             if self._gaps:
                 self._away_s += now_s - self._gaps.popleft()
                 self._restarts += 1
         return member.state is MemberState.READY
 
-    def drain(self, name: str, now_s: float) -> None:
+    def drain(self, name: str) -> None:
         """Give a member nothing more."""
         member = self._members.get(name)
         if member is not None:
-            member.state, member.since_s = MemberState.DRAINING, now_s
+            member.state = MemberState.DRAINING
 
     def lost(self, name: str, reason: str, now_s: float) -> bool:
         """A member is dead; True if it was one, and not expected to go."""
@@ -212,11 +210,6 @@ class Membership:
     def size(self) -> int:
         """Members there should be."""
         return self._size
-
-    @property
-    def version(self) -> str:
-        """What members should serve."""
-        return self._version
 
     def state(self, name: str) -> MemberState | None:
         """None: not a member (dead, or never one)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,10 +35,6 @@ class TreeSandbox(Protocol):
     async def run(
         self, state: str, codes: Sequence[str], limits: SandboxLimits | None = None
     ) -> list[StepResult]: ...
-
-    async def evict(self, state: str) -> None: ...
-
-    def capabilities(self) -> Mapping[str, Any]: ...
 
     async def close(self, problem_id: str) -> None: ...
 
@@ -140,13 +136,6 @@ class SandboxWorker(Traced):
                 self._keep(tree, result.state)
         return results
 
-    async def evict(self, state: str) -> None:
-        """Free the state's process; the next run from it replays."""
-        try:
-            await self._sandbox.evict(state)
-        except ValueError as error:
-            raise SandboxError(f"state {state} is lost: {error}") from error
-
     async def close(self, tree_id: str, owner: str = "") -> None:
         """Free every state of an owner's tree; harmless if it is not open."""
         tree = self._trees.pop((tree_id, owner), None)
@@ -166,10 +155,6 @@ class SandboxWorker(Traced):
         """The sandbox's own counters, open trees, and trees closed because nobody used them."""
         stats = await self._sandbox.stats()
         return {**stats, "open_trees": len(self._trees), "idle_closed": self._idle_closed}
-
-    def capabilities(self) -> dict[str, Any]:
-        """Layer -> "on" or why it is off, and the limits of the pool."""
-        return dict(self._sandbox.capabilities())
 
     def pid(self) -> int:
         """Process id, for logs and tests."""

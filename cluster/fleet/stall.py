@@ -90,10 +90,6 @@ class StallDetector:
             known.moved_s = now_s
         known.done, known.open, known.waits_on, known.heard_s = done, open, waits_on, now_s
 
-    def forget(self, stage: str) -> None:
-        """A stage has ended; harmless if it is not known."""
-        self._stages.pop(stage, None)
-
     def stalls(self, now_s: float) -> list[Stall]:
         """Stages with work and without progress for `after_s`: causes first, then the longest."""
         stalled = {
