@@ -31,8 +31,8 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from cluster.fleet.membership import Membership, MemberState, SupervisionConfig
-from cluster.machines.scaler import ReplicaLoad, ReplicaState
+from cluster.fleet.membership import Membership, SupervisionConfig
+from cluster.machines.scaler import MemberState, ReplicaLoad
 from rollout.engine import EngineError
 from rollout.tasks import all_of
 from verifier import SandboxError
@@ -202,24 +202,16 @@ class PoolKeeper:
     @property
     def living(self) -> int:
         """Members that are there to stay, those that are starting included."""
-        staying = (MemberState.STARTING, MemberState.SYNCING, MemberState.READY)
-        return len(self.members.names(*staying))
+        return len(self.members.names()) - len(self.members.names(MemberState.DRAINING))
 
     def loads(self) -> dict[str, ReplicaLoad]:
         """All members as the scaler sees them."""
-        states = {
-            MemberState.READY: ReplicaState.READY,
-            MemberState.DRAINING: ReplicaState.DRAINING,
+        idle = Look()
+        return {
+            name: ReplicaLoad(state=state, load=self.looks.get(name, idle).open)
+            for state in MemberState
+            for name in self.members.names(state)
         }
-        found = {}
-        for name in self.members.names():
-            state = self.members.state(name)
-            assert state is not None
-            look = self.looks.get(name)
-            found[name] = ReplicaLoad(
-                state=states.get(state, ReplicaState.STARTING), load=look.open if look else 0
-            )
-        return found
 
     def resize(self, size: int) -> None:
         """Change how many members there should be; `drain` says who leaves."""

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.machines.scaler import MemberState
 
 
 class SupervisionConfig(BaseModel):
@@ -52,18 +53,6 @@ class SupervisionConfig(BaseModel):
         default=2.0, ge=0, description="pause before the second start in window_s; then doubled"
     )
     max_backoff_s: float = Field(default=60.0, ge=0, description="longest such pause")
-
-
-class MemberState(StrEnum):
-    """Where a member is in its life."""
-
-    STARTING = "starting"
-    """Asked for; its process may not exist yet."""
-    SYNCING = "syncing"
-    """Running, and on its way to the wanted version."""
-    READY = "ready"
-    DRAINING = "draining"
-    """Given nothing more; ends when it is empty."""
 
 
 @dataclass(slots=True)

@@ -20,12 +20,12 @@ from typing import Any
 import ray
 
 from cluster.fleet.keeper import PoolKeeper
-from cluster.fleet.membership import MemberState
 from cluster.fleet.stall import Stall
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.jobs.coordinator import CoordinatorStats, RoundStatus
 from cluster.jobs.queue import JobState
 from cluster.machines import nodes
+from cluster.machines.scaler import MemberState
 from cluster.telemetry import metrics
 from cluster.telemetry.exporter import Exporter, ExporterError, MetricsConfig
 from cluster.telemetry.live import read_live

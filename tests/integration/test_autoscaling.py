@@ -15,9 +15,9 @@ import pytest
 import ray
 
 from cluster.fleet.fleet import Fleet, RolloutStage
-from cluster.fleet.membership import MemberState
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
+from cluster.machines.scaler import MemberState
 from cluster.runs.config import RolloutConfig
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig

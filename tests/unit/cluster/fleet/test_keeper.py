@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.fleet.keeper import ActorKind, Look, PoolKeeper, guard
-from cluster.fleet.membership import MemberState, SupervisionConfig
+from cluster.fleet.membership import SupervisionConfig
+from cluster.machines.scaler import MemberState
 from rollout.engine import EngineError
 
 QUICK = SupervisionConfig(look_s=0.002, backoff_s=0.001, stall_s=0.05, silent_s=0.05)

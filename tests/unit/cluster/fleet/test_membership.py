@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.fleet.membership import Losses, Membership, MemberState, SupervisionConfig
+from cluster.fleet.membership import Losses, Membership, SupervisionConfig
+from cluster.machines.scaler import MemberState
 
 CONFIG = SupervisionConfig(max_failures=2, window_s=100, backoff_s=2, max_backoff_s=10)
 
