@@ -48,17 +48,14 @@ from cluster.fleet.actors import (
     SandboxKind,
     WatchmanKind,
     WorkerKind,
-    actor_bundle,
-    as_future,
-    end_all,
-    replica_bundles,
 )
-from cluster.fleet.config import ActorConfig, ClusterConfig, ServingConfig
-from cluster.fleet.keeper import ActorKind, PoolKeeper, cause, guard
+from cluster.fleet.config import ClusterConfig, ServingConfig
+from cluster.fleet.keeper import PoolKeeper, cause, guard
 from cluster.fleet.learner_group import LearnerGroup
 from cluster.fleet.left_over import (
     FindCoordinator,
     Home,
+    end_all,
     end_left_over,
     namespace_of,
     remove_groups,
@@ -314,10 +311,9 @@ class Fleet:
         for worker in workers.all_handles.values():
             worker.set_replicas.remote(engine, dict(handles), self._revision)
 
-    async def _keep(self, name: str, kind: ActorKind, size: int) -> PoolKeeper:
+    async def _keep(self, name: str, kind: RayKind, size: int) -> PoolKeeper:
         """Start a pool of actors and look after it from now on."""
-        if name != "endpoint" and isinstance(kind, RayKind):
-            kind.home = self._home
+        kind.home = self._home
         keeper = PoolKeeper(
             kind,
             size,
@@ -326,7 +322,7 @@ class Fleet:
             announce=lambda handles: self._announce(name, handles),
             note=lambda text: self.note(text),
             tried=lambda ready: self._tried(name, ready),
-            made=self._begin_telemetry,
+            made=lambda name, handle: self._telemetry.begin_in(handle, name, **kind.ids(name)),
         )
         self._keepers[name] = keeper
         try:
@@ -335,13 +331,6 @@ class Fleet:
             del self._keepers[name]
             raise
         return keeper
-
-    def _begin_telemetry(self, name: str, handle: Any) -> None:
-        """Have a new actor log, and trace if asked, into the run's folder."""
-        kind = name.split("-")[0]
-        ids = {"policy": {"replica": name, "policy_version": self._policy_kind.version}}
-        ids["ppm"] = {"replica": name, "ppm_version": self._preference_kind.version}
-        self._telemetry.begin_in(handle, name, **ids.get(kind, {}))
 
     def _tried(self, name: str, ready: bool) -> None:
         """A start succeeded or failed: a pool that is scaled pauses after failures."""
@@ -405,10 +394,8 @@ class Fleet:
             await self._keep("watchman", watchman, 1)
         if learner:
             self._learner = LearnerGroup(
-                num_workers=cluster.learner.replicas,
-                resources_per_worker=_learner_resources(cluster.learner),
-                use_gpu=cluster.learner.num_gpus > 0,
-                storage_path=self.folder.root / "ray_train",
+                cluster.learner,
+                self.folder.root / "ray_train",
                 start_timeout_s=cluster.start_timeout_s,
                 why_pending=self._why_learner_waits,
                 note=lambda text: self.note(text),
@@ -457,7 +444,7 @@ class Fleet:
     async def _end(self, keeper: PoolKeeper, note: Callable[[str], None]) -> None:
         """End the members of a pool in good order, or by force after 15 s."""
         handles = await keeper.stop()
-        leaving = [as_future(handle.shutdown.remote()) for handle in handles.values()]
+        leaving = [handle.shutdown.remote() for handle in handles.values()]
         try:
             async with asyncio.timeout(15.0):
                 await asyncio.gather(*leaving, return_exceptions=True)
@@ -480,7 +467,7 @@ class Fleet:
     def _why_learner_waits(self) -> str:
         """What the learner asks and what the cluster has, in words; "" if it fits."""
         learner = self.config.cluster.learner
-        bundle = _learner_resources(learner)
+        bundle = learner.learner_bundle()
         ask = Ask(name="learner rank", bundle=bundle, count=learner.replicas)
         sentences = explain([ask], list(nodes.living().values()))
         holders = [
@@ -488,7 +475,7 @@ class Fleet:
             for keeper in (self._keepers.get("policy"), self._keepers.get("ppm"))
             if keeper is not None
             and isinstance(keeper.kind, RayKind)
-            and actor_bundle(keeper.kind.settings).keys() & bundle.keys()
+            and keeper.kind.settings.bundle().keys() & bundle.keys()
         ]
         if sentences and holders:
             sentences.append(
@@ -539,10 +526,10 @@ class Fleet:
         if not cluster.autoscale:
             return
         if self._scaler is None:
-            learner = [_learner_resources(cluster.learner)] * cluster.learner.replicas
+            learner = [cluster.learner.learner_bundle()] * cluster.learner.replicas
             self._scaler = Scaler(
                 {
-                    name: (config, actor_bundle(settings[name]))
+                    name: (config, settings[name].bundle())
                     for name, config in cluster.autoscale.items()
                 },
                 reserved=learner if self._learner is not None else (),
@@ -573,8 +560,8 @@ class Fleet:
     def _parts(self, bundle: Mapping[str, float]) -> Sequence[Mapping[str, float]]:
         """What a replica's bundle has to be on one node each: all of it, or what a rank takes."""
         for kind in (self._policy_kind, self._preference_kind):
-            if bundle == actor_bundle(kind.settings):
-                return replica_bundles(kind.settings, kind.engine.num_ranks) or [bundle]
+            if bundle == kind.settings.bundle():
+                return kind.settings.rank_bundles(kind.engine.num_ranks) or [bundle]
         return [bundle]
 
     def _start_ray(self) -> None:
@@ -650,7 +637,7 @@ class Fleet:
             return None
         for handle in self._handles("endpoint").values():
             try:
-                self._endpoint.stats = await as_future(handle.stats.remote())
+                self._endpoint.stats = await handle.stats.remote()
             except RayActorError as error:
                 logger.info("The endpoint's actor is being replaced: %s", cause(error))
         return self._endpoint.stats
@@ -921,7 +908,7 @@ class Fleet:
         while True:
             self._check()
             try:
-                return await as_future(getattr(self._coordinator(), method).remote(*arguments))
+                return await getattr(self._coordinator(), method).remote(*arguments)
             except (EngineError, RayActorError) as error:
                 if isinstance(error, ray.exceptions.RayTaskError):
                     raise
@@ -1066,11 +1053,3 @@ def solved_problems(trees: TrajectoryStore) -> set[str]:
     return {
         key.problem_id for commit in trees.commits().values() for key in commit.trees if key.solved
     }
-
-
-def _learner_resources(settings: ActorConfig) -> dict[str, float]:
-    resources = dict(settings.resources)
-    if settings.num_gpus:
-        resources["GPU"] = settings.num_gpus
-    resources["CPU"] = settings.num_cpus or 1.0
-    return resources

@@ -28,7 +28,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,16 +124,21 @@ def end_left_over(namespace: str, drain_s: float) -> list[str]:
             logger.warning("%d rollout workers did not drain within %.0f s", len(late), drain_s)
     # First, because a watchman that does this ends with the last of the names.
     remove_groups(namespace)
-    for name, handle in handles.items():
-        try:
-            ray.kill(handle)
-        except RayError as error:
-            logger.info("An actor could not be killed: %s name=%s", error, name)
+    end_all(handles)
     # A name is free for others only when its actor's end has been heard of.
     give_up_s = time.monotonic() + GONE_S
     while left_over(namespace) and time.monotonic() < give_up_s:
         time.sleep(0.1)
     return names
+
+
+def end_all(handles: Mapping[str, Any]) -> None:
+    """Kill actors; those that are gone are no trouble."""
+    for name, handle in handles.items():
+        try:
+            ray.kill(handle)
+        except RayError as error:
+            logger.info("An actor could not be killed: %s name=%s", error, name)
 
 
 def remove_groups(namespace: str) -> None:

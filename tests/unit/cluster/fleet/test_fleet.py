@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.fleet.actors import actor_bundle, actor_options, replica_bundles
 from cluster.fleet.config import ActorConfig, ClusterConfig
 from cluster.fleet.fleet import (
     RENEW_S,
     Fleet,
     RolloutStage,
     StageSearch,
-    _learner_resources,
     _TimeLeft,
     _tree_stages,
     hardest_first,
@@ -94,10 +92,10 @@ def test_several_trees_per_problem_are_stages_of_their_own() -> None:
 
 def test_actors_ask_ray_for_what_their_config_says() -> None:
     gpu = ActorConfig(num_gpus=0.5, resources={"policy": 1})
-    assert actor_options(gpu) == {"num_cpus": 0, "num_gpus": 0.5, "resources": {"policy": 1}}
-    assert actor_bundle(gpu) == {"GPU": 0.5, "policy": 1}
-    assert _learner_resources(ActorConfig(replicas=2)) == {"CPU": 1.0}
-    assert _learner_resources(ActorConfig(num_gpus=1, num_cpus=4)) == {"CPU": 4, "GPU": 1}
+    assert gpu.ray_options() == {"num_cpus": 0, "num_gpus": 0.5, "resources": {"policy": 1}}
+    assert gpu.bundle() == {"GPU": 0.5, "policy": 1}
+    assert ActorConfig(replicas=2).learner_bundle() == {"CPU": 1.0}
+    assert ActorConfig(num_gpus=1, num_cpus=4).learner_bundle() == {"CPU": 4, "GPU": 1}
 
 
 def test_job_in_work_is_not_granted_again_after_a_restart_of_the_coordinator(
@@ -141,9 +139,9 @@ def test_time_left_leaves_out_what_an_earlier_process_did() -> None:
 def test_ranks_of_a_replica_have_a_bundle_each() -> None:
     large = ActorConfig(num_gpus=4, num_cpus=2, resources={"policy": 4})
     rank = {"GPU": 1.0, "policy": 1.0}
-    assert replica_bundles(large, 4) == [{"CPU": 2, **rank}, rank, rank, rank]
-    assert replica_bundles(ActorConfig(num_gpus=1), 1) == [{"GPU": 1}]
-    assert replica_bundles(ActorConfig(), 2) == []
+    assert large.rank_bundles(4) == [{"CPU": 2, **rank}, rank, rank, rank]
+    assert ActorConfig(num_gpus=1).rank_bundles(1) == [{"GPU": 1}]
+    assert ActorConfig().rank_bundles(2) == []
 
 
 def test_autoscaler_is_asked_for_the_ranks_of_a_replica_one_by_one(tmp_path: Path) -> None:
