@@ -52,12 +52,13 @@ from cluster.evaluation.results import (
     score_problem,
     summarise,
 )
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     given_checkpoint,
     with_checkpoint_directories,
     with_prompt_template,
 )
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.lineage import record_start
 from cluster.folder.machine import hardware, versions

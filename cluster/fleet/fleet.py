@@ -29,10 +29,10 @@ import shutil
 import socket
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
@@ -62,6 +62,13 @@ from cluster.fleet.left_over import (
 )
 from cluster.fleet.membership import Losses
 from cluster.fleet.meter import Meter
+from cluster.fleet.stages import (
+    RolloutOutcome,
+    RolloutStage,
+    StageSearch,
+    hardest_first,
+    solved_problems,
+)
 from cluster.fleet.stall import Stall, StallDetector
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.coordinator import (
@@ -72,7 +79,7 @@ from cluster.jobs.coordinator import (
 )
 from cluster.jobs.escalation import EscalationPlan, StageCost, plan_escalation, rollout_share
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, ReplicaPool, SandboxPool
-from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan
+from cluster.jobs.queue import JobState, QueueConfig, StagePlan
 from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
@@ -82,18 +89,12 @@ from cluster.telemetry.process import end as end_telemetry
 from cluster.telemetry.progress import LEVELS_FACT, SHARE_FACT, solved_by_level
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
-from rollout.difficulty import SuspectLabel
-from rollout.engine import EngineError, PolicyEngine, PreferenceEngine
-from rollout.methods import MethodConfig
+from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
-from rollout.problem import Level, Problem
-from rollout.search import SearchConfig, StepSandbox, run_search
-from rollout.solution_tree import answer_tree
-from rollout.store import Manifest, RunStore, Totals, TrajectoryStore
+from rollout.problem import Problem
+from rollout.store import RunStore, Totals, TrajectoryStore
 from rollout.tasks import all_of
-from rollout.tree import Tree
 from verifier import GRADER_VERSION
-from verifier.verify import start_symbolic_worker
 
 logger = logging.getLogger(__name__)
 
@@ -115,125 +116,6 @@ Progress = Callable[[int, int, Mapping[str, str | float]], None]
 
 T = TypeVar("T")
 P = TypeVar("P", bound=ReplicaPool)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutStage:
-    """One pass over problems in a round."""
-
-    name: str
-    search: SearchConfig
-    trees: int = 1
-    unsolved_only: bool = False
-    """Only the problems no tree of the round has solved so far."""
-    method: MethodConfig | None = None
-    """Of an evaluation: how problems are answered; None: they are searched for training data."""
-    prompt: str | None = None
-    """With `method`: as of `rollout.methods.Solver`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutOutcome:
-    """A sealed round and how it went."""
-
-    manifest: Manifest
-    solved: int
-    expected: int
-    lost: int
-    doubled: int
-    seconds: float
-    generated_tokens: int
-    """By this process's workers; a continued round had more before."""
-    executions: int
-    prefix_hit_rate: float
-    endpoint: EndpointStats | None = None
-    """What was asked of the endpoint since it was taken; None: replicas were the policy."""
-    suspects: tuple[SuspectLabel, ...] = ()
-    """Unsolved problems whose searches agree on another answer."""
-    losses: Mapping[str, Losses] = field(default_factory=dict)
-    """Deaths of actors while it ran, by kind; kinds without any are left out."""
-    resumed_trees: int = 0
-    """Searches gone on with from what a worker had left."""
-
-    def loss_lines(self) -> list[str]:
-        """For people: what died and what that cost."""
-        return [
-            f"{loss.deaths} x {kind} died, {loss.restarts} replaced, {loss.away_s:.1f} s without "
-            f"(last: {loss.last_reason})"
-            for kind, loss in self.losses.items()
-        ]
-
-    def facts(self) -> dict[str, Any]:
-        """For the stage's record."""
-        return {
-            "solved": self.solved,
-            "expected": self.expected,
-            "lost": self.lost,
-            "doubled": self.doubled,
-            "generated_tokens_per_s": self.generated_tokens / self.seconds,
-            "sandbox_steps_per_s": self.executions / self.seconds,
-            "prefix_hit_rate": self.prefix_hit_rate,
-            "suspect_labels": len(self.suspects),
-            "deaths": {kind: asdict(loss) for kind, loss in self.losses.items()},
-            "resumed_trees": self.resumed_trees,
-            "totals": asdict(self.manifest.totals),
-            **({"endpoint": asdict(self.endpoint)} if self.endpoint is not None else {}),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class StageSearch:
-    """What a rollout worker runs for each task: the search settings of the task's stage."""
-
-    searches: Mapping[str, SearchConfig]
-    policy: PolicyEngine
-    preference: PreferenceEngine | None
-    sandbox: StepSandbox
-    stages: Mapping[str, RolloutStage] = field(default_factory=dict)
-    """Those that answer by a method; all others search."""
-
-    POOLS: ClassVar = ("policy", "ppm", "sandbox")
-
-    def set_replicas(self, pool: str, handles: Mapping[str, Any], revision: int) -> None:
-        """Change who serves one of the engines, where it is a pool."""
-        engines = {"policy": self.policy, "ppm": self.preference, "sandbox": self.sandbox}
-        engine = engines[pool]
-        if isinstance(engine, ReplicaPool):
-            engine.set_replicas(handles, revision)
-
-    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
-        search = self.searches[task.stage]
-        if tree.search_config not in ("", search.model_dump_json()):
-            raise ValueError(
-                f"the open tree of problem {problem.id} was searched with other settings than "
-                f"those of stage {task.stage!r}"
-            )
-        # A symbolic question that has to wait for its process would end undecided.
-        await asyncio.to_thread(start_symbolic_worker)
-        stage = self.stages.get(task.stage)
-        if stage is not None and stage.method is not None:
-            return await answer_tree(
-                tree,
-                method=stage.method,
-                search=search,
-                policy=self.policy,
-                preference=self.preference,
-                sandbox=self.sandbox,
-                clock=time.monotonic,
-                prompt=stage.prompt,
-            )
-        return await run_search(
-            problem,
-            config=search,
-            policy=self.policy,
-            preference=self.preference,
-            sandbox=self.sandbox,
-            round=task.round,
-            index=task.index,
-            seed=task.seed,
-            clock=time.monotonic,
-            resume=tree,
-        )
 
 
 class Fleet:
@@ -672,7 +554,7 @@ class Fleet:
         losses_before = self._losses()
         by_id = {problem.id: problem for problem in problems}
         search = StageSearch(
-            searches={name: stage.search for stage in stages for name in _tree_stages(stage)},
+            searches={name: stage.search for stage in stages for name in stage.tree_stages},
             policy=self.policy,
             preference=self.preference if preference else None,
             sandbox=self.sandbox,
@@ -690,7 +572,7 @@ class Fleet:
                 unsolved_only=stage.unsolved_only,
             )
             for stage in stages
-            for _ in _tree_stages(stage)
+            for _ in stage.tree_stages
         ]
         behind = 0.0
         try:
@@ -700,7 +582,7 @@ class Fleet:
                 if stage.unsolved_only:
                     unsolved = (await self._plan_escalation(trees, by_id)).search
                     wanted = hardest_first(by_id[problem_id] for problem_id in unsolved)
-                for name in _tree_stages(stage):
+                for name in stage.tree_stages:
                     if name in planned:  # a continued round: what was planned stands
                         wanted = list(planned[name].problem_ids)
                     if wanted:
@@ -1022,16 +904,6 @@ def queue_config(cluster: ClusterConfig) -> QueueConfig:
     return QueueConfig(lease_s=cluster.lease_s, adopt_s=3 * RENEW_S)
 
 
-def hardest_first(problems: Iterable[Problem]) -> list[str]:
-    """Ids of problems, hard levels first, else in their order.
-
-    Hard problems take longest: searched last they would keep a few engines busy at the end of a
-    round and leave the others idle.
-    """
-    rank = {level: place for place, level in enumerate(Level)}
-    return [p.id for p in sorted(problems, key=lambda problem: -rank[problem.level])]
-
-
 def _port_is_free(port: int) -> bool:
     with socket.socket() as probe:
         try:
@@ -1039,17 +911,3 @@ def _port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _tree_stages(stage: RolloutStage) -> list[str]:
-    """One stage of the coordinator per tree of a problem."""
-    if stage.trees == 1:
-        return [stage.name]
-    return [f"{stage.name}-tree{number}" for number in range(stage.trees)]
-
-
-def solved_problems(trees: TrajectoryStore) -> set[str]:
-    """Ids of the problems some committed tree of the round solved."""
-    return {
-        key.problem_id for commit in trees.commits().values() for key in commit.trees if key.solved
-    }

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.held_out import Evaluation, evaluate
 from cluster.evaluation.shares import problems_by_level, shares_by_level
-from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.lineage import record_lineage, record_start
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import REPORT, RunFolder

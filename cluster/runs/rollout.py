@@ -18,12 +18,13 @@ from rich.table import Table
 
 from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.shares import COLUMNS, problems_by_level, shares_by_level
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage, solved_problems
+from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     given_checkpoint,
     with_checkpoint_directories,
     with_prompt_template,
 )
+from cluster.fleet.stages import RolloutOutcome, RolloutStage, solved_problems
 from cluster.folder.lineage import record_lineage, record_start
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import REPORT, RunFolder

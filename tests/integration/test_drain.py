@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
 from cluster.fleet.fleet import fleet as fleet_module
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from rollout.engine import GenerationReply, GenerationRequest

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint

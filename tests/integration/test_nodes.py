@@ -20,7 +20,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from ray.cluster_utils import Cluster
 
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
 from cluster.runs.config import RolloutConfig

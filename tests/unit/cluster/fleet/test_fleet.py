@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.fleet.config import ActorConfig, ClusterConfig
-from cluster.fleet.fleet import (
-    RENEW_S,
-    Fleet,
-    RolloutStage,
-    StageSearch,
-    _TimeLeft,
-    _tree_stages,
-    hardest_first,
-    queue_config,
-)
+from cluster.fleet.fleet import RENEW_S, Fleet, _TimeLeft, queue_config
+from cluster.fleet.stages import RolloutStage, StageSearch, hardest_first
 from cluster.folder.config_file import ConfigError, make_config
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.coordinator import Coordinator, WorkerProgress
@@ -85,9 +77,9 @@ def test_tree_of_other_search_settings_is_not_gone_on_with() -> None:
 
 def test_several_trees_per_problem_are_stages_of_their_own() -> None:
     search = SearchConfig()
-    assert _tree_stages(RolloutStage(name="base", search=search)) == ["base"]
+    assert RolloutStage(name="base", search=search).tree_stages == ["base"]
     twice = RolloutStage(name="base", search=search, trees=2)
-    assert _tree_stages(twice) == ["base-tree0", "base-tree1"]
+    assert twice.tree_stages == ["base-tree0", "base-tree1"]
 
 
 def test_actors_ask_ray_for_what_their_config_says() -> None:
