@@ -137,7 +137,6 @@ class PoolKeeper:
         note: Callable[[str], None] = lambda text: None,
         tried: Callable[[bool], None] = lambda ready: None,
         made: Callable[[str, Any], None] = lambda name, handle: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -155,7 +154,6 @@ class PoolKeeper:
         self._note = note
         self._tried = tried
         self._made = made
-        self._clock = clock
         self.looks: dict[str, Look] = {}
         """What the last look at each READY member showed."""
         self._handles: dict[str, Any] = {}
@@ -261,7 +259,7 @@ class PoolKeeper:
                         raise
                     continue
                 for name in handles:
-                    self.members.synced(name, self.kind.version, self._clock())
+                    self.members.synced(name, self.kind.version, time.monotonic())
                 break
         self._tell()
         await self.settled()
@@ -286,10 +284,10 @@ class PoolKeeper:
             EngineError: too many members died.
         """
         while True:
-            reason = self.members.hopeless(self._clock())
+            reason = self.members.hopeless(time.monotonic())
             if reason:
                 raise EngineError(reason)
-            for _ in range(self.members.due(self._clock())):
+            for _ in range(self.members.due(time.monotonic())):
                 self._spawn(self._bring_up_again(self._add()))
             self._changed.clear()
             await self._wait()
@@ -302,7 +300,7 @@ class PoolKeeper:
     def _add(self) -> str:
         name = f"{self.kind.prefix}-{self._next}"
         self._next += 1
-        self.members.add(name, self._clock())
+        self.members.add(name, time.monotonic())
         return name
 
     async def _bring_up_again(self, name: str) -> None:
@@ -325,7 +323,7 @@ class PoolKeeper:
             async with self._syncing:
                 while self.members.state(name) is MemberState.SYNCING:
                     version = await self.kind.sync(handle, self.handles)
-                    self.members.synced(name, version, self._clock())
+                    self.members.synced(name, version, time.monotonic())
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -382,17 +380,17 @@ class PoolKeeper:
     async def _watch(self, name: str, handle: Any) -> None:
         """Look at a member until it is lost."""
         done: float | None = None
-        looked_s = self._clock()
+        looked_s = time.monotonic()
         stuck_s = 0.0
         while self._handles.get(name) is handle:
             await asyncio.sleep(self._config.look_s)
             if self.members.state(name) is MemberState.DRAINING:
                 return
             if self.members.state(name) is MemberState.SYNCING:
-                looked_s, stuck_s = self._clock(), 0.0
+                looked_s, stuck_s = time.monotonic(), 0.0
                 continue  # it may be silent while it loads; whoever has it load bounds that
             look = self.looks[name] = await self._look(name, handle)
-            now_s = self._clock()
+            now_s = time.monotonic()
             if look.revived_after_s is not None:
                 self.members.revived(name, "restarted", now_s - look.revived_after_s, now_s)
                 logger.warning("A %s was restarted name=%s", self.kind.kind, name)
@@ -433,7 +431,7 @@ class PoolKeeper:
         if handle is not None:
             with contextlib.suppress(RayError):
                 self.kind.kill(handle)
-        if self.members.lost(name, reason, self._clock()):
+        if self.members.lost(name, reason, time.monotonic()):
             logger.error("A %s is lost: %s name=%s", self.kind.kind, reason, name)
         self.kind.lost(name)
         self._tell()
@@ -451,19 +449,14 @@ class PoolKeeper:
         task.add_done_callback(self._tasks.discard)
 
 
-async def guard(work: Awaitable[T], keepers: Callable[[], list[PoolKeeper]]) -> T:
-    """Await something that a pool of actors is needed for; a pool that is hopeless ends it.
-
-    Raises:
-        EngineError: too many members of a pool died.
-    """
+async def guard(work: Awaitable[T], check: Callable[[], None]) -> T:
+    """Await something that pools of actors are needed for; what `check` raises ends it."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=0.5)
             if not task.done():
-                for keeper in keepers():
-                    keeper.check()
+                check()
         return task.result()
     finally:
         if not task.done():

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group_table
 
 from cluster.fleet.config import ActorConfig
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
@@ -280,7 +281,7 @@ class LearnerGroup:
         return self._why_pending() if _group_is_pending() else ""
 
     def fit(
-        self, request: FitRequest, on_progress: Callable[[FitProgress], None] | None = None
+        self, request: FitRequest, on_progress: Callable[[FitProgress], None] = lambda report: None
     ) -> FitResult:
         """Run one training run on all ranks and wait for it; starts the group if need be.
 
@@ -302,18 +303,14 @@ class LearnerGroup:
                 raise LearnerError(
                     f"learner group ended during fit {request.fit_id!r}: {lost}"
                 ) from lost
-            if outcome is not None and outcome.result is not None:
-                if on_progress is not None and progress is not None and progress != seen:
-                    on_progress(progress)
-                return outcome.result
-            if outcome is not None:
+            if outcome is not None and outcome.result is None:
                 raise LearnerError(outcome.error)
-            now = time.monotonic()
             if progress is not None and progress != seen:
-                seen, moved = progress, now
-                if on_progress is not None:
-                    on_progress(progress)
-            elif now - moved > STALL_S:
+                seen, moved = progress, time.monotonic()
+                on_progress(progress)
+            if outcome is not None:
+                return outcome.result
+            if time.monotonic() - moved > STALL_S:
                 error = f"fit {request.fit_id!r} reported nothing for {STALL_S:.0f} s"
                 ray.get(self._mailbox.finish.remote(number, Outcome(error=error)))
                 raise LearnerError(error)
@@ -434,8 +431,6 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 def _group_is_pending() -> bool:
     """True if a placement group waits: Ray Train asks for the ranks' places by one."""
-    from ray.util.placement_group import placement_group_table
-
     return any(group["state"] == "PENDING" for group in placement_group_table().values())
 
 

@@ -35,6 +35,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from rollout.store import RunStore
 
@@ -143,12 +148,10 @@ def end_all(handles: Mapping[str, Any]) -> None:
 
 def remove_groups(namespace: str) -> None:
     """Remove the placement groups of a namespace; what is in them ends."""
-    from ray.util.placement_group import PlacementGroup, placement_group_table
-
     for entry in placement_group_table().values():
         if entry["name"].startswith(f"{namespace}/") and entry["state"] != "REMOVED":
             key = ray.PlacementGroupID(bytes.fromhex(entry["placement_group_id"]))
-            ray.util.remove_placement_group(PlacementGroup(key))
+            remove_placement_group(PlacementGroup(key))
 
 
 def _find(name: str, namespace: str) -> Any:

@@ -172,7 +172,7 @@ class Pools:
         Raises:
             EngineError: members of a pool died too often to go on.
         """
-        return await guard(work, lambda: list(self.keepers.values()))
+        return await guard(work, self.check)
 
     def losses(self) -> dict[str, Losses]:
         """What each kind of actor has been through."""

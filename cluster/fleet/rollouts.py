@@ -104,11 +104,10 @@ class Rollout:
         pools = self._pools
         losses_before = pools.losses()
         search = StageSearch(
-            searches={name: s.search for s in self._stages for name in s.tree_stages},
+            stages={name: stage for stage in self._stages for name in stage.tree_stages},
             policy=pools.policy,
             preference=pools.preference if preference else None,
             sandbox=pools.sandbox,
-            stages={stage.name: stage for stage in self._stages if stage.method is not None},
         )
         await self._start_workers(search, versions)
         try:

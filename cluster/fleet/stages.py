@@ -100,14 +100,13 @@ class RolloutOutcome:
 
 @dataclass(frozen=True, slots=True)
 class StageSearch:
-    """What a rollout worker runs for each task: the search settings of the task's stage."""
+    """What a rollout worker runs for each task: as the task's stage says."""
 
-    searches: Mapping[str, SearchConfig]
+    stages: Mapping[str, RolloutStage]
+    """By their name for the coordinator, see `RolloutStage.tree_stages`."""
     policy: PolicyEngine
     preference: PreferenceEngine | None
     sandbox: StepSandbox
-    stages: Mapping[str, RolloutStage] = field(default_factory=dict)
-    """Those that answer by a method; all others search."""
 
     POOLS: ClassVar = ("policy", "ppm", "sandbox")
 
@@ -119,7 +118,8 @@ class StageSearch:
             engine.set_replicas(handles, revision)
 
     async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
-        search = self.searches[task.stage]
+        stage = self.stages[task.stage]
+        search = stage.search
         if tree.search_config not in ("", search.model_dump_json()):
             raise ValueError(
                 f"the open tree of problem {problem.id} was searched with other settings than "
@@ -127,8 +127,7 @@ class StageSearch:
             )
         # A symbolic question that has to wait for its process would end undecided.
         await asyncio.to_thread(start_symbolic_worker)
-        stage = self.stages.get(task.stage)
-        if stage is not None and stage.method is not None:
+        if stage.method is not None:
             return await answer_tree(
                 tree,
                 method=stage.method,

@@ -153,14 +153,14 @@ async def test_too_many_deaths_end_what_is_guarded() -> None:
     at.things.broken = "out of memory"
     at.things.made["thing-0"].dead = "killed"
     with pytest.raises(EngineError, match=r"4 deaths of a thing .* last one: .*out of memory"):
-        await guard(asyncio.Event().wait(), lambda: [at.keeper])
+        await guard(asyncio.Event().wait(), at.keeper.check)
     await at.keeper.stop()
 
 
 async def test_guard_returns_what_its_work_does() -> None:
     at = Setting(size=1)
     await at.keeper.start()
-    assert await guard(asyncio.sleep(0, "done"), lambda: [at.keeper]) == "done"
+    assert await guard(asyncio.sleep(0, "done"), at.keeper.check) == "done"
     await at.keeper.stop()
 
 

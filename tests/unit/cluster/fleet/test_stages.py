@@ -16,9 +16,9 @@ from tests.fakes import ScriptedPolicy, ScriptedSandbox
 def test_each_stage_of_a_round_has_its_own_search() -> None:
     policy = ScriptedPolicy({"": ["<answer>\\boxed{3}<end_of_answer>"]})
     search = StageSearch(
-        searches={
-            "base": SearchConfig(num_candidates=2, num_rollouts=1),
-            "escalation-1": SearchConfig(num_candidates=5, num_rollouts=1),
+        stages={
+            name: RolloutStage(name=name, search=SearchConfig(num_candidates=n, num_rollouts=1))
+            for name, n in (("base", 2), ("escalation-1", 5))
         },
         policy=policy,
         preference=None,
@@ -35,7 +35,7 @@ def test_each_stage_of_a_round_has_its_own_search() -> None:
 
 def test_tree_of_other_search_settings_is_not_gone_on_with() -> None:
     search = StageSearch(
-        searches={"base": SearchConfig(num_candidates=2)},
+        stages={"base": RolloutStage(name="base", search=SearchConfig(num_candidates=2))},
         policy=ScriptedPolicy({}),
         preference=None,
         sandbox=ScriptedSandbox(),
