@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from verifier import AsyncSandbox, Sandbox, SandboxLimits, StepResult
 
@@ -82,10 +82,10 @@ class ActorBackend:
             """With what only the suite asks for."""
 
             async def evict(self, state: str) -> None:
-                await cast(AsyncSandbox, self._sandbox).evict(state)
+                await self._sandbox.evict(state)
 
             def capabilities(self) -> dict[str, Any]:
-                return dict(cast(AsyncSandbox, self._sandbox).capabilities())
+                return dict(self._sandbox.capabilities())
 
         ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
         self._ray = ray

@@ -45,7 +45,7 @@ from cluster.fleet.actors import (
     WatchmanKind,
 )
 from cluster.fleet.config import ServingConfig
-from cluster.fleet.keeper import PoolKeeper
+from cluster.fleet.keeper import PoolKeeper, guard
 from cluster.fleet.learner_group import LearnerGroup
 from cluster.fleet.left_over import Home, end_all, end_left_over, namespace_of, remove_groups
 from cluster.fleet.meter import Meter
@@ -61,6 +61,7 @@ from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
 from rollout.engine import EngineError
 from rollout.problem import Problem
+from rollout.store import RunStore, TrajectoryStore
 from rollout.tasks import all_of
 
 logger = logging.getLogger(__name__)
@@ -102,8 +103,12 @@ class Fleet:
         return self.pools.sandbox
 
     async def guarded(self, work: Awaitable[T]) -> T:
-        """See `Pools.guarded`."""
-        return await self.pools.guarded(work)
+        """Await what needs the pools.
+
+        Raises:
+            EngineError: members of a pool died too often to go on.
+        """
+        return await guard(work, self.pools.check)
 
     def progress(self) -> list[WorkerProgress]:
         """Last report of each worker of the rollout in hand; none without one."""
@@ -144,9 +149,13 @@ class Fleet:
         self._start_ray(namespace)
         self.meter.start()
         if cluster.address != "local":
-            await self._end_left_over(namespace)
-            watchman = WatchmanKind(namespace, cluster.orphan_s)
-            await self.pools.keep("watchman", watchman, 1)
+            ended = await asyncio.to_thread(end_left_over, namespace, DRAIN_S)
+            if ended:
+                self.note(
+                    f"{len(ended)} actors of an earlier start, whose driver is gone, were ended; "
+                    "their rollout workers committed what was finished"
+                )
+            await self.pools.keep("watchman", WatchmanKind(namespace, cluster.orphan_s), 1)
         if learner:
             self._learner = LearnerGroup(
                 cluster.learner,
@@ -199,15 +208,6 @@ class Fleet:
             if name in self.pools.keepers:
                 self.pools.announce(name, {})
                 await self.pools.end(name, self.note)
-
-    async def _end_left_over(self, namespace: str) -> None:
-        """End what a driver of this run has left in the cluster when it died."""
-        ended = await asyncio.to_thread(end_left_over, namespace, DRAIN_S)
-        if ended:
-            self.note(
-                f"{len(ended)} actors of an earlier start, whose driver is gone, were ended; their "
-                "rollout workers committed what was finished"
-            )
 
     def _start_ray(self, namespace: str) -> None:
         cluster = self.config.cluster
@@ -293,20 +293,20 @@ class Fleet:
         """
         endpoint = self.pools.endpoint
         self._rollout = Rollout(
-            self.config,
-            self.pools,
-            self.meter,
-            str(self.folder.root),
-            round=round,
-            problems=problems,
+            config=self.config,
+            pools=self.pools,
+            meter=self.meter,
+            trees=TrajectoryStore(RunStore(str(self.folder.root)), round),
+            problems={problem.id: problem for problem in problems},
             stages=stages,
+            preference=preference,
+            versions={
+                "policy": (self._policy_kind if endpoint is None else endpoint.endpoint).version,
+                "ppm": self._preference_kind.version,
+            },
             on_progress=on_progress,
         )
-        versions = {
-            "policy": (self._policy_kind if endpoint is None else endpoint.endpoint).version,
-            "ppm": self._preference_kind.version,
-        }
-        return await self._rollout.run(preference=preference, versions=versions)
+        return await self._rollout.run()
 
     # ---------------------------------------------------------------- learner, end
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.fleet.actors import EndpointKind, RayKind, SandboxKind
 from cluster.fleet.config import ServingConfig
-from cluster.fleet.keeper import PoolKeeper, guard
+from cluster.fleet.keeper import PoolKeeper
 from cluster.fleet.left_over import Home, end_all
 from cluster.fleet.membership import Losses
 from cluster.fleet.stages import StageSearch
@@ -36,7 +36,6 @@ waiting for one, or for a limit per minute, is no failure."""
 
 NO_LOAD = PoolLoad(waiting=0, in_service=0, served=0)
 
-T = TypeVar("T")
 P = TypeVar("P", bound=ReplicaPool)
 
 
@@ -165,14 +164,6 @@ class Pools:
         """Raises EngineError if members of some pool died too often to go on."""
         for keeper in self.keepers.values():
             keeper.check()
-
-    async def guarded(self, work: Awaitable[T]) -> T:
-        """Await what needs the pools.
-
-        Raises:
-            EngineError: members of a pool died too often to go on.
-        """
-        return await guard(work, self.check)
 
     def losses(self) -> dict[str, Losses]:
         """What each kind of actor has been through."""

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -45,7 +45,7 @@ from cluster.telemetry.progress import LEVELS_FACT, SHARE_FACT, solved_by_level
 from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
-from rollout.store import RunStore, Totals, TrajectoryStore
+from rollout.store import Totals, TrajectoryStore
 from verifier import GRADER_VERSION
 
 logger = logging.getLogger(__name__)
@@ -61,72 +61,60 @@ RENEW_S = 1.0
 Progress = Callable[[int, int, Mapping[str, str | float]], None]
 
 
+@dataclass(slots=True, kw_only=True)
 class Rollout:
     """A rollout and its workers; see the module."""
 
-    def __init__(
-        self,
-        config: ServingConfig,
-        pools: Pools,
-        meter: Meter,
-        root: str,
-        round: int,
-        problems: Sequence[Problem],
-        stages: Sequence[RolloutStage],
-        on_progress: Progress,
-    ) -> None:
-        """
-        Args:
-            root: of the run's store.
-        """
-        self._config = config
-        self._pools = pools
-        self._meter = meter
-        self._root = root
-        self._round = round
-        self._problems = {problem.id: problem for problem in problems}
-        self._stages = stages
-        self._on_progress = on_progress
-        self._trees = TrajectoryStore(RunStore(root), round)
-        self._workers: WorkerKind | None = None
-        """Their kind, while there are any."""
-        self._endpoint_ended = False
-        self._began_s = time.monotonic()
+    config: ServingConfig
+    pools: Pools
+    meter: Meter
+    trees: TrajectoryStore
+    """Of the round."""
+    problems: Mapping[str, Problem]
+    """By id."""
+    stages: Sequence[RolloutStage]
+    preference: bool
+    """Whether the PPM takes part."""
+    versions: Mapping[str, str]
+    """Of the models, for the record of each tree."""
+    on_progress: Progress
+    _workers: WorkerKind | None = None
+    """Their kind, while there are any."""
+    _endpoint_ended: bool = False
+    _began_s: float = field(default_factory=time.monotonic)
 
-    async def run(self, *, preference: bool, versions: Mapping[str, str]) -> RolloutOutcome:
+    async def run(self) -> RolloutOutcome:
         """Search the problems through all stages and seal the round.
 
-        Args:
-            versions: of the models, for the record of each tree.
         Raises:
             EngineError: members of a pool died too often, or the endpoint will answer no more.
         """
-        pools = self._pools
+        pools, round = self.pools, self.trees.round
         losses_before = pools.losses()
         search = StageSearch(
-            stages={name: stage for stage in self._stages for name in stage.tree_stages},
+            stages={name: stage for stage in self.stages for name in stage.tree_stages},
             policy=pools.policy,
-            preference=pools.preference if preference else None,
+            preference=pools.preference if self.preference else None,
             sandbox=pools.sandbox,
         )
-        await self._start_workers(search, versions)
+        await self._start_workers(search)
         try:
             await self._run_stages()
             left = await self._escalation()
             endpoint = await self._endpoint_stats()
-            finished: RoundStatus = await self._ask("status", self._round)
-            manifest = await self._ask("seal", self._round)
+            finished: RoundStatus = await self._ask("status", round)
+            manifest = await self._ask("seal", round)
         finally:
             losses = pools.losses()
             # Without its engines no open search comes to its end.
             crippled = self._endpoint_ended or any(k.hopeless for k in pools.keepers.values())
             progress = await self._stop_workers(0.0 if crippled else DRAIN_S)
             pools.load = NO_LOAD
-            self._meter.end_round()
-        await asyncio.to_thread(OpenTreeStore(self._trees.store, self._round).remove_all)
+            self.meter.end_round()
+        await asyncio.to_thread(OpenTreeStore(self.trees.store, round).remove_all)
         audit = await asyncio.to_thread(
             audit_round,
-            self._trees,
+            self.trees,
             reported=finished.totals.trees if not finished.sealed else None,
         )
         mine = Totals.sum(p.finished for p in progress)
@@ -135,7 +123,7 @@ class Rollout:
         }
         return RolloutOutcome(
             manifest=manifest,
-            solved=len(await asyncio.to_thread(solved_problems, self._trees)),
+            solved=len(await asyncio.to_thread(solved_problems, self.trees)),
             expected=audit.expected,
             lost=len(audit.lost),
             doubled=len(audit.doubled),
@@ -162,34 +150,34 @@ class Rollout:
         """All stages, one after the other, each of several trees as often."""
         planned = {
             name: StagePlan.from_json(data)
-            for name, data in (await asyncio.to_thread(self._trees.plans)).items()
+            for name, data in (await asyncio.to_thread(self.trees.plans)).items()
         }
         costs = [
             StageCost(
                 rollouts=stage.search.num_rollouts * stage.search.num_candidates,
                 unsolved_only=stage.unsolved_only,
             )
-            for stage in self._stages
+            for stage in self.stages
             for _ in stage.tree_stages
         ]
         behind = 0.0
         index = 0
-        for stage in self._stages:
-            wanted = hardest_first(self._problems.values())
+        for stage in self.stages:
+            wanted = hardest_first(self.problems.values())
             if stage.unsolved_only:
                 unsolved = (await self._escalation()).search
-                wanted = hardest_first(self._problems[problem_id] for problem_id in unsolved)
+                wanted = hardest_first(self.problems[problem_id] for problem_id in unsolved)
             for name in stage.tree_stages:
                 if name in planned:  # a continued round: what was planned stands
                     wanted = list(planned[name].problem_ids)
                 if wanted:
                     plan = StagePlan(
-                        round=self._round,
+                        round=self.trees.round,
                         stage=name,
                         tree_index=index,
                         problem_ids=tuple(wanted),
-                        shard_size=self._config.cluster.shard_size,
-                        seed=self._config.seed,
+                        shard_size=self.config.cluster.shard_size,
+                        seed=self.config.seed,
                         priority=index,
                     )
                     await self._run_stage(plan, _TimeLeft(behind, costs[index:], len(wanted)))
@@ -197,11 +185,11 @@ class Rollout:
                 index += 1
 
     async def _escalation(self) -> EscalationPlan:
-        settings = self._config.hard_problems
+        settings = self.config.hard_problems
         return await asyncio.to_thread(
             plan_escalation,
-            self._trees,
-            self._problems,
+            self.trees,
+            self.problems,
             suspect=settings.suspect,
             leave_suspects=settings.leave_suspects,
             max_generated_tokens=settings.max_generated_tokens,
@@ -212,11 +200,11 @@ class Rollout:
         status: RoundStatus = await self._ask("plan", plan)
         others = [stage.totals for name, stage in status.stages.items() if name != plan.stage]
         before = sum(totals.trees for totals in others)
-        detector = StallDetector(self._config.cluster.stalled_after_s)
+        detector = StallDetector(self.config.cluster.stalled_after_s)
         while not status.finished:
             await asyncio.sleep(POLL_S)
-            self._pools.check()
-            status = await self._ask("status", self._round)
+            self.pools.check()
+            status = await self._ask("status", self.trees.round)
             if not status.finished:
                 await self._check_endpoint()
             everyone, living = self.progress(), self.progress(living=True)
@@ -224,11 +212,11 @@ class Rollout:
             open_trees = sum(p.open_trees for p in living)
             own = status.stages[plan.stage]
             unfinished = sum(own.counts.problems.values()) - own.counts.problems[JobState.DONE]
-            self._pools.load = PoolLoad(
+            self.pools.load = PoolLoad(
                 waiting=max(0, unfinished - open_trees), in_service=open_trees, served=mine.trees
             )
             stalls = self._stalls(detector)
-            self._meter.tell_round(status, open_trees=open_trees, stalls=stalls)
+            self.meter.tell_round(status, open_trees=open_trees, stalls=stalls)
             elapsed_s = max(time.monotonic() - self._began_s, 1e-9)
             facts: dict[str, str | float] = {
                 "stage": plan.stage,
@@ -240,7 +228,7 @@ class Rollout:
             }
             if stalls:
                 facts["stalled"] = str(stalls[0])
-            if deaths := sum(loss.deaths for loss in self._pools.losses().values()):
+            if deaths := sum(loss.deaths for loss in self.pools.losses().values()):
                 facts["replaced"] = f"{deaths} dead actors"
             if own.failed:
                 facts["quarantined"] = str(len(own.failed))
@@ -251,16 +239,16 @@ class Rollout:
             # A worker's count runs ahead of what it has committed, and lacks what others had.
             shown = min(max(mine.trees - before, own.totals.trees), len(plan.problem_ids))
             facts[SHARE_FACT] = time_left.share(shown, own.totals)
-            self._on_progress(shown, len(plan.problem_ids), facts)
+            self.on_progress(shown, len(plan.problem_ids), facts)
 
     def _stalls(self, detector: StallDetector) -> list[Stall]:
         """Parts that have work and do not move, the causes first."""
         now_s = time.monotonic()
         everyone, living = self.progress(), self.progress(living=True)
         open_trees = sum(p.open_trees for p in living)
-        waits_on = "policy" if "policy" in self._pools.keepers else ""
+        waits_on = "policy" if "policy" in self.pools.keepers else ""
         for name in StageSearch.POOLS:
-            keeper = self._pools.keepers.get(name)
+            keeper = self.pools.keepers.get(name)
             if keeper is None:
                 continue
             if keeper.members.ready():
@@ -280,10 +268,10 @@ class Rollout:
 
     async def _endpoint_stats(self) -> EndpointStats | None:
         """What the endpoint has done, as of now if it answers; None: it is not the policy."""
-        endpoint = self._pools.endpoint
+        endpoint = self.pools.endpoint
         if endpoint is None:
             return None
-        for handle in self._pools.handles("endpoint").values():
+        for handle in self.pools.handles("endpoint").values():
             try:
                 endpoint.stats = await handle.stats.remote()
             except RayActorError as error:
@@ -305,7 +293,7 @@ class Rollout:
         Raises:
             EngineError: there is none now.
         """
-        for handle in self._pools.handles("coordinator").values():
+        for handle in self.pools.handles("coordinator").values():
             return handle
         raise EngineError("the coordinator is being replaced")
 
@@ -316,7 +304,7 @@ class Rollout:
             EngineError: it died too often.
         """
         while True:
-            self._pools.check()
+            self.pools.check()
             try:
                 return await getattr(self._coordinator(), method).remote(*arguments)
             except (EngineError, RayActorError) as error:
@@ -327,20 +315,20 @@ class Rollout:
 
     def _forget_worker(self, name: str) -> None:
         """End the leases of a worker that is gone; if that is not heard they expire."""
-        for handle in self._pools.handles("coordinator").values():
+        for handle in self.pools.handles("coordinator").values():
             handle.forget_worker.remote(name)
 
-    async def _start_workers(self, search: StageSearch, versions: Mapping[str, str]) -> None:
-        cluster, home = self._config.cluster, self._pools.home
+    async def _start_workers(self, search: StageSearch) -> None:
+        cluster, home = self.config.cluster, self.pools.home
         assert home is not None
-        shared = ray.put(self._problems)
+        shared = ray.put(dict(self.problems))
         config = WorkerConfig(
             max_open_trees=cluster.max_open_trees,
             admission=cluster.admission,
             renew_s=RENEW_S,
             checkpoint_open_trees_s=cluster.checkpoint_open_trees_s,
         )
-        engines = self._pools.policy if self._pools.endpoint is None else None
+        engines = self.pools.policy if self.pools.endpoint is None else None
         find = FindCoordinator(home.namespace)
 
         def make(name: str, options: Mapping[str, Any]) -> Any:
@@ -348,25 +336,25 @@ class Rollout:
             return RolloutWorkerActor.options(**options).remote(
                 name,
                 RemoteCoordinator(self._coordinator(), find=find),
-                self._root,
+                self.trees.store.root,
                 shared,
                 search,
                 config,
                 engines=engines,
-                info={**versions, "grader": GRADER_VERSION},
+                info={**self.versions, "grader": GRADER_VERSION},
             )
 
         self._workers = WorkerKind(
             cluster.workers,
             make,
-            incarnation=f"r{self._round}-{home.driver}",
+            incarnation=f"r{self.trees.round}-{home.driver}",
             forget=self._forget_worker,
         )
-        await self._pools.keep("worker", self._workers, cluster.workers.replicas)
+        await self.pools.keep("worker", self._workers, cluster.workers.replicas)
 
     async def _stop_workers(self, drain_s: float) -> list[WorkerProgress]:
         """Drain the workers and end them; returns what each there ever was reported last."""
-        keeper, kind = self._pools.keepers.pop("worker", None), self._workers
+        keeper, kind = self.pools.keepers.pop("worker", None), self._workers
         if keeper is None or kind is None:
             return []
         handles = await keeper.stop()

@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
@@ -25,22 +25,6 @@ from cluster.telemetry import metrics
 from cluster.telemetry.tracing import Traced
 from verifier import AsyncSandbox, SandboxError, SandboxLimits, StepResult
 from verifier.sandbox import Isolation
-
-
-class TreeSandbox(Protocol):
-    """The part of `verifier.AsyncSandbox` used here; see there for the contracts."""
-
-    async def open(self, problem_id: str, *, flavour: str = "base", seed: int = 0) -> str: ...
-
-    async def run(
-        self, state: str, codes: Sequence[str], limits: SandboxLimits | None = None
-    ) -> list[StepResult]: ...
-
-    async def close(self, problem_id: str) -> None: ...
-
-    async def stats(self) -> dict[str, Any]: ...
-
-    def shutdown(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -63,7 +47,7 @@ class SandboxWorker(Traced):
         *,
         cores: int | None = None,
         tree_idle_s: float = 1800.0,
-        sandbox: TreeSandbox | None = None,
+        sandbox: AsyncSandbox | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -74,7 +58,7 @@ class SandboxWorker(Traced):
         Raises:
             SandboxError: the sandbox cannot start here.
         """
-        self._sandbox: TreeSandbox = sandbox or AsyncSandbox(limits, isolation, cores=cores)
+        self._sandbox = sandbox or AsyncSandbox(limits, isolation, cores=cores)
         self._tree_idle_s = tree_idle_s
         self._clock = clock
         self._trees: dict[tuple[str, str], _OpenTree] = {}
