@@ -88,16 +88,10 @@ def namespace_of(root: Path) -> str:
     return f"rstar-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
 
 
-@dataclass(frozen=True, slots=True)
-class FindCoordinator:
-    """Finds the present coordinator of a run from any of its actors."""
-
-    namespace: str
-
-    def __call__(self) -> Any:
-        """Its handle; None while there is none."""
-        names = [name for name in left_over(self.namespace) if name.startswith(COORDINATOR)]
-        return _find(names[-1], self.namespace) if names else None
+def find_coordinator(namespace: str) -> Any:
+    """The present coordinator of a run, from any of its actors; None while there is none."""
+    names = [name for name in left_over(namespace) if name.startswith(COORDINATOR)]
+    return _find(names[-1], namespace) if names else None
 
 
 def left_over(namespace: str) -> list[str]:

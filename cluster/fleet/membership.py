@@ -60,8 +60,6 @@ class Member:
     """One actor of a pool that is not dead."""
 
     state: MemberState
-    version: str
-    """Served, or last heard of; "" where there is no such thing."""
     added_s: float
 
 
@@ -123,10 +121,10 @@ class Membership:
 
     def want(self, version: str) -> None:
         """Change what members should serve: nobody is READY until it is `synced`."""
+        if version != self._version:
+            for name in self.ready():
+                self._members[name].state = MemberState.SYNCING
         self._version = version
-        for member in self._members.values():
-            if member.state is MemberState.READY and member.version != version:
-                member.state = MemberState.SYNCING
 
     def add(self, name: str, now_s: float) -> None:
         """A member was asked for.
@@ -136,7 +134,7 @@ class Membership:
         """
         if name in self._members:
             raise ValueError(f"{self.kind} {name} is a member already")
-        self._members[name] = Member(MemberState.STARTING, "", now_s)
+        self._members[name] = Member(MemberState.STARTING, now_s)
 
     def started(self, name: str) -> None:
         """A member runs; what it serves is not known yet."""
@@ -149,7 +147,6 @@ class Membership:
         member = self._members.get(name)
         if member is None:
             return False
-        member.version = version
         if member.state is MemberState.SYNCING and version == self._version:
             member.state = MemberState.READY
             if self._gaps:

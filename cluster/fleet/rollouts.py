@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,7 +25,7 @@ from cluster.engines.endpoint import EndpointStats
 from cluster.fleet.actors import WorkerKind
 from cluster.fleet.config import ClusterConfig, ServingConfig
 from cluster.fleet.keeper import cause
-from cluster.fleet.left_over import FindCoordinator, end_all
+from cluster.fleet.left_over import end_all, find_coordinator
 from cluster.fleet.membership import Losses
 from cluster.fleet.meter import Meter
 from cluster.fleet.pools import NO_LOAD, Pools
@@ -329,7 +330,7 @@ class Rollout:
             checkpoint_open_trees_s=cluster.checkpoint_open_trees_s,
         )
         engines = self.pools.policy if self.pools.endpoint is None else None
-        find = FindCoordinator(home.namespace)
+        find = partial(find_coordinator, home.namespace)
 
         def make(name: str, options: Mapping[str, Any]) -> Any:
             # Pickled now, the pools hold the replicas of now; later ones are announced.

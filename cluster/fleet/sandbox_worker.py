@@ -83,11 +83,10 @@ class SandboxWorker(Traced):
         self._names.add(name)
         try:
             state = await self._sandbox.open(name, flavour=flavour, seed=seed)
-        except ValueError as error:
+        except BaseException as error:
             await self.close(tree_id, owner)
-            raise SandboxError(f"tree {name} could not be opened: {error}") from error
-        except BaseException:
-            await self.close(tree_id, owner)
+            if isinstance(error, ValueError):
+                raise SandboxError(f"tree {name} could not be opened: {error}") from error
             raise
         self._keep(tree, state)
         return state
