@@ -27,8 +27,9 @@ from typing import Any
 import psutil
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.fleet import Fleet
 from cluster.fleet.sandbox_worker import SandboxWorker, SandboxWorkerActor
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.machine import hardware
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool

@@ -32,13 +32,14 @@ from cluster.evaluation.asked import (
 from cluster.evaluation.config import EvaluateConfig
 from cluster.evaluation.results import ARM_OF, Arm, summarise
 from cluster.evaluation.tables import REPORT, arm_record, score_arms
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     given_checkpoint,
     serve_given,
     with_prompt_template,
 )
 from cluster.fleet.session import Session
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.config_file import ConfigError
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder

@@ -768,8 +768,6 @@ def actor_asks(run: RunConfig | ClusterConfig) -> dict[str, list[Ask]]:
     A replica spread over several GPUs asks for a bundle per rank; of a cluster section alone it is
     not known, and one rank is assumed.
     """
-    from cluster.fleet.actors import replica_bundles
-
     cluster = run.cluster if isinstance(run, RunConfig) else run
     ranks = {"policy": 1, "ppm": 1}
     if isinstance(run, RunConfig):
@@ -789,7 +787,7 @@ def actor_asks(run: RunConfig | ClusterConfig) -> dict[str, list[Ask]]:
         if section == "learner":
             # As a worker group takes at least one CPU for each rank.
             settings = settings.model_copy(update={"num_cpus": settings.num_cpus or 1.0})
-        bundles = replica_bundles(settings, ranks.get(section, 1))
+        bundles = settings.rank_bundles(ranks.get(section, 1))
         of = "rank of a " if len(bundles) > 1 else ""
         asks[section] = [
             Ask(name=of + name, bundle=bundle, count=settings.replicas) for bundle in bundles

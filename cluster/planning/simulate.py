@@ -45,7 +45,7 @@ from rich.table import Table
 from cluster.jobs.audit import audit_round
 from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.queue import Lease, QueueConfig, StagePlan
-from cluster.machines.scaler import PoolLoad, ReplicaLoad, ReplicaState, Scaler, ScalerConfig
+from cluster.machines.scaler import MemberState, PoolLoad, ReplicaLoad, Scaler, ScalerConfig
 from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
 from cluster.planning.simulated_store import PROTOCOL, DictFileSystem, RacingStore
 from rollout.problem import Level, Problem
@@ -233,7 +233,7 @@ class _Replica:
     name: str
     asked_s: float
     speed: float
-    state: ReplicaState = ReplicaState.STARTING
+    state: MemberState = MemberState.STARTING
     ready_s: float = math.inf
     ended_s: float = math.inf
     cut_off: bool = False
@@ -452,7 +452,7 @@ class Simulation:
     def _ready(self, replica: _Replica) -> None:
         if replica.dead or replica.draining:
             return
-        replica.state, replica.ready_s = ReplicaState.READY, self.now_s
+        replica.state, replica.ready_s = MemberState.READY, self.now_s
         replica.updated_s = self.now_s
         self._scaler.started(POOL)
         self._at(self.now_s + self.config.renew_s * self._random.random(), self._renew, replica)
@@ -469,7 +469,7 @@ class Simulation:
             self._counts["notices"] += 1
             self._drain(replica, self.now_s + config.notice_s)
             return
-        if replica.state is ReplicaState.READY and self._random.random() < config.zombie_share:
+        if replica.state is MemberState.READY and self._random.random() < config.zombie_share:
             self._counts["zombies"] += 1
             replica.cut_off = True
             self._at(self.now_s + config.zombie_s, self._end, replica)
@@ -479,10 +479,10 @@ class Simulation:
 
     def _drain(self, replica: _Replica, deadline_s: float) -> None:
         replica.draining = True
-        if replica.state is ReplicaState.STARTING:
+        if replica.state is MemberState.STARTING:
             self._leave(replica)
             return
-        replica.state = ReplicaState.DRAINING
+        replica.state = MemberState.DRAINING
         self._give_back_unstarted(replica)
         if not replica.shards:
             self._leave(replica)

@@ -25,13 +25,14 @@ from cluster.evaluation.shares import (
     problems_by_level,
     shares_by_level,
 )
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     serve_given,
     with_checkpoint_directories,
     with_prompt_template,
 )
 from cluster.fleet.session import Session
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.lineage import record_lineage
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import REPORT

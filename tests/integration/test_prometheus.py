@@ -23,7 +23,8 @@ import yaml
 from rich.console import Console
 
 from cluster.engines.gate import RequestGate
-from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from cluster.telemetry.live import LiveFile
