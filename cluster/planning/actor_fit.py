@@ -1,9 +1,13 @@
-"""Do the actors fit."""
+"""Do a run's actors find their place on the machines of a launch file?
+
+Asked of what the run's config reserves and what the node types offer, all of them there at once;
+and whether the config's own settings suit a cluster that is bought machine by machine.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from cluster.fleet.config import ActorConfig, ClusterConfig
 from cluster.folder.config_file import ConfigError, find_config, load_config, make_config, read_yaml
 from cluster.machines.placement import Ask, NodeResources, explain
 from cluster.planning.findings import Finding, error, warning
-from cluster.planning.launch_file import Launch, NodeType
+from cluster.planning.launch_file import Launch
 from cluster.runs.config import RunConfig
 
 MIN_START_TIMEOUT_S = 600.0
@@ -70,19 +74,22 @@ def actor_asks(run: RunConfig | ClusterConfig) -> dict[str, list[Ask]]:
 
 
 def actors_fit(launch: Launch, run: RunConfig | ClusterConfig) -> Iterator[Finding]:
+    """What of a run has no place, or not the place it should have."""
     cluster = run.cluster if isinstance(run, RunConfig) else run
     asks = actor_asks(run)
+    every_ask = [ask for several in asks.values() for ask in several]
     yield from _run_settings(launch, run, cluster)
     for section in asks:
         settings: ActorConfig = getattr(cluster, section)
         if not settings.resources:
             rivals = "any machine with a free GPU" if settings.num_gpus else "any machine"
+            own = "sandbox" if section == "workers" else section
             yield warning(
                 f"run config: cluster.{section}.resources",
                 f"asks for no custom resource, so that its actors may land on {rivals}",
-                f"resources: {{{_resource_of(section)}: 1}}",
+                f"resources: {{{own}: 1}}",
             )
-    asked = {name for several in asks.values() for ask in several for name in ask.bundle}
+    asked = {name for ask in every_ask for name in ask.bundle}
     for node in launch.types:
         for resource in node.resources:
             if resource not in asked | {"CPU", "GPU", "memory", "head", "object_store_memory"}:
@@ -92,7 +99,10 @@ def actors_fit(launch: Launch, run: RunConfig | ClusterConfig) -> Iterator[Findi
                 yield warning(
                     f"{node.where}.resources.{resource}", "no actor of the run asks for it", hint
                 )
-        takes_learner = any(_holds(node, ask.bundle) for ask in asks["learner"])
+        takes_learner = any(
+            all(node.resources.get(name, 0) >= amount for name, amount in ask.bundle.items())
+            for ask in asks["learner"]
+        )
         if node.spot and takes_learner and "learner" not in node.resources:
             yield error(
                 f"{node.where}.node_config",
@@ -104,7 +114,7 @@ def actors_fit(launch: Launch, run: RunConfig | ClusterConfig) -> Iterator[Findi
         for node in launch.types
         for _ in range(node.count[1])
     ]
-    for sentence in explain([ask for several in asks.values() for ask in several], machines):
+    for sentence in explain(every_ask, machines):
         yield error(
             "available_node_types",
             f"not all actors of the run fit on all machines together: {sentence.rstrip('.')}",
@@ -150,11 +160,3 @@ def _run_settings(
             f"{str(run.run_dir)!r} is relative: each machine would have its own",
             "a folder that all machines mount",
         )
-
-
-def _resource_of(section: str) -> str:
-    return "sandbox" if section == "workers" else section
-
-
-def _holds(node: NodeType, bundle: Mapping[str, float]) -> bool:
-    return all(node.resources.get(name, 0) >= amount for name, amount in bundle.items())

@@ -1,23 +1,19 @@
 """Is a cluster launch file fit to be launched? Said offline, before anything is paid for.
 
-    launch file -----+-- Ray's own prepare and validate: the schema -------+
-    (`ray up`)       +-- the provider's own description of a machine ------+--> findings
-    run config ------+-- this module's rules: commands, ports, token, -----+    price range
-    deploy/prices.yaml   spot, resources asked for and offered, sizes -----+
+    launch_file ---+-- Ray's own prepare and validate: the schema ----------+
+    (`ray up`)     +-- node_config: the provider's description of a machine |
+                   +-- the rules below: commands, ports, token, spot, sizes +--> findings
+    run config ----+-- actor_fit: resources asked for and offered ----------+
+    deploy/prices.yaml --- prices ----------------------------------------------> dollars an hour
 
 Ray's schema stops at `node_config` and takes any command. What is wrong there shows an hour later
 and costs money: a misspelt spot key buys machines on demand, a resource nobody offers leaves actors
 pending for ever, a port inside the range of the workers' ports is refused on some nodes only.
 
-A finding is one line: where in the file, what is wrong, what is right. Errors keep the cluster from
-working or make it unsafe; warnings are worth a look. Each rule is a generator of findings.
-
-`node_config` is checked against the provider's own library where it is here: AWS's request shape
-(botocore, which `ray up` needs too), Azure's machine template (comes with Ray), for GCP a list of
-names below, which knows the top level and `scheduling`.
+Each rule is a generator of findings.
 
 Not covered: whether images, networks, quotas or spot capacity exist (only the cloud knows), what
-the setup commands do, prices of disks, traffic and shared file systems.
+the setup commands do.
 """
 
 from __future__ import annotations
@@ -49,11 +45,10 @@ from cluster.runs.config import RunConfig
 
 MIN_OPEN_FILES = 65536
 
+_START_SECTIONS = ("head_start_ray_commands", "worker_start_ray_commands")
 _WORKER_PORTS = (10002, 19999)
 """Ray's own range of workers' ports where none is given."""
-
-
-# --------------------------------------------------------------------------- the launch file
+_WORKER_PORT_OPTIONS = ("--min-worker-port", "--max-worker-port")
 
 
 def check_launch(
@@ -80,9 +75,6 @@ def check_launch(
         *(actors_fit(launch, run) if run is not None else ()),
     ]
     return sorted(findings, key=lambda finding: finding.severity is Severity.WARNING)
-
-
-# --------------------------------------------------------------------------- rules
 
 
 def accepted_by_ray(launch: Launch) -> Iterator[Finding]:
@@ -236,8 +228,8 @@ def _images(launch: Launch) -> Iterator[Finding]:
                 "an image of your region",
             )
         if launch.provider == "azure":
-            arm = mapping(node.node_config.get("azure_arm_parameters"))
-            if arm.get("imageVersion", "latest") == "latest" and "imageId" not in arm:
+            newest = node.machine.get("imageVersion", "latest") == "latest"
+            if newest and "imageId" not in node.machine:
                 yield warning(
                     f"{where}.azure_arm_parameters.imageVersion",
                     "'latest' is another image tomorrow",
@@ -262,9 +254,8 @@ def pinned(image: str) -> bool:
 
 
 def _start_commands(launch: Launch) -> Iterator[Finding]:
-    heads = ray_starts(launch, "head_start_ray_commands")
-    workers = ray_starts(launch, "worker_start_ray_commands")
-    for key, found in (("head_start_ray_commands", heads), ("worker_start_ray_commands", workers)):
+    heads, workers = (ray_starts(launch, key) for key in _START_SECTIONS)
+    for key, found in zip(_START_SECTIONS, (heads, workers), strict=True):
         if key in launch.data and len(found) != 1:
             yield error(key, f"{len(found)} commands `ray start`", "one")
     for start in (*heads, *workers):
@@ -297,7 +288,7 @@ def _start_commands(launch: Launch) -> Iterator[Finding]:
                 f"--address is {worker.options.get('--address', 'missing')}",
                 f"--address={address}, the head's --port",
             )
-        for option in ("--metrics-export-port", "--min-worker-port", "--max-worker-port"):
+        for option in ("--metrics-export-port", *_WORKER_PORT_OPTIONS):
             ours, theirs = worker.options.get(option), head.options.get(option)
             if ours != theirs:
                 yield error(
@@ -330,14 +321,12 @@ def _start_options(start: RayStart) -> Iterator[Finding]:
             "firewalls cannot know",
             "--metrics-export-port=8090",
         )
-    low = start.number("--min-worker-port", _WORKER_PORTS[0])
-    high = start.number("--max-worker-port", _WORKER_PORTS[1])
+    low, high = map(start.number, _WORKER_PORT_OPTIONS, _WORKER_PORTS)
     if low >= high:
         yield error(start.where, f"workers' ports {low}-{high}", "min below max")
     used: dict[int, str] = {}
     for option, text in start.options.items():
-        ranged = option in ("--min-worker-port", "--max-worker-port")
-        if ranged or not option.endswith("port") or not text.isdigit():
+        if option in _WORKER_PORT_OPTIONS or not option.endswith("port") or not text.isdigit():
             continue
         number = int(text)
         if low <= number <= high:
@@ -358,7 +347,7 @@ def _token(launch: Launch) -> Iterator[Finding]:
             yield error(where, "the token itself stands in the file", "mount the token's file")
         if re.search(r"RAY_AUTH_MODE=[\"']?disabled", text):
             yield error(where, "token authentication is off", "RAY_AUTH_MODE=token")
-    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+    for key in _START_SECTIONS:
         for start in ray_starts(launch, key):
             if not re.search(r"RAY_AUTH_MODE=[\"']?token", start.line):
                 yield error(
@@ -393,9 +382,6 @@ def _file_mounts(launch: Launch) -> Iterator[Finding]:
                 )
 
 
-# --------------------------------------------------------------------------- the command
-
-
 def run_check(file: Path, console: Console, *, config: Path | None = None, prices: Path) -> bool:
     """Check a launch file and print what was found; True if there is no error."""
     table = read_prices(prices)
@@ -404,14 +390,11 @@ def run_check(file: Path, console: Console, *, config: Path | None = None, price
     print_costs(launch, table, console, source=prices)
     for finding in findings:
         style = "red" if finding.severity is Severity.ERROR else "yellow"
-        console.print(str(finding), style=style, markup=False, highlight=False, soft_wrap=True)
+        console.out(finding, style=style, highlight=False)
     errors = sum(finding.severity is Severity.ERROR for finding in findings)
     against = f" with {config}" if config is not None else ", without a run config"
-    console.print(
-        f"{file}{against}: {errors} errors, {len(findings) - errors} warnings",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    console.out(
+        f"{file}{against}: {errors} errors, {len(findings) - errors} warnings", highlight=False
     )
     return errors == 0
 

@@ -1,4 +1,8 @@
-"""A launch file of `ray up`, read for its check, and what a finding is."""
+"""A launch file of `ray up` as its rules see it: as written, before Ray fills in its defaults.
+
+Nothing here says that anything is wrong: what has another kind than it should counts as absent, and
+Ray's own schema tells of it.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,14 @@ class NodeType:
         return mapping(self.fields.get("node_config"))
 
     @property
+    def machine(self) -> Mapping[str, Any]:
+        """Where the provider's own words for it stand: `node_config`, or a section of it."""
+        config = self.node_config
+        return mapping(config.get("azure_arm_parameters")) if self.provider == "azure" else config
+
+    @property
     def resources(self) -> dict[str, float]:
-        return {k: v for k, v in mapping(self.fields.get("resources")).items() if number(v)}
+        return {k: v for k, v in mapping(self.fields.get("resources")).items() if _number(v)}
 
     @property
     def min_workers(self) -> int:
@@ -54,27 +64,27 @@ class NodeType:
     @property
     def instance(self) -> str:
         """What the provider calls the machine; "" if not given."""
-        machine = mapping(self.node_config)
+        machine = self.machine
         if self.provider == "azure":
-            return str(mapping(machine.get("azure_arm_parameters")).get("vmSize", ""))
+            return str(machine.get("vmSize", ""))
         name = str(machine.get("InstanceType") or machine.get("machineType") or "")
         return name.rsplit("/", 1)[-1]
 
     @property
     def spot(self) -> bool:
         """Whether the provider may take it back."""
-        machine = self.node_config
+        machine = self.machine
         if self.provider == "aws":
             return mapping(machine.get("InstanceMarketOptions")).get("MarketType") == "spot"
         if self.provider == "azure":
-            return mapping(machine.get("azure_arm_parameters")).get("priority") == "Spot"
+            return machine.get("priority") == "Spot"
         scheduling = merged(machine.get("scheduling"))
         return scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """A launch file as the rules see it: as written, before Ray fills in its defaults."""
+    """A whole launch file."""
 
     data: Mapping[str, Any]
     types: tuple[NodeType, ...]
@@ -117,14 +127,18 @@ class RayStart:
 
     where: str
     options: Mapping[str, str]
+    """With their dashes; "" for one without a value."""
     line: str
+    """The whole command."""
 
     def number(self, option: str, default: int) -> int:
+        """An option's value, or the default where it is none."""
         text = self.options.get(option, "")
         return int(text) if text.isdigit() else default
 
 
 def ray_starts(launch: Launch, key: str) -> list[RayStart]:
+    """Every `ray start` in a section of commands; lines that no shell could read are left out."""
     found = []
     for position, line in enumerate(launch.data.get(key) or []):
         try:
@@ -160,6 +174,7 @@ def strings(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
+    """The value, or an empty mapping if it is something else."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -170,9 +185,10 @@ def merged(value: Any) -> dict[str, Any]:
     return dict(mapping(value))
 
 
-def number(value: Any) -> bool:
+def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def whole(value: Any, default: int) -> int:
+    """The value, or the default if it is no whole number."""
     return value if isinstance(value, int) and not isinstance(value, bool) else default

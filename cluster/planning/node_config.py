@@ -1,19 +1,26 @@
-"""`node_config` of a launch file."""
+"""`node_config` of a launch file against the provider's own description of a machine.
+
+AWS: the request's shape from botocore, which `ray up` needs too. Azure: the template that comes
+with Ray. GCP: a list of names, which knows the top level and `scheduling`. All three are walked as
+one kind of description, botocore's.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.planning.findings import Finding, error, unknown, warning
-from cluster.planning.launch_file import Launch, NodeType, mapping, merged
+from cluster.planning.launch_file import Launch, NodeType, merged
 
 
 def node_configs_fit(launch: Launch) -> Iterator[Finding]:
-    check = {"aws": _aws_node_config, "gcp": _gcp_node_config, "azure": _azure_node_config}
+    """What the provider would refuse, or take for something else."""
+    check = {"aws": _aws, "gcp": _gcp, "azure": _azure}
     if launch.provider not in check:
         yield warning(
             "provider.type",
@@ -22,7 +29,47 @@ def node_configs_fit(launch: Launch) -> Iterator[Finding]:
         )
         return
     for node in launch.types:
-        yield from check[launch.provider](node)
+        yield from check[launch.provider](node, f"{node.where}.node_config")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A description made here, with the fields of botocore's that are looked at."""
+
+    members: Mapping[str, _Shape] = field(default_factory=dict)
+    """Keys; none: any."""
+    enum: tuple[Any, ...] = ()
+    """Values; none: any."""
+    type_name: str = "any"
+
+
+def _keys(names: Iterable[str], **known: _Shape) -> _Shape:
+    return _Shape({**dict.fromkeys(names, _Shape()), **known})
+
+
+def _one_of(*values: Any) -> _Shape:
+    return _Shape(enum=values)
+
+
+_TYPES = {"structure": dict, "list": list, "string": str, "boolean": bool, "integer": int}
+
+
+def _misfits(value: Any, shape: Any, where: str) -> Iterator[Finding]:
+    """What of a value is not as described."""
+    expected = _TYPES.get(shape.type_name)
+    if expected is not None and not isinstance(value, expected):
+        yield error(where, f"{value!r} is no {shape.type_name}", f"a {shape.type_name}")
+    elif shape.type_name == "list":
+        for position, inner in enumerate(value):
+            yield from _misfits(inner, shape.member, f"{where}.{position}")
+    elif members := getattr(shape, "members", None):
+        for key, inner in value.items():
+            if key not in members:
+                yield unknown(f"{where}.{key}", key, members)
+            else:
+                yield from _misfits(inner, members[key], f"{where}.{key}")
+    elif (enum := getattr(shape, "enum", None)) and value not in enum:
+        yield unknown(where, value, enum)
 
 
 @functools.cache
@@ -33,8 +80,7 @@ def _run_instances() -> Any:
     return Session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
-def _aws_node_config(node: NodeType) -> Iterator[Finding]:
-    where = f"{node.where}.node_config"
+def _aws(node: NodeType, where: str) -> Iterator[Finding]:
     try:
         shape = _run_instances()
     except ImportError:
@@ -42,93 +88,36 @@ def _aws_node_config(node: NodeType) -> Iterator[Finding]:
         return
     # Ray's own key: subnets to try in turn.
     machine = {key: value for key, value in node.node_config.items() if key != "SubnetIds"}
-    yield from _fits_shape(machine, shape, where)
+    yield from _misfits(machine, shape, where)
 
 
-def _fits_shape(value: Any, shape: Any, where: str) -> Iterator[Finding]:
-    """A value against botocore's description of a request."""
-    expected = {
-        "structure": dict,
-        "map": dict,
-        "list": list,
-        "string": str,
-        "boolean": bool,
-        "integer": int,
-        "long": int,
-    }.get(shape.type_name)
-    if expected is not None and not isinstance(value, expected):
-        yield error(where, f"{value!r} is no {shape.type_name}", f"a {shape.type_name}")
-    elif shape.type_name == "structure":
-        for key, inner in value.items():
-            if key not in shape.members:
-                yield unknown(f"{where}.{key}", key, shape.members)
-            else:
-                yield from _fits_shape(inner, shape.members[key], f"{where}.{key}")
-    elif shape.type_name == "list":
-        for position, inner in enumerate(value):
-            yield from _fits_shape(inner, shape.member, f"{where}.{position}")
-    elif shape.type_name == "string" and shape.enum and value not in shape.enum:
-        yield unknown(where, value, shape.enum)
-
-
-_GCP_KEYS = (
-    "advancedMachineFeatures",
-    "canIpForward",
-    "confidentialInstanceConfig",
-    "deletionProtection",
-    "description",
-    "disks",
-    "displayDevice",
-    "guestAccelerators",
-    "hostname",
-    "instanceEncryptionKey",
-    "keyRevocationActionType",
-    "labels",
-    "machineType",
-    "metadata",
-    "minCpuPlatform",
-    "name",
-    "networkInterfaces",
-    "networkPerformanceConfig",
-    "params",
-    "privateIpv6GoogleAccess",
-    "reservationAffinity",
-    "resourcePolicies",
-    "scheduling",
-    "serviceAccounts",
-    "shieldedInstanceConfig",
-    "sourceMachineImage",
-    "tags",
+_GCP_NAMES = """
+advancedMachineFeatures canIpForward confidentialInstanceConfig deletionProtection description disks
+displayDevice guestAccelerators hostname instanceEncryptionKey keyRevocationActionType labels
+machineType metadata minCpuPlatform name networkInterfaces networkPerformanceConfig params
+privateIpv6GoogleAccess reservationAffinity resourcePolicies serviceAccounts shieldedInstanceConfig
+sourceMachineImage tags
+"""
+_GCP_SCHEDULING_NAMES = """
+maxRunDuration terminationTime locationHint minNodeCpus nodeAffinities availabilityDomain
+localSsdRecoveryTimeout onInstanceStopAction hostErrorTimeoutSeconds
+"""
+_GCP = _keys(
+    _GCP_NAMES.split(),
+    scheduling=_keys(
+        _GCP_SCHEDULING_NAMES.split(),
+        provisioningModel=_one_of("STANDARD", "SPOT", "FLEX_START", "RESERVATION_BOUND"),
+        instanceTerminationAction=_one_of("DELETE", "STOP"),
+        onHostMaintenance=_one_of("MIGRATE", "TERMINATE"),
+        preemptible=_one_of(True, False),
+        automaticRestart=_one_of(True, False),
+    ),
 )
 
 
-_GCP_SCHEDULING: Mapping[str, tuple[Any, ...]] = {
-    "provisioningModel": ("STANDARD", "SPOT", "FLEX_START", "RESERVATION_BOUND"),
-    "instanceTerminationAction": ("DELETE", "STOP"),
-    "onHostMaintenance": ("MIGRATE", "TERMINATE"),
-    "preemptible": (True, False),
-    "automaticRestart": (True, False),
-    "maxRunDuration": (),
-    "terminationTime": (),
-    "locationHint": (),
-    "minNodeCpus": (),
-    "nodeAffinities": (),
-    "availabilityDomain": (),
-    "localSsdRecoveryTimeout": (),
-    "onInstanceStopAction": (),
-    "hostErrorTimeoutSeconds": (),
-}
-
-
-def _gcp_node_config(node: NodeType) -> Iterator[Finding]:
-    where = f"{node.where}.node_config"
-    yield from _unknown_keys(node.node_config, _GCP_KEYS, where)
+def _gcp(node: NodeType, where: str) -> Iterator[Finding]:
     scheduling = merged(node.node_config.get("scheduling"))
-    for key, value in scheduling.items():
-        if key not in _GCP_SCHEDULING:
-            yield unknown(f"{where}.scheduling.{key}", key, _GCP_SCHEDULING)
-        elif (allowed := _GCP_SCHEDULING[key]) and value not in allowed:
-            yield unknown(f"{where}.scheduling.{key}", value, allowed)
+    yield from _misfits({**node.node_config, "scheduling": scheduling}, _GCP, where)
     if node.resources.get("GPU") and scheduling.get("onHostMaintenance") != "TERMINATE":
         yield error(
             f"{where}.scheduling.onHostMaintenance",
@@ -137,29 +126,26 @@ def _gcp_node_config(node: NodeType) -> Iterator[Finding]:
         )
 
 
-def _azure_node_config(node: NodeType) -> Iterator[Finding]:
+@functools.cache
+def _azure_template() -> _Shape:
     import ray.autoscaler
 
     folder = Path(ray.autoscaler.__file__).parent / "_private" / "_azure"
     template = json.loads((folder / "azure-vm-template.json").read_text(encoding="utf-8"))
-    known = {*template["parameters"], "availability_zone"}
-    where = f"{node.where}.node_config"
-    yield from _unknown_keys(node.node_config, ("azure_arm_parameters",), where)
-    where += ".azure_arm_parameters"
-    given = mapping(node.node_config.get("azure_arm_parameters"))
-    yield from _unknown_keys(given, known, where)
-    choices = {"priority": ("Regular", "Spot"), "evictionPolicy": ("Delete", "Deallocate")}
-    for key, allowed in choices.items():
-        if key in given and given[key] not in allowed:
-            yield unknown(f"{where}.{key}", given[key], allowed)
-    if node.spot and given.get("evictionPolicy", "Delete") != "Delete":
+    parameters = _keys(
+        (*template["parameters"], "availability_zone"),
+        priority=_one_of("Regular", "Spot"),
+        evictionPolicy=_one_of("Delete", "Deallocate"),
+    )
+    return _keys((), azure_arm_parameters=parameters)
+
+
+def _azure(node: NodeType, where: str) -> Iterator[Finding]:
+    given = {**node.node_config, "azure_arm_parameters": node.machine}
+    yield from _misfits(given, _azure_template(), where)
+    if node.spot and node.machine.get("evictionPolicy", "Delete") != "Delete":
         yield warning(
-            f"{where}.evictionPolicy", "disks of machines taken back go on costing", "Delete"
+            f"{where}.azure_arm_parameters.evictionPolicy",
+            "disks of machines taken back go on costing",
+            "Delete",
         )
-
-
-def _unknown_keys(given: Iterable[str], known: Iterable[str], where: str) -> Iterator[Finding]:
-    valid = list(known)
-    for key in given:
-        if key not in valid:
-            yield unknown(f"{where}.{key}", key, valid)

@@ -15,12 +15,11 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.fleet.config import ClusterConfig
-from cluster.folder.config_file import ConfigError
 from cluster.planning.actor_fit import actor_asks, read_run
 from cluster.planning.findings import Finding, Severity
 from cluster.planning.launch_check import check_launch, pinned, run_check
 from cluster.planning.launch_file import Launch, read_launch
-from cluster.planning.prices import PriceTable, costs, price_range, read_prices
+from cluster.planning.prices import PriceTable, read_prices
 from cluster.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[4]
@@ -566,64 +565,6 @@ def test_learner_that_any_gpu_suits_must_not_find_one_on_a_spot_machine(
     assert places == [f"{TYPES}.gpu_policy.node_config", f"{TYPES}.gpu_ppm.node_config"]
 
 
-def test_replica_of_several_ranks_asks_for_a_bundle_each(run: RunConfig) -> None:
-    engine = run.policy_engine.model_copy(update={"tensor_parallel_size": 4})
-    policy = run.cluster.policy.model_copy(
-        update={"num_gpus": 4, "resources": {"policy": 4}, "replicas": 2}
-    )
-    spread = run.model_copy(
-        update={
-            "policy_engine": engine,
-            "cluster": run.cluster.model_copy(update={"policy": policy}),
-        }
-    )
-    asks = actor_asks(spread)["policy"]
-    assert [(ask.bundle, ask.count) for ask in asks] == [({"GPU": 1, "policy": 1}, 2)] * 4
-
-
-def test_cluster_section_of_another_config_is_enough(tmp_path: Path) -> None:
-    file = tmp_path / "serve.yaml"
-    file.write_text("cluster: {policy: {replicas: 3, resources: {policy: 1}}}\n", encoding="utf-8")
-    asks = actor_asks(read_run(file))
-    assert asks["policy"][0].count == 3 and "ppm" in asks
-
-
-def test_prices_range_from_the_least_to_the_most_nodes(tmp_path: Path) -> None:
-    table = PriceTable.model_validate(
-        {
-            "as_of": "2025-01-01",
-            "instances": {
-                "aws": {
-                    "small": {"on_demand": 1.0, "cpus": 2},
-                    "large": {"on_demand": 10.0, "spot": 4.0, "cpus": 8},
-                }
-            },
-        }
-    )
-    spot = {"InstanceType": "large", "InstanceMarketOptions": {"MarketType": "spot"}}
-    data = {
-        "provider": {"type": "aws"},
-        "head_node_type": "head",
-        "max_workers": 4,
-        TYPES: {
-            "head": {"node_config": {"InstanceType": "small"}, "max_workers": 0},
-            "cheap": {"node_config": spot, "min_workers": 1, "max_workers": 3},
-            "dear": {"node_config": {"InstanceType": "large"}, "max_workers": 2},
-        },
-    }
-    rows = costs(written(tmp_path, data), table)
-    assert [row.price for row in rows] == [1.0, 4.0, 10.0]
-    # 1 + 1 spot; 1 + 2 dear + 2 of the 3 spot ones; 1 + 4 on demand
-    assert price_range(rows, max_workers=4) == (5.0, 29.0, 41.0)
-
-
-def test_wrong_row_of_the_price_table_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "prices.yaml"
-    file.write_text("as_of: 2025-01-01\ninstances: {aws: {x: {on_demand: 0, cpus: 1}}}\n")
-    with pytest.raises(ConfigError, match=r"prices.yaml: instances\.aws\.x\.on_demand: .*greater"):
-        read_prices(file)
-
-
 @pytest.mark.parametrize(
     ("image", "is_pinned"),
     [
@@ -636,15 +577,6 @@ def test_wrong_row_of_the_price_table_is_named(tmp_path: Path) -> None:
 )
 def test_only_a_version_or_digest_pins_an_image(image: str, is_pinned: bool) -> None:
     assert pinned(image) is is_pinned
-
-
-def test_manifest_and_other_files_are_refused_by_name(tmp_path: Path) -> None:
-    manifest = tmp_path / "pod.yaml"
-    manifest.write_text("apiVersion: v1\nkind: Pod\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"pod.yaml: a Kubernetes manifest"):
-        read_launch(manifest)
-    with pytest.raises(ConfigError, match="is it for ray up"):
-        read_launch(ROOT / "deploy" / "gpus.yaml")
 
 
 def test_command_ends_with_1_on_errors_and_prints_the_range(tmp_path: Path) -> None:
