@@ -341,7 +341,8 @@ def simulate(
     """Run a round of modelled engines through the real coordinator, at virtual time."""
     from cluster.folder.config_file import make_config
     from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
-    from cluster.planning.simulate import Simulation, SimulationConfig, print_simulation
+    from cluster.planning.simulate import Simulation
+    from cluster.planning.simulation_figures import SimulationConfig, print_simulation
 
     settings = make_config({}, overrides or (), kind=SimulationConfig, source="simulate")
     known = LatencyCurve.read(curve) if curve is not None else DEFAULT_CURVE

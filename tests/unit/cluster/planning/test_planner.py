@@ -10,7 +10,8 @@ from rich.console import Console
 
 from cluster.planning.latency import DEFAULT_CURVE
 from cluster.planning.planner import PlanConfig, PlanError, make_plan, print_plan, read_gpu_kinds
-from cluster.planning.simulate import Simulation, SimulationConfig
+from cluster.planning.simulate import Simulation
+from cluster.planning.simulation_figures import SimulationConfig
 
 TABLE = Path(__file__).parents[4] / "deploy/gpus.yaml"
 

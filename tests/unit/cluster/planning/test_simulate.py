@@ -14,14 +14,14 @@ from rich.console import Console
 from cluster.fleet.config import ClusterConfig
 from cluster.planning.latency import DEFAULT_CURVE, CurveError, LatencyCurve
 from cluster.planning.planner import PlanConfig
-from cluster.planning.simulate import (
+from cluster.planning.simulate import Simulation
+from cluster.planning.simulated_store import DictFileSystem, RacingStore
+from cluster.planning.simulation_figures import (
     DEFINITIONS,
-    Simulation,
     SimulationConfig,
     SimulationReport,
     print_simulation,
 )
-from cluster.planning.simulated_store import DictFileSystem, RacingStore
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import answered, make_problem, make_tree
 
