@@ -10,7 +10,6 @@ import asyncio
 import json
 import signal
 from collections.abc import Coroutine
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -348,7 +347,7 @@ def simulate(
     known = LatencyCurve.read(curve) if curve is not None else DEFAULT_CURVE
     result = Simulation(settings, known).run()
     if as_json:
-        typer.echo(json.dumps(asdict(result)))
+        typer.echo(json.dumps(result.model_dump()))
     else:
         print_simulation(result, settings, Console(), curve=known)
 

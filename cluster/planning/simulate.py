@@ -33,6 +33,7 @@ import math
 import random
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,9 @@ from rollout.problem import Level, Problem
 from rollout.prompt import Step, StepKind
 from rollout.store import TrajectoryStore
 from rollout.tree import Node, Terminal, Tree, backup, expand
+
+_PROGRESS = WorkerProgress()
+_ANSWER = Step(kind=StepKind.ANSWER, text="simulated", answer="1")
 
 ROUND, STAGE, POOL = 1, "base", "policy"
 SCALE_INTERVAL_S = 10.0
@@ -105,9 +109,7 @@ class Simulation:
         self._coordinator: Coordinator | None = self._new_coordinator()
         self._up_s = 0.0
         self._finished_s = math.inf
-        self._counts = dict.fromkeys(
-            ("lost", "notices", "zombies", "zombie_commits", "races", "refused", "kills"), 0
-        )
+        self._counts = Counter[str]()
 
     def run(self, on_progress: Callable[[float, int], None] | None = None) -> SimulationReport:
         """Simulate until the round is finished, seal and audit it.
@@ -170,7 +172,7 @@ class Simulation:
 
     def _kill_coordinator(self) -> None:
         self._coordinator = None
-        self._counts["kills"] += 1
+        self._counts["coordinator_kills"] += 1
         self._up_s = self.now_s + self.config.coordinator_down_s
         self._at(self._up_s, self._restart_coordinator)
 
@@ -259,7 +261,7 @@ class Simulation:
         if replica.dead or replica.draining:
             return
         config = self.config
-        self._counts["lost"] += 1
+        self._counts["replicas_lost"] += 1
         if self._random.random() < config.notice_share:
             self._counts["notices"] += 1
             self._drain(replica, self.now_s + config.notice_s)
@@ -298,7 +300,7 @@ class Simulation:
         """Commit finished parts, hand back the rest and end."""
         if replica.dead:
             return
-        self._advance(replica)
+        replica.advance(self.now_s)
         for shard in list(replica.shards.values()):
             if shard.committing:
                 continue  # its commit goes through: the margin is longer
@@ -324,7 +326,7 @@ class Simulation:
     def _end(self, replica: ModelledReplica) -> None:
         if replica.dead:
             return
-        self._advance(replica)
+        replica.advance(self.now_s)
         self._store_open_trees(replica, at_the_end=replica.draining)
         replica.ended_s = self.now_s
         replica.version += 1
@@ -339,8 +341,7 @@ class Simulation:
         """Take leases until no slot would stay empty."""
         if replica.dead or replica.draining or replica.cut_off:
             return
-        room = self.config.max_open_trees
-        while len(replica.trees) + len(replica.queue) < room:
+        while replica.in_hand < self.config.max_open_trees:
             if self._coordinator is None:
                 self._poll_at(replica, self._up_s + self._random.random())
                 return
@@ -370,12 +371,9 @@ class Simulation:
 
     def _begin(self, replica: ModelledReplica, lease: Lease) -> None:
         numbers = [int(problem_id[1:]) for problem_id in lease.job.problem_ids]
-        shard = ModelledShard(lease, len(numbers))
-        replica.shards[lease.job.id] = shard
+        replica.take(lease, numbers)
         self._held.setdefault(lease.job.id, []).append(replica)
-        # First come first served; the next one is popped from the end.
-        replica.queue[:0] = [(shard, number) for number in reversed(numbers)]
-        self._advance(replica)
+        replica.advance(self.now_s)
         self._fill(replica)
 
     def _renew(self, replica: ModelledReplica) -> None:
@@ -393,54 +391,30 @@ class Simulation:
 
     # -- engine
 
-    def _advance(self, replica: ModelledReplica) -> None:
-        """Bring a replica's trees up to now."""
-        passed_s = self.now_s - replica.updated_s
-        if passed_s > 0:
-            grown = replica.per_tree_s * passed_s
-            replica.per_tree += grown
-            replica.generated += grown * len(replica.trees)
-        replica.updated_s = self.now_s
-
     def _fill(self, replica: ModelledReplica) -> None:
-        """Give free slots to waiting trees; then say when the next tree ends."""
-        trees, queue = replica.trees, replica.queue
-        room = self.config.max_open_trees
-        while queue and len(trees) < room:
-            shard, number = queue.pop()
-            todo = self._tokens[number] - self._stored.get(number, 0.0)
-            heapq.heappush(trees, (replica.per_tree + todo, number, shard))
-        replica.per_tree_s = self._speeds[len(trees)] * replica.speed
-        replica.version += 1
-        if trees:
-            wait_s = max(0.0, trees[0][0] - replica.per_tree) / replica.per_tree_s
+        """Give free slots to waiting trees, and come back when the next tree ends."""
+        wait_s = replica.fill(self._speeds, self._todo)
+        if wait_s is not None:
             self._at(self.now_s + wait_s, self._tree_ends, replica, replica.version)
+
+    def _todo(self, number: int) -> float:
+        """Tokens that the tree of a problem number still needs."""
+        return self._tokens[number] - self._stored.get(number, 0.0)
 
     def _tree_ends(self, replica: ModelledReplica, version: int) -> None:
         if version != replica.version:
             return
-        self._advance(replica)
-        trees = replica.trees
-        # Rounding must not leave the tree behind that this event is about.
-        replica.per_tree = max(replica.per_tree, trees[0][0])
-        while trees and trees[0][0] <= replica.per_tree:
-            _, number, shard = heapq.heappop(trees)
-            shard.done.append(number)
-            shard.todo -= 1
-            if not shard.todo:
-                shard.committing = True
-                self._at(self.now_s + self.config.commit_s, self._shard_ends, replica, shard)
+        replica.advance(self.now_s)
+        for shard in replica.end_trees():
+            self._at(self.now_s + self.config.commit_s, self._shard_ends, replica, shard)
         self._fill(replica)
-        if len(trees) + len(replica.queue) < self.config.max_open_trees and not replica.polls:
+        if replica.in_hand < self.config.max_open_trees and not replica.polls:
             self._take(replica)
 
     def _drop(self, replica: ModelledReplica, shard: ModelledShard) -> None:
         """Forget a shard: another has it, or it is handed back."""
-        self._advance(replica)
-        replica.trees = [tree for tree in replica.trees if tree[2] is not shard]
-        heapq.heapify(replica.trees)
-        replica.queue = [entry for entry in replica.queue if entry[0] is not shard]
-        del replica.shards[shard.lease.job.id]
+        replica.advance(self.now_s)
+        replica.drop(shard)
         self._held[shard.lease.job.id].remove(replica)
         self._fill(replica)
         self._take(replica)
@@ -476,7 +450,7 @@ class Simulation:
             self._store.on_put = lambda: self._spring(*ambush)
         won = self._trajectories.commit(job.id, trees, remaining=[rest] if rest else [])
         self._store.on_put = None
-        self._counts["refused"] += not won
+        self._counts["commits_refused"] += not won
         if not replica.cut_off:
             self._complete(shard.lease)
 
@@ -513,7 +487,7 @@ class Simulation:
         assert audit.reported == audit.committed, f"{audit.reported} != {audit.committed} trees"
         for replica in self._replicas.values():
             if not replica.dead and replica.ready_s < math.inf:
-                self._advance(replica)
+                replica.advance(self.now_s)
         served = [r for r in self._replicas.values() if r.ready_s < makespan_s]
         ready_s = {r.name: min(r.ended_s, makespan_s) - r.ready_s for r in served}
         capacity = sum(ready_s[r.name] * r.speed for r in served) * self.full_speed
@@ -542,13 +516,7 @@ class Simulation:
             lost_work=1 - useful / generated,
             generated_tokens=generated,
             replicas_started=len(self._replicas),
-            replicas_lost=self._counts["lost"],
-            notices=self._counts["notices"],
-            zombies=self._counts["zombies"],
-            zombie_commits=self._counts["zombie_commits"],
-            races=self._counts["races"],
-            commits_refused=self._counts["refused"],
-            coordinator_kills=self._counts["kills"],
+            **self._counts,
             leases_granted=leases.granted,
             leases_expired=leases.expired,
             replica_hours=billed_s / 3600.0,
@@ -556,7 +524,3 @@ class Simulation:
             dollars_per_solved=dollars / solved if solved else math.inf,
             wall_s=time.perf_counter() - began_s,
         )
-
-
-_PROGRESS = WorkerProgress()
-_ANSWER = Step(kind=StepKind.ANSWER, text="simulated", answer="1")

@@ -1,22 +1,19 @@
-"""What a simulation is told and what it finds."""
+"""The figures of a simulation: what it assumes, what it finds, and how each is made; printed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from cluster.folder.config_file import Config
 from cluster.planning.latency import LatencyCurve
 
 
-class SimulationConfig(BaseModel):
+class SimulationConfig(Config):
     """What is simulated; the defaults are the paper's problem set on 1,024 spot GPUs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_problems: int = Field(
         default=747_000, ge=1, description="problems to search, one tree each"
@@ -100,74 +97,69 @@ class SimulationConfig(BaseModel):
         return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationReport:
-    """What came of it; `DEFINITIONS` says how each figure is made."""
+class SimulationReport(Config):
+    """What came of it."""
 
-    makespan_s: float
-    ideal_s: float
-    scaling_efficiency: float
-    efficiency_of_constant: float
-    utilisation: float
-    mean_replicas: float
-    lost: int
-    doubled: int
-    unexpected: int
-    quarantined: int
-    committed: int
-    solved: int
-    lost_work: float
-    generated_tokens: float
-    replicas_started: int
-    replicas_lost: int
-    notices: int
-    zombies: int
-    zombie_commits: int
-    races: int
-    commits_refused: int
-    coordinator_kills: int
-    leases_granted: int
-    leases_expired: int
-    replica_hours: float
-    dollars: float
-    dollars_per_solved: float
-    wall_s: float
-
-
-DEFINITIONS = {
-    "makespan_s": "virtual seconds from the first request for replicas to the last completion",
-    "ideal_s": "committed tokens / (num_replicas * full speed): all replicas there from the start, "
-    "never idle, nothing lost",
-    "scaling_efficiency": "committed tokens / tokens the available replicas could have generated, "
-    "i.e. the sum over replicas of (first served -> lost, drained or end of the run) * own speed "
-    "* full speed; full speed = curve(max_open_trees * requests_per_tree)",
-    "efficiency_of_constant": "ideal_s / makespan_s: start-up and the gaps after losses count too",
-    "utilisation": "generated tokens, lost ones included / the same denominator as "
-    "scaling_efficiency",
-    "mean_replicas": "available replica-seconds / makespan_s",
-    "lost": "trees planned, neither committed nor quarantined, by the audit of all committed rows",
-    "doubled": "trees committed more than once, by the same audit",
-    "unexpected": "trees committed that were not planned, by the same audit",
-    "quarantined": "problems set aside because all leases of their job ended badly",
-    "committed": "trees in the sealed round",
-    "solved": "committed trees with a correct answer (drawn with solve_rate)",
-    "lost_work": "generated tokens that are in no committed tree / generated tokens",
-    "generated_tokens": "of all replicas, zombies included",
-    "replicas_started": "asked for by the scaler, the first ones included",
-    "replicas_lost": "with and without notice; the scaler's own drains do not count",
-    "notices": "losses that were announced notice_s before",
-    "zombies": "losses after which the process went on, cut off from the coordinator",
-    "zombie_commits": "commits tried by zombies",
-    "races": "zombie commits placed between a rival's data file and its marker",
-    "commits_refused": "commits that found the shard committed by another",
-    "coordinator_kills": "times it was rebuilt from the store",
-    "leases_granted": "by the last coordinator",
-    "leases_expired": "by the last coordinator, lost workers included",
-    "replica_hours": "from a running node (engine start included) to its end",
-    "dollars": "replica_hours * price_per_hour",
-    "dollars_per_solved": "dollars / solved",
-    "wall_s": "real seconds this simulation took",
-}
+    makespan_s: float = Field(
+        description="virtual seconds from the first request for replicas to the last completion"
+    )
+    ideal_s: float = Field(
+        description="committed tokens / (num_replicas * full speed): all replicas there from the "
+        "start, never idle, nothing lost"
+    )
+    scaling_efficiency: float = Field(
+        description="committed tokens / tokens the available replicas could have generated, "
+        "i.e. the sum over replicas of (first served -> lost, drained or end of the run) * own "
+        "speed * full speed; full speed = curve(max_open_trees * requests_per_tree)"
+    )
+    efficiency_of_constant: float = Field(
+        description="ideal_s / makespan_s: start-up and the gaps after losses count too"
+    )
+    utilisation: float = Field(
+        description="generated tokens, lost ones included / the same denominator as "
+        "scaling_efficiency"
+    )
+    mean_replicas: float = Field(description="available replica-seconds / makespan_s")
+    lost: int = Field(
+        description="trees planned, neither committed nor quarantined, by the audit of all "
+        "committed rows"
+    )
+    doubled: int = Field(description="trees committed more than once, by the same audit")
+    unexpected: int = Field(description="trees committed that were not planned, by the same audit")
+    quarantined: int = Field(
+        description="problems set aside because all leases of their job ended badly"
+    )
+    committed: int = Field(description="trees in the sealed round")
+    solved: int = Field(description="committed trees with a correct answer (drawn with solve_rate)")
+    lost_work: float = Field(
+        description="generated tokens that are in no committed tree / generated tokens"
+    )
+    generated_tokens: float = Field(description="of all replicas, zombies included")
+    replicas_started: int = Field(description="asked for by the scaler, the first ones included")
+    replicas_lost: int = Field(
+        default=0, description="with and without notice; the scaler's own drains do not count"
+    )
+    notices: int = Field(default=0, description="losses that were announced notice_s before")
+    zombies: int = Field(
+        default=0,
+        description="losses after which the process went on, cut off from the coordinator",
+    )
+    zombie_commits: int = Field(default=0, description="commits tried by zombies")
+    races: int = Field(
+        default=0, description="zombie commits placed between a rival's data file and its marker"
+    )
+    commits_refused: int = Field(
+        default=0, description="commits that found the shard committed by another"
+    )
+    coordinator_kills: int = Field(default=0, description="times it was rebuilt from the store")
+    leases_granted: int = Field(description="by the last coordinator")
+    leases_expired: int = Field(description="by the last coordinator, lost workers included")
+    replica_hours: float = Field(
+        description="from a running node (engine start included) to its end"
+    )
+    dollars: float = Field(description="replica_hours * price_per_hour")
+    dollars_per_solved: float = Field(description="dollars / solved")
+    wall_s: float = Field(description="real seconds this simulation took")
 
 
 def print_simulation(
@@ -177,10 +169,10 @@ def print_simulation(
     table = Table(title=f"{config.num_problems:,} problems on {config.num_replicas:,} replicas")
     for column in ("figure", "value", "definition"):
         table.add_column(column, justify="right" if column == "value" else "left")
-    for name, value in asdict(report).items():
-        table.add_row(
-            name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", DEFINITIONS[name]
-        )
+    for name, info in SimulationReport.model_fields.items():
+        value = getattr(report, name)
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        table.add_row(name, shown, info.description)
     console.print(table)
     console.print("assumed:", markup=False)
     for name, info in SimulationConfig.model_fields.items():
@@ -189,12 +181,9 @@ def print_simulation(
             markup=False,
             highlight=False,
         )
+    points = ", ".join(f"[{load:g}, {speed:g}]" for load, speed in curve.points)
     console.print(
-        f"  curve = {_pairs(curve.points)}: [requests in flight, tokens/s] of a replica",
+        f"  curve = {points}: [requests in flight, tokens/s] of a replica",
         markup=False,
         highlight=False,
     )
-
-
-def _pairs(points: Sequence[tuple[float, float]]) -> str:
-    return ", ".join(f"[{load:g}, {speed:g}]" for load, speed in points)
