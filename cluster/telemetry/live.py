@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Literal
 
 from cluster.folder.machine import command_line
+from rollout.files import atomic_write
 
 LIVE_FILE = "live.json"
 
@@ -167,10 +168,8 @@ class LiveFile:
             error=error,
             progress=progress,
         )
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(asdict(account), indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self._path)
+            atomic_write(self._path, json.dumps(asdict(account), indent=1) + "\n")
 
 
 def read_live(root: Path) -> Live | None:
