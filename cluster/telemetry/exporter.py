@@ -175,12 +175,8 @@ class Exporter:
             if not found:
                 continue
             metric = CATALOGUE[name]
-            labels = ("run", *metric.labels)
-            family: Any
-            if metric.kind is Kind.COUNTER:
-                family = CounterMetricFamily(metric.name, metric.help, labels=labels)
-            else:
-                family = GaugeMetricFamily(metric.name, metric.help, labels=labels)
+            make: Any = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+            family = make(metric.name, metric.help, labels=("run", *metric.labels))
             for key, value in found.items():
                 family.add_metric((self._run, *key), value)
             yield family
@@ -215,12 +211,10 @@ class Exporter:
         return row
 
     def _tell_targets(self) -> None:
+        sources = {"driver": [self.address] if self.address else [], "ray": list(self._agents)}
         groups = [
             {"targets": targets, "labels": {"source": source}}
-            for source, targets in (
-                ("driver", [self.address] if self.address else []),
-                ("ray", list(self._agents)),
-            )
+            for source, targets in sources.items()
             if targets
         ]
         text = json.dumps(groups, indent=1) + "\n"

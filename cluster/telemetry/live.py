@@ -114,12 +114,13 @@ class LiveFile:
         self._clock = clock
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._write_forever, name="live-file", daemon=True)
-        self._earlier_s = 0.0
+        self.seconds_before = 0.0
+        """Seconds of the starts before this one."""
         self._started_s = 0.0
 
     def __enter__(self) -> LiveFile:
         earlier = read_live(self._path.parent)
-        self._earlier_s = earlier.seconds_total if earlier is not None else 0.0
+        self.seconds_before = earlier.seconds_total if earlier is not None else 0.0
         self._started_s = self._clock()
         self._write()
         self._thread.start()
@@ -143,12 +144,7 @@ class LiveFile:
     @property
     def seconds_total(self) -> float:
         """Seconds of all starts of the run together, up to now."""
-        return self._earlier_s + max(self._clock() - self._started_s, 0.0)
-
-    @property
-    def seconds_before(self) -> float:
-        """Seconds of the starts before this one."""
-        return self._earlier_s
+        return self.seconds_before + max(self._clock() - self._started_s, 0.0)
 
     def _write_forever(self) -> None:
         while not self._ended.wait(self._interval_s):

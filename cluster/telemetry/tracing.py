@@ -151,31 +151,18 @@ class Tracing:
             trace_flags=TraceFlags(TraceFlags.SAMPLED),
         )
 
-    @contextmanager
-    def problem(
-        self, first: SpanContext, name: str, attributes: Mapping[str, Any]
-    ) -> Iterator[Span]:
-        """The first span of a trace."""
+    def top(self, first: SpanContext, name: str, attributes: Mapping[str, Any]) -> Span:
+        """The first span of a trace, with ids from `first`; the caller ends it."""
         token = self._ids.next.set(first)
         try:
-            span = self.tracer.start_span(name, context=Context(), attributes=dict(attributes))
+            return self.tracer.start_span(name, context=Context(), attributes=dict(attributes))
         finally:
             self._ids.next.reset(token)
-        with _current(span):
-            yield span
 
-    def under(
-        self,
-        parent: SpanContext,
-        name: str,
-        attributes: Mapping[str, Any],
-        start_ns: int | None = None,
-    ) -> Span:
+    def under(self, parent: SpanContext, name: str, attributes: Mapping[str, Any]) -> Span:
         """A span below one that may live in another process; the caller ends it."""
         context = trace.set_span_in_context(NonRecordingSpan(parent))
-        return self.tracer.start_span(
-            name, context=context, attributes=dict(attributes), start_time=start_ns
-        )
+        return self.tracer.start_span(name, context=context, attributes=dict(attributes))
 
     def shutdown(self) -> None:
         """Write out what waits and end the threads that do so."""
@@ -215,7 +202,7 @@ def problem_span(
         yield
         return
     facts = {"problem": problem_id, "round": round, "index": index, **attributes}
-    with tracing.problem(first, f"problem r{round}/{problem_id}/{index}", facts):
+    with _current(tracing.top(first, f"problem r{round}/{problem_id}/{index}", facts)):
         yield
 
 
