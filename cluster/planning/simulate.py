@@ -40,7 +40,7 @@ from typing import Any
 from cluster.jobs.coordinator import Coordinator, WorkerProgress, audit_round
 from cluster.jobs.queue import Lease, QueueConfig, StagePlan
 from cluster.machines.scaler import PoolLoad, ReplicaLoad, ReplicaState, Scaler, ScalerConfig
-from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
+from cluster.planning.latency import LatencyCurve
 from cluster.planning.modelled_replica import ModelledReplica, ModelledShard
 from cluster.planning.simulated_store import PROTOCOL, DictFileSystem, RacingStore
 from cluster.planning.simulation_figures import SimulationConfig, SimulationReport
@@ -61,10 +61,8 @@ DRAIN_MARGIN_S = 10.0
 class Simulation:
     """One round at virtual time; see the module."""
 
-    def __init__(
-        self, config: SimulationConfig | None = None, curve: LatencyCurve = DEFAULT_CURVE
-    ) -> None:
-        self.config = config = config or SimulationConfig()
+    def __init__(self, config: SimulationConfig, curve: LatencyCurve) -> None:
+        self.config = config
         self.now_s = 0.0
         self._random = random.Random(config.seed)
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -111,12 +109,8 @@ class Simulation:
         self._finished_s = math.inf
         self._counts = Counter[str]()
 
-    def run(self, on_progress: Callable[[float, int], None] | None = None) -> SimulationReport:
-        """Simulate until the round is finished, seal and audit it.
-
-        Args:
-            on_progress: called now and then with (virtual seconds, committed problems).
-        """
+    def run(self) -> SimulationReport:
+        """Simulate until the round is finished, seal and audit it."""
         began_s = time.perf_counter()
         config = self.config
         coordinator = self._coordinator
@@ -132,7 +126,7 @@ class Simulation:
                     seed=config.seed,
                 )
             )
-            self._at(0.0, self._scale, on_progress)
+            self._at(0.0, self._scale)
             if config.coordinator_kill_s:
                 self._at(config.coordinator_kill_s, self._kill_coordinator)
             while self._finished_s == math.inf:
@@ -208,14 +202,12 @@ class Simulation:
 
     # -- scaler
 
-    def _scale(self, on_progress: Callable[[float, int], None] | None) -> None:
-        self._at(self.now_s + SCALE_INTERVAL_S, self._scale, on_progress)
+    def _scale(self) -> None:
+        self._at(self.now_s + SCALE_INTERVAL_S, self._scale)
         if self._coordinator is None:
             return
         stage = self._coordinator.status(ROUND).stages[STAGE]
         pending, leased, done, failed = stage.counts.problems.values()
-        if on_progress is not None:
-            on_progress(self.now_s, done)
         self._scaler.observe(
             POOL,
             self.now_s,

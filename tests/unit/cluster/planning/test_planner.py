@@ -76,7 +76,8 @@ def test_plan_agrees_with_the_simulation() -> None:
         )
     )
     report = Simulation(
-        SimulationConfig(num_problems=4000, num_replicas=8, straggler_share=0, slow_share=0)
+        SimulationConfig(num_problems=4000, num_replicas=8, straggler_share=0, slow_share=0),
+        DEFAULT_CURVE,
     ).run()
     assert report.makespan_s == pytest.approx(plan.total_s, rel=0.05)
 

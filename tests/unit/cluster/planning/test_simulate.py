@@ -196,7 +196,7 @@ def test_every_figure_is_defined_and_every_assumption_printed() -> None:
     assert all(info.description for info in SimulationReport.model_fields.values())
     config = SimulationConfig(num_problems=10, num_replicas=1)
     console = Console(file=io.StringIO(), width=200)
-    print_simulation(Simulation(config).run(), config, console, curve=DEFAULT_CURVE)
+    print_simulation(Simulation(config, DEFAULT_CURVE).run(), config, console, curve=DEFAULT_CURVE)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     for name in (*SimulationReport.model_fields, *SimulationConfig.model_fields, "curve"):
         assert name in printed
