@@ -22,7 +22,7 @@ import math
 from pathlib import Path
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -57,15 +57,13 @@ def read_gpu_kinds(path: str | Path) -> dict[str, GpuKind]:
         raise PlanError(f"{path}: cannot be read: {error}") from error
     if not isinstance(data, dict) or not data:
         raise PlanError(f"{path}: expected a YAML mapping of GPU kinds")
-    kinds = {}
-    for name, row in data.items():
-        try:
-            kinds[str(name)] = GpuKind.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in (name, *first["loc"]))
-            raise PlanError(f"{path}: {where}: {first['msg']}") from None
-    return kinds
+    rows = {str(name): row for name, row in data.items()}
+    try:
+        return TypeAdapter(dict[str, GpuKind]).validate_python(rows)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"{path}: {where}: {first['msg']}") from None
 
 
 class PlanConfig(Config):
@@ -194,9 +192,4 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     console.print(table)
     console.print("assumed:", markup=False)
     for name, info in PlanConfig.model_fields.items():
-        console.print(
-            f"  {name} = {getattr(config, name):,}: {info.description}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.out(f"  {name} = {getattr(config, name):,}: {info.description}", highlight=False)
