@@ -10,7 +10,6 @@ import asyncio
 import json
 import signal
 from collections.abc import Coroutine
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -341,13 +340,14 @@ def simulate(
     """Run a round of modelled engines through the real coordinator, at virtual time."""
     from cluster.folder.config_file import make_config
     from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
-    from cluster.planning.simulate import Simulation, SimulationConfig, print_simulation
+    from cluster.planning.simulate import Simulation
+    from cluster.planning.simulation_figures import SimulationConfig, print_simulation
 
     settings = make_config({}, overrides or (), kind=SimulationConfig, source="simulate")
     known = LatencyCurve.read(curve) if curve is not None else DEFAULT_CURVE
     result = Simulation(settings, known).run()
     if as_json:
-        typer.echo(json.dumps(asdict(result)))
+        typer.echo(json.dumps(result.model_dump()))
     else:
         print_simulation(result, settings, Console(), curve=known)
 

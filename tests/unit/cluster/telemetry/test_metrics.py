@@ -87,7 +87,7 @@ def test_counts_are_added_up_before_ray_gets_them(monkeypatch: pytest.MonkeyPatc
 def test_switch_reaches_processes_that_are_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(m.VARIABLE, raising=False)
     m.switch_on("demo")
-    code = "from cluster import metrics; print(metrics._run)"
+    code = "from cluster.telemetry import metrics; print(metrics._run)"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     m.switch_on("")
     assert told.stdout.strip() == "demo"
