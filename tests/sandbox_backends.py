@@ -76,7 +76,7 @@ class ActorBackend:
     def __init__(self, limits: SandboxLimits, isolation: Any) -> None:
         import ray
 
-        from cluster.fleet.sandbox_worker import SandboxWorker
+        from cluster.jobs.sandbox_worker import SandboxWorker
 
         class Whole(SandboxWorker):
             """With what only the suite asks for."""

@@ -39,10 +39,10 @@ from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
 from cluster.fleet.config import ActorConfig
 from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
-from cluster.fleet.sandbox_worker import SandboxWorkerActor
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
 from cluster.jobs.ray_errors import cause, plain
+from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
 from rollout.engine import EngineError

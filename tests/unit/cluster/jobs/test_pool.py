@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from cluster.fleet.sandbox_worker import SandboxWorker
 from cluster.jobs.admission import EnginePressure
 from cluster.jobs.pool import Load, PolicyPool, PoolConfig, PreferencePool, SandboxPool, choose
+from cluster.jobs.sandbox_worker import SandboxWorker
 from rollout.engine import EngineError, EvaluationRequest, GenerationRequest
 from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference
 from verifier import SandboxError
