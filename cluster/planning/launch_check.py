@@ -373,7 +373,12 @@ def _file_mounts(launch: Launch) -> Iterator[Finding]:
             yield warning(f"file_mounts.{remote}", f"{local} is not on this machine", hint)
         if path.is_dir():
             excluded = launch.data.get("rsync_exclude") or []
-            heavy = [name for name in (".git", ".venv", "runs") if name not in excluded]
+            if "runs" in excluded:
+                yield error(
+                    "rsync_exclude", "runs also keeps cluster/runs back, which is code", "/runs"
+                )
+                continue
+            heavy = [name for name in (".git", ".venv", "/runs") if name not in excluded]
             if heavy:
                 yield warning(
                     "rsync_exclude",

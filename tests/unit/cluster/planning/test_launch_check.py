@@ -369,7 +369,13 @@ AWS_MUTANTS: dict[str, tuple[Mutation, Severity, str, str]] = {
         put([".git"], "rsync_exclude"),
         Severity.WARNING,
         "rsync_exclude",
-        ".venv, runs",
+        ".venv, /runs",
+    ),
+    "code kept back": (
+        put([".git", ".venv", "runs"], "rsync_exclude"),
+        Severity.ERROR,
+        "rsync_exclude",
+        "cluster/runs",
     ),
     # the run's actors
     "misspelt resource": (
