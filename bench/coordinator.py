@@ -49,7 +49,8 @@ from cluster.jobs.coordinator import Coordinator, CoordinatorActor, WorkerProgre
 from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.queue import Job, QueueConfig, StagePlan, plan_jobs
 from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
-from cluster.planning.simulate import Simulation, SimulationConfig
+from cluster.planning.simulate import Simulation
+from cluster.planning.simulation_figures import SimulationConfig
 from rollout.open_trees import OpenTreeStore
 from rollout.store import Commit, RunStore, Totals, TrajectoryStore, TreeKey
 from rollout.table import trees_to_table

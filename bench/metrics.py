@@ -27,11 +27,12 @@ from typing import Any
 import psutil
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutStage
-from cluster.fleet.sandbox_worker import SandboxWorker, SandboxWorkerActor
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.machine import hardware
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
+from cluster.jobs.sandbox_worker import SandboxWorker, SandboxWorkerActor
 from cluster.runs.config import RolloutConfig
 from cluster.telemetry import metrics as m
 from cluster.telemetry.samples import Samples

@@ -10,7 +10,6 @@ import asyncio
 import json
 import signal
 from collections.abc import Coroutine
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -209,7 +208,7 @@ def status(
     watch: Annotated[bool, typer.Option(help="Again and again, until the run ends.")] = False,
 ) -> None:
     """Show how a run stands, from any shell or machine that sees its folder."""
-    from cluster.watch.status import show_status
+    from cluster.watch.status_view import show_status
 
     try:
         show_status(run, Console(), as_json=as_json, watch=watch)
@@ -341,13 +340,14 @@ def simulate(
     """Run a round of modelled engines through the real coordinator, at virtual time."""
     from cluster.folder.config_file import make_config
     from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
-    from cluster.planning.simulate import Simulation, SimulationConfig, print_simulation
+    from cluster.planning.simulate import Simulation
+    from cluster.planning.simulation_figures import SimulationConfig, print_simulation
 
     settings = make_config({}, overrides or (), kind=SimulationConfig, source="simulate")
     known = LatencyCurve.read(curve) if curve is not None else DEFAULT_CURVE
     result = Simulation(settings, known).run()
     if as_json:
-        typer.echo(json.dumps(asdict(result)))
+        typer.echo(json.dumps(result.model_dump()))
     else:
         print_simulation(result, settings, Console(), curve=known)
 
@@ -414,7 +414,8 @@ def evaluate(
 ) -> None:
     """Measure a model with several methods and budgets on benchmarks; run it again to go on."""
     quiet_logging(verbose)
-    from cluster.evaluation.benchmarks import EvaluationRun, ask, evaluate_config
+    from cluster.evaluation.asked import evaluate_config
+    from cluster.evaluation.benchmarks import EvaluationRun
     from cluster.folder.machine import command_line
     from cluster.reports.evaluation_page import print_evaluation, write_evaluation
     from cluster.telemetry.progress import ProgressView
@@ -425,7 +426,7 @@ def evaluate(
 
         show_comparison(*compare, console)
         return
-    asked = ask(
+    settings = evaluate_config(
         what=what,
         policy=policy,
         ppm=ppm,
@@ -440,7 +441,7 @@ def evaluate(
         overrides=overrides or (),
     )
     view = ProgressView(console)
-    run = EvaluationRun(evaluate_config(asked), view)
+    run = EvaluationRun(settings, view)
     found = _run(run.run(), again=command_line(), view=view)
     write_evaluation(run.folder.root, found)
     print_evaluation(found, console)

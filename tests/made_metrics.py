@@ -1,19 +1,31 @@
-"""A run's folder with half an hour of made samples, for what reads them."""
+"""A run's folder with half an hour of made samples, for what reads them, and what panels need."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from cluster.telemetry import metrics as m
 from cluster.telemetry.live import LIVE_FILE, Live, Snapshot
 from cluster.telemetry.samples import Key, SampleWriter
+from cluster.watch.queries import Expression
 
 ROW_S = 10.0
 NUM_ROWS = 180
 WAITS = {m.POOL_WAIT: ("policy", "ppm", "sandbox"), m.REQUEST_SECONDS: ("policy", "ppm", "sandbox")}
+
+
+def metrics_of(expression: Expression) -> Iterator[m.Metric]:
+    """Every metric an expression of a panel needs."""
+    for name in ("metric", "of", "left", "right"):
+        part = getattr(expression, name, None)
+        if isinstance(part, m.Metric):
+            yield part
+        elif part is not None:
+            yield from metrics_of(part)
 
 
 def write_made_run(root: Path, end_s: float, *, state: str = "running") -> None:

@@ -46,7 +46,7 @@ class Saboteur:
             await until(lambda counted=counted: self._restarts(counted) >= self.killed[counted])
 
     def _restarts(self, kind: str) -> int:
-        return self.fleet._losses()[kind].restarts
+        return self.fleet.pools.losses()[kind].restarts
 
     async def _some_progress(self) -> None:
         """Wait until trees were finished, or only held ones are left."""
@@ -54,10 +54,10 @@ class Saboteur:
         await until(lambda: self._tokens() > before or time.monotonic() > give_up_s)
 
     def _tokens(self) -> int:
-        return sum(p.finished.generated_tokens for p in self.fleet._progress().values())
+        return sum(p.finished.generated_tokens for p in self.fleet.progress())
 
     def _first(self, name: str) -> Any:
-        return next(iter(self.fleet._handles(name).values()))
+        return next(iter(self.fleet.pools.handles(name).values()))
 
     async def _replica(self, name: str) -> int:
         return (await self._first(name).ready.remote()).pid

@@ -1,7 +1,6 @@
 """docs/configuration.md, made from the config models, so that it cannot differ from them.
 
-python -m tools.config_reference          write it
-python -m tools.config_reference --check  say whether it is up to date (a test does the same)
+python -m tools.config_reference [--check]     (tools.generated)
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import ast
 import dataclasses
 import enum
 import inspect
-import sys
 import textwrap
 import types
 import typing
@@ -27,6 +25,7 @@ from cluster.fleet.config import ServingConfig
 from cluster.folder.config_file import presets, section_in
 from cluster.runs.config import RolloutConfig, RunConfig, SolveConfig
 from cluster.runs.synthesize import SynthesizeConfig
+from tools.generated import main
 
 PATH = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -262,18 +261,5 @@ def _plain(value: Any) -> str:
     return text.removesuffix("...").strip()
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    text = reference()
-    if "--check" in sys.argv[1:]:
-        current = PATH.read_text(encoding="utf-8") if PATH.exists() else ""
-        if current != text:
-            print(f"{PATH} is out of date; run python -m tools.config_reference")
-            return 1
-        return 0
-    PATH.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("config_reference", {PATH: reference()}))

@@ -1,7 +1,6 @@
 """deploy/grafana/dashboards/*.json, made from `cluster.watch.panels`, so that they agree.
 
-python -m tools.grafana          write them
-python -m tools.grafana --check  say whether they are up to date (a test does the same)
+python -m tools.grafana [--check]     (tools.generated)
 
 Grafana finds them through deploy/grafana/provisioning. Every dashboard has the same two variables:
 the Prometheus it asks, and the run.
@@ -13,12 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from cluster.telemetry.metrics import RUN_SECONDS
 from cluster.watch.panels import DASHBOARDS, Dashboard, Panel, places
+from tools.generated import main
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards"
 
@@ -135,22 +134,5 @@ def files() -> dict[Path, str]:
     }
 
 
-def main() -> int:
-    """Write the files, or check them."""
-    stale = [
-        path
-        for path, text in files().items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
-    if "--check" in sys.argv[1:]:
-        for path in stale:
-            print(f"{path} is out of date; run python -m tools.grafana")
-        return 1 if stale else 0
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for path in stale:
-        path.write_text(files()[path], encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("grafana", files()))

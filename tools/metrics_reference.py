@@ -1,12 +1,10 @@
 """docs/metrics.md, made from the catalogue, the dashboards and the rules.
 
-python -m tools.metrics_reference          write it
-python -m tools.metrics_reference --check  say whether it is up to date (a test does the same)
+python -m tools.metrics_reference [--check]     (tools.generated)
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import yaml
 
 from cluster.telemetry.metrics import CATALOGUE, Kind, Source
 from cluster.watch.panels import DASHBOARDS
+from tools.generated import main
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "docs" / "metrics.md"
@@ -102,18 +101,5 @@ def _rules() -> Iterator[str]:
             yield f"- `{rule['record']}`: `{' '.join(rule['expr'].split())}`"
 
 
-def main() -> int:
-    """Write the page, or check it."""
-    text = reference()
-    if "--check" in sys.argv[1:]:
-        current = PATH.read_text(encoding="utf-8") if PATH.exists() else ""
-        if current != text:
-            print(f"{PATH} is out of date; run python -m tools.metrics_reference")
-            return 1
-        return 0
-    PATH.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main("metrics_reference", {PATH: reference()}))

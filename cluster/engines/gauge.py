@@ -7,6 +7,7 @@ much CPU time as the rest of a small engine's front end, unless it is given one.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -18,10 +19,7 @@ class EngineGauge(PrometheusStatLogger):
     """Keeps the last `EnginePressure` of one engine."""
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
-        self._running = 0
-        self._waiting = 0
-        self._kv_usage = 0.0
-        self._preemptions = 0
+        self._last = EnginePressure(running=0, waiting=0, kv_usage=0.0, preemptions=0)
 
     def record(
         self,
@@ -32,11 +30,15 @@ class EngineGauge(PrometheusStatLogger):
     ) -> None:
         """Called by vLLM, often; either argument may be None."""
         if scheduler_stats is not None:
-            self._running = scheduler_stats.num_running_reqs
-            self._waiting = scheduler_stats.num_waiting_reqs
-            self._kv_usage = scheduler_stats.kv_cache_usage
-        if iteration_stats is not None:
-            self._preemptions += iteration_stats.num_preempted_reqs
+            self._last = replace(
+                self._last,
+                running=scheduler_stats.num_running_reqs,
+                waiting=scheduler_stats.num_waiting_reqs,
+                kv_usage=scheduler_stats.kv_cache_usage,
+            )
+        if iteration_stats is not None and iteration_stats.num_preempted_reqs:
+            preemptions = self._last.preemptions + iteration_stats.num_preempted_reqs
+            self._last = replace(self._last, preemptions=preemptions)
 
     def log_engine_initialized(self) -> None:
         """Nothing to tell."""
@@ -49,9 +51,4 @@ class EngineGauge(PrometheusStatLogger):
 
     def pressure(self) -> EnginePressure:
         """The last known state; zeros before the first step."""
-        return EnginePressure(
-            running=self._running,
-            waiting=self._waiting,
-            kv_usage=self._kv_usage,
-            preemptions=self._preemptions,
-        )
+        return self._last

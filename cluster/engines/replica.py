@@ -123,13 +123,12 @@ class PolicyReplica(Replica):
             else decode_continuation(self._tokenizer, prompt_ids, token_ids)
         )
         stopped = choice.finish_reason == "stop"
-        cut = text.endswith(request.stop) if request.stop else False
         completion = cut_completion(
             text,
             stop=request.stop,
             stopped=stopped,
             end_of_sequence=self._tokenizer.decode(token_ids[-1:], skip_special_tokens=False)
-            if stopped and not cut
+            if stopped and not text.endswith(request.stop)
             else "",
             num_tokens=len(token_ids),
             logprob=choice.cumulative_logprob if self._config.logprobs else None,

@@ -23,8 +23,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.evaluation import paper
-from cluster.evaluation.benchmarks import RESULTS, read_evaluation
 from cluster.evaluation.results import METHODS, method_label
+from cluster.evaluation.shares import percent
+from cluster.evaluation.tables import RESULTS, read_evaluation
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
 from verifier.bootstrap import Difference, bootstrap_difference
@@ -103,10 +104,14 @@ def _described(scores: Mapping[Key, Any]) -> str:
     return f"one has {benchmarks} with {methods}"
 
 
-def print_comparison(
-    first: Path, second: Path, found: list[Comparison], console: Console, *, top_k: int
-) -> None:
-    """The comparison as a table, and what it says in words."""
+def show_comparison(first: Path, second: Path, console: Console) -> None:
+    """The comparison as a table, and what it says in words.
+
+    Raises:
+        As `compare`.
+    """
+    top_k = read_evaluation(first)["vote_top_k"]
+    found = compare(first, second)
     for name, root in (("A", first), ("B", second)):
         console.print(f"{name} = {root}", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -124,8 +129,8 @@ def print_comparison(
             table.add_row(f"[bold]{shown}[/bold] ({d.num_problems:,})")
         table.add_row(
             f"  {method_label(row.method, row.budget, top_k)}",
-            f"{100 * row.first:.1f}",
-            f"{100 * row.second:.1f}",
+            percent(row.first),
+            percent(row.second),
             f"{100 * d.mean:+.1f} ({100 * d.low:+.1f} {100 * d.high:+.1f})",
             "<0.001" if d.p_value < 0.001 else f"{d.p_value:.3f}",
             *([f"{d.better}:{d.worse}"] if wide else []),
@@ -149,13 +154,3 @@ def verdict(difference: Difference) -> str:
     if difference.within_noise:
         return "within noise"
     return "B better" if difference.mean > 0 else "A better"
-
-
-def show_comparison(first: Path, second: Path, console: Console) -> None:
-    """`rstar evaluate --compare A B`.
-
-    Raises:
-        As `compare`.
-    """
-    top_k = read_evaluation(first)["vote_top_k"]
-    print_comparison(first, second, compare(first, second), console, top_k=top_k)

@@ -68,6 +68,11 @@ class EvaluateConfig(GivenModelsConfig):
         12, ge=1, description="mcts: a trajectory is a tree of so many rollouts (released: 12)"
     )
 
+    @property
+    def width(self) -> int:
+        """Trajectories of one beam search."""
+        return min(self.beam_width, max(self.trajectories))
+
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateConfig:
         if any(budget < 1 for budget in self.trajectories):

@@ -69,13 +69,6 @@ GREEDY_ROUNDS: tuple[PaperRow, ...] = (
 )
 """The policy alone, greedy."""
 
-PPM_ROUNDS: tuple[PaperRow, ...] = (
-    _row(4, "policy of round 1, PPM of round 1", 75.2, 10.0, 57.5, 35.7, 45.4, 90.9, 60.3),
-    _row(4, "policy of round 1, PPM of round 2", 84.1, 26.7, 75.0, 52.7, 54.2, 93.3, 73.0),
-    _row(4, "policy of round 1, PPM of round 3", 85.2, 33.3, 77.5, 59.5, 55.6, 93.9, 76.6),
-    _row(4, "policy of round 1, PPM of round 4", 87.0, 43.3, 77.5, 61.5, 56.8, 94.2, 77.8),
-)
-
 SEARCH_ROUNDS: tuple[PaperRow, ...] = (
     _row(6, "round 1, 8 trajectories", 75.2, 10.0, 57.5, 35.7, 45.4, 90.9, 60.3),
     _row(6, "round 2, 8 trajectories", 86.6, 43.3, 75.0, 59.4, 55.6, 94.0, 76.4),
@@ -84,29 +77,11 @@ SEARCH_ROUNDS: tuple[PaperRow, ...] = (
 )
 """Policy and PPM of each round, searched."""
 
-SYSTEMS: tuple[PaperRow, ...] = (
-    _row(5, "rStar-Math 1.5B, 8 trajectories", 87.8, 46.7, 80.0, 63.5, 59.0, 94.3, 77.7),
-    _row(5, "rStar-Math 7B, 8 trajectories", 89.4, 50.0, 87.5, 65.3, 59.0, 95.0, 80.5),
-    # The last columns of this row could not be read with certainty and are left out.
-    _row(5, "rStar-Math 7B, 64 trajectories", 90.0, 53.3, None, 65.6, 60.5, None, None),
-)
+# The last columns of this row could not be read with certainty and are left out.
+SEARCHED_LONG = _row(5, "rStar-Math 7B, 64 trajectories", 90.0, 53.3, None, 65.6, 60.5, None, None)
 
 BEST_OF_N: tuple[PaperRow, ...] = (
     _row(8, "best-of-N by an ORM", 82.6, 26.7, 65.0, 55.1, 55.5, 92.3, 72.5),
-)
-
-DATA_ABLATION: tuple[PaperRow, ...] = (
-    _row(7, "SFT on MetaMath", 55.2, 3.3, 32.5, 19.1, 39.2, 85.1, 43.6),
-    _row(7, "SFT on NuminaMath-CoT", 69.6, 10.0, 50.0, 37.2, 43.4, 89.8, 59.5),
-    _row(7, "SFT on random samples", 72.4, 10.0, 45.0, 41.0, 48.0, 87.5, 57.1),
-    _row(7, "SFT on rejection samples", 73.4, 13.3, 47.5, 44.7, 50.8, 89.3, 61.7),
-    _row(7, "SFT on verified steps", 78.4, 26.7, 47.5, 47.1, 52.5, 89.7, 65.7),
-)
-
-REWARD_ABLATION: tuple[PaperRow, ...] = (
-    *BEST_OF_N,
-    _row(8, "search with PQM", 88.2, 46.7, 85.0, 62.9, 57.6, 94.6, 79.5),
-    _row(8, "search with PPM", 89.4, 50.0, 87.5, 65.3, 59.0, 95.0, 80.5),
 )
 
 
@@ -119,5 +94,5 @@ def rows_beside(method: str) -> tuple[PaperRow, ...]:
     return {
         "greedy": GREEDY_ROUNDS,
         "best-of-n": BEST_OF_N,
-        "mcts": (*SEARCH_ROUNDS, SYSTEMS[-1]),
+        "mcts": (*SEARCH_ROUNDS, SEARCHED_LONG),
     }.get(method, ())

@@ -27,11 +27,11 @@ with the reason beside it.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -110,15 +110,24 @@ class Attempt:
     """One solution; of a tree, one answer that was visited."""
 
     trajectory: int
-    answer: str | None
-    correct: bool
-    verdict: str
+    answer: str | None = None
+    correct: bool = False
+    verdict: str = ""
     """The grader's reason; "" without an answer."""
-    value: float | None
-    failure: Failure | None
+    value: float | None = None
+    failure: Failure | None = None
     """None: it has an answer."""
-    generated_tokens: int
+    generated_tokens: int = 0
     """Of this solution; of a tree's answers the first carries the tree's, the others 0."""
+
+    @property
+    def undecided(self) -> bool:
+        """True if the grader could not tell."""
+        return self.verdict in (Reason.UNDECIDED.value, Reason.LIMIT.value)
+
+
+NOT_SEARCHED = Attempt(trajectory=0, failure=Failure.SEARCH_FAILED)
+"""Of a problem that was quarantined."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,7 +143,18 @@ class ProblemAttempts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Cost:
+    """What an answer took."""
+
+    generated_tokens: float
+    scored_tokens: float
+    seconds: float
+    gpu_seconds: float | None
+    """None: no GPU took part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result(Cost):
     """How one method did on one problem with one budget."""
 
     benchmark: str
@@ -150,11 +170,6 @@ class Result:
     outcome: str
     """"right", "wrong", "undecided" (wrong for us: the grader could not tell), or why there is no
     answer."""
-    generated_tokens: float
-    scored_tokens: float
-    seconds: float
-    gpu_seconds: float | None
-    """None: no GPU took part."""
 
 
 # ------------------------------------------------------------------------- reading the trees
@@ -211,19 +226,6 @@ def _attempt(row: Mapping[str, Any], trajectory: int, tokens: int) -> Attempt:
         correct=bool(row["correct"]),
         verdict=row["verdict"],
         value=row["value"],
-        failure=None,
-        generated_tokens=tokens,
-    )
-
-
-def _without_answer(trajectory: int, failure: Failure, tokens: int) -> Attempt:
-    return Attempt(
-        trajectory=trajectory,
-        answer=None,
-        correct=False,
-        verdict="",
-        value=None,
-        failure=failure,
         generated_tokens=tokens,
     )
 
@@ -232,14 +234,20 @@ def _solutions(rows: Sequence[Mapping[str, Any]], first: int) -> list[Attempt]:
     """Of a tree of chains (`rollout.solution_tree`)."""
     root, *nodes = rows
     if root["terminal"] == Terminal.PROMPT_TOO_LONG:
-        return [_without_answer(first, Failure.PROMPT_TOO_LONG, 0)]
+        return [Attempt(trajectory=first, failure=Failure.PROMPT_TOO_LONG)]
     last: dict[int, Mapping[str, Any]] = {}
     tokens: Counter[int] = Counter()
     for node in nodes:
         last[node["rollout"]] = node
         tokens[node["rollout"]] += node["num_tokens"]
     if not last:
-        return [_without_answer(first, Failure.NOTHING_FOUND, root["generated_tokens"])]
+        return [
+            Attempt(
+                trajectory=first,
+                failure=Failure.NOTHING_FOUND,
+                generated_tokens=root["generated_tokens"],
+            )
+        ]
     made = []
     spent = sum(tokens.values())
     for number, node in sorted(last.items()):
@@ -250,7 +258,7 @@ def _solutions(rows: Sequence[Mapping[str, Any]], first: int) -> list[Attempt]:
             made.append(_attempt(node, first + number, own))
         else:
             why = _FAILURE_OF.get(node["discard"] or "", Failure.UNFINISHED)
-            made.append(_without_answer(first + number, why, own))
+            made.append(Attempt(trajectory=first + number, failure=why, generated_tokens=own))
     return made
 
 
@@ -263,7 +271,13 @@ def _answers(rows: Sequence[Mapping[str, Any]], trajectory: int) -> list[Attempt
         answers = [max(valued, key=lambda node: node["value"])]
     tokens = root["generated_tokens"]
     if not answers:
-        return [_without_answer(trajectory, _failure_of_search(root, nodes), tokens)]
+        return [
+            Attempt(
+                trajectory=trajectory,
+                failure=_failure_of_search(root, nodes),
+                generated_tokens=tokens,
+            )
+        ]
     return [
         _attempt(node, trajectory, tokens if position == 0 else 0)
         for position, node in enumerate(answers)
@@ -316,14 +330,13 @@ def score_problem(
         found: None: the search of the problem failed.
     """
     if found is None or not found.attempts:
-        failed = _without_answer(0, Failure.SEARCH_FAILED, 0)
-        found = ProblemAttempts(attempts=[failed])
+        found = ProblemAttempts(attempts=[NOT_SEARCHED])
     attempts = found.attempts
     arm = scoring.arm
     results: list[Result] = []
 
     def add(
-        method: str, k: int, score: float, chosen: Attempt | None, told: str, cost: _Cost
+        method: str, k: int, score: float, chosen: Attempt | None, told: str, cost: Cost
     ) -> None:
         results.append(
             Result(
@@ -335,10 +348,7 @@ def score_problem(
                 answer=chosen.answer if chosen is not None else None,
                 score=score,
                 outcome=told,
-                generated_tokens=cost.generated_tokens,
-                scored_tokens=cost.scored_tokens,
-                seconds=cost.seconds,
-                gpu_seconds=cost.gpu_seconds,
+                **asdict(cost),
             )
         )
 
@@ -411,23 +421,14 @@ def _outcome(chosen: Attempt | None, few: Sequence[Attempt]) -> str:
     if chosen is not None:
         if chosen.correct:
             return "right"
-        unclear = chosen.verdict in (Reason.UNDECIDED.value, Reason.LIMIT.value)
-        return "undecided" if unclear else "wrong"
+        return "undecided" if chosen.undecided else "wrong"
     reasons = Counter(a.failure for a in few if a.failure is not None)
     return str(reasons.most_common(1)[0][0]) if reasons else Failure.NOTHING_FOUND.value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cost:
-    generated_tokens: float
-    scored_tokens: float
-    seconds: float
-    gpu_seconds: float | None
-
-
 def _cost(
     found: ProblemAttempts, budget: int, scoring: Scoring, *, valued: bool, mean: bool = False
-) -> _Cost:
+) -> Cost:
     """What the first `budget` trajectories took; of one request of N samples, their share.
 
     Args:
@@ -449,7 +450,7 @@ def _cost(
         scored = float(sum(count for first, count in found.scored_tokens if first < budget))
         seconds = sum(s for first, s in found.seconds if first < budget)
     per_token = scoring.gpu_seconds_per_token
-    return _Cost(
+    return Cost(
         generated_tokens=tokens,
         scored_tokens=scored if valued else 0.0,
         seconds=seconds,
@@ -458,22 +459,6 @@ def _cost(
 
 
 # -------------------------------------------------------------------------------- summaries
-
-
-def reliability_bins(
-    found: Iterable[ProblemAttempts], num_bins: int = 10
-) -> list[tuple[int, float, float]]:
-    """(count, mean chance the PPM gave, share right) of valued answers, by bin of that chance."""
-    sums = [[0, 0.0, 0.0] for _ in range(num_bins)]
-    for of_problem in found:
-        for attempt in of_problem.attempts:
-            if attempt.value is not None and attempt.answer is not None:
-                chance = (attempt.value + 1.0) / 2.0
-                own = sums[min(max(int(chance * num_bins), 0), num_bins - 1)]
-                own[0] += 1
-                own[1] += chance
-                own[2] += attempt.correct
-    return [(int(n), c / n if n else 0.0, r / n if n else 0.0) for n, c, r in sums]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -512,10 +497,10 @@ def summarise(results: Sequence[Result], *, seed: int = 0) -> list[Summary]:
                 budget=budget,
                 accuracy=bootstrap_mean([r.score for r in group], seed=seed),
                 outcomes=dict(Counter(r.outcome for r in group).most_common()),
-                generated_tokens=math.fsum(r.generated_tokens for r in group) / len(group),
-                scored_tokens=math.fsum(r.scored_tokens for r in group) / len(group),
-                seconds=math.fsum(r.seconds for r in group) / len(group),
-                gpu_seconds=math.fsum(gpu) / len(gpu) if gpu else None,
+                generated_tokens=fmean(r.generated_tokens for r in group),
+                scored_tokens=fmean(r.scored_tokens for r in group),
+                seconds=fmean(r.seconds for r in group),
+                gpu_seconds=fmean(gpu) if gpu else None,
             )
         )
     return summaries
@@ -538,80 +523,3 @@ def method_label(method: str, budget: int, top_k: int) -> str:
             return f"mcts, pass@{budget}"
         case _:
             return f"{method}, {budget} traj."
-
-
-# ----------------------------------------------------------------------------------- tables
-
-ANSWER_SCHEMA = pa.schema(
-    [
-        pa.field("benchmark", pa.string(), nullable=False),
-        pa.field("problem_id", pa.string(), nullable=False),
-        pa.field("level", pa.string(), nullable=False),
-        pa.field("gold", pa.string(), nullable=False),
-        pa.field("arm", pa.string(), nullable=False),
-        pa.field("trajectory", pa.int32(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("correct", pa.bool_(), nullable=False),
-        pa.field("verdict", pa.string(), nullable=False),
-        pa.field("value", pa.float64()),
-        pa.field("failure", pa.string()),
-        pa.field("generated_tokens", pa.int64(), nullable=False),
-    ]
-)
-"""answers.parquet: a row for every solution of every arm."""
-
-RESULT_SCHEMA = pa.schema(
-    [
-        pa.field("benchmark", pa.string(), nullable=False),
-        pa.field("problem_id", pa.string(), nullable=False),
-        pa.field("level", pa.string(), nullable=False),
-        pa.field("method", pa.string(), nullable=False),
-        pa.field("budget", pa.int32(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("score", pa.float64(), nullable=False),
-        pa.field("outcome", pa.string(), nullable=False),
-        pa.field("generated_tokens", pa.float64(), nullable=False),
-        pa.field("scored_tokens", pa.float64(), nullable=False),
-        pa.field("seconds", pa.float64(), nullable=False),
-        pa.field("gpu_seconds", pa.float64()),
-    ]
-)
-"""results.parquet: a row for every problem, method and budget; what `--compare` reads."""
-
-
-def answer_rows(
-    problems: Sequence[Problem], arm: Arm, found: Mapping[str, ProblemAttempts]
-) -> Iterator[dict[str, Any]]:
-    """Rows of answers.parquet of one arm; a failed search has one row that says so."""
-    for problem in problems:
-        of_problem = found.get(problem.id)
-        attempts = of_problem.attempts if of_problem is not None else []
-        for attempt in attempts or [_without_answer(0, Failure.SEARCH_FAILED, 0)]:
-            yield {
-                "benchmark": problem.source,
-                "problem_id": problem.id,
-                "level": problem.level.value,
-                "gold": problem.answer,
-                "arm": arm.value,
-                "trajectory": attempt.trajectory,
-                "answer": _storable(attempt.answer),
-                "correct": attempt.correct,
-                "verdict": attempt.verdict,
-                "value": attempt.value,
-                "failure": attempt.failure.value if attempt.failure is not None else None,
-                "generated_tokens": attempt.generated_tokens,
-            }
-
-
-def result_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Rows of results.parquet."""
-    names = RESULT_SCHEMA.names
-    rows = [{name: getattr(result, name) for name in names} for result in results]
-    for row in rows:
-        row["answer"] = _storable(row["answer"])
-    return rows
-
-
-def _storable(text: str | None) -> str | None:
-    """Without lone surrogates, which Arrow cannot hold."""
-    return None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")

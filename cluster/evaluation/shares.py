@@ -1,4 +1,4 @@
-"""Shares of problems solved, per level and over all; fractions of 1."""
+"""Shares of problems solved, per level and over all, fractions of 1; and how they are told."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def shares_by_level(outcomes: Iterable[tuple[str, bool]]) -> dict[str, float | N
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as percent; "-" for None."""
     return "-" if share is None else f"{100 * share:.{digits}f}"
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """`unfinished 12, code failed 3`, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {count:,}" for name, count in ordered) or "none"
 
 
 def problems_by_level(

@@ -18,13 +18,13 @@ The group is made before the replica and removed after it.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -39,41 +39,18 @@ from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
 from cluster.fleet.config import ActorConfig
 from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
-from cluster.fleet.sandbox_worker import SandboxWorkerActor
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
 from cluster.jobs.ray_errors import cause, plain
+from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
 from rollout.engine import EngineError
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
 
-logger = logging.getLogger(__name__)
-
 FINGERPRINT_TOLERANCE = 0.05
 """Largest difference between replicas of one version; half precision passes."""
-
-
-async def as_future(ref: Any) -> Any:
-    """An object reference, or anything else that can be awaited, as a coroutine."""
-    return await ref
-
-
-def actor_options(settings: ActorConfig) -> dict[str, Any]:
-    """What an actor asks of Ray."""
-    options: dict[str, Any] = {"num_cpus": settings.num_cpus}
-    if settings.num_gpus:
-        options["num_gpus"] = settings.num_gpus
-    if settings.resources:
-        options["resources"] = dict(settings.resources)
-    return options
-
-
-def actor_bundle(settings: ActorConfig) -> dict[str, float]:
-    """The same as the bundle of resources that one actor takes."""
-    bundle = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
-    return {name: amount for name, amount in bundle.items() if amount > 0}
 
 
 def near_driver(*, soft: bool = True) -> dict[str, Any]:
@@ -82,32 +59,42 @@ def near_driver(*, soft: bool = True) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
 
 
-def replica_bundles(settings: ActorConfig, ranks: int) -> list[dict[str, float]]:
-    """What each rank of one replica takes: of what the replica reserves, an equal part.
-
-    The first rank also has the CPUs, for the actor that stands beside it. A replica of one rank
-    has one bundle, and one that reserves nothing has none.
-    """
-    shared = {"GPU": settings.num_gpus, **settings.resources}
-    each = {name: amount / ranks for name, amount in shared.items() if amount > 0}
-    first = {"CPU": settings.num_cpus, **each} if settings.num_cpus else dict(each)
-    return [bundle for bundle in (first, *(dict(each) for _ in range(ranks - 1))) if bundle]
-
-
 class RayKind(ActorKind):
+    """What all kinds have in common."""
+
+    actor: Any
+    """The class of the actors, as `ray.remote` makes it."""
     home: Home | None = None
     """Where its actors are found when their driver is gone; None: they end with it."""
 
-    def __init__(self, settings: ActorConfig) -> None:
+    def __init__(self, settings: ActorConfig, *arguments: Any) -> None:
+        """
+        Args:
+            arguments: that each actor is made with.
+        """
         self.settings = settings
+        self._arguments = arguments
 
     def options(self, name: str) -> dict[str, Any]:
         """What an actor asks of Ray."""
-        return actor_options(self.settings) | (self.home.options(name) if self.home else {})
+        return self.settings.ray_options() | (self.home.options(name) if self.home else {})
+
+    def ids(self, name: str) -> dict[str, str]:
+        """What every line carries that an actor logs."""
+        return {}
+
+    def start(self, name: str) -> Any:
+        return self.actor.options(**self.options(name)).remote(*self._arguments)
+
+    async def placed(self, handle: Any) -> None:
+        await handle.pid.remote()
+
+    async def ready(self, handle: Any) -> None:
+        await handle.pid.remote()
 
     def why_pending(self) -> str:
         """What is asked and what the cluster has, in words; "" if one more fits."""
-        ask = Ask(name=self.kind, bundle=actor_bundle(self.settings))
+        ask = Ask(name=self.kind, bundle=self.settings.bundle())
         why = explain([ask], list(nodes.living().values()))
         coming = nodes.starting() if why else {}
         if coming:
@@ -116,10 +103,18 @@ class RayKind(ActorKind):
         return " ".join(why)
 
 
+class BesideDriver(RayKind):
+    """One actor on the machine of the driver, if there is room."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(ActorConfig(), *arguments)
+
+    def options(self, name: str) -> dict[str, Any]:
+        return super().options(name) | near_driver()
+
+
 class EngineKind(RayKind):
     """Replicas that serve a checkpoint."""
-
-    actor: Any
 
     def __init__(self, settings: ActorConfig, engine: EngineConfig) -> None:
         super().__init__(settings)
@@ -134,7 +129,7 @@ class EngineKind(RayKind):
     def options(self, name: str) -> dict[str, Any]:
         """What a replica asks of Ray; one of several ranks gets its placement group here."""
         options = super().options(name)
-        bundles = replica_bundles(self.settings, self.engine.num_ranks)
+        bundles = self.settings.rank_bundles(self.engine.num_ranks)
         if self.engine.num_ranks == 1 or not bundles:
             return options
         group = self._groups[name] = placement_group(
@@ -152,6 +147,9 @@ class EngineKind(RayKind):
             )
         }
 
+    def ids(self, name: str) -> dict[str, str]:
+        return {"replica": name, f"{self.prefix}_version": self.version}
+
     def start(self, name: str) -> Any:
         return self.actor.options(**self.options(name)).remote(
             self.path, self.engine, version=self.version, name=name
@@ -164,12 +162,12 @@ class EngineKind(RayKind):
 
     def why_pending(self) -> str:
         """What is asked and what the cluster has, in words; "" if one more fits."""
-        asks = [
-            Ask(name=f"rank of a {self.kind}", bundle=bundle, count=count)
-            for bundle, count in _counted(replica_bundles(self.settings, self.engine.num_ranks))
-        ]
         if self.engine.num_ranks == 1:
             return super().why_pending()
+        asks = [
+            Ask(name=f"rank of a {self.kind}", bundle=bundle, count=len(list(alike)))
+            for bundle, alike in groupby(self.settings.rank_bundles(self.engine.num_ranks))
+        ]
         return " ".join(explain(asks, list(nodes.living().values())))
 
     async def placed(self, handle: Any) -> None:
@@ -191,7 +189,7 @@ class EngineKind(RayKind):
         path, version = self.path, self.version
         await sync_weights({"it": handle}, path, version)
         fingerprints = await asyncio.gather(
-            *(as_future(one.fingerprint.remote()) for one in (handle, *siblings.values())),
+            *(one.fingerprint.remote() for one in (handle, *siblings.values())),
             return_exceptions=True,
         )
         own, *others = fingerprints
@@ -236,21 +234,12 @@ class SandboxKind(RayKind):
 
     kind = "sandbox worker"
     prefix = "sandbox"
+    actor = SandboxWorkerActor
 
     def __init__(self, settings: ActorConfig, limits: SandboxLimits, isolation: Isolation) -> None:
-        super().__init__(settings)
-        self.limits = limits
-        self.isolation = isolation
+        super().__init__(settings, limits, isolation)
         self.supervisor_restarts: dict[str, int] = {}
         """Of each sandbox worker there ever was, as last heard."""
-
-    def start(self, name: str) -> Any:
-        return SandboxWorkerActor.options(**self.options(name)).remote(
-            limits=self.limits, isolation=self.isolation
-        )
-
-    async def placed(self, handle: Any) -> None:
-        await handle.pid.remote()
 
     async def ready(self, handle: Any) -> None:
         await handle.stats.remote()
@@ -262,11 +251,12 @@ class SandboxKind(RayKind):
         return Look(done=steps, open=stats["running"] + stats["queued"])
 
 
-class CoordinatorKind(RayKind):
+class CoordinatorKind(BesideDriver):
     """The one coordinator; Ray restarts its process, which then reads the store."""
 
     kind = "coordinator"
     prefix = COORDINATOR
+    actor = CoordinatorActor
 
     def __init__(self, root: str, queue: QueueConfig, *, patience_s: float) -> None:
         """
@@ -274,23 +264,14 @@ class CoordinatorKind(RayKind):
             root: of the run's store.
             patience_s: it may be silent so long while it reads the store.
         """
-        super().__init__(ActorConfig())
+        super().__init__(root, queue)
         self.silent_s = patience_s
-        self._root = root
-        self._queue = queue
         self._epoch = ""
         self._heard_s = 0.0
 
     def start(self, name: str) -> Any:
         self._epoch = ""
-        options = self.options(name) | near_driver()
-        return CoordinatorActor.options(**options).remote(self._root, self._queue)
-
-    async def placed(self, handle: Any) -> None:
-        await handle.pid.remote()
-
-    async def ready(self, handle: Any) -> None:
-        await handle.pid.remote()
+        return super().start(name)
 
     async def look(self, name: str, handle: Any) -> Look:
         stats = await handle.stats.remote()
@@ -300,14 +281,14 @@ class CoordinatorKind(RayKind):
         return Look(revived_after_s=away_s)
 
 
-class EndpointKind(RayKind):
+class EndpointKind(BesideDriver):
     """The actor before a completions endpoint, on the machine of the driver; ends with it."""
 
     kind = "endpoint actor"
     prefix = "endpoint"
 
     def __init__(self, endpoint: EndpointConfig, key: str) -> None:
-        super().__init__(ActorConfig())
+        super().__init__()
         self.endpoint = endpoint
         self._key = key
         self.stats: EndpointStats | None = None
@@ -340,26 +321,12 @@ class EndpointKind(RayKind):
         await handle.shutdown.remote()
 
 
-class WatchmanKind(RayKind):
+class WatchmanKind(BesideDriver):
     """The one actor that ends all others when nobody looks at it any more."""
 
     kind = "watchman"
     prefix = WATCHMAN
-
-    def __init__(self, namespace: str, orphan_s: float) -> None:
-        super().__init__(ActorConfig())
-        self._namespace = namespace
-        self._orphan_s = orphan_s
-
-    def start(self, name: str) -> Any:
-        options = self.options(name) | near_driver()
-        return WatchmanActor.options(**options).remote(self._namespace, self._orphan_s)
-
-    async def placed(self, handle: Any) -> None:
-        await handle.pid.remote()
-
-    async def ready(self, handle: Any) -> None:
-        await handle.pid.remote()
+    actor = WatchmanActor
 
     async def look(self, name: str, handle: Any) -> Look:
         await handle.seen.remote()
@@ -396,14 +363,8 @@ class WorkerKind(RayKind):
 
     def start(self, name: str) -> Any:
         worker = self._make(name, self.options(name))
-        self.runs[name] = asyncio.ensure_future(as_future(worker.run.remote()))
+        self.runs[name] = asyncio.ensure_future(worker.run.remote())
         return worker
-
-    async def placed(self, handle: Any) -> None:
-        await handle.pid.remote()
-
-    async def ready(self, handle: Any) -> None:
-        await handle.pid.remote()
 
     async def look(self, name: str, handle: Any) -> Look:
         run = self.runs[name]
@@ -424,7 +385,7 @@ class WorkerKind(RayKind):
 
     async def finish(self, handles: Mapping[str, Any], drain_s: float, limit_s: float) -> bool:
         """Drain workers and take their last reports; True if all of them ended in time."""
-        drains = {n: as_future(h.drain.remote(drain_s)) for n, h in handles.items()}
+        drains = {name: handle.drain.remote(drain_s) for name, handle in handles.items()}
         try:
             async with asyncio.timeout(limit_s):
                 reports = await asyncio.gather(*drains.values(), return_exceptions=True)
@@ -438,23 +399,3 @@ class WorkerKind(RayKind):
             for run in self.runs.values():
                 run.cancel()
         return True
-
-
-def _counted(bundles: list[dict[str, float]]) -> list[tuple[dict[str, float], int]]:
-    """Bundles with the number of their like, in order."""
-    found: list[tuple[dict[str, float], int]] = []
-    for bundle in bundles:
-        if found and found[-1][0] == bundle:
-            found[-1] = (bundle, found[-1][1] + 1)
-        else:
-            found.append((bundle, 1))
-    return found
-
-
-def end_all(handles: Mapping[str, Any]) -> None:
-    """Kill actors; those that are gone are no trouble."""
-    for name, handle in handles.items():
-        try:
-            ray.kill(handle)
-        except RayError as error:
-            logger.info("An actor could not be killed: %s name=%s", error, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,36 @@ class ActorConfig(Config):
     resources: dict[str, float] = Field(
         default_factory=dict, description="custom resources each reserves, as named in the cluster"
     )
+
+    def ray_options(self) -> dict[str, Any]:
+        """What one actor asks of Ray."""
+        options: dict[str, Any] = {"num_cpus": self.num_cpus}
+        if self.num_gpus:
+            options["num_gpus"] = self.num_gpus
+        if self.resources:
+            options["resources"] = dict(self.resources)
+        return options
+
+    def bundle(self) -> dict[str, float]:
+        """The same as the bundle of resources that one actor takes."""
+        bundle = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {name: amount for name, amount in bundle.items() if amount > 0}
+
+    def rank_bundles(self, ranks: int) -> list[dict[str, float]]:
+        """What each rank of one replica takes: of what the replica reserves, an equal part.
+
+        The first rank also has the CPUs, for the actor that stands beside it. A replica of one rank
+        has one bundle, and one that reserves nothing has none.
+        """
+        shared = {"GPU": self.num_gpus, **self.resources}
+        each = {name: amount / ranks for name, amount in shared.items() if amount > 0}
+        first = {"CPU": self.num_cpus, **each} if self.num_cpus else each
+        return [dict(bundle) for bundle in (first, *[each] * (ranks - 1)) if bundle]
+
+    def learner_bundle(self) -> dict[str, float]:
+        """What one rank of a learner group takes, which is at least one CPU."""
+        gpus = {"GPU": self.num_gpus} if self.num_gpus else {}
+        return {**self.resources, **gpus, "CPU": self.num_cpus or 1.0}
 
 
 class CostConfig(Config):

@@ -31,9 +31,9 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from cluster.fleet.membership import Membership, MemberState, SupervisionConfig
+from cluster.fleet.membership import Membership, SupervisionConfig
 from cluster.jobs.ray_errors import cause
-from cluster.machines.scaler import ReplicaLoad, ReplicaState
+from cluster.machines.scaler import MemberState, ReplicaLoad
 from rollout.engine import EngineError
 from rollout.tasks import all_of
 from verifier import SandboxError
@@ -138,7 +138,6 @@ class PoolKeeper:
         note: Callable[[str], None] = lambda text: None,
         tried: Callable[[bool], None] = lambda ready: None,
         made: Callable[[str, Any], None] = lambda name, handle: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -156,7 +155,6 @@ class PoolKeeper:
         self._note = note
         self._tried = tried
         self._made = made
-        self._clock = clock
         self.looks: dict[str, Look] = {}
         """What the last look at each READY member showed."""
         self._handles: dict[str, Any] = {}
@@ -203,24 +201,16 @@ class PoolKeeper:
     @property
     def living(self) -> int:
         """Members that are there to stay, those that are starting included."""
-        staying = (MemberState.STARTING, MemberState.SYNCING, MemberState.READY)
-        return len(self.members.names(*staying))
+        return len(self.members.names()) - len(self.members.names(MemberState.DRAINING))
 
     def loads(self) -> dict[str, ReplicaLoad]:
         """All members as the scaler sees them."""
-        states = {
-            MemberState.READY: ReplicaState.READY,
-            MemberState.DRAINING: ReplicaState.DRAINING,
+        idle = Look()
+        return {
+            name: ReplicaLoad(state=state, load=self.looks.get(name, idle).open)
+            for state in MemberState
+            for name in self.members.names(state)
         }
-        found = {}
-        for name in self.members.names():
-            state = self.members.state(name)
-            assert state is not None
-            look = self.looks.get(name)
-            found[name] = ReplicaLoad(
-                state=states.get(state, ReplicaState.STARTING), load=look.open if look else 0
-            )
-        return found
 
     def resize(self, size: int) -> None:
         """Change how many members there should be; `drain` says who leaves."""
@@ -236,7 +226,7 @@ class PoolKeeper:
             state = self.members.state(name)
             if state in (None, MemberState.DRAINING):
                 continue
-            self.members.drain(name, self._clock())
+            self.members.drain(name)
             if state is MemberState.STARTING:  # it may not even have a process to ask
                 self._lose(name, "not needed any more")
                 continue
@@ -259,7 +249,7 @@ class PoolKeeper:
         Raises:
             EngineError: a living member cannot, or too many died.
         """
-        self.members.want(self.kind.version, self._clock())
+        self.members.want(self.kind.version)
         self._tell()
         async with self._syncing:
             while handles := self._in(MemberState.SYNCING):
@@ -270,7 +260,7 @@ class PoolKeeper:
                         raise
                     continue
                 for name in handles:
-                    self.members.synced(name, self.kind.version, self._clock())
+                    self.members.synced(name, self.kind.version, time.monotonic())
                 break
         self._tell()
         await self.settled()
@@ -295,10 +285,10 @@ class PoolKeeper:
             EngineError: too many members died.
         """
         while True:
-            reason = self.members.hopeless(self._clock())
+            reason = self.members.hopeless(time.monotonic())
             if reason:
                 raise EngineError(reason)
-            for _ in range(self.members.due(self._clock())):
+            for _ in range(self.members.due(time.monotonic())):
                 self._spawn(self._bring_up_again(self._add()))
             self._changed.clear()
             await self._wait()
@@ -311,7 +301,7 @@ class PoolKeeper:
     def _add(self) -> str:
         name = f"{self.kind.prefix}-{self._next}"
         self._next += 1
-        self.members.add(name, self._clock())
+        self.members.add(name, time.monotonic())
         return name
 
     async def _bring_up_again(self, name: str) -> None:
@@ -330,11 +320,11 @@ class PoolKeeper:
             handle = self._handles[name] = self.kind.start(name)
             self._made(name, handle)
             await self._until_ready(name, handle, patient=patient)
-            self.members.started(name, self._clock())
+            self.members.started(name)
             async with self._syncing:
                 while self.members.state(name) is MemberState.SYNCING:
                     version = await self.kind.sync(handle, self.handles)
-                    self.members.synced(name, version, self._clock())
+                    self.members.synced(name, version, time.monotonic())
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -391,17 +381,17 @@ class PoolKeeper:
     async def _watch(self, name: str, handle: Any) -> None:
         """Look at a member until it is lost."""
         done: float | None = None
-        looked_s = self._clock()
+        looked_s = time.monotonic()
         stuck_s = 0.0
         while self._handles.get(name) is handle:
             await asyncio.sleep(self._config.look_s)
             if self.members.state(name) is MemberState.DRAINING:
                 return
             if self.members.state(name) is MemberState.SYNCING:
-                looked_s, stuck_s = self._clock(), 0.0
+                looked_s, stuck_s = time.monotonic(), 0.0
                 continue  # it may be silent while it loads; whoever has it load bounds that
             look = self.looks[name] = await self._look(name, handle)
-            now_s = self._clock()
+            now_s = time.monotonic()
             if look.revived_after_s is not None:
                 self.members.revived(name, "restarted", now_s - look.revived_after_s, now_s)
                 logger.warning("A %s was restarted name=%s", self.kind.kind, name)
@@ -442,7 +432,7 @@ class PoolKeeper:
         if handle is not None:
             with contextlib.suppress(RayError):
                 self.kind.kill(handle)
-        if self.members.lost(name, reason, self._clock()):
+        if self.members.lost(name, reason, time.monotonic()):
             logger.error("A %s is lost: %s name=%s", self.kind.kind, reason, name)
         self.kind.lost(name)
         self._tell()
@@ -460,19 +450,14 @@ class PoolKeeper:
         task.add_done_callback(self._tasks.discard)
 
 
-async def guard(work: Awaitable[T], keepers: Callable[[], list[PoolKeeper]]) -> T:
-    """Await something that a pool of actors is needed for; a pool that is hopeless ends it.
-
-    Raises:
-        EngineError: too many members of a pool died.
-    """
+async def guard(work: Awaitable[T], check: Callable[[], None]) -> T:
+    """Await something that pools of actors are needed for; what `check` raises ends it."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=0.5)
             if not task.done():
-                for keeper in keepers():
-                    keeper.check()
+                check()
         return task.result()
     finally:
         if not task.done():

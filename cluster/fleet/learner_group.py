@@ -38,13 +38,27 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group_table
 
+from cluster.fleet.config import ActorConfig
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
 
 logger = logging.getLogger(__name__)
 
 PLACEMENT_S = 20.0
 """After so long the reason why there is no group yet is looked for."""
+
+MAX_ATTEMPTS = 3
+"""Lives of the group one request may cost."""
+
+MAX_RESTARTS = 20
+"""Lives of the group over its whole use."""
+
+STALL_S = 1800.0
+"""A fit that reports nothing for so long is an error."""
+
+COLLECTIVE_S = 1800
+"""Bound of every torch.distributed operation."""
 
 _TAKE_TIMEOUT_S = 600.0
 _WATCH_TIMEOUT_S = 1.0
@@ -202,47 +216,26 @@ class LearnerGroup:
 
     def __init__(
         self,
-        *,
-        num_workers: int,
-        resources_per_worker: dict[str, float] | None = None,
-        use_gpu: bool = False,
+        settings: ActorConfig,
         storage_path: str | Path,
-        name: str = "learner",
-        max_attempts: int = 3,
-        max_restarts: int = 20,
+        *,
         start_timeout_s: float = 300.0,
-        stall_timeout_s: float = 1800.0,
-        collective_timeout_s: float = 1800.0,
-        threads_per_worker: int = 1,
         why_pending: Callable[[], str] = lambda: "",
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
+            settings: how many ranks, and what each reserves.
+            storage_path: directory for Ray Train's own files, seen by all machines.
+            start_timeout_s: a group not alive by then is an error.
             why_pending: why the ranks find no place, in words; "" if it is not known.
             note: told what a person should know now.
-            resources_per_worker: what each rank reserves of Ray; None: one CPU, or one GPU.
-            storage_path: directory for Ray Train's own files, seen by all machines.
-            max_attempts: lives of the group one request may cost.
-            max_restarts: lives of the group over its whole use.
-            start_timeout_s: a group not alive by then is an error.
-            stall_timeout_s: a fit that reports nothing for so long is an error.
-            collective_timeout_s: bound of every torch.distributed operation.
-            threads_per_worker: CPU threads each rank's libraries start with.
         """
-        if num_workers < 1:
-            raise ValueError(f"num_workers must be >= 1, got {num_workers}")
-        self.num_workers = num_workers
-        self._resources = resources_per_worker or ({"GPU": 1.0} if use_gpu else {"CPU": 1.0})
-        self._use_gpu = use_gpu
+        self.num_workers = settings.replicas
+        self._resources = settings.learner_bundle()
+        self._use_gpu = settings.num_gpus > 0
         self._storage_path = str(Path(storage_path).absolute())
-        self._name = name
-        self._max_attempts = max_attempts
-        self._max_restarts = max_restarts
         self._start_timeout_s = start_timeout_s
-        self._stall_timeout_s = stall_timeout_s
-        self._collective_timeout_s = collective_timeout_s
-        self._threads = threads_per_worker
         self._why_pending = why_pending
         self._note = note
         self._mailbox: Any = None
@@ -254,7 +247,7 @@ class LearnerGroup:
         """Start the group in the background; returns at once."""
         if self._mailbox is not None:
             return
-        self._mailbox = MailboxActor.remote(self._max_attempts)
+        self._mailbox = MailboxActor.remote(MAX_ATTEMPTS)
         self._started_s = time.monotonic()
         self._ended = None
         self._thread = threading.Thread(target=self._run, name="learner-group", daemon=True)
@@ -288,7 +281,7 @@ class LearnerGroup:
         return self._why_pending() if _group_is_pending() else ""
 
     def fit(
-        self, request: FitRequest, on_progress: Callable[[FitProgress], None] | None = None
+        self, request: FitRequest, on_progress: Callable[[FitProgress], None] = lambda report: None
     ) -> FitResult:
         """Run one training run on all ranks and wait for it; starts the group if need be.
 
@@ -310,19 +303,15 @@ class LearnerGroup:
                 raise LearnerError(
                     f"learner group ended during fit {request.fit_id!r}: {lost}"
                 ) from lost
-            if outcome is not None and outcome.result is not None:
-                if on_progress is not None and progress is not None and progress != seen:
-                    on_progress(progress)
-                return outcome.result
-            if outcome is not None:
+            if outcome is not None and outcome.result is None:
                 raise LearnerError(outcome.error)
-            now = time.monotonic()
             if progress is not None and progress != seen:
-                seen, moved = progress, now
-                if on_progress is not None:
-                    on_progress(progress)
-            elif now - moved > self._stall_timeout_s:
-                error = f"fit {request.fit_id!r} reported nothing for {self._stall_timeout_s:.0f} s"
+                seen, moved = progress, time.monotonic()
+                on_progress(progress)
+            if outcome is not None:
+                return outcome.result
+            if time.monotonic() - moved > STALL_S:
+                error = f"fit {request.fit_id!r} reported nothing for {STALL_S:.0f} s"
                 ray.get(self._mailbox.finish.remote(number, Outcome(error=error)))
                 raise LearnerError(error)
 
@@ -366,16 +355,16 @@ class LearnerGroup:
             trainer = Trainer(
                 _train_loop,
                 train_loop_config={"mailbox": self._mailbox},
-                torch_config=train_torch.TorchConfig(timeout_s=int(self._collective_timeout_s)),
+                torch_config=train_torch.TorchConfig(timeout_s=COLLECTIVE_S),
                 scaling_config=train.ScalingConfig(
                     num_workers=self.num_workers,
                     use_gpu=self._use_gpu,
                     resources_per_worker=self._resources,
                 ),
                 run_config=train.RunConfig(
-                    name=f"{self._name}-{uuid.uuid4().hex[:8]}",
+                    name=f"learner-{uuid.uuid4().hex[:8]}",
                     storage_path=self._storage_path,
-                    failure_config=train.FailureConfig(max_failures=self._max_restarts),
+                    failure_config=train.FailureConfig(max_failures=MAX_RESTARTS),
                     logging_config=train.LoggingConfig(log_level="WARNING"),
                     worker_runtime_env={"env_vars": self._environment()},
                 ),
@@ -386,10 +375,7 @@ class LearnerGroup:
             self._ended = error
 
     def _environment(self) -> dict[str, str]:
-        environment = {
-            "OMP_NUM_THREADS": str(self._threads),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         if not self._use_gpu:
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return environment
@@ -445,8 +431,6 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 def _group_is_pending() -> bool:
     """True if a placement group waits: Ray Train asks for the ranks' places by one."""
-    from ray.util.placement_group import placement_group_table
-
     return any(group["state"] == "PENDING" for group in placement_group_table().values())
 
 

@@ -28,13 +28,18 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from rollout.store import RunStore
 
@@ -83,16 +88,10 @@ def namespace_of(root: Path) -> str:
     return f"rstar-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
 
 
-@dataclass(frozen=True, slots=True)
-class FindCoordinator:
-    """Finds the present coordinator of a run from any of its actors."""
-
-    namespace: str
-
-    def __call__(self) -> Any:
-        """Its handle; None while there is none."""
-        names = [name for name in left_over(self.namespace) if name.startswith(COORDINATOR)]
-        return _find(names[-1], self.namespace) if names else None
+def find_coordinator(namespace: str) -> Any:
+    """The present coordinator of a run, from any of its actors; None while there is none."""
+    names = [name for name in left_over(namespace) if name.startswith(COORDINATOR)]
+    return _find(names[-1], namespace) if names else None
 
 
 def left_over(namespace: str) -> list[str]:
@@ -124,11 +123,7 @@ def end_left_over(namespace: str, drain_s: float) -> list[str]:
             logger.warning("%d rollout workers did not drain within %.0f s", len(late), drain_s)
     # First, because a watchman that does this ends with the last of the names.
     remove_groups(namespace)
-    for name, handle in handles.items():
-        try:
-            ray.kill(handle)
-        except RayError as error:
-            logger.info("An actor could not be killed: %s name=%s", error, name)
+    end_all(handles)
     # A name is free for others only when its actor's end has been heard of.
     give_up_s = time.monotonic() + GONE_S
     while left_over(namespace) and time.monotonic() < give_up_s:
@@ -136,14 +131,21 @@ def end_left_over(namespace: str, drain_s: float) -> list[str]:
     return names
 
 
+def end_all(handles: Mapping[str, Any]) -> None:
+    """Kill actors; those that are gone are no trouble."""
+    for name, handle in handles.items():
+        try:
+            ray.kill(handle)
+        except RayError as error:
+            logger.info("An actor could not be killed: %s name=%s", error, name)
+
+
 def remove_groups(namespace: str) -> None:
     """Remove the placement groups of a namespace; what is in them ends."""
-    from ray.util.placement_group import PlacementGroup, placement_group_table
-
     for entry in placement_group_table().values():
         if entry["name"].startswith(f"{namespace}/") and entry["state"] != "REMOVED":
             key = ray.PlacementGroupID(bytes.fromhex(entry["placement_group_id"]))
-            ray.util.remove_placement_group(PlacementGroup(key))
+            remove_placement_group(PlacementGroup(key))
 
 
 def _find(name: str, namespace: str) -> Any:

@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.machines.scaler import MemberState
 
 
 class SupervisionConfig(BaseModel):
@@ -54,27 +55,11 @@ class SupervisionConfig(BaseModel):
     max_backoff_s: float = Field(default=60.0, ge=0, description="longest such pause")
 
 
-class MemberState(StrEnum):
-    """Where a member is in its life."""
-
-    STARTING = "starting"
-    """Asked for; its process may not exist yet."""
-    SYNCING = "syncing"
-    """Running, and on its way to the wanted version."""
-    READY = "ready"
-    DRAINING = "draining"
-    """Given nothing more; ends when it is empty."""
-
-
 @dataclass(slots=True)
 class Member:
     """One actor of a pool that is not dead."""
 
     state: MemberState
-    version: str
-    """Served, or last heard of; "" where there is no such thing."""
-    since_s: float
-    """When the state began."""
     added_s: float
 
 
@@ -134,12 +119,12 @@ class Membership:
         while len(self._gaps) > size:
             self._gaps.pop()
 
-    def want(self, version: str, now_s: float) -> None:
+    def want(self, version: str) -> None:
         """Change what members should serve: nobody is READY until it is `synced`."""
+        if version != self._version:
+            for name in self.ready():
+                self._members[name].state = MemberState.SYNCING
         self._version = version
-        for member in self._members.values():
-            if member.state is MemberState.READY and member.version != version:
-                member.state, member.since_s = MemberState.SYNCING, now_s
 
     def add(self, name: str, now_s: float) -> None:
         """A member was asked for.
@@ -149,32 +134,31 @@ class Membership:
         """
         if name in self._members:
             raise ValueError(f"{self.kind} {name} is a member already")
-        self._members[name] = Member(MemberState.STARTING, "", now_s, now_s)
+        self._members[name] = Member(MemberState.STARTING, now_s)
 
-    def started(self, name: str, now_s: float) -> None:
+    def started(self, name: str) -> None:
         """A member runs; what it serves is not known yet."""
         member = self._members.get(name)
         if member is not None and member.state is MemberState.STARTING:
-            member.state, member.since_s = MemberState.SYNCING, now_s
+            member.state = MemberState.SYNCING
 
     def synced(self, name: str, version: str, now_s: float) -> bool:
         """A member serves a version; True if it may be given work now."""
         member = self._members.get(name)
         if member is None:
             return False
-        member.version = version
         if member.state is MemberState.SYNCING and version == self._version:
-            member.state, member.since_s = MemberState.READY, now_s
+            member.state = MemberState.READY
             if self._gaps:
                 self._away_s += now_s - self._gaps.popleft()
                 self._restarts += 1
         return member.state is MemberState.READY
 
-    def drain(self, name: str, now_s: float) -> None:
+    def drain(self, name: str) -> None:
         """Give a member nothing more."""
         member = self._members.get(name)
         if member is not None:
-            member.state, member.since_s = MemberState.DRAINING, now_s
+            member.state = MemberState.DRAINING
 
     def lost(self, name: str, reason: str, now_s: float) -> bool:
         """A member is dead; True if it was one, and not expected to go."""
@@ -212,11 +196,6 @@ class Membership:
     def size(self) -> int:
         """Members there should be."""
         return self._size
-
-    @property
-    def version(self) -> str:
-        """What members should serve."""
-        return self._version
 
     def state(self, name: str) -> MemberState | None:
         """None: not a member (dead, or never one)."""

@@ -14,18 +14,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from cluster.fleet.keeper import PoolKeeper
-from cluster.fleet.membership import MemberState
 from cluster.fleet.stall import Stall
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.jobs.coordinator import CoordinatorStats, RoundStatus
 from cluster.jobs.queue import JobState
 from cluster.machines import nodes
+from cluster.machines.scaler import MemberState
 from cluster.telemetry import metrics
 from cluster.telemetry.exporter import Exporter, ExporterError, MetricsConfig
 from cluster.telemetry.live import read_live
@@ -40,6 +39,14 @@ ANSWER_S = 2.0
 """A replica that has not said how it is by then is left out of this look."""
 
 ENGINES = ("policy", "ppm")
+LEASE_EVENTS = (
+    *("granted", "adopted"),
+    *("completed", "released", "failed", "expired", "superseded"),
+)
+
+
+PRESENT = (metrics.ENGINE_RUNNING, metrics.ENGINE_WAITING, metrics.KV_USED, metrics.ENGINE_MEMORY)
+"""What a replica that is gone has no value of any more."""
 
 
 class Meter:
@@ -182,7 +189,7 @@ class Meter:
 
     def _look_at_run(self) -> None:
         out = self._exporter
-        live = read_live(Path(self._folder.root))
+        live = read_live(self._folder.root)
         if live is not None:
             now = live.progress
             out.clear(metrics.STAGE)
@@ -243,12 +250,7 @@ class Meter:
             asyncio.gather(*(_ask(handle, "stats") for handle in asked.values())),
             asyncio.gather(*(_ask(handle, "pressure") for handle in asked.values())),
         )
-        for metric in (
-            metrics.ENGINE_RUNNING,
-            metrics.ENGINE_WAITING,
-            metrics.KV_USED,
-            metrics.ENGINE_MEMORY,
-        ):
+        for metric in PRESENT:
             out.clear(metric)
         for (pool, name), stat, pressure in zip(asked, stats, pressures, strict=True):
             where = {"pool": pool, "replica": name}
@@ -287,15 +289,7 @@ class Meter:
             stats: CoordinatorStats | None = await _ask(handle, "stats")
             if stats is not None:
                 leases = stats.leases
-                for event in (
-                    "granted",
-                    "adopted",
-                    "completed",
-                    "released",
-                    "failed",
-                    "expired",
-                    "superseded",
-                ):
+                for event in LEASE_EVENTS:
                     self._exporter.set(metrics.LEASES, getattr(leases, event), event=event)
 
     async def _look_at_nodes(self) -> None:

@@ -90,10 +90,6 @@ class StallDetector:
             known.moved_s = now_s
         known.done, known.open, known.waits_on, known.heard_s = done, open, waits_on, now_s
 
-    def forget(self, stage: str) -> None:
-        """A stage has ended; harmless if it is not known."""
-        self._stages.pop(stage, None)
-
     def stalls(self, now_s: float) -> list[Stall]:
         """Stages with work and without progress for `after_s`: causes first, then the longest."""
         stalled = {
@@ -101,11 +97,7 @@ class StallDetector:
             for name, stage in self._stages.items()
             if stage.open and now_s - stage.moved_s >= self.after_s
         }
-        causes = {name: _cause(name, stalled) for name in stalled}
-        victims: dict[str, list[str]] = {name: [] for name in stalled}
-        for name in stalled:
-            for on in _chain(name, stalled)[1:]:
-                victims[on].append(name)
+        chains = {name: _chain(name, stalled) for name in stalled}
         found = [
             Stall(
                 stage=name,
@@ -114,8 +106,8 @@ class StallDetector:
                 done=stage.done,
                 open=stage.open,
                 waits_on=stage.waits_on,
-                cause=causes[name],
-                victims=tuple(sorted(victims[name])),
+                cause=chains[name][-1],
+                victims=tuple(sorted(n for n, chain in chains.items() if name in chain[1:])),
             )
             for name, stage in stalled.items()
         ]
@@ -128,7 +120,3 @@ def _chain(name: str, stalled: dict[str, _Stage]) -> list[str]:
     while (on := stalled[chain[-1]].waits_on) in stalled and on not in chain:
         chain.append(on)
     return chain
-
-
-def _cause(name: str, stalled: dict[str, _Stage]) -> str:
-    return _chain(name, stalled)[-1]

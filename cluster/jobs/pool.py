@@ -143,18 +143,11 @@ class ReplicaPool:
         handles = {name: replica.handle for name, replica in self._replicas.items()}
         return (type(self), (handles, self.config))
 
-    def add(self, name: str, handle: Any) -> None:
-        """Let a replica take requests from now on; a known name gets the new handle."""
-        self._replicas[name] = _Replica(name, handle)
-        self._wake_all()
-
-    def remove(self, name: str) -> None:
-        """Send a replica nothing more; requests it has are awaited by their callers."""
-        self._replicas.pop(name, None)
-        self._wake_all()
-
     def set_replicas(self, handles: Mapping[str, Any], revision: int) -> None:
         """Let exactly these replicas take requests from now on.
+
+        Those that leave are sent nothing more; requests they have are awaited by their callers. A
+        known name may come with a new handle.
 
         Args:
             revision: of this list, growing; one that comes after a later one is ignored.
@@ -162,12 +155,14 @@ class ReplicaPool:
         if revision <= self._revision:
             return
         self._revision = revision
-        for name in [name for name in self._replicas if name not in handles]:
-            self.remove(name)
-        for name, handle in handles.items():
-            known = self._replicas.get(name)
-            if known is None or known.handle != handle:
-                self.add(name, handle)
+        known = self._replicas
+        self._replicas = {
+            name: known[name]
+            if name in known and known[name].handle == handle
+            else _Replica(name, handle)
+            for name, handle in handles.items()
+        }
+        self._wake_all()
 
     async def call(self, method: str, *arguments: Any, key: str = "") -> tuple[Any, str]:
         """Call a method on some replica; returns its result and the replica's name.

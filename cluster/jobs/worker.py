@@ -9,8 +9,8 @@
 
 There is no barrier: the slots for open trees are shared by all open shards, and a new lease is
 taken as soon as a slot would stay empty. Their number follows the policy engines, up to
-`max_open_trees` (`cluster.admission`). A worker that is told there is no job asks again after a
-pause that doubles, so that a thousand idle ones do not keep the coordinator busy. Problems of a
+`max_open_trees` (`cluster.jobs.admission`). A worker that is told there is no job asks again after
+a pause that doubles, so that a thousand idle ones do not keep the coordinator busy. Problems of a
 shard do not depend on each other, nor on what else the worker runs.
 
 Whether a shard is done is decided in the store (`TrajectoryStore.commit`). The worker then reports

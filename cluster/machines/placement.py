@@ -32,13 +32,11 @@ class Ask:
     bundle: Mapping[str, float]
     """Resources of one, as {"GPU": 1, "CPU": 2}; zeros are ignored."""
     count: int = 1
-    same_node: bool = False
-    """True: all of them on one node (STRICT_PACK, as tensor parallelism wants it)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeResources:
-    """A living node, or one that the autoscaler could add."""
+    """A living node."""
 
     name: str
     total: Mapping[str, float]
@@ -46,102 +44,69 @@ class NodeResources:
     """Not held by anybody now."""
 
 
-def explain(
-    asks: Sequence[Ask],
-    nodes: Sequence[NodeResources],
-    *,
-    addable: Sequence[tuple[NodeResources, int]] = (),
-) -> list[str]:
-    """Sentences that say why not all of `asks` can be placed now; empty if they can.
-
-    Args:
-        addable: node types the autoscaler may add and how many more of each; `free` is ignored.
-    """
-    units = [(ask, bundle, number) for ask in asks for bundle, number in _units(ask)]
-    if not units or _place(units, [dict(node.free) for node in nodes]) == {}:
+def explain(asks: Sequence[Ask], nodes: Sequence[NodeResources]) -> list[str]:
+    """Sentences that say why not all of `asks` can be placed now; empty if they can."""
+    asks = [ask for ask in asks if ask.count > 0 and _needs(ask)]
+    if not _place(asks, [node.free for node in nodes]):
         return []
-    coming = [kind for kind, number in addable for _ in range(number)]
-    everything = [*nodes, *coming]
     sentences = []
     impossible = set()
-    for ask, bundle, _ in units:
-        reason = _never(ask, bundle, everything)
+    for ask in asks:
+        reason = _never(ask, nodes)
         if reason:
             impossible.add(ask.name)
             sentences.append(reason)
-    possible = [unit for unit in units if unit[0].name not in impossible]
-    if missing := _place(possible, [dict(node.total) for node in everything]):
+    possible = [ask for ask in asks if ask.name not in impossible]
+    if missing := _place(possible, [node.total for node in nodes]):
         sentences += [
             f"{_asked(ask)}: {_fit(ask.count - num)} beside the rest of what is asked, by first "
-            f"fit; {_has(ask.bundle, everything)}."
-            for ask, num in _missing(possible, missing)
+            f"fit; {_has(ask.bundle, nodes)}."
+            for ask, num in missing
         ]
-    elif missing := _place(possible, [dict(node.total) for node in nodes]):
-        kinds = ", ".join(f"{number} x {kind.name}" for kind, number in addable)
-        sentences += [
-            f"{_asked(ask)}: {num} of them wait for new nodes; the autoscaler may add {kinds}."
-            for ask, num in _missing(possible, missing)
-        ]
-    elif missing := _place(possible, [dict(node.free) for node in nodes]):
+    elif missing := _place(possible, [node.free for node in nodes]):
         sentences += [
             f"{_asked(ask)}: {num} of them wait until others give back what they hold; "
             f"{_has(ask.bundle, nodes, free=True)}."
-            for ask, num in _missing(possible, missing)
+            for ask, num in missing
         ]
     return sentences
 
 
-Unit = tuple[Ask, Mapping[str, float], int]
-"""What must lie on one node, how often, and for whom."""
+def _needs(ask: Ask) -> dict[str, float]:
+    return {name: amount for name, amount in ask.bundle.items() if amount > 0}
 
 
-def _units(ask: Ask) -> list[tuple[Mapping[str, float], int]]:
-    bundle = {name: amount for name, amount in ask.bundle.items() if amount > 0}
-    if not bundle or ask.count < 1:
-        return []
-    if ask.same_node:
-        return [({name: amount * ask.count for name, amount in bundle.items()}, 1)]
-    return [(bundle, ask.count)]
-
-
-def _place(units: Sequence[Unit], room: list[dict[str, float]]) -> dict[int, int]:
-    """First fit, the largest first; how many of each unit (by position) found no room."""
-    missing: dict[int, int] = {}
+def _place(asks: Sequence[Ask], room: Sequence[Mapping[str, float]]) -> list[tuple[Ask, int]]:
+    """First fit, the largest first; those that found no room and how many of each."""
+    left_in = [dict(node) for node in room]
     total: Counter[str] = Counter()
-    for node in room:
+    for node in left_in:
         total.update(node)
     # A GPU of four weighs more than two CPUs of sixty-four.
     order = sorted(
-        range(len(units)),
-        key=lambda i: -max(amount / (total[name] or 1) for name, amount in units[i][1].items()),
+        range(len(asks)),
+        key=lambda i: -max(n / (total[name] or 1) for name, n in _needs(asks[i]).items()),
     )
+    missing: dict[int, int] = {}
     for position in order:
-        _, bundle, number = units[position]
-        left = number
-        for node in room:
+        bundle, left = _needs(asks[position]), asks[position].count
+        for node in left_in:
             while left and _fits(bundle, node):
                 for name, amount in bundle.items():
                     node[name] -= amount
                 left -= 1
         if left:
             missing[position] = left
-    return missing
+    return [(ask, missing[position]) for position, ask in enumerate(asks) if position in missing]
 
 
 def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
     return all(node.get(name, 0.0) + ROUNDING >= amount for name, amount in bundle.items())
 
 
-def _missing(units: Sequence[Unit], missing: Mapping[int, int]) -> list[tuple[Ask, int]]:
-    return [
-        (unit[0], unit[0].count if unit[0].same_node else missing[position])
-        for position, unit in enumerate(units)
-        if position in missing
-    ]
-
-
-def _never(ask: Ask, bundle: Mapping[str, float], nodes: Sequence[NodeResources]) -> str:
+def _never(ask: Ask, nodes: Sequence[NodeResources]) -> str:
     """Why even an empty cluster could not hold one of them; "" if it could."""
+    bundle = _needs(ask)
     if any(_fits(bundle, node.total) for node in nodes):
         return ""
     if not nodes:
@@ -153,7 +118,6 @@ def _never(ask: Ask, bundle: Mapping[str, float], nodes: Sequence[NodeResources]
             f"{_asked(ask)}: no node has {' or '.join(absent)}; "
             f"the cluster has {', '.join(name for name in known if ':' not in name)}."
         )
-    whole = "all of them on one node, " if ask.same_node and ask.count > 1 else ""
     largest = {name: max(nodes, key=lambda node: node.total.get(name, 0.0)) for name in bundle}
     short = [name for name in bundle if not _fits({name: bundle[name]}, largest[name].total)]
     if short:
@@ -162,10 +126,10 @@ def _never(ask: Ask, bundle: Mapping[str, float], nodes: Sequence[NodeResources]
             f"({largest[name].name})"
             for name in short
         )
-        return f"{_asked(ask)}: {whole}{_amounts(bundle)} on one node is asked, {most}."
+        return f"{_asked(ask)}: {_amounts(bundle)} on one node is asked, {most}."
     return (
-        f"{_asked(ask)}: {whole}{_amounts(bundle)} on one node is asked; each is there, but on no "
-        f"node together."
+        f"{_asked(ask)}: {_amounts(bundle)} on one node is asked; each is there, but on no node "
+        "together."
     )
 
 

@@ -91,20 +91,23 @@ class ScalerConfig(BaseModel):
         return self
 
 
-class ReplicaState(StrEnum):
-    """What the scaler has to know of a replica; one that is dead is not reported any more."""
+class MemberState(StrEnum):
+    """Where a member of a pool is in its life; one that is dead has none."""
 
     STARTING = "starting"
-    """Asked for, starting or loading weights."""
+    """Asked for; its process may not exist yet."""
+    SYNCING = "syncing"
+    """Running, and on its way to the wanted version."""
     READY = "ready"
     DRAINING = "draining"
+    """Given nothing more; ends when it is empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
     """One replica that is not dead."""
 
-    state: ReplicaState
+    state: MemberState
     load: int = 0
     """Units in its hands."""
 
@@ -165,8 +168,8 @@ class _Pool:
     def rate(self) -> float | None:
         return self.units / self.replica_s if self.replica_s > 0 and self.units > 0 else None
 
-    def count(self, *states: ReplicaState) -> int:
-        return sum(replica.state in states for replica in self.replicas.values())
+    def count(self, state: MemberState) -> int:
+        return sum(replica.state is state for replica in self.replicas.values())
 
 
 class Scaler:
@@ -197,7 +200,7 @@ class Scaler:
     ) -> None:
         """Take note of a pool's work and of all its replicas that are not dead."""
         state = self._pools[pool]
-        ready = state.count(ReplicaState.READY)
+        ready = state.count(MemberState.READY)
         if state.observed_s is not None and state.busy and ready:
             passed_s = now_s - state.observed_s
             served = load.served - state.load.served
@@ -207,7 +210,7 @@ class Scaler:
                 state.replica_s = state.replica_s * decay + ready * passed_s
         state.load, state.replicas, state.observed_s = load, dict(replicas), now_s
         # Only a pool that lacks no work shows how fast its replicas are.
-        ready = state.count(ReplicaState.READY)
+        ready = state.count(MemberState.READY)
         full = load.in_service >= ready * state.config.slots * state.config.hysteresis
         state.busy = load.waiting > 0 or full
 
@@ -235,7 +238,7 @@ class Scaler:
         bundles: list[Mapping[str, float]] = list(self._reserved)
         for name, pool in self._pools.items():
             reason = self._move(pool, now_s)
-            living = pool.count(ReplicaState.STARTING, ReplicaState.READY)
+            living = len(pool.replicas) - pool.count(MemberState.DRAINING)
             start = max(0, pool.target - living)
             if start and now_s < pool.starts_after_s:
                 start = 0
@@ -249,7 +252,7 @@ class Scaler:
                 drain=_emptiest(pool.replicas, living - pool.target),
                 reason=reason,
             )
-            if pool.target > pool.count(ReplicaState.READY):
+            if pool.target > pool.count(MemberState.READY):
                 # Those that still drain hold their nodes: the missing ones need others.
                 bundles += [pool.bundle] * max(pool.target, len(pool.replicas))
         return ScaleDecision(pools=decisions, bundles=tuple(bundles))
@@ -306,8 +309,8 @@ def _emptiest(replicas: Mapping[str, ReplicaLoad], count: int) -> tuple[str, ...
     """The replicas to give up: those that have not started, then the ones with least to do."""
     if count <= 0:
         return ()
-    living = [(n, r) for n, r in replicas.items() if r.state is not ReplicaState.DRAINING]
-    living.sort(key=lambda item: (item[1].state is ReplicaState.READY, item[1].load, item[0]))
+    living = [(n, r) for n, r in replicas.items() if r.state is not MemberState.DRAINING]
+    living.sort(key=lambda item: (item[1].state is MemberState.READY, item[1].load, item[0]))
     return tuple(name for name, _ in living[:count])
 
 

@@ -130,7 +130,9 @@ class SpotWatcher:
                     found = await self._poll(session, self.cloud)
                 except _FAILURES as error:
                     if not failing:
-                        logger.warning("The metadata service fails: %s", _describe(error))
+                        logger.warning(
+                            "The metadata service fails: %s: %s", type(error).__name__, error
+                        )
                     failing, found = True, {}
                 else:
                     failing = False
@@ -170,11 +172,12 @@ class SpotWatcher:
 
     async def _poll(self, session: aiohttp.ClientSession, cloud: Cloud) -> dict[str, SpotNotice]:
         """Notices that stand now, by what tells one event from another."""
-        if cloud is Cloud.AWS:
-            return await self._poll_aws(session)
-        if cloud is Cloud.GCP:
-            return await self._poll_gcp(session)
-        return await self._poll_azure(session)
+        polls = {
+            Cloud.AWS: self._poll_aws,
+            Cloud.GCP: self._poll_gcp,
+            Cloud.AZURE: self._poll_azure,
+        }
+        return await polls[cloud](session)
 
     # -- AWS
 
@@ -196,7 +199,7 @@ class SpotWatcher:
             found[f"{action.get('action')} {action.get('time')}"] = SpotNotice(
                 cloud=Cloud.AWS,
                 reason=str(action.get("action")),
-                deadline_s=_iso_time(action.get("time")),
+                deadline_s=_time(action.get("time"), datetime.fromisoformat),
             )
         if await self._aws(session, "events/recommendations/rebalance") is not None:
             found["rebalance"] = SpotNotice(cloud=Cloud.AWS, reason="rebalance", deadline_s=None)
@@ -255,7 +258,7 @@ class SpotWatcher:
                     cloud=Cloud.AZURE,
                     reason=kind,
                     # An event that has begun has no time any more.
-                    deadline_s=_http_time(starts) if starts else self._clock(),
+                    deadline_s=_time(starts, parsedate_to_datetime) if starts else self._clock(),
                 )
         return found
 
@@ -293,21 +296,10 @@ def _document(what: str, status: int, text: str) -> dict[str, Any]:
     return parsed
 
 
-def _iso_time(text: Any) -> float:
+def _time(text: Any, read: Callable[[str], datetime]) -> float:
+    """Unix time; UTC where no zone is named."""
     try:
-        when = datetime.fromisoformat(str(text))
+        when = read(str(text))
     except ValueError as error:
         raise MetadataError(f"not a time: {text!r}") from error
     return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-
-
-def _http_time(text: Any) -> float:
-    try:
-        when = parsedate_to_datetime(str(text))
-    except ValueError as error:
-        raise MetadataError(f"not a time: {text!r}") from error
-    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

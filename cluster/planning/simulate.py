@@ -29,29 +29,29 @@ other than `commit_s`, start-up of the workers' processes, weights of a new roun
 from __future__ import annotations
 
 import heapq
-import json
 import math
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from rich.console import Console
-from rich.table import Table
 
 from cluster.jobs.audit import audit_round
 from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.queue import Lease, QueueConfig, StagePlan
-from cluster.machines.scaler import PoolLoad, ReplicaLoad, ReplicaState, Scaler, ScalerConfig
-from cluster.planning.latency import DEFAULT_CURVE, LatencyCurve
+from cluster.machines.scaler import MemberState, PoolLoad, ReplicaLoad, Scaler, ScalerConfig
+from cluster.planning.latency import LatencyCurve
+from cluster.planning.modelled_replica import ModelledReplica, ModelledShard
 from cluster.planning.simulated_store import PROTOCOL, DictFileSystem, RacingStore
+from cluster.planning.simulation_figures import SimulationConfig, SimulationReport
 from rollout.problem import Level, Problem
 from rollout.prompt import Step, StepKind
 from rollout.store import TrajectoryStore
 from rollout.tree import Node, Terminal, Tree, backup, expand
+
+_PROGRESS = WorkerProgress()
+_ANSWER = Step(kind=StepKind.ANSWER, text="simulated", answer="1")
 
 ROUND, STAGE, POOL = 1, "base", "policy"
 SCALE_INTERVAL_S = 10.0
@@ -59,213 +59,11 @@ DRAIN_MARGIN_S = 10.0
 """How long before its end a replica with a notice stops its open trees and commits."""
 
 
-class SimulationConfig(BaseModel):
-    """What is simulated; the defaults are the paper's problem set on 1,024 spot GPUs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    num_problems: int = Field(
-        default=747_000, ge=1, description="problems to search, one tree each"
-    )
-    num_replicas: int = Field(default=1024, ge=1, description="replicas wanted, and at most")
-    min_replicas: int | None = Field(
-        default=None, ge=1, description="what the scaler may shrink to; null: num_replicas"
-    )
-    shard_size: int = Field(default=16, ge=1, description="problems per job")
-    max_open_trees: int = Field(default=24, ge=1, description="trees open at one replica")
-    requests_per_tree: float = Field(
-        default=5.5,
-        gt=0,
-        description="policy requests an open tree has in flight on average: of 8 candidates the "
-        "shorter ones end first",
-    )
-    tokens_per_problem: float = Field(
-        default=36_000.0,
-        gt=0,
-        description="generated tokens of a mean tree: 57 expansions (16 rollouts) x 8 candidates "
-        "x 80 tokens",
-    )
-    level_factors: tuple[float, ...] = Field(
-        default=(0.6, 1.0, 1.45),
-        min_length=1,
-        description="tokens of a problem's level against each other, levels equally frequent, "
-        "easiest first; as GSM8K, MATH and Olympiad in the paper's Table 9",
-    )
-    hardest_first: bool = Field(
-        default=True, description="search hard levels first, so that the last trees are short"
-    )
-    tokens_sigma: float = Field(
-        default=0.4, ge=0, description="sigma of log(tokens of a tree) within a level"
-    )
-    tokens_limit: float = Field(
-        default=4.0, ge=1, description="a tree's budget: so many times the mean of its level"
-    )
-    straggler_share: float = Field(default=0.01, ge=0, le=1, description="trees that need more")
-    straggler_factor: float = Field(
-        default=3.0,
-        ge=1,
-        description="how much more they need; as AIME against MATH in the same table",
-    )
-    slow_share: float = Field(default=0.02, ge=0, le=1, description="replicas that are slow")
-    slow_factor: float = Field(default=0.7, gt=0, le=1, description="speed of a slow replica")
-    lost_per_hour: float = Field(default=0.05, ge=0, lt=1, description="replicas lost in an hour")
-    notice_share: float = Field(default=0.5, ge=0, le=1, description="losses with a notice")
-    notice_s: float = Field(default=120.0, ge=0, description="time from notice to loss")
-    zombie_share: float = Field(
-        default=0.2, ge=0, le=1, description="losses without notice that are only cut off"
-    )
-    zombie_s: float = Field(default=600.0, ge=0, description="how long a zombie goes on")
-    detect_s: float = Field(default=15.0, ge=0, description="time until a loss is noticed")
-    node_start_s: float = Field(default=120.0, ge=0, description="from request to a running node")
-    engine_start_s: float = Field(default=90.0, ge=0, description="from node to a serving engine")
-    coordinator_kill_s: float = Field(
-        default=3600.0, ge=0, description="time between kills of the coordinator; 0: never"
-    )
-    coordinator_down_s: float = Field(default=20.0, ge=0, description="how long it is away then")
-    lease_s: float = Field(default=600.0, gt=0, description="lease time of a job")
-    renew_s: float = Field(default=30.0, gt=0, description="pause between renewals")
-    poll_s: float = Field(default=5.0, gt=0, description="pause after no job was left")
-    checkpoint_s: float | None = Field(
-        default=60.0,
-        gt=0,
-        description="trees in work are stored so often, and when a replica leaves by a notice; "
-        "whoever gets the problem goes on with them. null: searched again from the root",
-    )
-    commit_s: float = Field(default=0.5, ge=0, description="time a commit takes")
-    solve_rate: float = Field(default=0.78, ge=0, le=1, description="problems solved")
-    price_per_hour: float = Field(default=1.5, ge=0, description="dollars per replica-hour")
-    seed: int = Field(default=0, description="of every random choice")
-
-    @model_validator(mode="after")
-    def _bounds(self) -> SimulationConfig:
-        if self.min_replicas is not None and self.min_replicas > self.num_replicas:
-            raise ValueError(
-                f"min_replicas must be <= num_replicas, got {self.min_replicas} > "
-                f"{self.num_replicas}"
-            )
-        return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationReport:
-    """What came of it; `DEFINITIONS` says how each figure is made."""
-
-    makespan_s: float
-    ideal_s: float
-    scaling_efficiency: float
-    efficiency_of_constant: float
-    utilisation: float
-    mean_replicas: float
-    lost: int
-    doubled: int
-    unexpected: int
-    quarantined: int
-    committed: int
-    solved: int
-    lost_work: float
-    generated_tokens: float
-    replicas_started: int
-    replicas_lost: int
-    notices: int
-    zombies: int
-    zombie_commits: int
-    races: int
-    commits_refused: int
-    coordinator_kills: int
-    leases_granted: int
-    leases_expired: int
-    replica_hours: float
-    dollars: float
-    dollars_per_solved: float
-    wall_s: float
-
-
-DEFINITIONS = {
-    "makespan_s": "virtual seconds from the first request for replicas to the last completion",
-    "ideal_s": "committed tokens / (num_replicas * full speed): all replicas there from the start, "
-    "never idle, nothing lost",
-    "scaling_efficiency": "committed tokens / tokens the available replicas could have generated, "
-    "i.e. the sum over replicas of (first served -> lost, drained or end of the run) * own speed "
-    "* full speed; full speed = curve(max_open_trees * requests_per_tree)",
-    "efficiency_of_constant": "ideal_s / makespan_s: start-up and the gaps after losses count too",
-    "utilisation": "generated tokens, lost ones included / the same denominator as "
-    "scaling_efficiency",
-    "mean_replicas": "available replica-seconds / makespan_s",
-    "lost": "trees planned, neither committed nor quarantined, by the audit of all committed rows",
-    "doubled": "trees committed more than once, by the same audit",
-    "unexpected": "trees committed that were not planned, by the same audit",
-    "quarantined": "problems set aside because all leases of their job ended badly",
-    "committed": "trees in the sealed round",
-    "solved": "committed trees with a correct answer (drawn with solve_rate)",
-    "lost_work": "generated tokens that are in no committed tree / generated tokens",
-    "generated_tokens": "of all replicas, zombies included",
-    "replicas_started": "asked for by the scaler, the first ones included",
-    "replicas_lost": "with and without notice; the scaler's own drains do not count",
-    "notices": "losses that were announced notice_s before",
-    "zombies": "losses after which the process went on, cut off from the coordinator",
-    "zombie_commits": "commits tried by zombies",
-    "races": "zombie commits placed between a rival's data file and its marker",
-    "commits_refused": "commits that found the shard committed by another",
-    "coordinator_kills": "times it was rebuilt from the store",
-    "leases_granted": "by the last coordinator",
-    "leases_expired": "by the last coordinator, lost workers included",
-    "replica_hours": "from a running node (engine start included) to its end",
-    "dollars": "replica_hours * price_per_hour",
-    "dollars_per_solved": "dollars / solved",
-    "wall_s": "real seconds this simulation took",
-}
-
-
-@dataclass(slots=True)
-class _Shard:
-    lease: Lease
-    todo: int
-    """Trees that have not ended."""
-    done: list[int] = field(default_factory=list)
-    """Problem numbers of the trees that have."""
-    committing: bool = False
-
-
-@dataclass(slots=True)
-class _Replica:
-    """One engine and its worker."""
-
-    name: str
-    asked_s: float
-    speed: float
-    state: ReplicaState = ReplicaState.STARTING
-    ready_s: float = math.inf
-    ended_s: float = math.inf
-    cut_off: bool = False
-    """A zombie: it reaches the store, and not the coordinator."""
-    draining: bool = False
-    polls: bool = False
-    shards: dict[str, _Shard] = field(default_factory=dict)
-    queue: list[tuple[_Shard, int]] = field(default_factory=list)
-    """(shard, problem number) that wait for a slot, the next one last."""
-    trees: list[tuple[float, int, _Shard]] = field(default_factory=list)
-    """Heap of (tokens per tree at which it ends, problem number, shard)."""
-    per_tree: float = 0.0
-    """Tokens each open tree would have had, had it been open all the time."""
-    per_tree_s: float = 0.0
-    """How fast `per_tree` grows now."""
-    updated_s: float = 0.0
-    version: int = 0
-    """Of the finish event that counts."""
-    generated: float = 0.0
-
-    @property
-    def dead(self) -> bool:
-        return self.ended_s < math.inf
-
-
 class Simulation:
     """One round at virtual time; see the module."""
 
-    def __init__(
-        self, config: SimulationConfig | None = None, curve: LatencyCurve = DEFAULT_CURVE
-    ) -> None:
-        self.config = config = config or SimulationConfig()
+    def __init__(self, config: SimulationConfig, curve: LatencyCurve) -> None:
+        self.config = config
         self.now_s = 0.0
         self._random = random.Random(config.seed)
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -299,27 +97,21 @@ class Simulation:
                 )
             }
         )
-        self._replicas: dict[str, _Replica] = {}
+        self._replicas: dict[str, ModelledReplica] = {}
         """All that were ever asked for."""
-        self._seen: dict[str, _Replica] = {}
+        self._seen: dict[str, ModelledReplica] = {}
         """Those the scaler does not know to be dead."""
-        self._held: dict[str, list[_Replica]] = {}
+        self._held: dict[str, list[ModelledReplica]] = {}
         """Who works on a job, zombies included."""
-        self._ambushes: dict[str, tuple[_Replica, _Shard]] = {}
+        self._ambushes: dict[str, tuple[ModelledReplica, ModelledShard]] = {}
         """Commits of zombies that wait for a rival's, by job."""
         self._coordinator: Coordinator | None = self._new_coordinator()
         self._up_s = 0.0
         self._finished_s = math.inf
-        self._counts = dict.fromkeys(
-            ("lost", "notices", "zombies", "zombie_commits", "races", "refused", "kills"), 0
-        )
+        self._counts = Counter[str]()
 
-    def run(self, on_progress: Callable[[float, int], None] | None = None) -> SimulationReport:
-        """Simulate until the round is finished, seal and audit it.
-
-        Args:
-            on_progress: called now and then with (virtual seconds, committed problems).
-        """
+    def run(self) -> SimulationReport:
+        """Simulate until the round is finished, seal and audit it."""
         began_s = time.perf_counter()
         config = self.config
         coordinator = self._coordinator
@@ -335,7 +127,7 @@ class Simulation:
                     seed=config.seed,
                 )
             )
-            self._at(0.0, self._scale, on_progress)
+            self._at(0.0, self._scale)
             if config.coordinator_kill_s:
                 self._at(config.coordinator_kill_s, self._kill_coordinator)
             while self._finished_s == math.inf:
@@ -375,7 +167,7 @@ class Simulation:
 
     def _kill_coordinator(self) -> None:
         self._coordinator = None
-        self._counts["kills"] += 1
+        self._counts["coordinator_kills"] += 1
         self._up_s = self.now_s + self.config.coordinator_down_s
         self._at(self._up_s, self._restart_coordinator)
 
@@ -403,7 +195,7 @@ class Simulation:
         if coordinator is not None:
             coordinator.release(lease.job.id, lease.id)
 
-    def _forget(self, replica: _Replica) -> None:
+    def _forget(self, replica: ModelledReplica) -> None:
         coordinator = self._or_later(self._forget, replica)
         if coordinator is not None:
             self._seen.pop(replica.name, None)
@@ -411,14 +203,12 @@ class Simulation:
 
     # -- scaler
 
-    def _scale(self, on_progress: Callable[[float, int], None] | None) -> None:
-        self._at(self.now_s + SCALE_INTERVAL_S, self._scale, on_progress)
+    def _scale(self) -> None:
+        self._at(self.now_s + SCALE_INTERVAL_S, self._scale)
         if self._coordinator is None:
             return
         stage = self._coordinator.status(ROUND).stages[STAGE]
         pending, leased, done, failed = stage.counts.problems.values()
-        if on_progress is not None:
-            on_progress(self.now_s, done)
         self._scaler.observe(
             POOL,
             self.now_s,
@@ -437,7 +227,7 @@ class Simulation:
     def _start_replica(self) -> None:
         config = self.config
         slow = self._random.random() < config.slow_share
-        replica = _Replica(
+        replica = ModelledReplica(
             name=f"replica-{len(self._replicas)}",
             asked_s=self.now_s,
             speed=config.slow_factor if slow else 1.0,
@@ -449,10 +239,10 @@ class Simulation:
             hazard = -math.log(1 - config.lost_per_hour) / 3600.0
             self._at(self.now_s + self._random.expovariate(hazard), self._lose, replica)
 
-    def _ready(self, replica: _Replica) -> None:
+    def _ready(self, replica: ModelledReplica) -> None:
         if replica.dead or replica.draining:
             return
-        replica.state, replica.ready_s = ReplicaState.READY, self.now_s
+        replica.state, replica.ready_s = MemberState.READY, self.now_s
         replica.updated_s = self.now_s
         self._scaler.started(POOL)
         self._at(self.now_s + self.config.renew_s * self._random.random(), self._renew, replica)
@@ -460,16 +250,16 @@ class Simulation:
 
     # -- losses
 
-    def _lose(self, replica: _Replica) -> None:
+    def _lose(self, replica: ModelledReplica) -> None:
         if replica.dead or replica.draining:
             return
         config = self.config
-        self._counts["lost"] += 1
+        self._counts["replicas_lost"] += 1
         if self._random.random() < config.notice_share:
             self._counts["notices"] += 1
             self._drain(replica, self.now_s + config.notice_s)
             return
-        if replica.state is ReplicaState.READY and self._random.random() < config.zombie_share:
+        if replica.state is MemberState.READY and self._random.random() < config.zombie_share:
             self._counts["zombies"] += 1
             replica.cut_off = True
             self._at(self.now_s + config.zombie_s, self._end, replica)
@@ -477,19 +267,19 @@ class Simulation:
             self._end(replica)
         self._at(self.now_s + config.detect_s, self._forget, replica)
 
-    def _drain(self, replica: _Replica, deadline_s: float) -> None:
+    def _drain(self, replica: ModelledReplica, deadline_s: float) -> None:
         replica.draining = True
-        if replica.state is ReplicaState.STARTING:
+        if replica.state is MemberState.STARTING:
             self._leave(replica)
             return
-        replica.state = ReplicaState.DRAINING
+        replica.state = MemberState.DRAINING
         self._give_back_unstarted(replica)
         if not replica.shards:
             self._leave(replica)
             return
         self._at(max(self.now_s, deadline_s - DRAIN_MARGIN_S), self._leave, replica)
 
-    def _give_back_unstarted(self, replica: _Replica) -> None:
+    def _give_back_unstarted(self, replica: ModelledReplica) -> None:
         """Hand whole shards back that no tree of has been started."""
         waiting = dict.fromkeys(shard.lease.job.id for shard, _ in replica.queue)
         for job_id in waiting:
@@ -499,11 +289,11 @@ class Simulation:
                 self._drop(replica, shard)
                 self._release(shard.lease)
 
-    def _leave(self, replica: _Replica) -> None:
+    def _leave(self, replica: ModelledReplica) -> None:
         """Commit finished parts, hand back the rest and end."""
         if replica.dead:
             return
-        self._advance(replica)
+        replica.advance(self.now_s)
         for shard in list(replica.shards.values()):
             if shard.committing:
                 continue  # its commit goes through: the margin is longer
@@ -514,7 +304,7 @@ class Simulation:
         self._end(replica)
         self._forget(replica)
 
-    def _store_open_trees(self, replica: _Replica, *, at_the_end: bool) -> None:
+    def _store_open_trees(self, replica: ModelledReplica, *, at_the_end: bool) -> None:
         """What others can go on with; what came after the last regular checkpoint is not in it."""
         if self.config.checkpoint_s is None:
             return
@@ -526,10 +316,10 @@ class Simulation:
         for shard in replica.shards.values():
             self._stored.update((number, self._tokens[number]) for number in shard.done)
 
-    def _end(self, replica: _Replica) -> None:
+    def _end(self, replica: ModelledReplica) -> None:
         if replica.dead:
             return
-        self._advance(replica)
+        replica.advance(self.now_s)
         self._store_open_trees(replica, at_the_end=replica.draining)
         replica.ended_s = self.now_s
         replica.version += 1
@@ -540,12 +330,11 @@ class Simulation:
 
     # -- worker
 
-    def _take(self, replica: _Replica) -> None:
+    def _take(self, replica: ModelledReplica) -> None:
         """Take leases until no slot would stay empty."""
         if replica.dead or replica.draining or replica.cut_off:
             return
-        room = self.config.max_open_trees
-        while len(replica.trees) + len(replica.queue) < room:
+        while replica.in_hand < self.config.max_open_trees:
             if self._coordinator is None:
                 self._poll_at(replica, self._up_s + self._random.random())
                 return
@@ -564,26 +353,23 @@ class Simulation:
             else:
                 self._complete(lease)  # somebody committed it and died before saying so
 
-    def _poll_at(self, replica: _Replica, when_s: float) -> None:
+    def _poll_at(self, replica: ModelledReplica, when_s: float) -> None:
         if not replica.polls:
             replica.polls = True
             self._at(when_s, self._poll, replica)
 
-    def _poll(self, replica: _Replica) -> None:
+    def _poll(self, replica: ModelledReplica) -> None:
         replica.polls = False
         self._take(replica)
 
-    def _begin(self, replica: _Replica, lease: Lease) -> None:
+    def _begin(self, replica: ModelledReplica, lease: Lease) -> None:
         numbers = [int(problem_id[1:]) for problem_id in lease.job.problem_ids]
-        shard = _Shard(lease, len(numbers))
-        replica.shards[lease.job.id] = shard
+        replica.take(lease, numbers)
         self._held.setdefault(lease.job.id, []).append(replica)
-        # First come first served; the next one is popped from the end.
-        replica.queue[:0] = [(shard, number) for number in reversed(numbers)]
-        self._advance(replica)
+        replica.advance(self.now_s)
         self._fill(replica)
 
-    def _renew(self, replica: _Replica) -> None:
+    def _renew(self, replica: ModelledReplica) -> None:
         if replica.dead or replica.cut_off:
             return
         coordinator = self._or_later(self._renew, replica)
@@ -598,61 +384,37 @@ class Simulation:
 
     # -- engine
 
-    def _advance(self, replica: _Replica) -> None:
-        """Bring a replica's trees up to now."""
-        passed_s = self.now_s - replica.updated_s
-        if passed_s > 0:
-            grown = replica.per_tree_s * passed_s
-            replica.per_tree += grown
-            replica.generated += grown * len(replica.trees)
-        replica.updated_s = self.now_s
-
-    def _fill(self, replica: _Replica) -> None:
-        """Give free slots to waiting trees; then say when the next tree ends."""
-        trees, queue = replica.trees, replica.queue
-        room = self.config.max_open_trees
-        while queue and len(trees) < room:
-            shard, number = queue.pop()
-            todo = self._tokens[number] - self._stored.get(number, 0.0)
-            heapq.heappush(trees, (replica.per_tree + todo, number, shard))
-        replica.per_tree_s = self._speeds[len(trees)] * replica.speed
-        replica.version += 1
-        if trees:
-            wait_s = max(0.0, trees[0][0] - replica.per_tree) / replica.per_tree_s
+    def _fill(self, replica: ModelledReplica) -> None:
+        """Give free slots to waiting trees, and come back when the next tree ends."""
+        wait_s = replica.fill(self._speeds, self._todo)
+        if wait_s is not None:
             self._at(self.now_s + wait_s, self._tree_ends, replica, replica.version)
 
-    def _tree_ends(self, replica: _Replica, version: int) -> None:
+    def _todo(self, number: int) -> float:
+        """Tokens that the tree of a problem number still needs."""
+        return self._tokens[number] - self._stored.get(number, 0.0)
+
+    def _tree_ends(self, replica: ModelledReplica, version: int) -> None:
         if version != replica.version:
             return
-        self._advance(replica)
-        trees = replica.trees
-        # Rounding must not leave the tree behind that this event is about.
-        replica.per_tree = max(replica.per_tree, trees[0][0])
-        while trees and trees[0][0] <= replica.per_tree:
-            _, number, shard = heapq.heappop(trees)
-            shard.done.append(number)
-            shard.todo -= 1
-            if not shard.todo:
-                shard.committing = True
-                self._at(self.now_s + self.config.commit_s, self._shard_ends, replica, shard)
+        replica.advance(self.now_s)
+        for shard in replica.end_trees():
+            self._at(self.now_s + self.config.commit_s, self._shard_ends, replica, shard)
         self._fill(replica)
-        if len(trees) + len(replica.queue) < self.config.max_open_trees and not replica.polls:
+        if replica.in_hand < self.config.max_open_trees and not replica.polls:
             self._take(replica)
 
-    def _drop(self, replica: _Replica, shard: _Shard) -> None:
+    def _drop(self, replica: ModelledReplica, shard: ModelledShard) -> None:
         """Forget a shard: another has it, or it is handed back."""
-        self._advance(replica)
-        replica.trees = [tree for tree in replica.trees if tree[2] is not shard]
-        heapq.heapify(replica.trees)
-        replica.queue = [entry for entry in replica.queue if entry[0] is not shard]
-        del replica.shards[shard.lease.job.id]
+        replica.advance(self.now_s)
+        replica.drop(shard)
         self._held[shard.lease.job.id].remove(replica)
         self._fill(replica)
         self._take(replica)
 
     # -- commits
 
-    def _shard_ends(self, replica: _Replica, shard: _Shard) -> None:
+    def _shard_ends(self, replica: ModelledReplica, shard: ModelledShard) -> None:
         if replica.dead and not replica.draining:
             return
         job_id = shard.lease.job.id
@@ -669,7 +431,7 @@ class Simulation:
             elif not replica.polls:
                 self._take(replica)
 
-    def _commit(self, replica: _Replica, shard: _Shard) -> None:
+    def _commit(self, replica: ModelledReplica, shard: ModelledShard) -> None:
         """Commit what is done of a shard, and say so unless cut off."""
         job = shard.lease.job
         done = set(shard.done)
@@ -681,11 +443,11 @@ class Simulation:
             self._store.on_put = lambda: self._spring(*ambush)
         won = self._trajectories.commit(job.id, trees, remaining=[rest] if rest else [])
         self._store.on_put = None
-        self._counts["refused"] += not won
+        self._counts["commits_refused"] += not won
         if not replica.cut_off:
             self._complete(shard.lease)
 
-    def _spring(self, zombie: _Replica, shard: _Shard) -> None:
+    def _spring(self, zombie: ModelledReplica, shard: ModelledShard) -> None:
         """A zombie's commit, between the data file and the marker of its rival's."""
         self._counts["races"] += 1
         self._commit(zombie, shard)
@@ -718,7 +480,7 @@ class Simulation:
         assert audit.reported == audit.committed, f"{audit.reported} != {audit.committed} trees"
         for replica in self._replicas.values():
             if not replica.dead and replica.ready_s < math.inf:
-                self._advance(replica)
+                replica.advance(self.now_s)
         served = [r for r in self._replicas.values() if r.ready_s < makespan_s]
         ready_s = {r.name: min(r.ended_s, makespan_s) - r.ready_s for r in served}
         capacity = sum(ready_s[r.name] * r.speed for r in served) * self.full_speed
@@ -747,13 +509,7 @@ class Simulation:
             lost_work=1 - useful / generated,
             generated_tokens=generated,
             replicas_started=len(self._replicas),
-            replicas_lost=self._counts["lost"],
-            notices=self._counts["notices"],
-            zombies=self._counts["zombies"],
-            zombie_commits=self._counts["zombie_commits"],
-            races=self._counts["races"],
-            commits_refused=self._counts["refused"],
-            coordinator_kills=self._counts["kills"],
+            **self._counts,
             leases_granted=leases.granted,
             leases_expired=leases.expired,
             replica_hours=billed_s / 3600.0,
@@ -761,37 +517,3 @@ class Simulation:
             dollars_per_solved=dollars / solved if solved else math.inf,
             wall_s=time.perf_counter() - began_s,
         )
-
-
-_PROGRESS = WorkerProgress()
-_ANSWER = Step(kind=StepKind.ANSWER, text="simulated", answer="1")
-
-
-def print_simulation(
-    report: SimulationReport, config: SimulationConfig, console: Console, *, curve: LatencyCurve
-) -> None:
-    """Figures with their definitions, then everything that was assumed."""
-    table = Table(title=f"{config.num_problems:,} problems on {config.num_replicas:,} replicas")
-    for column in ("figure", "value", "definition"):
-        table.add_column(column, justify="right" if column == "value" else "left")
-    for name, value in asdict(report).items():
-        table.add_row(
-            name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", DEFINITIONS[name]
-        )
-    console.print(table)
-    console.print("assumed:", markup=False)
-    for name, info in SimulationConfig.model_fields.items():
-        console.print(
-            f"  {name} = {json.dumps(getattr(config, name))}: {info.description}",
-            markup=False,
-            highlight=False,
-        )
-    console.print(
-        f"  curve = {_pairs(curve.points)}: [requests in flight, tokens/s] of a replica",
-        markup=False,
-        highlight=False,
-    )
-
-
-def _pairs(points: Sequence[tuple[float, float]]) -> str:
-    return ", ".join(f"[{load:g}, {speed:g}]" for load, speed in points)

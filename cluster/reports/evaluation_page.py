@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from rich.table import Table
 
 from cluster.evaluation import paper
 from cluster.evaluation.results import MCTS_PASS_AT_K, METHODS, PASS_AT_K, method_label
+from cluster.evaluation.shares import counts_text, percent
 from cluster.reports import plots
-from cluster.reports.report_page import Section, html_table, paragraph, render_report
+from cluster.reports.page import Section, html_table, paragraph, render_report, write_page
 
 _LABEL_WIDTH, _COLUMN_WIDTH = 34, 12
 """Characters of the accuracy table in a terminal; benchmarks that do not fit get a table more."""
@@ -54,14 +57,14 @@ def print_evaluation(report: Report, console: Console) -> None:
 
 def write_evaluation(root: Path, report: Report) -> None:
     """Write evaluation.md, accuracy.png and report.html beside the data."""
-    (root / "evaluation.md").write_text(markdown(report), encoding="utf-8")
+    write_page(root / "evaluation.md", markdown(report))
     names = benchmark_names(report)
     figure = plots.accuracy_against_tokens(report["summaries"], names, report["vote_top_k"])
     plots.write_png(figure, root / "accuracy.png")
     bins = _reliability(report)
     if bins:
         plots.write_png(plots.reliability(bins), root / "reliability.png")
-    (root / "report.html").write_text(page(report), encoding="utf-8")
+    write_page(root / "report.html", page(report))
 
 
 # ------------------------------------------------------------------------------------ rows
@@ -88,14 +91,22 @@ def _reliability(report: Report) -> dict[str, list[tuple[int, float, float]]]:
     return found
 
 
-def _short(rows: Sequence[tuple[str, str, dict[str, Summary]]]) -> list[Any]:
-    """Without votes of one, which are pass@1 of a single sample."""
-    alone = ("majority", "best-of-n", "top-k-vote")
-    return [row for row in rows if not (row[0] in alone and _budget(row[2]) == 1)]
+def _accuracy_rows(
+    report: Report, names: Sequence[str]
+) -> Iterator[tuple[str | paper.PaperRow, list[str]]]:
+    """Label and cells of each row, with the paper's rows under those of their method.
 
-
-def _budget(cells: Mapping[str, Summary]) -> int:
-    return next(iter(cells.values()))["budget"]
+    Votes of one are left out: they are pass@1 of a single sample.
+    """
+    for method, rows in groupby(method_rows(report), key=itemgetter(0)):
+        for _, label, cells in rows:
+            budget = next(iter(cells.values()))["budget"]
+            if budget > 1 or method not in ("majority", "best-of-n", "top-k-vote"):
+                yield label, [_cell(cells.get(name)) for name in names]
+        for beside in paper.rows_beside(method):
+            if any(name in beside.accuracy for name in names):
+                values = (beside.accuracy.get(name) for name in names)
+                yield beside, ["" if v is None else f"{v:.1f}" for v in values]
 
 
 def _accuracy_table(report: Report, names: Sequence[str]) -> Table:
@@ -110,27 +121,19 @@ def _accuracy_table(report: Report, names: Sequence[str]) -> Table:
         table.add_column(shown_name, justify="right", no_wrap=True)
     counts = {b["name"]: b["num_problems"] for b in report["benchmarks"]}
     table.add_row("problems", *(f"{counts[name]:,}" for name in names), style="dim")
-    rows = _short(method_rows(report))
-    for place, (method, label, cells) in enumerate(rows):
-        table.add_row(label, *(_cell(cells.get(name)) for name in names))
-        if place + 1 == len(rows) or rows[place + 1][0] != method:
-            for beside in paper.rows_beside(method):
-                if any(name in beside.accuracy for name in names):
-                    shown = (beside.accuracy.get(name) for name in names)
-                    table.add_row(
-                        f"paper T{beside.table}: {beside.name}",
-                        *("" if v is None else f"{v:.1f}" for v in shown),
-                        style="dim",
-                    )
+    for row, cells in _accuracy_rows(report, names):
+        if isinstance(row, str):
+            table.add_row(row, *cells)
+        else:
+            table.add_row(f"paper T{row.table}: {row.name}", *cells, style="dim")
     return table
 
 
 def _cell(summary: Summary | None) -> str:
     if summary is None:
         return ""
-    accuracy = summary["accuracy"]
-    low, high = 100 * accuracy["low"], 100 * accuracy["high"]
-    return f"{100 * accuracy['mean']:.1f}\n{low:.1f}-{high:.1f}"
+    mean, low, high = (percent(summary["accuracy"][name]) for name in ("mean", "low", "high"))
+    return f"{mean}\n{low}-{high}"
 
 
 def _cost_table(report: Report) -> Table:
@@ -147,7 +150,7 @@ def _cost_table(report: Report) -> Table:
         for name in benchmark_names(report):
             if name in cells:
                 summary = cells[name]
-                right = f"{100 * summary['accuracy']['mean']:.1f}"
+                right = percent(summary["accuracy"]["mean"])
                 shown_name = escape(paper.BENCHMARKS.get(name, name))
                 table.add_row(label, shown_name, right, *_costs(summary))
                 label = ""
@@ -192,12 +195,6 @@ def notes(report: Report) -> list[str]:
     return lines
 
 
-def counts_text(counts: Mapping[str, int]) -> str:
-    """`unfinished 12, code failed 3`, the most frequent first."""
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {count:,}" for name, count in ordered) or "none"
-
-
 # -------------------------------------------------------------------------------- Markdown
 
 
@@ -223,17 +220,10 @@ def _about(report: Report) -> Iterator[str]:
 def accuracy_cells(report: Report, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the accuracy table, the paper's rows under those of their method."""
     header = ["", *(paper.BENCHMARKS.get(name, name) for name in names)]
-    rows: list[list[str]] = []
-    found = _short(method_rows(report))
-    for place, (method, label, cells) in enumerate(found):
-        shown = (_cell(cells.get(name)).replace("\n", " (") for name in names)
-        rows.append([label, *(f"{cell})" if cell else "" for cell in shown)])
-        if place + 1 == len(found) or found[place + 1][0] != method:
-            for beside in paper.rows_beside(method):
-                if any(name in beside.accuracy for name in names):
-                    values = (beside.accuracy.get(name) for name in names)
-                    shown_values = ["" if v is None else f"{v:.1f}" for v in values]
-                    rows.append([beside.label, *shown_values])
+    rows = []
+    for row, cells in _accuracy_rows(report, names):
+        shown = (c.replace("\n", " (") + ")" if "\n" in c else c for c in cells)
+        rows.append([row if isinstance(row, str) else row.label, *shown])
     return header, rows
 
 
@@ -252,8 +242,8 @@ def long_cells(report: Report, names: Sequence[str]) -> tuple[list[str], list[li
                 [
                     paper.BENCHMARKS.get(name, name),
                     label + (" (oracle)" if summary["method"] in ORACLES else ""),
-                    f"{100 * accuracy['mean']:.2f}",
-                    f"{100 * accuracy['low']:.2f}-{100 * accuracy['high']:.2f}",
+                    percent(accuracy["mean"], 2),
+                    f"{percent(accuracy['low'], 2)}-{percent(accuracy['high'], 2)}",
                     f"{accuracy['num_problems']:,}",
                     *_costs(summary),
                     counts_text(summary["outcomes"]),

@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.evaluation import paper
+from cluster.evaluation.reliability import Bins
 from cluster.evaluation.results import METHODS, method_label
+from cluster.evaluation.shares import COLUMNS
+from cluster.reports.run_facts import Q_EDGES, RoundFacts
+from rollout.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +39,14 @@ _FAINT = "#8b95a1"
 MIN_BIN = 5
 """Cases below which a bin of a reliability diagram says nothing and is left out."""
 
-LEVEL_NAMES = ("gsm", "math", "olympiad", "all")
+HELD_OUT = {
+    "greedy": "greedy",
+    "majority": "majority",
+    "best_of_n": "best-of-N by PPM",
+    "search": "MCTS + PPM",
+    "any_sample": "some sample (oracle)",
+}
+"""Method, as a round's entry of a run's report has it -> its name for people."""
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
@@ -60,6 +71,12 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     return figure, axes
 
 
+def _panel(height: float = 3.8) -> tuple[Figure, Axes]:
+    """A figure of one chart."""
+    figure, axes = _figure(6.2, height)
+    return figure, axes[0, 0]
+
+
 def _legend(axes: Axes, **options: Any) -> None:
     handles, _ = axes.get_legend_handles_labels()
     if handles:
@@ -75,15 +92,13 @@ def _percent(axes: Axes, *, top: float | None = 1.0) -> None:
     axes.set_ylim(0, top)
 
 
-def write_png(figure: Figure, path: Path) -> Path:
+def write_png(figure: Figure, path: Path) -> None:
     """Write a figure as a picture on white and close it."""
     import matplotlib.pyplot as plt
 
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png", facecolor="white")
+    with replacing(path) as hidden:
+        figure.savefig(hidden, dpi=130, format="png", facecolor="white")
     plt.close(figure)
-    temporary.replace(path)
-    return path
 
 
 def as_svg(figure: Figure, label: str = "chart") -> str:
@@ -143,7 +158,9 @@ def accuracy_against_tokens(
         top = 0.0
         for method in known:
             points = sorted(
-                (s["generated_tokens"], s["accuracy"]) for s in _of(summaries, names[place], method)
+                (s["generated_tokens"], s["accuracy"])
+                for s in summaries
+                if (s["benchmark"], s["method"]) == (names[place], method)
             )
             if not points:
                 continue
@@ -183,12 +200,6 @@ def accuracy_against_tokens(
     return figure
 
 
-def _of(
-    summaries: Sequence[Mapping[str, Any]], benchmark: str, method: str
-) -> list[Mapping[str, Any]]:
-    return [s for s in summaries if (s["benchmark"], s["method"]) == (benchmark, method)]
-
-
 def _family(method: str, top_k: int) -> str:
     """A method without its budget."""
     names = {"majority": "majority", "best-of-n": "best-of-N by PPM", "pass@k": "pass@k (oracle)"}
@@ -200,20 +211,18 @@ def _family(method: str, top_k: int) -> str:
 # ----------------------------------------------------------------------------------- rounds
 
 
-def coverage_by_round(rounds: Sequence[Mapping[str, Any]], *, with_paper: bool = True) -> Figure:
+def coverage_by_round(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     """Share of the problems solved by round and level; the paper's Table 2 dotted beside."""
-    figure, axes = _figure(6.2, 3.8)
-    panel = axes[0, 0]
+    figure, panel = _panel()
     numbers = [entry["round"] for entry in rounds]
-    for place, level in enumerate(LEVEL_NAMES):
+    for place, level in enumerate(COLUMNS):
         values = [(entry.get("coverage") or {}).get(level) for entry in rounds]
         _line(panel, numbers, values, level, place, width=2.2 if level == "all" else 1.5)
-        if with_paper and any(value is not None for value in values):
+        if any(value is not None for value in values):
             told = [paper.COVERAGE[n][level] / 100 for n in numbers if n in paper.COVERAGE]
             xs = [n for n in numbers if n in paper.COVERAGE]
             panel.plot(xs, told, ":", color=COLOURS[place], linewidth=1.2, alpha=0.85)
-    if with_paper:
-        panel.plot([], [], ":", color=_FAINT, label="the paper's 747k")
+    panel.plot([], [], ":", color=_FAINT, label="the paper's 747k")
     _rounds_axis(panel)
     _percent(panel)
     _legend(panel, loc="lower right")
@@ -222,17 +231,12 @@ def coverage_by_round(rounds: Sequence[Mapping[str, Any]], *, with_paper: bool =
 
 
 def accuracy_by_round(
-    cold: Mapping[str, Any] | None, rounds: Sequence[Mapping[str, Any]], methods: Mapping[str, str]
+    cold: Mapping[str, Any] | None, rounds: Sequence[Mapping[str, Any]]
 ) -> Figure:
-    """Held-out accuracy by round, a line a method; round 0 is the cold start.
-
-    Args:
-        methods: key in a round's entry -> name for people.
-    """
-    figure, axes = _figure(6.2, 3.8)
-    panel = axes[0, 0]
+    """Held-out accuracy by round, a line a method; round 0 is the cold start."""
+    figure, panel = _panel()
     entries = ([{"round": 0, **cold}] if cold else []) + list(rounds)
-    for place, (method, name) in enumerate(methods.items()):
+    for place, (method, name) in enumerate(HELD_OUT.items()):
         values = [(entry.get(method) or {}).get("all") for entry in entries]
         _line(panel, [entry["round"] for entry in entries], values, name, place)
     _rounds_axis(panel)
@@ -262,24 +266,61 @@ def _line(
         )
 
 
-def _rounds_axis(panel: Axes) -> None:
+def _rounds_axis(panel: Axes, label: str = "round") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    panel.set_xlabel("round")
+    panel.set_xlabel(label)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def rounds_figure(report: Mapping[str, Any]) -> Figure:
+    """Coverage by level and held-out accuracy by method, over the rounds, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    rounds = report["rounds"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for column, style in zip(COLUMNS, ("-", "-", "-", "--"), strict=True):
+        _dots(
+            left, [(entry["round"], entry["coverage"][column]) for entry in rounds], column, style
+        )
+    left.set_title("training problems solved by search")
+    cold = [{"round": 0, **report["cold_start"]}] if report.get("cold_start") else []
+    for method, name in tuple(HELD_OUT.items())[:4]:
+        entries = [*(cold if method == "greedy" else []), *rounds]
+        shares = [(entry["round"], (entry.get(method) or {}).get("all")) for entry in entries]
+        _dots(right, shares, name)
+    sizes = report.get("evaluation", {})
+    counts = f" (greedy: {sizes['num_problems']}, others: {sizes['num_search_problems']})"
+    right.set_title("held-out problems solved" + (counts if sizes else ""))
+    for axes in (left, right):
+        _rounds_axis(axes, "round (0: cold start)")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    figure.suptitle(f"{report['name']} (seed {report['config']['seed']})")
+    figure.tight_layout()
+    return figure
+
+
+def _dots(
+    axes: Axes, points: Sequence[tuple[int, float | None]], label: str, style: str = "-"
+) -> None:
+    known = [point for point in points if point[1] is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), style, marker="o", label=label)
 
 
 # -------------------------------------------------------------------------------------- PPM
 
 
-def reliability(bins: Mapping[str, Sequence[tuple[int, float, float]]]) -> Figure:
-    """Reliability diagram: what the PPM said against what came of it.
-
-    Args:
-        bins: by series, (count, mean predicted chance, share right) of each bin that has any.
-    """
-    figure, axes = _figure(6.2, 3.8)
-    panel = axes[0, 0]
+def reliability(bins: Mapping[str, Bins]) -> Figure:
+    """Reliability diagram: what the PPM said against what came of it, by series."""
+    figure, panel = _panel()
     panel.plot([0, 1], [0, 1], "--", color=_FAINT, linewidth=1, label="perfect")
     most = max((count for some in bins.values() for count, _, _ in some), default=1)
     for place, (name, some) in enumerate(bins.items()):
@@ -300,27 +341,20 @@ def reliability(bins: Mapping[str, Sequence[tuple[int, float, float]]]) -> Figur
     return figure
 
 
-def q_histograms(
-    counts: Mapping[int, Mapping[str, Sequence[int]]], edges: Sequence[float]
-) -> Figure:
-    """Q-values of visited steps, by round: those that led to a right answer and the others.
-
-    Args:
-        counts: round -> {"right": [B], "wrong": [B]}.
-        edges: `[B + 1]`
-    """
-    columns = min(max(len(counts), 1), 4)
-    rows = -(-max(len(counts), 1) // columns)
+def q_histograms(rounds: Mapping[int, RoundFacts]) -> Figure:
+    """Q-values of visited steps, by round: those that led to a right answer and the others."""
+    columns = min(max(len(rounds), 1), 4)
+    rows = -(-max(len(rounds), 1) // columns)
     figure, axes = _figure(2.9 * columns + 0.4, 2.7 * rows, rows, columns)
-    width = edges[1] - edges[0]
-    centres = [edge + width / 2 for edge in edges[:-1]]
-    for panel, number in zip(axes.flat, sorted(counts), strict=False):
-        right, wrong = counts[number]["right"], counts[number]["wrong"]
+    width = Q_EDGES[1] - Q_EDGES[0]
+    centres = [edge + width / 2 for edge in Q_EDGES[:-1]]
+    for panel, number in zip(axes.flat, sorted(rounds), strict=False):
+        right, wrong = rounds[number].q_right, rounds[number].q_wrong
         panel.bar(centres, right, width=0.9 * width, color=COLOURS[0], label="right answer below")
         panel.bar(centres, wrong, width=0.9 * width, bottom=right, color=COLOURS[1], label="none")
         panel.set_title(f"round {number}")
         panel.set_xlabel("Q-value")
-    for panel in list(axes.flat)[len(counts) :]:
+    for panel in list(axes.flat)[len(rounds) :]:
         panel.set_visible(False)
     axes[0, 0].set_ylabel("visited steps")
     _legend(axes[0, 0], loc="upper center")
@@ -331,25 +365,16 @@ def q_histograms(
 # ---------------------------------------------------------------------- training, throughput
 
 
-def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]], what: str) -> Figure:
+def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Loss over the steps, a line a round.
 
     Args:
         curves: name -> (step, loss), smoothed by whoever calls.
-        what: of the loss, for the axis.
     """
-    figure, axes = _figure(6.2, 3.6)
-    panel = axes[0, 0]
-    for place, (name, points) in enumerate(curves.items()):
-        if points:
-            panel.plot(
-                *zip(*points, strict=True),
-                color=COLOURS[place % len(COLOURS)],
-                linewidth=1.5,
-                label=name,
-            )
+    figure, panel = _panel(3.6)
+    _curves(panel, curves)
     panel.set_xlabel("optimiser step")
-    panel.set_ylabel(what)
+    panel.set_ylabel("loss")
     losses = [loss for points in curves.values() for _, loss in points]
     if losses and 0 < 20 * min(losses) < max(losses):
         panel.set_yscale("log")
@@ -360,26 +385,28 @@ def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]], what: s
     return figure
 
 
-def throughput(series: Mapping[str, Sequence[tuple[float, float]]], unit: str) -> Figure:
-    """A rate over the time of a round.
+def throughput(series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Generated tokens per second over the time of a round.
 
     Args:
         series: name -> (minutes since the round began, rate).
     """
-    figure, axes = _figure(6.2, 3.6)
-    panel = axes[0, 0]
-    for place, (name, points) in enumerate(series.items()):
-        if points:
-            panel.plot(
-                *zip(*points, strict=True),
-                color=COLOURS[place % len(COLOURS)],
-                drawstyle="steps-mid",
-                linewidth=1.5,
-                label=name,
-            )
+    figure, panel = _panel(3.6)
+    _curves(panel, series, drawstyle="steps-mid")
     panel.set_xlabel("minutes since the first commit of the round")
-    panel.set_ylabel(unit)
+    panel.set_ylabel("generated tokens/s")
     panel.set_ylim(bottom=0)
     _legend(panel, loc="lower right")
     figure.tight_layout()
     return figure
+
+
+def _curves(
+    panel: Axes, series: Mapping[str, Sequence[tuple[float, float]]], **options: Any
+) -> None:
+    for place, (name, points) in enumerate(series.items()):
+        if points:
+            colour = COLOURS[place % len(COLOURS)]
+            panel.plot(
+                *zip(*points, strict=True), color=colour, linewidth=1.5, label=name, **options
+            )

@@ -18,14 +18,21 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.engines.model_check import check_policy_checkpoint
-from cluster.evaluation.shares import COLUMNS, problems_by_level, shares_by_level
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.evaluation.shares import (
+    COLUMNS,
+    counts_text,
+    percent,
+    problems_by_level,
+    shares_by_level,
+)
+from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     serve_given,
     with_checkpoint_directories,
     with_prompt_template,
 )
 from cluster.fleet.session import Session
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.lineage import record_lineage
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import REPORT
@@ -174,7 +181,7 @@ def print_rollout_report(report: dict[str, Any], console: Console) -> None:
     for column in COLUMNS:
         table.add_column(column, justify="right")
     shares = (report["solved"][column] for column in COLUMNS)
-    table.add_row("solved, %", *("-" if s is None else f"{100 * s:.2f}" for s in shares))
+    table.add_row("solved, %", *(percent(share, 2) for share in shares))
     console.print(table)
     lines = [
         f"{report['searched']} of {report['problems']} problems searched, "
@@ -183,8 +190,8 @@ def print_rollout_report(report: dict[str, Any], console: Console) -> None:
         f"{report['trees']:,} trees, {report['nodes']:,} nodes, "
         f"{report['generated_tokens']:,} generated tokens "
         f"({report['generated_tokens_per_s'] or 0:,.0f} tokens/s)",
-        f"branches ended as: {_counts(report['terminals'])}",
-        f"candidates left out: {_counts(report['discarded_candidates'])}",
+        f"branches ended as: {counts_text(report['terminals'])}",
+        f"candidates left out: {counts_text(report['discarded_candidates'])}",
     ]
     endpoint = report["endpoint"]
     if endpoint is not None:
@@ -196,8 +203,3 @@ def print_rollout_report(report: dict[str, Any], console: Console) -> None:
         )
     for line in lines:
         console.print(line, markup=False, highlight=False)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {count:,}" for name, count in ordered) or "none"

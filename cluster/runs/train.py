@@ -263,13 +263,7 @@ def _train_on_group(
         raise LearnerError(
             f"Ray could not be started at address={config.address!r}: {error}"
         ) from error
-    group = LearnerGroup(
-        num_workers=settings.replicas,
-        resources_per_worker={"CPU": settings.num_cpus or 1.0, **settings.resources}
-        | ({"GPU": settings.num_gpus} if settings.num_gpus else {}),
-        use_gpu=settings.num_gpus > 0,
-        storage_path=folder.root / "ray_train",
-    )
+    group = LearnerGroup(settings, folder.root / "ray_train")
     try:
         return group.fit(request, show)
     finally:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 import urllib.request
@@ -32,10 +31,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from cluster.folder.config_file import Config
 from cluster.telemetry.metrics import CATALOGUE, SAMPLE_SECONDS, Kind, Metric
 from cluster.telemetry.samples import FOLDER, ActorTotals, Key, SampleWriter
+from rollout.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,8 @@ MAX_AGENTS = 64
 AGENT_TIMEOUT_S = 3.0
 
 
-class MetricsConfig(BaseModel):
+class MetricsConfig(Config):
     """What is measured while a run goes on, and where it can be read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = Field(default=True, description="count and export; false: nothing is counted")
     host: str = Field(
@@ -176,12 +175,8 @@ class Exporter:
             if not found:
                 continue
             metric = CATALOGUE[name]
-            labels = ("run", *metric.labels)
-            family: Any
-            if metric.kind is Kind.COUNTER:
-                family = CounterMetricFamily(metric.name, metric.help, labels=labels)
-            else:
-                family = GaugeMetricFamily(metric.name, metric.help, labels=labels)
+            make: Any = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+            family = make(metric.name, metric.help, labels=("run", *metric.labels))
             for key, value in found.items():
                 family.add_metric((self._run, *key), value)
             yield family
@@ -216,12 +211,10 @@ class Exporter:
         return row
 
     def _tell_targets(self) -> None:
+        sources = {"driver": [self.address] if self.address else [], "ray": list(self._agents)}
         groups = [
             {"targets": targets, "labels": {"source": source}}
-            for source, targets in (
-                ("driver", [self.address] if self.address else []),
-                ("ray", list(self._agents)),
-            )
+            for source, targets in sources.items()
             if targets
         ]
         text = json.dumps(groups, indent=1) + "\n"
@@ -232,11 +225,8 @@ class Exporter:
         if self.config.targets_dir is not None:
             paths.append(self.config.targets_dir / f"{self._run}.json")
         for path in paths:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(text, encoding="utf-8")
-                temporary.replace(path)
+                atomic_write(path, text)
             except OSError as error:
                 logger.warning("%s cannot be written: %s", path, error)
 

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Literal
 
 from cluster.folder.machine import command_line
+from rollout.files import atomic_write
 
 LIVE_FILE = "live.json"
 
@@ -113,12 +114,13 @@ class LiveFile:
         self._clock = clock
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._write_forever, name="live-file", daemon=True)
-        self._earlier_s = 0.0
+        self.seconds_before = 0.0
+        """Seconds of the starts before this one."""
         self._started_s = 0.0
 
     def __enter__(self) -> LiveFile:
         earlier = read_live(self._path.parent)
-        self._earlier_s = earlier.seconds_total if earlier is not None else 0.0
+        self.seconds_before = earlier.seconds_total if earlier is not None else 0.0
         self._started_s = self._clock()
         self._write()
         self._thread.start()
@@ -142,12 +144,7 @@ class LiveFile:
     @property
     def seconds_total(self) -> float:
         """Seconds of all starts of the run together, up to now."""
-        return self._earlier_s + max(self._clock() - self._started_s, 0.0)
-
-    @property
-    def seconds_before(self) -> float:
-        """Seconds of the starts before this one."""
-        return self._earlier_s
+        return self.seconds_before + max(self._clock() - self._started_s, 0.0)
 
     def _write_forever(self) -> None:
         while not self._ended.wait(self._interval_s):
@@ -167,10 +164,8 @@ class LiveFile:
             error=error,
             progress=progress,
         )
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(asdict(account), indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self._path)
+            atomic_write(self._path, json.dumps(asdict(account), indent=1) + "\n")
 
 
 def read_live(root: Path) -> Live | None:

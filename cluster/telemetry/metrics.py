@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, Literal
 
 from rollout.tree import Terminal, Tree
@@ -93,59 +94,46 @@ class Metric:
         return (self.exported,)
 
 
-_catalogue: dict[str, Metric] = {}
+CATALOGUE: dict[str, Metric] = {}
+"""Every metric by name."""
 
 
-def _add(
-    name: str,
+def _metric(
     kind: Kind,
     source: Source,
+    name: str,
     unit: str,
     labels: str,
     help: str,
     *,
-    boundaries: Sequence[float] = (),
+    boundaries: tuple[float, ...] = (),
     combine: Literal["sum", "max"] = "sum",
 ) -> Metric:
+    ending = {Kind.COUNTER: "_total", Kind.GAUGE: "", Kind.HISTOGRAM: "_seconds"}[kind]
     metric = Metric(
-        name=f"rstar_{name}",
+        name=f"rstar_{name}{ending}",
         kind=kind,
         source=source,
         unit=unit,
         labels=tuple(labels.split()),
         help=help,
-        boundaries=tuple(boundaries),
+        boundaries=boundaries,
         combine=combine,
     )
-    assert metric.name not in _catalogue
-    _catalogue[metric.name] = metric
+    assert metric.name not in CATALOGUE
+    CATALOGUE[metric.name] = metric
     return metric
 
 
-def _counted(name: str, unit: str, labels: str, help: str) -> Metric:
-    return _add(f"{name}_total", Kind.COUNTER, Source.ACTOR, unit, labels, help)
+_counted = partial(_metric, Kind.COUNTER, Source.ACTOR)
+_looked = partial(_metric, Kind.GAUGE, Source.DRIVER)
+_told = partial(_metric, Kind.COUNTER, Source.DRIVER)
 
 
-def _timed(name: str, labels: str, help: str, boundaries: Sequence[float]) -> Metric:
-    return _add(
-        f"{name}_seconds",
-        Kind.HISTOGRAM,
-        Source.ACTOR,
-        "seconds",
-        labels,
-        help,
-        boundaries=boundaries,
+def _timed(name: str, labels: str, help: str, boundaries: tuple[float, ...]) -> Metric:
+    return _metric(
+        Kind.HISTOGRAM, Source.ACTOR, name, "seconds", labels, help, boundaries=boundaries
     )
-
-
-def _looked(
-    name: str, unit: str, labels: str, help: str, *, combine: Literal["sum", "max"] = "sum"
-) -> Metric:
-    return _add(name, Kind.GAUGE, Source.DRIVER, unit, labels, help, combine=combine)
-
-
-def _told(name: str, unit: str, labels: str, help: str) -> Metric:
-    return _add(f"{name}_total", Kind.COUNTER, Source.DRIVER, unit, labels, help)
 
 
 _WAITS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
@@ -319,9 +307,6 @@ BUDGET = _looked("budget_usd", "usd", "", "Dollars the run may cost (cost.budget
 SAMPLE_SECONDS = _looked(
     "sample_seconds", "seconds", "", "Time the driver took for its last look at everything."
 )
-
-CATALOGUE: Mapping[str, Metric] = dict(_catalogue)
-"""Every metric by name."""
 
 
 # --- Counting ------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ class ProgressView:
 
     def end(self, summary: str = "") -> float:
         """Close the current stage and return its seconds; the summary stays on the screen."""
-        seconds = self.clock() - self._began_s
+        seconds = self._stage_s
         self.eta.finished(self._stage, seconds)
         if self._stage in self.plan:
             self.plan.remove(self._stage)
@@ -239,7 +239,7 @@ class ProgressView:
             done=self._done,
             total=self._total,
             facts=dict(self._facts),
-            stage_elapsed_s=self.clock() - self._began_s,
+            stage_elapsed_s=self._stage_s,
             stage_eta_s=self._stage_eta_s() if self._stage else None,
             run_eta_s=self._run_eta_s(),
             last_error=self._last_error,
@@ -257,18 +257,21 @@ class ProgressView:
     def _elapsed_text(self) -> str:
         return duration(self.clock() - self._run_began_s)
 
+    @property
+    def _stage_s(self) -> float:
+        return self.clock() - self._began_s
+
     def _share(self) -> float:
         return min(self._done / self._total, 1.0) if self._total else 0.0
 
     def _stage_eta_s(self) -> float | None:
-        return self.eta.of_stage(self._stage, self.clock() - self._began_s, self._share_of_work())
+        return self.eta.of_stage(self._stage, self._stage_s, self._share_of_work())
 
     def _run_eta_s(self) -> float | None:
         later = list(self.plan)
         if self._stage in later:
             later.remove(self._stage)
-        elapsed_s = self.clock() - self._began_s
-        return self.eta.remaining(self._stage, elapsed_s, self._share_of_work(), later)
+        return self.eta.remaining(self._stage, self._stage_s, self._share_of_work(), later)
 
     def _share_of_work(self) -> float:
         return self._share() if self._work_share is None else self._work_share
@@ -288,7 +291,7 @@ class ProgressView:
         facts = ", ".join(fact_text(name, value) for name, value in self._facts.items())
         parts = [
             f"{self._label}{count}" + (f" ({facts})" if facts else ""),
-            f"stage {duration(self.clock() - self._began_s)}, ETA {eta_text(self._stage_eta_s())}",
+            f"stage {duration(self._stage_s)}, ETA {eta_text(self._stage_eta_s())}",
             f"run {self._elapsed_text()}, ETA {eta_text(self._run_eta_s())}",
         ]
         return "; ".join([*parts, *filter(None, [self._cost_text()])])
@@ -316,7 +319,7 @@ class ProgressView:
             lines.append(Text(f"{ERROR_FACT}: {self._last_error}", style="yellow"))
         times = []
         if self._stage:
-            times.append(f"stage {duration(self.clock() - self._began_s)}")
+            times.append(f"stage {duration(self._stage_s)}")
             times.append(f"stage ETA {eta_text(self._stage_eta_s())}")
         times += [f"run {self._elapsed_text()}", f"run ETA {eta_text(self._run_eta_s())}"]
         times += filter(None, [self._cost_text()])

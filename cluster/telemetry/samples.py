@@ -159,13 +159,13 @@ class Series:
 class Samples:
     """What was written, as series."""
 
-    def __init__(self, interval_s: float = 10.0) -> None:
+    def __init__(self) -> None:
         self.series: dict[str, dict[Labels, Series]] = {}
         self.times: list[float] = []
         """Of every row."""
         self._resets: dict[Key, float] = {}
         self._raw: dict[Key, float] = {}
-        self.interval_s = interval_s
+        self.interval_s = 10.0
         """Usual pause between rows."""
 
     def add(self, unix_s: float, values: Mapping[Key, float]) -> None:

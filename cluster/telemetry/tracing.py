@@ -41,7 +41,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, Status, StatusCode, TraceFlags
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from cluster.folder.config_file import Config
 
 FOLDER = "traces"
 
@@ -52,10 +54,8 @@ MAX_TEXT = 1024
 """Longest attribute value; prompts and codes are in the tree, not in the trace."""
 
 
-class TracingConfig(BaseModel):
+class TracingConfig(Config):
     """Which problems leave a trace, and where it goes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sample: float = Field(
         0.0, ge=0.0, le=1.0, description="share of the problems that are traced; 0: tracing is off"
@@ -107,19 +107,11 @@ class _File(SpanExporter):
 class Tracing:
     """How this process traces; `begin` makes it current."""
 
-    def __init__(
-        self,
-        config: TracingConfig,
-        *,
-        run_dir: str | Path,
-        process: str,
-        exporters: Sequence[SpanExporter] = (),
-    ) -> None:
+    def __init__(self, config: TracingConfig, *, run_dir: str | Path, process: str) -> None:
         """
         Args:
             run_dir: of the run; part of every trace's id.
             process: unique in the run, for people: "policy-0".
-            exporters: beside the ones the config asks for.
         Raises:
             TracingError: the OTLP exporter is asked for and not installed.
         """
@@ -141,7 +133,7 @@ class Tracing:
             shutdown_on_exit=True,
         )
         file = _File(Path(run_dir) / FOLDER / f"{process}.jsonl")
-        for exporter in (file, *_otlp(config), *exporters):
+        for exporter in (file, *_otlp(config)):
             self._provider.add_span_processor(
                 BatchSpanProcessor(exporter, schedule_delay_millis=1000 * EXPORT_PAUSE_S)
             )
@@ -159,35 +151,18 @@ class Tracing:
             trace_flags=TraceFlags(TraceFlags.SAMPLED),
         )
 
-    @contextmanager
-    def problem(
-        self, first: SpanContext, name: str, attributes: Mapping[str, Any]
-    ) -> Iterator[Span]:
-        """The first span of a trace."""
+    def top(self, first: SpanContext, name: str, attributes: Mapping[str, Any]) -> Span:
+        """The first span of a trace, with ids from `first`; the caller ends it."""
         token = self._ids.next.set(first)
         try:
-            span = self.tracer.start_span(name, context=Context(), attributes=dict(attributes))
+            return self.tracer.start_span(name, context=Context(), attributes=dict(attributes))
         finally:
             self._ids.next.reset(token)
-        with _current(span):
-            yield span
 
-    def under(
-        self,
-        parent: SpanContext,
-        name: str,
-        attributes: Mapping[str, Any],
-        start_ns: int | None = None,
-    ) -> Span:
+    def under(self, parent: SpanContext, name: str, attributes: Mapping[str, Any]) -> Span:
         """A span below one that may live in another process; the caller ends it."""
         context = trace.set_span_in_context(NonRecordingSpan(parent))
-        return self.tracer.start_span(
-            name, context=context, attributes=dict(attributes), start_time=start_ns
-        )
-
-    def flush(self) -> None:
-        """Write out what waits."""
-        self._provider.force_flush()
+        return self.tracer.start_span(name, context=context, attributes=dict(attributes))
 
     def shutdown(self) -> None:
         """Write out what waits and end the threads that do so."""
@@ -205,11 +180,6 @@ def begin(tracing: Tracing | None) -> None:
     before, _tracing = _tracing, tracing
     if before is not None and before is not tracing:
         before.shutdown()
-
-
-def current() -> Tracing | None:
-    """How this process traces; None: it does not."""
-    return _tracing
 
 
 def traceparent() -> str:
@@ -232,7 +202,7 @@ def problem_span(
         yield
         return
     facts = {"problem": problem_id, "round": round, "index": index, **attributes}
-    with tracing.problem(first, f"problem r{round}/{problem_id}/{index}", facts):
+    with _current(tracing.top(first, f"problem r{round}/{problem_id}/{index}", facts)):
         yield
 
 

@@ -22,7 +22,6 @@ import ipaddress
 import math
 import secrets
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,16 @@ import aiohttp
 from aiohttp import web
 from rich.console import Console
 
-from cluster.folder.run_folder import RunFolderError
-from cluster.telemetry.live import Live, read_live
-from cluster.telemetry.progress import duration
+from cluster.telemetry.live import read_live
 from cluster.telemetry.samples import Samples
 from cluster.watch.panels import DASHBOARDS, Dashboard, Query
+from cluster.watch.queries import MIN_WINDOW_S, rate_window_s
+from cluster.watch.status import run_root, runs, state_text
 
 COOKIE = "rstar_token"
 
 POINTS = 180
 """Of a line, at most about so many."""
-
-MIN_WINDOW_S = 60.0
-"""Of rates: long enough for the ten seconds between two exports of Ray."""
 
 _PAGE = Path(__file__).with_name("dashboard.html")
 
@@ -58,31 +54,8 @@ class DashboardError(RuntimeError):
     """The page cannot be served, or its data not be had; the message says why."""
 
 
-class Source(ABC):
-    """Where the numbers come from."""
-
-    @abstractmethod
-    async def refresh(self) -> float | None:
-        """Have the newest data; returns the time of the last of it, None if there is none."""
-
-    @abstractmethod
-    async def lines(self, query: Query, from_s: float, to_s: float, step_s: float) -> list[Line]:
-        """Every line of a query over a time.
-
-        Raises:
-            DashboardError: the source cannot be asked.
-        """
-
-    @abstractmethod
-    def describe(self) -> str:
-        """For people."""
-
-    async def close(self) -> None:
-        return None
-
-
-class SampleSource(Source):
-    """The run's own samples."""
+class SampleSource:
+    """The run's own samples as the source of a page's numbers."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -90,6 +63,7 @@ class SampleSource(Source):
         self._read: tuple[Any, ...] = ()
 
     async def refresh(self) -> float | None:
+        """Have the newest data; returns the time of the last of it, None if there is none."""
         files = sorted((self._root / "metrics").glob("samples-*.jsonl"))
         now = tuple((path.name, path.stat().st_size) for path in files)
         if now != self._read:
@@ -98,7 +72,8 @@ class SampleSource(Source):
         return self._samples.times[-1] if self._samples.times else None
 
     async def lines(self, query: Query, from_s: float, to_s: float, step_s: float) -> list[Line]:
-        window_s = max(MIN_WINDOW_S, 4 * self._samples.interval_s, step_s)
+        """Every line of a query over a time."""
+        window_s = max(rate_window_s(self._samples), step_s)
         found: dict[str, list[list[float]]] = {}
         for time_s in self._times(from_s, to_s, step_s):
             values = query.expression.evaluate(self._samples, time_s, window_s)
@@ -115,11 +90,15 @@ class SampleSource(Source):
         return [to_s - step_s * i for i in range(count, -1, -1)]
 
     def describe(self) -> str:
+        """For people."""
         return f"from the samples in {self._root / 'metrics'}, of the last hour"
 
+    async def close(self) -> None:
+        return None
 
-class PrometheusSource(Source):
-    """A Prometheus that scrapes the run."""
+
+class PrometheusSource:
+    """A Prometheus that scrapes the run; it is asked the same."""
 
     def __init__(self, url: str, run: str) -> None:
         self._url = url.rstrip("/")
@@ -130,6 +109,11 @@ class PrometheusSource(Source):
         return time.time()
 
     async def lines(self, query: Query, from_s: float, to_s: float, step_s: float) -> list[Line]:
+        """Likewise.
+
+        Raises:
+            DashboardError: it does not answer, or refuses.
+        """
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15))
         window_s = max(MIN_WINDOW_S, step_s)
@@ -164,6 +148,9 @@ class PrometheusSource(Source):
             await self._session.close()
 
 
+Source = SampleSource | PrometheusSource
+
+
 async def dashboard_data(
     root: Path, dashboard: Dashboard, source: Source, *, minutes: float, now_s: float
 ) -> dict[str, Any]:
@@ -175,7 +162,7 @@ async def dashboard_data(
         DashboardError: the source cannot be asked.
     """
     live = read_live(root)
-    alive = live is not None and live.claims_to_run and live.fresh(now_s)
+    alive = runs(live, now_s)
     last_s = await source.refresh()
     to_s = now_s if alive or last_s is None else min(now_s, last_s)
     from_s = to_s - 60 * minutes
@@ -209,26 +196,6 @@ async def dashboard_data(
         "panels": panels,
         "source": source.describe(),
     }
-
-
-def state_text(live: Live | None, now_s: float) -> str:
-    """How a run stands, in a line for people."""
-    if live is None:
-        return "never started"
-    ago = duration(now_s - live.time_unix_s)
-    if not live.claims_to_run:
-        return f"{live.state} {ago} ago" + (f": {live.error}" if live.error else "")
-    if not live.fresh(now_s):
-        return f"not running: last seen {ago} ago in {live.progress.label or 'no stage'}"
-    now = live.progress
-    parts = [live.state, now.label]
-    if now.total:
-        parts.append(f"{now.done:,}/{now.total:,}")
-    if now.stage_eta_s is not None:
-        parts.append(f"stage ETA {duration(now.stage_eta_s)}")
-    if now.run_eta_s is not None:
-        parts.append(f"run ETA {duration(now.run_eta_s)}")
-    return ", ".join(filter(None, parts))
 
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -343,18 +310,6 @@ async def serve_dashboard(
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
-
-
-def run_root(run: Path) -> Path:
-    """The folder of a run.
-
-    Raises:
-        RunFolderError: it is none.
-    """
-    if not (run / "config.yaml").is_file():
-        what = "not a run: it has no config.yaml" if run.is_dir() else "no such folder"
-        raise RunFolderError(f"{run}: {what}")
-    return run.absolute()
 
 
 def _equal(given: str, token: str) -> bool:

@@ -125,7 +125,10 @@ def show_logs(
         history = job_history(store, problem_id)
         jobs = jobs or frozenset(entry.job.id for entry in history)
         if not as_json:
-            _print_history(history, problem_id, console)
+            console.print(Text(f"problem {problem_id}", style="bold"))
+            for entry in history:
+                console.print(Text(f"  {describe(entry, problem_id)}"), soft_wrap=True)
+            console.print()
             _print_spans(read_spans(run, problem_id), console)
     elif not (run / logs.FOLDER).is_dir():
         raise RunFolderError(f"{run}: no logs here; runs keep them in {logs.FOLDER}/")
@@ -153,13 +156,6 @@ def _since(text: str | None, now_unix_s: float) -> float:
     if found is None:
         raise RunFolderError(f"--since {text!r}: expected a number and s, m, h or d, as 10m")
     return now_unix_s - float(found[1]) * _SECONDS[found[2]]
-
-
-def _print_history(history: Sequence[JobHistory], problem_id: str, console: Console) -> None:
-    console.print(Text(f"problem {problem_id}", style="bold"))
-    for entry in history:
-        console.print(Text(f"  {describe(entry, problem_id)}"), soft_wrap=True)
-    console.print()
 
 
 def _print_lines(lines: Iterable[LogLine], console: Console, as_json: bool) -> None:

@@ -12,8 +12,9 @@ Labels of the left side stay; a right side without labels is divided by as one n
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.telemetry.metrics import Metric
@@ -21,6 +22,14 @@ from cluster.telemetry.samples import Labels, Samples, Series
 
 Result = dict[Labels, float]
 """Values by the labels an expression keeps."""
+
+MIN_WINDOW_S = 60.0
+"""Of rates: long enough for the ten seconds between two exports of Ray."""
+
+
+def rate_window_s(samples: Samples) -> float:
+    """Of rates that are read from samples."""
+    return max(MIN_WINDOW_S, 4 * samples.interval_s)
 
 
 class Expression(ABC):
@@ -42,24 +51,23 @@ class Expression(ABC):
     def evaluate(self, samples: Samples, time_s: float, window_s: float) -> Result:
         """As numbers at a time; series without a value are left out."""
 
-    @abstractmethod
-    def metrics(self) -> Iterator[Metric]:
-        """Every metric it needs."""
-
     def __truediv__(self, other: Expression) -> Expression:
-        return Binary("/", self, other)
+        return Ratio(self, other)
 
     def __mul__(self, other: float) -> Expression:
         return Scaled(self, other)
 
 
 @dataclass(frozen=True, slots=True)
-class Rate(Expression):
-    """Growth of a counter per second."""
-
+class _OfMetric(Expression):
     metric: Metric
     by: tuple[str, ...] = ()
     where: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate(_OfMetric):
+    """Growth of a counter per second."""
 
     def promql(self, run: str, window: str) -> str:
         name = self.metric.exported
@@ -68,26 +76,17 @@ class Rate(Expression):
     def evaluate(self, samples: Samples, time_s: float, window_s: float) -> Result:
         return _rates(samples, self.metric.exported, self.by, self.where, time_s, window_s)
 
-    def metrics(self) -> Iterator[Metric]:
-        yield self.metric
-
 
 @dataclass(frozen=True, slots=True)
-class Value(Expression):
+class Value(_OfMetric):
     """A gauge now."""
-
-    metric: Metric
-    by: tuple[str, ...] = ()
-    where: Mapping[str, str] = field(default_factory=dict)
 
     def promql(self, run: str, window: str) -> str:
         inner = f"{self.metric.exported}{_selector(run, self.where)}"
         return _sum(self.by, inner, self.metric.combine)
 
     def evaluate(self, samples: Samples, time_s: float, window_s: float) -> Result:
-        combine: Callable[[float, float], float] = (
-            max if self.metric.combine == "max" else lambda a, b: a + b
-        )
+        combine = max if self.metric.combine == "max" else operator.add
         found: Result = {}
         row_s = samples.row_before(time_s)
         if row_s is None:
@@ -99,9 +98,6 @@ class Value(Expression):
                 key = _kept(labels, self.by)
                 found[key] = combine(found[key], value) if key in found else value
         return found
-
-    def metrics(self) -> Iterator[Metric]:
-        yield self.metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +124,26 @@ class Quantile(Expression):
         found = {key: _quantile(self.share, sorted(rates)) for key, rates in buckets.items()}
         return {key: value for key, value in found.items() if value is not None}
 
-    def metrics(self) -> Iterator[Metric]:
-        yield self.metric
-
 
 @dataclass(frozen=True, slots=True)
-class Mean(Expression):
+class Mean(_OfMetric):
     """Mean of what a histogram was given."""
-
-    metric: Metric
-    by: tuple[str, ...] = ()
 
     def promql(self, run: str, window: str) -> str:
         parts = [
-            _sum(self.by, f"rate({self.metric.exported}_{end}{_selector(run, {})}[{window}])")
+            _sum(
+                self.by, f"rate({self.metric.exported}_{end}{_selector(run, self.where)}[{window}])"
+            )
             for end in ("sum", "count")
         ]
         return f"{parts[0]} / {parts[1]}"
 
     def evaluate(self, samples: Samples, time_s: float, window_s: float) -> Result:
         sums, counts = (
-            _rates(samples, f"{self.metric.exported}_{end}", self.by, {}, time_s, window_s)
+            _rates(samples, f"{self.metric.exported}_{end}", self.by, self.where, time_s, window_s)
             for end in ("sum", "count")
         )
         return {key: sums[key] / counts[key] for key in sums if counts.get(key)}
-
-    def metrics(self) -> Iterator[Metric]:
-        yield self.metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,21 +164,15 @@ class Scaled(Expression):
         found = self.of.evaluate(samples, time_s, window_s)
         return {key: value * self.factor for key, value in found.items()}
 
-    def metrics(self) -> Iterator[Metric]:
-        return self.of.metrics()
-
 
 @dataclass(frozen=True, slots=True)
-class Binary(Expression):
+class Ratio(Expression):
     """One divided by another of the same labels, or by one without any."""
 
-    operator: str
     left: Expression
     right: Expression
 
     def __post_init__(self) -> None:
-        if self.operator != "/":
-            raise ValueError(f"operator must be /, got {self.operator!r}")
         if self.right.by not in ((), self.left.by):
             raise ValueError(f"cannot divide labels {self.left.by} by {self.right.by}")
 
@@ -200,7 +183,7 @@ class Binary(Expression):
     def promql(self, run: str, window: str) -> str:
         match = " on() group_left()" if self.left.by and not self.right.by else ""
         left = _bracketed(self.left, run, window)
-        return f"{left} {self.operator}{match} {_bracketed(self.right, run, window)}"
+        return f"{left} /{match} {_bracketed(self.right, run, window)}"
 
     def evaluate(self, samples: Samples, time_s: float, window_s: float) -> Result:
         over = self.right.evaluate(samples, time_s, window_s)
@@ -212,14 +195,10 @@ class Binary(Expression):
                 found[key] = value / divisor
         return found
 
-    def metrics(self) -> Iterator[Metric]:
-        yield from self.left.metrics()
-        yield from self.right.metrics()
-
 
 def _bracketed(expression: Expression, run: str, window: str) -> str:
     text = expression.promql(run, window)
-    return f"({text})" if isinstance(expression, (Binary, Mean, Scaled)) else text
+    return f"({text})" if isinstance(expression, (Ratio, Mean, Scaled)) else text
 
 
 def _selector(run: str, where: Mapping[str, str]) -> str:

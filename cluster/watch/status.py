@@ -21,39 +21,22 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.live import Live as Redrawn
-from rich.table import Table
-from rich.text import Text
 
-from cluster.evaluation.shares import COLUMNS, problems_by_level, with_all
+from cluster.evaluation.shares import problems_by_level, with_all
 from cluster.folder.lineage import lineage_name
-from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.folder.run_folder import REPORT, RunFolder, RunFolderError
 from cluster.jobs.queue import StagePlan
 from cluster.telemetry.live import INTERVAL_S, Live, read_live
-from cluster.telemetry.progress import LEVELS_FACT, cost_usd, duration, eta_text, fact_text
+from cluster.telemetry.progress import cost_usd, duration
 from learner.dataset import read_manifest
 from rollout.store import Commit, RunStore, Totals, TrajectoryStore
 
 DONE, RUNNING, STOPPED, PENDING = "done", "running", "stopped", "pending"
-
-_RECORDS = {
-    "rollout": "rollout",
-    "select": "select",
-    "train policy": "train_policy",
-    "train ppm": "train_ppm",
-    "evaluate": "evaluate",
-}
-"""Name of each stage's record, by the kind the progress view knows."""
-
-_SHOWN_PROBLEMS = 10
-"""Quarantined problems, and suspects, that are shown to people; --json has all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +154,8 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
     rounds = [_round(folder, store, config, number, levels, live, alive) for number in numbers]
     finished = all(s.state == DONE for round in rounds for s in round.stages.values())
     state, explanation = _state(live, alive, finished, now_unix_s)
-    seconds = live.seconds_total if live is not None else _reported_seconds(folder)
+    report = folder.read(REPORT) or {} if live is None else {}
+    seconds = live.seconds_total if live is not None else report.get("seconds_total")
     price = live.progress.usd_per_hour if live is not None else None
     return RunStatus(
         run=str(run),
@@ -193,15 +177,29 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
 # --------------------------------------------------------------------------------- reading
 
 
+def run_root(run: Path) -> Path:
+    """The folder of a run.
+
+    Raises:
+        RunFolderError: it is none.
+    """
+    if not (run / "config.yaml").is_file():
+        raise RunFolderError(f"{run}: {_no_run(run)}")
+    return run.absolute()
+
+
+def _no_run(path: Path) -> str:
+    return "not a run: it has no config.yaml" if path.is_dir() else "no such folder"
+
+
 def _read_config(folder: RunFolder, run: str | Path) -> dict[str, Any]:
     path = folder.root / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what = "no such folder" if not folder.root.is_dir() else "not a run: it has no config.yaml"
         near = sorted(str(p.parent) for p in Path(run).parent.glob("*/config.yaml"))
         hint = f"; runs there: {', '.join(near[:8])}" if near else ""
-        raise RunFolderError(f"{run}: {what}{hint}") from None
+        raise RunFolderError(f"{run}: {_no_run(folder.root)}{hint}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunFolderError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
@@ -240,12 +238,33 @@ def _state(live: Live | None, alive: bool, finished: bool, now_unix_s: float) ->
     return "stopped", f"stopped {when}{doing}"
 
 
+def runs(live: Live | None, now_s: float) -> bool:
+    """True if the driver told of itself lately."""
+    return live is not None and live.claims_to_run and live.fresh(now_s)
+
+
+def state_text(live: Live | None, now_s: float) -> str:
+    """How a run stands, in a line for people."""
+    if live is None:
+        return "never started"
+    ago = duration(now_s - live.time_unix_s)
+    if not live.claims_to_run:
+        return f"{live.state} {ago} ago" + (f": {live.error}" if live.error else "")
+    if not live.fresh(now_s):
+        return f"not running: last seen {ago} ago in {live.progress.label or 'no stage'}"
+    now = live.progress
+    parts = [live.state, now.label]
+    if now.total:
+        parts.append(f"{now.done:,}/{now.total:,}")
+    if now.stage_eta_s is not None:
+        parts.append(f"stage ETA {duration(now.stage_eta_s)}")
+    if now.run_eta_s is not None:
+        parts.append(f"run ETA {duration(now.run_eta_s)}")
+    return ", ".join(filter(None, parts))
+
+
 def _moment(unix_s: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
-
-
-def _reported_seconds(folder: RunFolder) -> float | None:
-    return (folder.read("report.json") or {}).get("seconds_total")
 
 
 def _go_on(folder: RunFolder, live: Live | None, is_evolve: bool) -> str:
@@ -337,7 +356,9 @@ def _stage(
     alive: bool,
 ) -> StageState:
     if is_done:
-        return StageState(state=DONE, seconds=folder.stage(number, _RECORDS[name]).get("seconds"))
+        return StageState(
+            state=DONE, seconds=folder.stage(number, name.replace(" ", "_")).get("seconds")
+        )
     if live is not None and _is_at(live, number, name):
         return StageState(state=RUNNING if alive else STOPPED)
     begun = name == "rollout" and bool(trees.plans())
@@ -395,230 +416,3 @@ def _checkpoints(folder: RunFolder, number: int) -> dict[str, CheckpointState]:
         except (KeyError, TypeError) as error:
             raise RunFolderError(f"{folder.root / name}: not a checkpoint: {error!r}") from error
     return found
-
-
-# --------------------------------------------------------------------------------- showing
-
-
-def show_status(
-    run: str | Path, console: Console, *, as_json: bool = False, watch: bool = False
-) -> None:
-    """Print how a run stands; with `watch` again and again, until it does not run any more.
-
-    Raises:
-        RunFolderError, StoreError, CheckpointError: as `read_status`.
-    """
-    if as_json and not watch:
-        console.file.write(json.dumps(_plain(_read_now(run)), indent=1) + "\n")
-        return
-    if not watch:
-        console.print(status_view(_read_now(run)))
-        return
-    status = _read_now(run)
-    if as_json or not console.is_terminal:
-        while True:
-            if as_json:
-                console.file.write(json.dumps(_plain(status)) + "\n")
-                console.file.flush()
-            else:
-                console.print(status_view(status))
-            if status.state not in ("running", "stopping"):
-                return
-            status = _wait_and_read(run)
-    with Redrawn(status_view(status), console=console, auto_refresh=False) as redrawn:
-        while status.state in ("running", "stopping"):
-            status = _wait_and_read(run)
-            redrawn.update(status_view(status), refresh=True)
-
-
-def _read_now(run: str | Path) -> RunStatus:
-    return read_status(run, now_unix_s=time.time())
-
-
-def _wait_and_read(run: str | Path) -> RunStatus:
-    """Read at most a quarter of the time, however large the run is."""
-    began_s = time.monotonic()
-    status = _read_now(run)
-    pause_s = max(INTERVAL_S, 3 * (time.monotonic() - began_s))
-    time.sleep(pause_s)
-    return status
-
-
-def _plain(status: RunStatus) -> dict[str, Any]:
-    return asdict(status)
-
-
-def status_view(status: RunStatus) -> RenderableType:
-    """What is shown in the terminal, within 80 columns."""
-    parts: list[RenderableType] = [
-        Text.assemble((status.name, "bold"), f"  {status.run}"),
-        Text(status.explanation, style=_STYLES.get(status.state, "")),
-    ]
-    if status.state in ("running", "stopping") and status.live is not None:
-        parts += _now_lines(status.live)
-    parts += ["", _stages_table(status), ""]
-    searched = [round for round in status.rounds if round.trees or round.quarantined]
-    if searched:
-        parts += [_problems_table(status, searched), ""]
-    for round in status.rounds:
-        parts += _round_lines(round, status.state)
-    parts += _lineage_lines(status)
-    parts.append(Text(_totals_line(status), style="cyan"))
-    if status.go_on:
-        parts.append(Text(f"to go on: {status.go_on}", style="bold"))
-    return Group(*parts)
-
-
-_STYLES = {"running": "green", "finished": "green", "failed": "red", "killed": "yellow"}
-
-
-def _now_lines(live: Live) -> list[RenderableType]:
-    now = live.progress
-    if not now.stage:
-        return []
-    count = f" {now.done:,}/{now.total:,}" if now.total else ""
-    facts = ", ".join(fact_text(k, v) for k, v in now.facts.items() if k != LEVELS_FACT)
-    lines = [
-        Text(f"now: {now.label}{count}" + (f"; {facts}" if facts else "")),
-        Text(
-            f"stage {duration(now.stage_elapsed_s)}, ETA {eta_text(now.stage_eta_s)}; "
-            f"run ETA {eta_text(now.run_eta_s)}"
-        ),
-    ]
-    if now.last_error:
-        lines.append(Text(f"last error: {now.last_error}", style="yellow"))
-    return list(lines)
-
-
-def _stages_table(status: RunStatus) -> Table:
-    names = [n for n in _RECORDS if any(n in round.stages for round in status.rounds)]
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("round")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for round in status.rounds:
-        cells = [_stage_cell(round.stages.get(name)) for name in names]
-        table.add_row(_round_name(round.round), *cells)
-    return table
-
-
-def _stage_cell(stage: StageState | None) -> Text:
-    if stage is None:
-        return Text("")
-    if stage.state == DONE:
-        took = f" {duration(stage.seconds)}" if stage.seconds is not None else ""
-        return Text(f"done{took}", style="green")
-    return Text(stage.state, style={RUNNING: "bold", STOPPED: "yellow"}.get(stage.state, "dim"))
-
-
-def _problems_table(status: RunStatus, rounds: Sequence[RoundState]) -> Table:
-    of = f", of {status.problems['all']:,} problems" if status.problems else ""
-    table = Table(
-        title=f"problems solved / searched{of}",
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    table.add_column("round")
-    names = [c for c in COLUMNS if any(c in round.searched for round in rounds)]
-    for name in (*names, "trees", "commits", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for round in rounds:
-        cells = [
-            f"{round.solved.get(c, 0):,}/{round.searched[c]:,}" if c in round.searched else ""
-            for c in names
-        ]
-        sums = (f"{round.trees:,}", f"{round.commits:,}", short(round.generated_tokens))
-        table.add_row(_round_name(round.round), *cells, *sums)
-    return table
-
-
-def _round_lines(round: RoundState, state: str) -> list[Text]:
-    lines = []
-    name = f"round {round.round}"
-    if round.passes and round.stages["rollout"].state != DONE:
-        told = ", ".join(
-            f"{p.name} {p.committed:,} of {p.planned:,} committed, {p.solved:,} solved"
-            for p in round.passes
-        )
-        lines.append(Text(f"{name}: {told}"))
-    if round.quarantined:
-        lines.append(
-            Text(f"{name}: quarantined problems: {len(round.quarantined):,}", style="yellow")
-        )
-        shown = list(round.quarantined.items())[:_SHOWN_PROBLEMS]
-        lines += [Text(f"  {problem}: {error}", overflow="ellipsis") for problem, error in shown]
-        lines += _more(len(round.quarantined))
-    if round.suspects:
-        lines.append(Text(f"{name}: suspect labels: {len(round.suspects):,}", style="yellow"))
-        lines += [
-            Text(
-                f"  {s['problem_id']}: label {s['gold']}, {s['votes']} of {s['num_answers']} "
-                f"answers say {s['answer']}"
-            )
-            for s in round.suspects[:_SHOWN_PROBLEMS]
-        ]
-        lines += _more(len(round.suspects))
-    for checkpoint in round.checkpoints.values():
-        if checkpoint.held:
-            lines.append(
-                Text(f"{name}: {checkpoint.version} still serves: {checkpoint.held}", "yellow")
-            )
-    return lines
-
-
-def _more(count: int) -> list[Text]:
-    left = count - _SHOWN_PROBLEMS
-    return [Text(f"  and {left:,} more (--json names all)", style="dim")] if left > 0 else []
-
-
-def _lineage_lines(status: RunStatus) -> list[Text]:
-    lines = []
-    for round in status.rounds:
-        found = " -> ".join(filter(None, _lineage_parts(round)))
-        if found:
-            lines.append(Text(f"{_round_name(round.round)}: {found}", style="dim"))
-    return [Text("lineage"), *lines] if lines else []
-
-
-def _lineage_parts(round: RoundState) -> list[str]:
-    lineage = round.lineage
-    by = lineage.get("searched_by", {})
-    models = [m["version"] for kind in ("policy", "ppm") for m in by.get(kind, [])]
-    trees = lineage.get("trajectories")
-    dataset = lineage.get("dataset")
-    made = [f"{c.version}{' (held)' if c.held else ''}" for c in round.checkpoints.values()]
-    return [
-        " + ".join(filter(None, [*models, *by.get("grader", [])])),
-        f"{trees['trees']:,} trees {trees['sha256'][:8]}" if trees else "",
-        f"dataset {dataset['sha256'][:8]}" if dataset else "",
-        ", ".join(made),
-    ]
-
-
-def _totals_line(status: RunStatus) -> str:
-    parts = [f"{short(status.generated_tokens)} tokens generated"]
-    if status.seconds_total is not None:
-        starts = f" in {status.num_starts} starts" if status.num_starts > 1 else ""
-        parts.insert(0, f"elapsed {duration(status.seconds_total)}{starts}")
-    if status.cost_usd is not None:
-        parts.append(f"${status.cost_usd:,.2f} so far")
-    audited = [round for round in status.rounds if round.lost is not None]
-    if audited:
-        lost = sum(round.lost or 0 for round in audited)
-        parts.append(f"trees lost {lost}, doubled {sum(r.doubled or 0 for r in audited)}")
-    return "; ".join(parts)
-
-
-def _round_name(number: int) -> str:
-    return str(number) if number else "cold"
-
-
-def short(count: int) -> str:
-    """A large number in a few characters: 371672 -> 372k, 2100000 -> 2.1M."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            value = count / size
-            return f"{value:.0f}{letter}" if value >= 100 else f"{value:.1f}{letter}"
-    return str(count)

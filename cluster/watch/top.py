@@ -9,11 +9,11 @@ Where the output is no terminal, a line is printed now and then. Nothing is aske
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.live import Live as Redrawn
 from rich.table import Table
 from rich.text import Text
 
@@ -21,10 +21,10 @@ from cluster.telemetry import metrics as m
 from cluster.telemetry.live import read_live
 from cluster.telemetry.progress import duration
 from cluster.telemetry.samples import Samples
-from cluster.watch.dashboard import MIN_WINDOW_S, run_root, state_text
 from cluster.watch.panels import CLUSTER, OVERVIEW, ROLLOUTS, SANDBOX, Panel, Unit
-from cluster.watch.queries import Expression, Quantile, Rate, Result, Value
-from cluster.watch.status import short
+from cluster.watch.queries import Expression, Quantile, Rate, Result, Value, rate_window_s
+from cluster.watch.status import run_root, runs, state_text
+from cluster.watch.status_view import redraw, short
 
 _REDRAW_S = 2.0
 _LINE_S = 15.0
@@ -74,24 +74,20 @@ def show_top(run: Path, console: Console, *, once: bool = False) -> None:
     root = run_root(run)
     if once:
         console.print(top_view(root, Samples.read(root), time.time()))
-    elif not console.is_terminal:
-        while True:
-            console.print(top_line(root, Samples.read(root), time.time()), soft_wrap=True)
-            if not _runs(root):
-                return
-            time.sleep(_LINE_S)
+    elif console.is_terminal:
+        redraw(console, (top_view(root, s, time.time()) for s in _samples(root, _REDRAW_S)))
     else:
-        with Redrawn(console=console, auto_refresh=False) as redrawn:
-            while True:
-                redrawn.update(top_view(root, Samples.read(root), time.time()), refresh=True)
-                if not _runs(root):
-                    return
-                time.sleep(_REDRAW_S)
+        for samples in _samples(root, _LINE_S):
+            console.print(top_line(root, samples, time.time()), soft_wrap=True)
 
 
-def _runs(root: Path) -> bool:
-    live = read_live(root)
-    return live is not None and live.claims_to_run and live.fresh(time.time())
+def _samples(root: Path, pause_s: float) -> Iterator[Samples]:
+    """Those of a run, read again and again until it ends."""
+    while True:
+        yield Samples.read(root)
+        if not runs(read_live(root), time.time()):
+            return
+        time.sleep(pause_s)
 
 
 def top_line(root: Path, samples: Samples, now_s: float) -> str:
@@ -175,7 +171,7 @@ def _spark(panel: Panel, samples: Samples) -> str:
     values = []
     for i in range(1, 9):
         time_s = start_s + (end_s - start_s) * i / 8
-        found = panel.queries[0].expression.evaluate(samples, time_s, _window(samples))
+        found = panel.queries[0].expression.evaluate(samples, time_s, rate_window_s(samples))
         values.append(found.get((), 0.0))
     top = max(values)
     if top <= 0:
@@ -198,14 +194,10 @@ def _replicas_table(samples: Samples) -> Table:
     return table
 
 
-def _window(samples: Samples) -> float:
-    return max(MIN_WINDOW_S, 4 * samples.interval_s)
-
-
 def _all(expression: Expression, samples: Samples) -> Result:
     if not samples.times:
         return {}
-    return expression.evaluate(samples, samples.times[-1], _window(samples))
+    return expression.evaluate(samples, samples.times[-1], rate_window_s(samples))
 
 
 def _now(expression: Expression, samples: Samples) -> float | None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutStage
-from cluster.fleet.membership import MemberState
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
+from cluster.machines.scaler import MemberState
 from cluster.runs.config import RolloutConfig
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
@@ -115,7 +116,7 @@ class Watch:
         while True:
             for node in self.policy_nodes():
                 self.joined_s.setdefault(node, time.monotonic())
-            for handle in self.fleet._handles("policy").values():
+            for handle in self.fleet.pools.handles("policy").values():
                 self.served_s.setdefault(nodes.node_of(handle), time.monotonic())
             await asyncio.sleep(0.1)
 
@@ -150,7 +151,7 @@ async def test_nodes_come_with_the_work_of_a_run_and_go_when_their_replicas_are_
         )
 
         # 1 -> 3: the trees that wait could use more than one replica
-        await until(lambda: len(fleet._handles("policy")) == 3)
+        await until(lambda: len(fleet.pools.handles("policy")) == 3)
         grown_s = time.monotonic() - began_s
         await until(lambda: len(watch.served_s) == 3)
         joins_s = [
@@ -162,8 +163,8 @@ async def test_nodes_come_with_the_work_of_a_run_and_go_when_their_replicas_are_
 
         # 3 -> 1: five trees are left; a replica that is asked something keeps its node
         (holds / "hold-rest").unlink()
-        keeper = fleet._keepers["policy"]
-        await until(lambda: len(fleet._handles("policy")) == 1)
+        keeper = fleet.pools.keepers["policy"]
+        await until(lambda: len(fleet.pools.handles("policy")) == 1)
         shrinks_s = time.monotonic()
         draining = keeper.members.names(MemberState.DRAINING)
         kept = {nodes.node_of(keeper.all_handles[name]) for name in draining}

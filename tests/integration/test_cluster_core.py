@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.fleet.sandbox_worker import SandboxWorkerActor
 from cluster.jobs.audit import audit_round
 from cluster.jobs.coordinator import CoordinatorActor, RoundStatus
 from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
 from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan
+from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
 from rollout.problem import Problem

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
-from cluster.fleet.fleet import fleet as fleet_module
+from cluster.fleet import rollouts
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from rollout.engine import GenerationReply, GenerationRequest
@@ -83,7 +84,7 @@ async def test_stopped_rollout_commits_what_is_finished_by_its_deadline_and_keep
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(fleet_module, "DRAIN_S", DRAIN_S)
+    monkeypatch.setattr(rollouts, "DRAIN_S", DRAIN_S)
     root = tmp_path / "run"
     root.mkdir()
     hold = tmp_path / "hold"
@@ -95,7 +96,7 @@ async def test_stopped_rollout_commits_what_is_finished_by_its_deadline_and_keep
     async with stopped_at_the_end(first):
         await first.start(hold, version="policy-r0", learner=False)
         work = asyncio.create_task(rollout(first))
-        await until(lambda: sum(p.finished.trees for p in first._progress().values()) == 6)
+        await until(lambda: sum(p.finished.trees for p in first.progress()) == 6)
         assert trees.commits() == {}
         stopped_s = time.monotonic()
         work.cancel()

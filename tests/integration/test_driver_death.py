@@ -94,7 +94,9 @@ async def test_what_a_dead_driver_left_goes_on_until_the_next_one_takes_its_plac
     # Problems that were finished beside a held one were committed when the workers were drained.
     finished = len(PROBLEMS) - sum(problem.text == HELD for problem in PROBLEMS)
     assert outcome.manifest.totals.trees == len(PROBLEMS)
-    new = [c for c in driver.trees.commits().values() if fleet._home.driver in c.info["writer"]]
+    new = [
+        c for c in driver.trees.commits().values() if fleet.pools.home.driver in c.info["writer"]
+    ]
     assert sum(c.totals.trees for c in new) == len(PROBLEMS) - finished
     ray.init(address=cluster.address, logging_level="ERROR")
     assert left_over(driver.namespace) == []

@@ -16,7 +16,8 @@ import pytest
 import ray
 from rich.console import Console
 
-from cluster.evaluation.benchmarks import Asked, EvaluationRun, evaluate_config
+from cluster.evaluation.asked import evaluate_config
+from cluster.evaluation.benchmarks import EvaluationRun
 from cluster.evaluation.compare import compare
 from cluster.evaluation.results import Arm
 from cluster.fleet.actors import PolicyKind, PreferenceKind
@@ -66,15 +67,13 @@ def evaluation(folder: Path, models: tuple[Path, Path], **own: Any) -> Evaluatio
         **own,
     }
     config = evaluate_config(
-        Asked(
-            policy=models[0],
-            ppm=models[1],
-            benchmarks=[str(problems)],
-            methods=["greedy", "majority", "best-of-n", "beam", "mcts"],
-            trajectories=[1, 2, 4],
-            out=folder / "out",
-            overrides=[f"{name}={value}" for name, value in overrides.items()],
-        )
+        policy=models[0],
+        ppm=models[1],
+        benchmarks=str(problems),
+        methods="greedy,majority,best-of-n,beam,mcts",
+        trajectories="1,2,4",
+        out=folder / "out",
+        overrides=[f"{name}={value}" for name, value in overrides.items()],
     )
     return EvaluationRun(config, ProgressView(Console(quiet=True)))
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
@@ -161,7 +162,7 @@ async def test_replica_that_keeps_dying_ends_the_run_with_its_cause(
         async def kill_all() -> None:
             killed: set[str] = set()
             while not work.done():
-                for name, handle in fleet._handles("policy").items():
+                for name, handle in fleet.pools.handles("policy").items():
                     if name not in killed:
                         killed.add(name)
                         os.kill((await handle.ready.remote()).pid, signal.SIGKILL)
@@ -197,10 +198,10 @@ async def test_hanging_replica_and_killed_coordinator_are_replaced_and_no_worker
         await start(fleet)
         hold.touch()
         work = asyncio.create_task(rollout(fleet))
-        await until(lambda: "policy-2" in fleet._handles("policy"))
+        await until(lambda: "policy-2" in fleet.pools.handles("policy"))
         # A coordinator that Ray does not restart is replaced, and the workers find the new one.
-        ray.kill(fleet._coordinator())
-        await until(lambda: fleet._losses()["coordinator"].restarts == 1)
+        ray.kill(fleet.pools.handles("coordinator")["coordinator-0"])
+        await until(lambda: fleet.pools.losses()["coordinator"].restarts == 1)
         hold.unlink()
         outcome = await work
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)

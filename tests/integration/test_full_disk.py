@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.audit import audit_round
 from cluster.runs.config import RolloutConfig

@@ -20,7 +20,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from ray.cluster_utils import Cluster
 
-from cluster.fleet.fleet import Fleet, RolloutOutcome, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
 from cluster.runs.config import RolloutConfig
@@ -94,11 +95,11 @@ def make_fleet(root: Path, cluster: Cluster, **other: Any) -> Fleet:
 
 
 def finished(fleet: Fleet) -> int:
-    return sum(p.finished.trees for p in fleet._progress().values())
+    return sum(p.finished.trees for p in fleet.progress())
 
 
 def where(fleet: Fleet, name: str) -> set[str]:
-    return {nodes.node_of(handle) for handle in fleet._handles(name).values()}
+    return {nodes.node_of(handle) for handle in fleet.pools.handles(name).values()}
 
 
 @asynccontextmanager
@@ -224,7 +225,7 @@ async def test_run_outlives_the_head_forgetting_its_memory(
             await until(lambda: finished(fleet) > before)
             back_s = time.monotonic() - killed_s
             # What dies now is replaced as before.
-            (worker, *_) = fleet._handles("worker").values()
+            (worker, *_) = fleet.pools.handles("worker").values()
             ray.kill(worker)
             outcome = await work
             took_s = time.monotonic() - began_s

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engines.lifecycle import ReplicaInfo
 from cluster.fleet.fleet import Fleet
+from cluster.fleet.minding import why_learner_waits
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
 from cluster.runs.config import RolloutConfig
@@ -112,10 +113,10 @@ async def test_engines_and_learner_take_turns_on_one_gpu(tmp_path: Path, cluster
         assert free() == pytest.approx(0.4)
         for request in ("policy", "ppm"):
             assert await fleet.fit(request, lambda p: None) == request  # type: ignore[arg-type,comparison-overlap]
-        assert (fleet._handles("policy"), fleet._handles("ppm"), free()) == ({}, {}, 0.0)
+        assert (fleet.pools.handles("policy"), fleet.pools.handles("ppm"), free()) == ({}, {}, 0.0)
         await fleet.serve_policy(Path("base"), policy[1])
         await fleet.serve_preference(ppm)
-        (replica,) = fleet._handles("policy").values()
+        (replica,) = fleet.pools.handles("policy").values()
         assert (await replica.stats.remote()).version == policy[1].version
         await until(lambda: free() == pytest.approx(0.0))
         assert learner.fits == ["policy", "ppm"] and learner.actor is None
@@ -128,7 +129,7 @@ async def test_without_a_hand_over_the_conflict_is_named(tmp_path: Path, cluster
     async with stopped_at_the_end(fleet, processes=False):
         await fleet.start(tmp_path, version="policy-r0", learner=False)
         await until(lambda: free() < 1)
-        assert fleet._why_learner_waits() == (
+        assert why_learner_waits(fleet.config.cluster, fleet.pools.keepers) == (
             "learner rank (1 gpu_fake, 1 CPU): 1 of them wait until others give back what they "
             "hold; the cluster has 1 gpu_fake on 1 node, 0.4 of them free and 2 CPU on 1 node, 2 "
             "of them free. 1 x policy replica hold the like; with cluster.hand_over: true they end "
@@ -180,11 +181,11 @@ async def test_replica_of_two_ranks_spans_two_nodes_and_takes_its_group_with_it(
     fleet._policy_kind.actor = ray.remote(SpanningReplica)
     async with stopped_at_the_end(fleet, processes=False):
         await fleet.start(tmp_path, version="policy-r0", learner=False)
-        (first,) = fleet._handles("policy").values()
+        (first,) = fleet.pools.handles("policy").values()
         assert len(set(await first.nodes.remote())) == 2
         os.kill((await first.ready.remote()).pid, signal.SIGKILL)
-        await until(lambda: fleet._losses()["policy replica"].restarts == 1)
-        (other,) = fleet._handles("policy").values()
+        await until(lambda: fleet.pools.losses()["policy replica"].restarts == 1)
+        (other,) = fleet.pools.handles("policy").values()
         assert len(set(await other.nodes.remote())) == 2
         states = [group["state"] for group in placement_group_table().values()]
         assert sorted(states) == ["CREATED", "REMOVED"]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, keeper
+from cluster.fleet import keeper
+from cluster.fleet.fleet import Fleet
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from rollout.engine import EngineError

@@ -23,7 +23,8 @@ import yaml
 from rich.console import Console
 
 from cluster.engines.gate import RequestGate
-from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from cluster.telemetry.live import LiveFile
@@ -36,6 +37,7 @@ from learner.fit import FitProgress, FitResult
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
 from tests.builders import make_problem
+from tests.made_metrics import metrics_of
 from tests.prometheus import MISSING, Prometheus, has_prometheus
 from tests.saboteur import stopped_at_the_end
 from tests.scripted_replicas import ScriptedPolicyReplica, ScriptedPreferenceReplica
@@ -199,7 +201,7 @@ def queries() -> list[tuple[str, Query]]:
 def trouble(prometheus: Prometheus, query: Query, run: str) -> str:
     """Why an expression's result is not what a panel needs; "" if it is."""
     expression = query.expression.promql(run, f"{WINDOW_S}s")
-    needed = {metric.name for metric in query.expression.metrics()}
+    needed = {metric.name for metric in metrics_of(query.expression)}
     result = prometheus.query(expression)
     if needed & EMPTY.keys():
         return ""
@@ -257,7 +259,7 @@ def differences(prometheus: Prometheus, root: Path) -> dict[str, str]:
     samples = Samples.read(root)
     found = {}
     for name, query in queries():
-        needed = {metric.name for metric in query.expression.metrics()}
+        needed = {metric.name for metric in metrics_of(query.expression)}
         if needed & (EMPTY.keys() | NOT_FINITE.keys()):
             continue
         own = query.expression.evaluate(samples, samples.times[-1], WINDOW_S)

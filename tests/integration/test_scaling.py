@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
@@ -71,11 +72,11 @@ async def test_policy_grows_while_trees_wait_and_shrinks_when_none_is_left(
                 on_progress=lambda done, total, facts: shown.append(str(facts.get("stalled", ""))),
             )
         )
-        await until(lambda: len(fleet._handles("policy")) == 3)
+        await until(lambda: len(fleet.pools.handles("policy")) == 3)
         # Nothing moves while the policy says nothing, and the view says so.
         await until(lambda: any("search: no progress" in text for text in shown))
         hold.unlink()
         outcome = await work
         assert (outcome.lost, outcome.doubled) == (0, 0)
-        await until(lambda: len(fleet._keepers["policy"].all_handles) == 1)
+        await until(lambda: len(fleet.pools.keepers["policy"].all_handles) == 1)
         assert outcome.losses == {}

@@ -16,7 +16,8 @@ import pytest
 import ray
 
 from cluster.engines.replica import PolicyReplica
-from cluster.fleet.fleet import Fleet, RolloutStage
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.stages import RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint

@@ -17,6 +17,7 @@ import pytest
 import ray
 import yaml
 
+from cluster.fleet.config import ActorConfig
 from cluster.fleet.learner_group import LearnerGroup
 from learner.checkpoint import CheckpointStore
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
@@ -34,7 +35,7 @@ PPM = PreferenceTrainConfig(num_epochs=4, batch_examples=16, learning_rate=3e-3,
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    group = LearnerGroup(num_workers=2, storage_path=tmp_path_factory.mktemp("ray_train"))
+    group = LearnerGroup(ActorConfig(replicas=2), tmp_path_factory.mktemp("ray_train"))
     group.start()
     yield group
     group.shutdown()

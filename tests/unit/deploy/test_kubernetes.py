@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from cluster.machines.placement import NodeResources, explain
-from cluster.planning.launch_check import actor_asks, pinned, read_run
+from cluster.planning.actor_fit import actor_asks, read_run
+from cluster.planning.launch_check import pinned
 from cluster.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[3]

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.folder.config_file import load_config
 from cluster.runs.config import RunConfig
@@ -29,6 +30,23 @@ def test_script_parses_and_passes_shellcheck(script: str) -> None:
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).parent / "shellcheck")
     done = subprocess.run([shellcheck, script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "file", ["ray_cluster.yaml", "deploy/gcp_cluster.yaml", "deploy/azure_cluster.yaml"]
+)
+def test_launch_file_copies_every_folder_of_the_product(file: str) -> None:
+    excluded = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["rsync_exclude"]
+    everywhere = {name for name in excluded if not name.startswith("/")}
+    folders = {
+        part
+        for package in ("cluster", "deploy", "learner", "rollout", "verifier")
+        for path in (ROOT / package).rglob("*.*")
+        if "__pycache__" not in path.parts
+        for part in path.parent.relative_to(ROOT).parts
+    }
+    assert folders & everywhere == set()
+    assert "/runs" in excluded
 
 
 RAY = """#!/usr/bin/env bash

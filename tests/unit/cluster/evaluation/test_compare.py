@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cluster.evaluation.compare import compare, show_comparison, verdict
-from cluster.evaluation.results import RESULT_SCHEMA
+from cluster.evaluation.tables import RESULT_SCHEMA, read_evaluation
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
 
@@ -71,3 +71,5 @@ def test_nothing_in_common_and_unfinished_evaluations_are_named(tmp_path: Path) 
         compare(first, second)
     with pytest.raises(RunFolderError, match=r"nowhere.*folder of a finished"):
         compare(first, tmp_path / "nowhere")
+    with pytest.raises(RunFolderError, match="folder of a finished"):
+        read_evaluation(tmp_path)

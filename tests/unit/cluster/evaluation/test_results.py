@@ -6,20 +6,19 @@ from typing import Any
 
 import pytest
 
+from cluster.evaluation.reliability import reliability_bins
 from cluster.evaluation.results import (
     Arm,
     Failure,
     ProblemAttempts,
     Result,
     Scoring,
-    answer_rows,
     method_label,
     read_attempts,
-    reliability_bins,
-    result_rows,
     score_problem,
     summarise,
 )
+from cluster.evaluation.tables import answer_rows, result_rows
 from rollout.engine import Completion, FinishReason, GenerationRequest
 from rollout.methods import Method, MethodConfig
 from rollout.problem import Level, Problem

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.fleet.keeper import ActorKind, Look, PoolKeeper, guard
-from cluster.fleet.membership import MemberState, SupervisionConfig
+from cluster.fleet.membership import SupervisionConfig
+from cluster.machines.scaler import MemberState
 from rollout.engine import EngineError
 
 QUICK = SupervisionConfig(look_s=0.002, backoff_s=0.001, stall_s=0.05, silent_s=0.05)
@@ -152,14 +153,14 @@ async def test_too_many_deaths_end_what_is_guarded() -> None:
     at.things.broken = "out of memory"
     at.things.made["thing-0"].dead = "killed"
     with pytest.raises(EngineError, match=r"4 deaths of a thing .* last one: .*out of memory"):
-        await guard(asyncio.Event().wait(), lambda: [at.keeper])
+        await guard(asyncio.Event().wait(), at.keeper.check)
     await at.keeper.stop()
 
 
 async def test_guard_returns_what_its_work_does() -> None:
     at = Setting(size=1)
     await at.keeper.start()
-    assert await guard(asyncio.sleep(0, "done"), lambda: [at.keeper]) == "done"
+    assert await guard(asyncio.sleep(0, "done"), at.keeper.check) == "done"
     await at.keeper.stop()
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from cluster.fleet.config import ActorConfig
 from cluster.fleet.learner_group import LearnerGroup, Mailbox, Outcome
 from learner.fit import FitProgress, FitRequest, LearnerError, PolicyTrainConfig
 
@@ -129,8 +130,8 @@ def test_group_that_finds_no_place_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("cluster.fleet.learner_group._group_is_pending", lambda: pending[0])
     notes: list[str] = []
     group = LearnerGroup(
-        num_workers=2,
-        storage_path="unused",
+        ActorConfig(replicas=2),
+        "unused",
         start_timeout_s=0.3,
         why_pending=lambda: "the engines hold the GPU.",
         note=notes.append,

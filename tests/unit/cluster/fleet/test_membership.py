@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.fleet.membership import Losses, Membership, MemberState, SupervisionConfig
+from cluster.fleet.membership import Losses, Membership, SupervisionConfig
+from cluster.machines.scaler import MemberState
 
 CONFIG = SupervisionConfig(max_failures=2, window_s=100, backoff_s=2, max_backoff_s=10)
 
@@ -14,7 +15,7 @@ def pool(size: int = 2, version: str = "v1") -> Membership:
 def bring_up(members: Membership, *names: str, now_s: float = 0.0, version: str = "v1") -> None:
     for name in names:
         members.add(name, now_s)
-        members.started(name, now_s)
+        members.started(name)
         assert members.synced(name, version, now_s)
 
 
@@ -23,7 +24,7 @@ def test_member_is_given_work_only_when_it_serves_the_wanted_version() -> None:
     members.add("a", 0)
     assert (members.state("a"), members.ready()) == (MemberState.STARTING, [])
     assert not members.synced("a", "v1", 1)
-    members.started("a", 1)
+    members.started("a")
     assert (members.state("a"), members.ready()) == (MemberState.SYNCING, [])
     assert not members.synced("a", "v0", 2)
     assert members.synced("a", "v1", 3)
@@ -33,19 +34,19 @@ def test_member_is_given_work_only_when_it_serves_the_wanted_version() -> None:
 def test_new_version_takes_everybody_out_until_synced() -> None:
     members = pool()
     bring_up(members, "a", "b")
-    members.want("v2", 5)
+    members.want("v2")
     assert members.ready() == []
     members.synced("b", "v2", 6)
     assert members.ready() == ["b"]
-    members.want("v2", 7)
+    members.want("v2")
     assert members.ready() == ["b"]
 
 
 def test_member_that_started_with_an_old_version_has_to_sync() -> None:
     members = pool()
     members.add("a", 0)
-    members.want("v2", 1)
-    members.started("a", 2)
+    members.want("v2")
+    members.started("a")
     assert not members.synced("a", "v1", 2)
     assert members.synced("a", "v2", 3)
 
@@ -104,7 +105,7 @@ def test_too_many_deaths_within_the_window_are_hopeless_and_name_the_last_cause(
 def test_drained_member_is_replaced_but_its_end_is_no_failure() -> None:
     members = pool()
     bring_up(members, "a", "b")
-    members.drain("a", 1)
+    members.drain("a")
     assert (members.ready(), members.due(1)) == (["b"], 1)
     assert not members.lost("a", "ended", 2)
     assert members.losses(2) == Losses()
@@ -116,7 +117,7 @@ def test_smaller_pool_asks_for_nobody() -> None:
     bring_up(members, "a", "b")
     members.resize(1)
     assert members.due(0) == 0
-    members.drain("b", 1)
+    members.drain("b")
     members.lost("b", "ended", 2)
     assert members.due(2) == 0
 
@@ -140,7 +141,7 @@ def test_time_lost_is_counted_from_each_death_to_the_next_ready_member() -> None
 def test_first_start_is_no_loss() -> None:
     members = pool()
     members.add("a", 0)
-    members.started("a", 50)
+    members.started("a")
     members.synced("a", "v1", 60)
     assert members.losses(100) == Losses()
 

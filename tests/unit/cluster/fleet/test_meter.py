@@ -47,7 +47,7 @@ def keeper(handles: dict[str, Any], size: int) -> Any:
     members = Membership("replica", size, SupervisionConfig())
     for name in handles:
         members.add(name, 0.0)
-        members.started(name, 0.0)
+        members.started(name)
         members.synced(name, "", 0.0)
     return SimpleNamespace(handles=handles, members=members)
 

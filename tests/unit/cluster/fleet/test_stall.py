@@ -73,14 +73,6 @@ def test_stages_that_wait_on_each_other_are_both_named() -> None:
     assert {(stall.stage, stall.cause) for stall in detector.stalls(60)} == {("a", "b"), ("b", "a")}
 
 
-def test_forgotten_stage_is_silent() -> None:
-    detector = StallDetector(30)
-    detector.report("policy", 0, done=0, open=1)
-    detector.forget("policy")
-    detector.forget("policy")
-    assert detector.stalls(100) == []
-
-
 def test_time_without_progress_must_be_positive() -> None:
     with pytest.raises(ValueError, match="after_s must be > 0, got 0"):
         StallDetector(0)

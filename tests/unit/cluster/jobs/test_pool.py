@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from cluster.fleet.sandbox_worker import SandboxWorker
 from cluster.jobs.admission import EnginePressure
 from cluster.jobs.pool import Load, PolicyPool, PoolConfig, PreferencePool, SandboxPool, choose
+from cluster.jobs.sandbox_worker import SandboxWorker
 from rollout.engine import EngineError, EvaluationRequest, GenerationRequest
 from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference
 from verifier import SandboxError
@@ -223,7 +223,7 @@ async def test_no_replica_left_is_an_engine_error() -> None:
         handle.die()
     with pytest.raises(EngineError, match=r"no policy replica is left \(gone: [ab], [ab]\)"):
         await pool.generate(request())
-    pool.add("c", policy())
+    pool.set_replicas({"c": policy()}, 1)
     assert (await pool.generate(request())).policy_version == "scripted-policy"
 
 
@@ -233,7 +233,7 @@ async def test_callers_that_wait_for_a_slot_learn_that_none_is_left() -> None:
     tasks = [asyncio.create_task(pool.generate(request())) for _ in range(2)]
     while not pool._waiters:
         await asyncio.sleep(0)
-    pool.remove("a")
+    pool.set_replicas({}, 1)
     with pytest.raises(EngineError, match="no policy replica is left"):
         await tasks[1]
     gate.set()

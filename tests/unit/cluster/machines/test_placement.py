@@ -17,6 +17,8 @@ POLICY = Ask(name="policy replica", bundle={"GPU": 1, "CPU": 2}, count=4)
 def test_what_fits_needs_no_word() -> None:
     assert explain([POLICY], [node(GPU=4, CPU=8)]) == []
     assert explain([POLICY], [node("a", GPU=2, CPU=8), node("b", GPU=2, CPU=4)]) == []
+    ranks = Ask(name="rank of a policy replica", bundle={"GPU": 1}, count=8)
+    assert explain([ranks], [node("a", GPU=4), node("b", GPU=4)]) == []
     assert explain([], []) == []
     assert explain([Ask(name="coordinator", bundle={"CPU": 0})], []) == []
 
@@ -48,16 +50,6 @@ def test_resources_that_lie_on_different_nodes_are_told_apart() -> None:
     assert sentence.endswith("each is there, but on no node together.")
 
 
-def test_bundles_of_one_node_are_added_up() -> None:
-    apart = Ask(name="policy replica, tensor parallel", bundle={"GPU": 1}, count=8)
-    together = Ask(name=apart.name, bundle=apart.bundle, count=8, same_node=True)
-    nodes = [node("a", GPU=4), node("b", GPU=4)]
-    assert explain([apart], nodes) == []
-    (sentence,) = explain([together], nodes)
-    assert "all of them on one node, 8 GPU on one node is asked" in sentence
-    assert "has 4 (a)" in sentence
-
-
 def test_more_than_the_cluster_holds_is_counted() -> None:
     (sentence,) = explain([POLICY], [node("a", GPU=2, CPU=8), node("b", GPU=1, CPU=8)])
     assert sentence == (
@@ -79,17 +71,6 @@ def test_waiting_for_others_is_no_lack() -> None:
         "policy replica (4 x 1 GPU, 2 CPU): 3 of them wait until others give back what they hold; "
         "the cluster has 4 GPU on 1 node, 1 of them free and 64 CPU on 1 node, 60 of them free."
     )
-
-
-def test_nodes_the_autoscaler_may_add_are_waited_for() -> None:
-    kind = node("gpu_policy", GPU=2, CPU=16)
-    (sentence,) = explain([POLICY], [node("head", CPU=8)], addable=[(kind, 4)])
-    assert sentence == (
-        "policy replica (4 x 1 GPU, 2 CPU): 4 of them wait for new nodes; "
-        "the autoscaler may add 4 x gpu_policy."
-    )
-    (sentence,) = explain([POLICY], [node("head", CPU=8)], addable=[(kind, 1)])
-    assert "only 2 fit" in sentence
 
 
 def test_one_impossible_ask_does_not_hide_another_that_waits() -> None:

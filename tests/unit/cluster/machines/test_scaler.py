@@ -6,15 +6,15 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.machines.scaler import (
+    MemberState,
     PoolDecision,
     PoolLoad,
     ReplicaLoad,
-    ReplicaState,
     Scaler,
     ScalerConfig,
 )
 
-STARTING, READY, DRAINING = ReplicaState
+STARTING, _, READY, DRAINING = MemberState
 GPU = {"GPU": 1.0}
 
 
@@ -268,7 +268,7 @@ def test_nodes_are_asked_for_only_while_replicas_are_missing() -> None:
     pool = Pool()
     busy = PoolLoad(waiting=30, in_service=0, served=0)
 
-    def bundles(now_s: float, load: PoolLoad, *states: ReplicaState) -> int:
+    def bundles(now_s: float, load: PoolLoad, *states: MemberState) -> int:
         replicas = {f"r{n}": ReplicaLoad(state=state, load=1) for n, state in enumerate(states)}
         pool.scaler.observe("policy", now_s, load, replicas)
         return len(pool.scaler.decide(now_s).bundles)

@@ -15,22 +15,11 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.fleet.config import ClusterConfig
-from cluster.folder.config_file import ConfigError
-from cluster.planning.launch_check import (
-    Finding,
-    Launch,
-    Level,
-    PriceTable,
-    actor_asks,
-    check_launch,
-    costs,
-    pinned,
-    price_range,
-    read_launch,
-    read_prices,
-    read_run,
-    run_check,
-)
+from cluster.planning.actor_fit import actor_asks, read_run
+from cluster.planning.findings import Finding, Severity
+from cluster.planning.launch_check import check_launch, pinned, run_check
+from cluster.planning.launch_file import Launch, read_launch
+from cluster.planning.prices import PriceTable, read_prices
 from cluster.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[4]
@@ -97,7 +86,7 @@ def test_shipped_file_has_no_error_and_only_placeholders_to_fill_in(
     provider: str, prices: PriceTable, run: RunConfig
 ) -> None:
     findings = check_launch(read_launch(FILES[provider]), prices, run)
-    assert [str(f) for f in findings if f.level is Level.ERROR] == []
+    assert [str(f) for f in findings if f.severity is Severity.ERROR] == []
     others = [f for f in findings if "placeholder" not in f.wrong]
     assert [str(f) for f in others if not f.where.endswith("auth_token")] == []
     assert any("placeholder" in f.wrong for f in findings)
@@ -132,30 +121,30 @@ def put(value: Any, *keys: str) -> Mutation:
 
 
 TYPES = "available_node_types"
-AWS_MUTANTS: dict[str, tuple[Mutation, Level, str, str]] = {
+AWS_MUTANTS: dict[str, tuple[Mutation, Severity, str, str]] = {
     # Ray's own schema
-    "unknown key at the top": (put(1, "max_worker"), Level.ERROR, "top level", "max_worker"),
+    "unknown key at the top": (put(1, "max_worker"), Severity.ERROR, "top level", "max_worker"),
     "unknown key of a type": (
         put(1, TYPES, "learner", "idle_timeout"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.learner",
         "idle_timeout",
     ),
     "fractional resource": (
         put(0.5, TYPES, "learner", "resources", "learner"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.learner.resources.learner",
         "not of type 'integer'",
     ),
     "unknown head type": (
         put("haed", "head_node_type"),
-        Level.ERROR,
+        Severity.ERROR,
         "top level",
         "head_node_type",
     ),
     "more nodes at once than allowed": (
         put(40, TYPES, "gpu_policy", "min_workers"),
-        Level.ERROR,
+        Severity.ERROR,
         "top level",
         "max_workers",
     ),
@@ -164,13 +153,13 @@ AWS_MUTANTS: dict[str, tuple[Mutation, Level, str, str]] = {
         lambda d: machine(d, "gpu_policy").update(
             InstanceMarketOption=machine(d, "gpu_policy").pop("InstanceMarketOptions")
         ),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.gpu_policy.node_config.InstanceMarketOption",
         "did you mean 'InstanceMarketOptions'",
     ),
     "misspelt market": (
         put({"MarketType": "sport"}, TYPES, "gpu_ppm", "node_config", "InstanceMarketOptions"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.gpu_ppm.node_config.InstanceMarketOptions.MarketType",
         "did you mean 'spot'",
     ),
@@ -179,222 +168,233 @@ AWS_MUTANTS: dict[str, tuple[Mutation, Level, str, str]] = {
             {"MarketType": "spot", "SpotOptions": {"MaxPrize": "1"}},
             *(TYPES, "gpu_ppm", "node_config", "InstanceMarketOptions"),
         ),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.gpu_ppm.node_config.InstanceMarketOptions.SpotOptions.MaxPrize",
         "did you mean 'MaxPrice'",
     ),
     "wrong kind of value": (
         put("yes", TYPES, "learner", "node_config", "EbsOptimized"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.learner.node_config.EbsOptimized",
         "no boolean",
     ),
     "no image": (
         pop(TYPES, "learner", "node_config", "ImageId"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.learner.node_config.ImageId",
         "Ubuntu 18.04",
     ),
     # spot
     "label says spot, bought on demand": (
         pop(TYPES, "gpu_policy", "node_config", "InstanceMarketOptions"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.gpu_policy.labels.market",
         "buys on-demand",
     ),
     "learner on spot": (
         put({"MarketType": "spot"}, TYPES, "learner", "node_config", "InstanceMarketOptions"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.learner.node_config",
         "ends all of them",
     ),
     "head on spot": (
         put({"MarketType": "spot"}, TYPES, "head", "node_config", "InstanceMarketOptions"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.head.node_config",
         "the head is a spot machine",
     ),
     "no market label": (
         pop(TYPES, "gpu_ppm", "labels"),
-        Level.WARNING,
+        Severity.WARNING,
         f"{TYPES}.gpu_ppm.labels.market",
         "missing",
     ),
     # numbers
     "min above max": (
         put(3, TYPES, "learner", "min_workers"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.learner.min_workers",
         "3 is more than max_workers 1",
     ),
     "no max_workers": (
         pop(TYPES, "learner", "max_workers"),
-        Level.WARNING,
+        Severity.WARNING,
         f"{TYPES}.learner.max_workers",
         "Ray fills in 29",
     ),
     "head type as worker": (
         put(2, TYPES, "head", "max_workers"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.head.max_workers",
         "2 further machines",
     ),
     "types may have more than all": (
         put(20, "max_workers"),
-        Level.WARNING,
+        Severity.WARNING,
         "max_workers",
         "the 29",
     ),
     "head takes work": (
         put(8, TYPES, "head", "resources", "CPU"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.head.resources.CPU",
         "8 CPUs",
     ),
     "head takes all work": (
         pop(TYPES, "head", "resources", "CPU"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.head.resources.CPU",
         "all of its CPUs",
     ),
     # sizes
     "more GPUs than the machine has": (
         put(8, TYPES, "gpu_policy", "resources", "GPU"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{TYPES}.gpu_policy.resources.GPU",
         "a g6e.12xlarge has 4",
     ),
     "GPUs that are paid for and not offered": (
         put(4, TYPES, "learner", "resources", "GPU"),
-        Level.WARNING,
+        Severity.WARNING,
         f"{TYPES}.learner.resources.GPU",
         "4 of the 8 GPUs",
     ),
     "unknown machine": (
         put("g6e.12xlrage", TYPES, "gpu_policy", "node_config", "InstanceType"),
-        Level.WARNING,
+        Severity.WARNING,
         f"{TYPES}.gpu_policy.node_config",
         "price table",
     ),
     # images
     "unpinned container": (
         put({"image": "rstar-cluster:latest", "container_name": "rstar"}, "docker"),
-        Level.ERROR,
+        Severity.ERROR,
         "docker.image",
         "another image tomorrow",
     ),
     # commands
     "no autoscaling config": (
         in_starts("--autoscaling-config=~/ray_bootstrap_config.yaml", "", HEAD),
-        Level.ERROR,
+        Severity.ERROR,
         f"{HEAD}.1",
         "no node would ever be added",
     ),
     "metrics port among the workers' ports": (
         in_starts("--metrics-export-port=8090", "--metrics-export-port=18080"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{HEAD}.1",
         "18080 lies among the workers' ports 10002-19999",
     ),
     "metrics port differs": (
         in_starts("--metrics-export-port=8090", "--metrics-export-port=8091", WORKER),
-        Level.ERROR,
+        Severity.ERROR,
         f"{WORKER}.1",
         "8091 here and 8090 on the head",
     ),
     "no metrics port": (
         in_starts("--metrics-export-port=8090", "", WORKER),
-        Level.ERROR,
+        Severity.ERROR,
         f"{WORKER}.1",
         "--metrics-export-port is missing",
     ),
     "workers join another port": (
         in_starts("$RAY_HEAD_IP:6379", "$RAY_HEAD_IP:6380", WORKER),
-        Level.ERROR,
+        Severity.ERROR,
         f"{WORKER}.1",
         "--address=$RAY_HEAD_IP:6379",
     ),
     "two services on one port": (
         in_starts("--port=6379", "--port=8090", HEAD),
-        Level.ERROR,
+        Severity.ERROR,
         f"{HEAD}.1",
         "are both 8090",
     ),
     "misspelt option": (
         in_starts("--dashboard-host", "--dashbord-host", HEAD),
-        Level.ERROR,
+        Severity.ERROR,
         f"{HEAD}.1",
         "did you mean '--dashboard-host'",
     ),
     "command that never returns": (
         in_starts("ray start", "ray start --block", WORKER),
-        Level.ERROR,
+        Severity.ERROR,
         f"{WORKER}.1",
         "--block never returns",
     ),
     "few open files": (
         in_starts("ulimit -n 65536; ", "", WORKER),
-        Level.ERROR,
+        Severity.ERROR,
         f"{WORKER}.1",
         "open files",
     ),
     "open dashboard": (
         in_starts("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", HEAD),
-        Level.WARNING,
+        Severity.WARNING,
         f"{HEAD}.1",
         "listens on 0.0.0.0",
     ),
-    "no ray start": (put(["ray stop"], WORKER), Level.ERROR, WORKER, "0 commands `ray start`"),
-    "Ray's own setup commands": (pop("setup_commands"), Level.ERROR, "setup_commands", "nightly"),
+    "no ray start": (put(["ray stop"], WORKER), Severity.ERROR, WORKER, "0 commands `ray start`"),
+    "Ray's own setup commands": (
+        pop("setup_commands"),
+        Severity.ERROR,
+        "setup_commands",
+        "nightly",
+    ),
     # token
     "token switched off": (
         in_starts("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled", WORKER),
-        Level.ERROR,
+        Severity.ERROR,
         f"{WORKER}.1",
         "authentication is off",
     ),
     "token mode not asked for": (
         in_starts("RAY_AUTH_MODE=token ", "", HEAD),
-        Level.ERROR,
+        Severity.ERROR,
         f"{HEAD}.1",
         "RAY_AUTH_MODE is not set",
     ),
     "token in the file": (
         in_starts("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=0123abcd"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{HEAD}.1",
         "the token itself stands in the file",
     ),
     "token not distributed": (
         pop("file_mounts", "~/.ray/auth_token"),
-        Level.ERROR,
+        Severity.ERROR,
         "file_mounts",
         "reaches no node",
     ),
     "environment copied to every node": (
         put([".git"], "rsync_exclude"),
-        Level.WARNING,
+        Severity.WARNING,
         "rsync_exclude",
-        ".venv, runs",
+        ".venv, /runs",
+    ),
+    "code kept back": (
+        put([".git", ".venv", "runs"], "rsync_exclude"),
+        Severity.ERROR,
+        "rsync_exclude",
+        "cluster/runs",
     ),
     # the run's actors
     "misspelt resource": (
         lambda d: node(d, "gpu_policy")["resources"].update(
             polcy=node(d, "gpu_policy")["resources"].pop("policy")
         ),
-        Level.ERROR,
+        Severity.ERROR,
         TYPES,
         "no node has policy",
     ),
     "too few nodes": (
         put(2, TYPES, "gpu_policy", "max_workers"),
-        Level.ERROR,
+        Severity.ERROR,
         TYPES,
         "policy replica (16 x 1 GPU, 1 policy): only 8 fit",
     ),
     "resource of no actor": (
         put(1, TYPES, "cpu_sandbox", "resources", "sandbix"),
-        Level.WARNING,
+        Severity.WARNING,
         f"{TYPES}.cpu_sandbox.resources.sandbix",
         "no actor of the run asks for it; did you mean 'sandbox'?",
     ),
@@ -402,11 +402,12 @@ AWS_MUTANTS: dict[str, tuple[Mutation, Level, str, str]] = {
 
 
 def assert_found(
-    findings: list[Finding], level: Level, where: str, message: str, unchanged: list[Finding]
+    findings: list[Finding], severity: Severity, where: str, message: str, unchanged: list[Finding]
 ) -> None:
     new = [f for f in findings if f not in unchanged]
     assert any(
-        f.level is level and f.where == where and message in f"{f.wrong}; {f.right}" for f in new
+        f.severity is severity and f.where == where and message in f"{f.wrong}; {f.right}"
+        for f in new
     ), [str(f) for f in new]
 
 
@@ -414,13 +415,13 @@ def assert_found(
 def test_each_mistake_in_the_aws_file_is_told_with_its_place(
     name: str, tmp_path: Path, prices: PriceTable, run: RunConfig
 ) -> None:
-    mutate, level, where, message = AWS_MUTANTS[name]
+    mutate, severity, where, message = AWS_MUTANTS[name]
     unchanged = untouched("aws", prices, run)
     # Aliases of one anchor are one object, which a mutation must not change everywhere.
     data = yaml.safe_load(yaml.dump(copy.deepcopy(dict(read_launch(AWS).data)), Dumper=_NoAliases))
     mutate(data)
     assert_found(
-        check_launch(written(tmp_path, data), prices, run), level, where, message, unchanged
+        check_launch(written(tmp_path, data), prices, run), severity, where, message, unchanged
     )
 
 
@@ -430,32 +431,32 @@ class _NoAliases(yaml.SafeDumper):
 
 
 GPU_NODE = f"{TYPES}.gpu_policy.node_config"
-OTHER_MUTANTS: dict[str, tuple[str, Mutation, Level, str, str]] = {
+OTHER_MUTANTS: dict[str, tuple[str, Mutation, Severity, str, str]] = {
     "gcp: misspelt key": (
         "gcp",
         put({}, TYPES, "gpu_policy", "node_config", "schedulling"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{GPU_NODE}.schedulling",
         "did you mean 'scheduling'",
     ),
     "gcp: misspelt spot": (
         "gcp",
         put("SPOTT", TYPES, "gpu_policy", "node_config", "scheduling", "provisioningModel"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{GPU_NODE}.scheduling.provisioningModel",
         "did you mean 'SPOT'",
     ),
     "gcp: misspelt key of scheduling": (
         "gcp",
         put("SPOT", TYPES, "gpu_policy", "node_config", "scheduling", "provisionModel"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{GPU_NODE}.scheduling.provisionModel",
         "did you mean 'provisioningModel'",
     ),
     "gcp: machine with GPUs that is to be moved": (
         "gcp",
         put("MIGRATE", TYPES, "gpu_policy", "node_config", "scheduling", "onHostMaintenance"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{GPU_NODE}.scheduling.onHostMaintenance",
         "TERMINATE",
     ),
@@ -464,28 +465,28 @@ OTHER_MUTANTS: dict[str, tuple[str, Mutation, Level, str, str]] = {
         lambda d: machine(d, "head")["disks"][0]["initializeParams"].update(
             sourceImage="projects/ubuntu-os-cloud/global/images/family/ubuntu-2404-lts-amd64"
         ),
-        Level.WARNING,
+        Severity.WARNING,
         f"{TYPES}.head.node_config.disks",
         "another image tomorrow",
     ),
     "azure: misspelt key": (
         "azure",
         put("Spot", TYPES, "gpu_policy", "node_config", "azure_arm_parameters", "priorty"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{GPU_NODE}.azure_arm_parameters.priorty",
         "did you mean 'priority'",
     ),
     "azure: misspelt spot": (
         "azure",
         put("spot", TYPES, "gpu_policy", "node_config", "azure_arm_parameters", "priority"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{GPU_NODE}.azure_arm_parameters.priority",
         "did you mean 'Spot'",
     ),
     "azure: key beside the parameters": (
         "azure",
         put("Standard_D8s_v5", TYPES, "gpu_policy", "node_config", "vmSize"),
-        Level.ERROR,
+        Severity.ERROR,
         f"{GPU_NODE}.vmSize",
         "azure_arm_parameters",
     ),
@@ -495,14 +496,14 @@ OTHER_MUTANTS: dict[str, tuple[str, Mutation, Level, str, str]] = {
             "Deallocate",
             *(TYPES, "gpu_policy", "node_config", "azure_arm_parameters", "evictionPolicy"),
         ),
-        Level.WARNING,
+        Severity.WARNING,
         f"{GPU_NODE}.azure_arm_parameters.evictionPolicy",
         "go on costing",
     ),
     "azure: newest image": (
         "azure",
         put("latest", *(TYPES, "head", "node_config", "azure_arm_parameters", "imageVersion")),
-        Level.WARNING,
+        Severity.WARNING,
         f"{TYPES}.head.node_config.azure_arm_parameters.imageVersion",
         "another image tomorrow",
     ),
@@ -513,34 +514,34 @@ OTHER_MUTANTS: dict[str, tuple[str, Mutation, Level, str, str]] = {
 def test_each_mistake_in_the_gcp_and_azure_files_is_told_with_its_place(
     name: str, tmp_path: Path, prices: PriceTable, run: RunConfig
 ) -> None:
-    provider, mutate, level, where, message = OTHER_MUTANTS[name]
+    provider, mutate, severity, where, message = OTHER_MUTANTS[name]
     launch = read_launch(FILES[provider])
     unchanged = untouched(provider, prices, run)
     data = yaml.safe_load(yaml.dump(copy.deepcopy(dict(launch.data)), Dumper=_NoAliases))
     mutate(data)
     assert_found(
-        check_launch(written(tmp_path, data), prices, run), level, where, message, unchanged
+        check_launch(written(tmp_path, data), prices, run), severity, where, message, unchanged
     )
 
 
-RUN_MUTANTS: dict[str, tuple[dict[str, Any], Level, str, str]] = {
-    "embedded Ray": ({"address": "local"}, Level.ERROR, "cluster.address", "auto"),
-    "no spot watcher": ({"spot": None}, Level.WARNING, "cluster.spot", "without being drained"),
+RUN_MUTANTS: dict[str, tuple[dict[str, Any], Severity, str, str]] = {
+    "embedded Ray": ({"address": "local"}, Severity.ERROR, "cluster.address", "auto"),
+    "no spot watcher": ({"spot": None}, Severity.WARNING, "cluster.spot", "without being drained"),
     "little patience": (
         {"start_timeout_s": 60},
-        Level.WARNING,
+        Severity.WARNING,
         "cluster.start_timeout_s",
         "has to be bought first",
     ),
     "actors without a custom resource": (
         {"sandbox": {"replicas": 4}},
-        Level.WARNING,
+        Severity.WARNING,
         "cluster.sandbox.resources",
         "any machine",
     ),
     "growth beyond the nodes": (
         {"autoscale": {"policy": {"max_replicas": 65}}},
-        Level.WARNING,
+        Severity.WARNING,
         "cluster.autoscale.policy.max_replicas",
         "65 do not fit",
     ),
@@ -551,11 +552,13 @@ RUN_MUTANTS: dict[str, tuple[dict[str, Any], Level, str, str]] = {
 def test_run_config_that_does_not_suit_the_cluster_is_told(
     name: str, prices: PriceTable, run: RunConfig
 ) -> None:
-    change, level, where, message = RUN_MUTANTS[name]
+    change, severity, where, message = RUN_MUTANTS[name]
     cluster = ClusterConfig.model_validate(run.cluster.model_dump() | change)
     launch = read_launch(AWS)
     found = check_launch(launch, prices, run.model_copy(update={"cluster": cluster}))
-    assert_found(found, level, f"run config: {where}", message, check_launch(launch, prices, run))
+    assert_found(
+        found, severity, f"run config: {where}", message, check_launch(launch, prices, run)
+    )
 
 
 def test_learner_that_any_gpu_suits_must_not_find_one_on_a_spot_machine(
@@ -566,64 +569,6 @@ def test_learner_that_any_gpu_suits_must_not_find_one_on_a_spot_machine(
     found = check_launch(read_launch(AWS), prices, run.model_copy(update={"cluster": cluster}))
     places = [f.where for f in found if "a learner rank fits on" in f.wrong]
     assert places == [f"{TYPES}.gpu_policy.node_config", f"{TYPES}.gpu_ppm.node_config"]
-
-
-def test_replica_of_several_ranks_asks_for_a_bundle_each(run: RunConfig) -> None:
-    engine = run.policy_engine.model_copy(update={"tensor_parallel_size": 4})
-    policy = run.cluster.policy.model_copy(
-        update={"num_gpus": 4, "resources": {"policy": 4}, "replicas": 2}
-    )
-    spread = run.model_copy(
-        update={
-            "policy_engine": engine,
-            "cluster": run.cluster.model_copy(update={"policy": policy}),
-        }
-    )
-    asks = actor_asks(spread)["policy"]
-    assert [(ask.bundle, ask.count) for ask in asks] == [({"GPU": 1, "policy": 1}, 2)] * 4
-
-
-def test_cluster_section_of_another_config_is_enough(tmp_path: Path) -> None:
-    file = tmp_path / "serve.yaml"
-    file.write_text("cluster: {policy: {replicas: 3, resources: {policy: 1}}}\n", encoding="utf-8")
-    asks = actor_asks(read_run(file))
-    assert asks["policy"][0].count == 3 and "ppm" in asks
-
-
-def test_prices_range_from_the_least_to_the_most_nodes(tmp_path: Path) -> None:
-    table = PriceTable.model_validate(
-        {
-            "as_of": "2025-01-01",
-            "instances": {
-                "aws": {
-                    "small": {"on_demand": 1.0, "cpus": 2},
-                    "large": {"on_demand": 10.0, "spot": 4.0, "cpus": 8},
-                }
-            },
-        }
-    )
-    spot = {"InstanceType": "large", "InstanceMarketOptions": {"MarketType": "spot"}}
-    data = {
-        "provider": {"type": "aws"},
-        "head_node_type": "head",
-        "max_workers": 4,
-        TYPES: {
-            "head": {"node_config": {"InstanceType": "small"}, "max_workers": 0},
-            "cheap": {"node_config": spot, "min_workers": 1, "max_workers": 3},
-            "dear": {"node_config": {"InstanceType": "large"}, "max_workers": 2},
-        },
-    }
-    rows = costs(written(tmp_path, data), table)
-    assert [row.price for row in rows] == [1.0, 4.0, 10.0]
-    # 1 + 1 spot; 1 + 2 dear + 2 of the 3 spot ones; 1 + 4 on demand
-    assert price_range(rows, max_workers=4) == (5.0, 29.0, 41.0)
-
-
-def test_wrong_row_of_the_price_table_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "prices.yaml"
-    file.write_text("as_of: 2025-01-01\ninstances: {aws: {x: {on_demand: 0, cpus: 1}}}\n")
-    with pytest.raises(ConfigError, match=r"prices.yaml: instances\.aws\.x\.on_demand: .*greater"):
-        read_prices(file)
 
 
 @pytest.mark.parametrize(
@@ -638,15 +583,6 @@ def test_wrong_row_of_the_price_table_is_named(tmp_path: Path) -> None:
 )
 def test_only_a_version_or_digest_pins_an_image(image: str, is_pinned: bool) -> None:
     assert pinned(image) is is_pinned
-
-
-def test_manifest_and_other_files_are_refused_by_name(tmp_path: Path) -> None:
-    manifest = tmp_path / "pod.yaml"
-    manifest.write_text("apiVersion: v1\nkind: Pod\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"pod.yaml: a Kubernetes manifest"):
-        read_launch(manifest)
-    with pytest.raises(ConfigError, match="is it for ray up"):
-        read_launch(ROOT / "deploy" / "gpus.yaml")
 
 
 def test_command_ends_with_1_on_errors_and_prints_the_range(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from cluster.planning.latency import DEFAULT_CURVE
 from cluster.planning.planner import PlanConfig, PlanError, make_plan, print_plan, read_gpu_kinds
-from cluster.planning.simulate import Simulation, SimulationConfig
+from cluster.planning.simulate import Simulation
+from cluster.planning.simulation_figures import SimulationConfig
 
 TABLE = Path(__file__).parents[4] / "deploy/gpus.yaml"
 
@@ -75,7 +76,8 @@ def test_plan_agrees_with_the_simulation() -> None:
         )
     )
     report = Simulation(
-        SimulationConfig(num_problems=4000, num_replicas=8, straggler_share=0, slow_share=0)
+        SimulationConfig(num_problems=4000, num_replicas=8, straggler_share=0, slow_share=0),
+        DEFAULT_CURVE,
     ).run()
     assert report.makespan_s == pytest.approx(plan.total_s, rel=0.05)
 

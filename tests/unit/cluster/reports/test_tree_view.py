@@ -18,21 +18,18 @@ import yaml
 from rich.console import Console
 
 from cluster.folder.run_folder import RunFolderError
-from cluster.reports.tree_view import (
+from cluster.reports.marked_tree import (
     TreeView,
     choose_tree,
     dataset_config,
     find_trees,
     num_passes,
-    page_data,
-    print_node,
-    print_tree,
-    render_page,
-    show_tree,
     snippet,
     view_tree,
-    visible,
 )
+from cluster.reports.page import visible
+from cluster.reports.tree_page import page_data, render_page
+from cluster.reports.tree_view import print_node, print_tree, show_tree
 from learner.pairs import PairConfig
 from learner.select import DatasetConfig
 from rollout.prompt import RSTAR_TEMPLATE

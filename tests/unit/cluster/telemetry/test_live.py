@@ -76,7 +76,7 @@ def test_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with LiveFile(tmp_path, snapshot):
         pass
     assert read_live(tmp_path) is None

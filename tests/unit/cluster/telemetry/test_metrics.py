@@ -14,6 +14,7 @@ from cluster.watch.panels import DASHBOARDS
 from rollout.engine import GenerationRequest
 from tests.builders import answered, make_problem, make_tree
 from tests.fakes import ScriptedPolicy
+from tests.made_metrics import metrics_of
 from verifier import StepResult, StepStatus
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -37,7 +38,7 @@ def test_every_metric_is_shown_on_some_dashboard() -> None:
         for dashboard in DASHBOARDS
         for panel in dashboard.panels
         for query in panel.queries
-        for metric in query.expression.metrics()
+        for metric in metrics_of(query.expression)
     }
     assert shown == set(m.CATALOGUE)
 
@@ -86,7 +87,7 @@ def test_counts_are_added_up_before_ray_gets_them(monkeypatch: pytest.MonkeyPatc
 def test_switch_reaches_processes_that_are_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(m.VARIABLE, raising=False)
     m.switch_on("demo")
-    code = "from cluster import metrics; print(metrics._run)"
+    code = "from cluster.telemetry import metrics; print(metrics._run)"
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     m.switch_on("")
     assert told.stdout.strip() == "demo"

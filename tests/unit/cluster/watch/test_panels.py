@@ -7,6 +7,7 @@ import pytest
 
 from cluster.telemetry.metrics import CATALOGUE, Kind
 from cluster.watch.panels import DASHBOARDS, Dashboard, places
+from tests.made_metrics import metrics_of
 from tools.grafana import FOLDER, dashboard_json, files
 from tools.metrics_reference import PATH, reference
 
@@ -49,7 +50,7 @@ def test_legends_use_only_labels_that_their_expression_keeps() -> None:
             for query in panel.queries:
                 used = set(re.findall(r"\{(\w+)\}", query.legend))
                 assert used == set(query.expression.by), (dashboard.name, panel.title)
-                for metric in query.expression.metrics():
+                for metric in metrics_of(query.expression):
                     where = set(query.expression.by)
                     assert where <= set(metric.labels) or not metric.labels, panel.title
 

@@ -17,7 +17,8 @@ from cluster.jobs.queue import StagePlan
 from cluster.runs.config import RunConfig
 from cluster.telemetry.live import STALE_S, LiveFile, Snapshot
 from cluster.watch import status as status_module
-from cluster.watch.status import RunStatus, read_status, short, show_status
+from cluster.watch.status import RunStatus, read_status
+from cluster.watch.status_view import short, show_status
 from learner.checkpoint import CheckpointStore
 from rollout.difficulty import SuspectLabel
 from rollout.problem import Level, Problem

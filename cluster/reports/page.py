@@ -1,10 +1,10 @@
-"""The frame of every report page: one HTML file without outside assets or scripts.
+"""The frame of every page for people: one HTML file without outside assets.
 
-    sections (title, HTML) --> report_page.html with styles for light and dark --> one file
+    sections (title, HTML) --> page.html with styles for light and dark --> one file
 
-Whatever a model wrote is escaped before it gets here, and the page's policy (CSP) forbids every
-script and every request, so that a page that is passed on can do nothing. Charts are inline SVG
-whose text and axes take the page's colours (`cluster.reports.plots.as_svg`).
+Whatever a model wrote is escaped before it gets here, and the policy (CSP) of page.html forbids
+every script and every request, so that a page that is passed on can do nothing. Charts are inline
+SVG whose text and axes take the page's colours (`cluster.reports.plots.as_svg`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.reports.tree_view import visible
+from cluster.folder.run_folder import RunFolderError, why_not_written
+from rollout.files import atomic_write
 
-_PAGE = Path(__file__).with_name("report_page.html")
+_PAGE = Path(__file__).with_name("page.html")
 
 _NUMBER = re.compile(r"-|[-+]?[$]?[0-9][0-9,.]*(?:[ %].*| ?\(.*\)|-[0-9.,]+)?")
 
@@ -39,21 +40,31 @@ def render_report(title: str, about: Sequence[str], sections: Sequence[Section])
     Args:
         about: lines under the title, plain text.
     """
-    anchors = [f"s{number}" for number in range(len(sections))]
-    links = " ".join(
-        f'<a href="#{anchor}">{html.escape(section.title)}</a>'
-        for anchor, section in zip(anchors, sections, strict=True)
+    anchored = [(f"s{number}", section) for number, section in enumerate(sections)]
+    return fill(
+        _PAGE.read_text(encoding="utf-8"),
+        TITLE=escape(title),
+        ABOUT="".join(f"<p>{escape(line)}</p>" for line in about),
+        LINKS=" ".join(f'<a href="#{a}">{html.escape(s.title)}</a>' for a, s in anchored),
+        SECTIONS="\n".join(_section(anchor, section) for anchor, section in anchored),
     )
-    fillings = {
-        "TITLE": escape(title),
-        "ABOUT": "".join(f"<p>{escape(line)}</p>" for line in about),
-        "LINKS": links,
-        "SECTIONS": "\n".join(
-            _section(anchor, section) for anchor, section in zip(anchors, sections, strict=True)
-        ),
-    }
-    page = _PAGE.read_text(encoding="utf-8")
+
+
+def fill(page: str, **fillings: str) -> str:
+    """A page with every `{{NAME}}` of it replaced; one in what is filled in stays as it is."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fillings[match[1]], page)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page whole.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    try:
+        atomic_write(path, text)
+    except OSError as error:
+        raise RunFolderError(f"{path}: {why_not_written(error)}") from error
 
 
 def _section(anchor: str, section: Section) -> str:
@@ -63,6 +74,16 @@ def _section(anchor: str, section: Section) -> str:
     else:
         inner = f"<h2>{title}</h2>{section.body}"
     return f'<section id="{anchor}">{inner}</section>'
+
+
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """Text that cannot steer a terminal: control and direction characters as backslash escapes."""
+    return _HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def escape(text: object) -> str:

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 
-from cluster.evaluation.benchmarks import (
-    ask,
+from cluster.evaluation.asked import (
     choose_prompting,
     evaluate_config,
     find_benchmarks,
     overlaps,
     read_benchmark,
-    read_evaluation,
 )
 from cluster.evaluation.config import EvaluateConfig
 from cluster.folder.config_file import ConfigError, make_config
@@ -36,11 +34,6 @@ def write_problems(path: Path, *rows: tuple[str, str]) -> Path:
 def config(**own: Any) -> EvaluateConfig:
     data = {"run_dir": "out", "policy": "p", "benchmarks": ["b.jsonl"], **own}
     return make_config(data, kind=EvaluateConfig, source="test")
-
-
-def given(**own: Any) -> Any:
-    lists = {"benchmarks": "", "methods": "", "trajectories": ""}
-    return ask(**{**lists, **own})
 
 
 def test_benchmarks_are_found_by_name_or_path_and_the_nearest_is_named(tmp_path: Path) -> None:
@@ -108,13 +101,11 @@ def test_command_line_wins_over_the_config_of_a_run(tmp_path: Path) -> None:
     )
     problems = write_problems(tmp_path / "b.jsonl", ("a", "1"))
     made = evaluate_config(
-        given(
-            what=run,
-            benchmarks=str(problems),
-            methods="greedy,mcts",
-            trajectories="4,1,4",
-            overrides=["rollouts_per_tree=2"],
-        )
+        what=run,
+        benchmarks=str(problems),
+        methods="greedy,mcts",
+        trajectories="4,1,4",
+        overrides=["rollouts_per_tree=2"],
     )
     assert made.trajectories == [1, 4]
     assert made.methods == [Method.GREEDY, Method.MCTS]
@@ -122,23 +113,21 @@ def test_command_line_wins_over_the_config_of_a_run(tmp_path: Path) -> None:
     assert (made.search.template, made.rollouts_per_tree) == ("short", 2)
     assert made.run_dir == Path("runs/evaluate-run")
     with pytest.raises(RunFolderError, match="no policy of round 9; there are rounds 2"):
-        evaluate_config(given(what=run, round=9, benchmarks=str(problems)))
+        evaluate_config(what=run, round=9, benchmarks=str(problems))
 
 
 def test_what_cannot_be_done_is_said_before_anything_starts(tmp_path: Path) -> None:
     problems = str(write_problems(tmp_path / "b.jsonl", ("a", "1")))
     with pytest.raises(ConfigError, match="no policy"):
-        evaluate_config(given(benchmarks=problems))
+        evaluate_config(benchmarks=problems)
     with pytest.raises(ConfigError, match="method best-of-n needs a PPM"):
-        evaluate_config(given(policy=tmp_path, benchmarks=problems, methods="best-of-n"))
+        evaluate_config(policy=tmp_path, benchmarks=problems, methods="best-of-n")
     with pytest.raises(ConfigError, match="'two': expected whole numbers"):
-        given(benchmarks=problems, trajectories="1,two")
+        evaluate_config(benchmarks=problems, trajectories="1,two")
     with pytest.raises(ConfigError, match=r"methods\.0"):
-        evaluate_config(given(policy=tmp_path, benchmarks=problems, methods="gredy"))
+        evaluate_config(policy=tmp_path, benchmarks=problems, methods="gredy")
     with pytest.raises(RunFolderError, match="no such folder"):
-        evaluate_config(given(what=tmp_path / "nothing", benchmarks=problems))
-    with pytest.raises(RunFolderError, match="folder of a finished"):
-        read_evaluation(tmp_path)
+        evaluate_config(what=tmp_path / "nothing", benchmarks=problems)
 
 
 class Tokenizer:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
@@ -25,26 +25,6 @@ from cluster.telemetry import metrics
 from cluster.telemetry.tracing import Traced
 from verifier import AsyncSandbox, SandboxError, SandboxLimits, StepResult
 from verifier.sandbox import Isolation
-
-
-class TreeSandbox(Protocol):
-    """The part of `verifier.AsyncSandbox` used here; see there for the contracts."""
-
-    async def open(self, problem_id: str, *, flavour: str = "base", seed: int = 0) -> str: ...
-
-    async def run(
-        self, state: str, codes: Sequence[str], limits: SandboxLimits | None = None
-    ) -> list[StepResult]: ...
-
-    async def evict(self, state: str) -> None: ...
-
-    def capabilities(self) -> Mapping[str, Any]: ...
-
-    async def close(self, problem_id: str) -> None: ...
-
-    async def stats(self) -> dict[str, Any]: ...
-
-    def shutdown(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -67,7 +47,7 @@ class SandboxWorker(Traced):
         *,
         cores: int | None = None,
         tree_idle_s: float = 1800.0,
-        sandbox: TreeSandbox | None = None,
+        sandbox: AsyncSandbox | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -78,7 +58,7 @@ class SandboxWorker(Traced):
         Raises:
             SandboxError: the sandbox cannot start here.
         """
-        self._sandbox: TreeSandbox = sandbox or AsyncSandbox(limits, isolation, cores=cores)
+        self._sandbox = sandbox or AsyncSandbox(limits, isolation, cores=cores)
         self._tree_idle_s = tree_idle_s
         self._clock = clock
         self._trees: dict[tuple[str, str], _OpenTree] = {}
@@ -103,11 +83,10 @@ class SandboxWorker(Traced):
         self._names.add(name)
         try:
             state = await self._sandbox.open(name, flavour=flavour, seed=seed)
-        except ValueError as error:
+        except BaseException as error:
             await self.close(tree_id, owner)
-            raise SandboxError(f"tree {name} could not be opened: {error}") from error
-        except BaseException:
-            await self.close(tree_id, owner)
+            if isinstance(error, ValueError):
+                raise SandboxError(f"tree {name} could not be opened: {error}") from error
             raise
         self._keep(tree, state)
         return state
@@ -140,13 +119,6 @@ class SandboxWorker(Traced):
                 self._keep(tree, result.state)
         return results
 
-    async def evict(self, state: str) -> None:
-        """Free the state's process; the next run from it replays."""
-        try:
-            await self._sandbox.evict(state)
-        except ValueError as error:
-            raise SandboxError(f"state {state} is lost: {error}") from error
-
     async def close(self, tree_id: str, owner: str = "") -> None:
         """Free every state of an owner's tree; harmless if it is not open."""
         tree = self._trees.pop((tree_id, owner), None)
@@ -166,10 +138,6 @@ class SandboxWorker(Traced):
         """The sandbox's own counters, open trees, and trees closed because nobody used them."""
         stats = await self._sandbox.stats()
         return {**stats, "open_trees": len(self._trees), "idle_closed": self._idle_closed}
-
-    def capabilities(self) -> dict[str, Any]:
-        """Layer -> "on" or why it is off, and the limits of the pool."""
-        return dict(self._sandbox.capabilities())
 
     def pid(self) -> int:
         """Process id, for logs and tests."""

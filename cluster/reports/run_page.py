@@ -1,0 +1,439 @@
+"""The page of a run: what its report and its trees say, as sections of tables and charts.
+
+RunFacts --> run_page: HTML
+         --> figures: the charts that are written as pictures too
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cluster.evaluation import paper
+from cluster.evaluation.reliability import Bins
+from cluster.evaluation.shares import COLUMNS, counts_text, percent
+from cluster.reports import plots
+from cluster.reports.marked_tree import num_passes, snippet
+from cluster.reports.page import (
+    Section,
+    escape,
+    html_table,
+    paragraph,
+    render_report,
+    tiles,
+)
+from cluster.reports.run_facts import RoundFacts, RunFacts, rate_over_time
+from cluster.telemetry.progress import duration
+from rollout.tree import Node, Terminal, Tree
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_TREE_NODES = 60
+"""Of a sample tree that are shown."""
+
+STAGES = {
+    "rollout": "search",
+    "select": "select",
+    "train_policy": "SFT",
+    "train_ppm": "PPM",
+    "evaluate": "held out",
+}
+"""Of a round, in order: name of the record -> name for people."""
+
+
+def run_page(facts: RunFacts) -> str:
+    """One self-contained HTML page."""
+    report = facts.report
+    sections = [
+        Section(title="Results", body=_results(facts)),
+        Section(title="Coverage", body=_coverage(facts)),
+        Section(title="Held-out accuracy", body=_accuracy(facts)),
+        Section(title="The PPM", body=_ppm(facts)),
+        Section(title="Q-values", body=_q_values(facts)),
+        Section(title="Training", body=_training(facts)),
+        Section(title="Throughput and cost", body=_cost(facts)),
+        Section(title="Failures", body=_failures(facts)),
+        Section(title="Sample trees", body=_trees(facts)),
+        Section(title="What was run", body=_what_was_run(report), folded=True),
+    ]
+    return render_report(report["name"], list(_about(report)), sections)
+
+
+def _about(report: Mapping[str, Any]) -> Iterator[str]:
+    config = report["config"]
+    rounds = len(report["rounds"])
+    searched = config.get("problems", {})
+    world = searched.get("miniature")
+    what = "the miniature's made-up problems" if world else ", ".join(searched.get("train", ()))
+    yield f"{rounds} rounds of self-evolution on {what}; seed {config['seed']}"
+    machine = report["hardware"]
+    gpus = ", ".join(machine.get("gpus", ())) or "no GPU"
+    memory = f"{machine['memory_gib']} GiB" if "memory_gib" in machine else ""
+    yield ", ".join(
+        filter(None, [f"{machine['cores']} cores of {machine['cpu'].strip()}", memory, gpus])
+    )
+
+
+def _results(facts: RunFacts) -> str:
+    report = facts.report
+    rounds = report["rounds"]
+    if not rounds:
+        return paragraph("no round is finished")
+    last = rounds[-1]
+    shown = [(f"{percent(last['coverage']['all'])} %", f"problems solved in round {last['round']}")]
+    cold = (report.get("cold_start") or {}).get("greedy")
+    if last.get("greedy"):
+        before = f", {percent(cold['all'])} % after the cold start" if cold else ""
+        shown.append((f"{percent(last['greedy']['all'])} %", f"held out, greedy{before}"))
+    if last.get("search"):
+        shown.append((f"{percent(last['search']['all'])} %", "held out, MCTS + PPM"))
+    tokens = sum(entry["generated_tokens"] for entry in rounds)
+    shown.append((f"{tokens:,}", "tokens generated in search"))
+    if report.get("seconds_total") is not None:
+        shown.append((duration(report["seconds_total"]), "from start to end"))
+    lost = sum(e["lost"] for e in rounds), sum(e["doubled"] for e in rounds)
+    shown.append((f"{lost[0]} / {lost[1]}", "trees lost / doubled"))
+    return tiles(shown)
+
+
+def figures(facts: RunFacts) -> dict[str, Figure]:
+    """The charts that are written as pictures, by name of the file."""
+    found = {
+        "report": plots.rounds_figure(facts.report),
+        "report-coverage": plots.coverage_by_round(facts.report["rounds"]),
+    }
+    bins = _reliability_bins(facts)
+    if bins:
+        found["report-reliability"] = plots.reliability(bins)
+    if facts.rounds:
+        found["report-q-values"] = plots.q_histograms(facts.rounds)
+    return found
+
+
+def _coverage(facts: RunFacts) -> str:
+    rows = []
+    for entry in facts.report["rounds"]:
+        number = entry["round"]
+        rows.append([f"round {number}", *(_share(entry["coverage"], c) for c in COLUMNS)])
+        told = paper.COVERAGE.get(number)
+        if told:
+            rows.append([f"paper, round {number}", *(f"{told[c]:.2f}" for c in COLUMNS)])
+    figure = plots.coverage_by_round(facts.report["rounds"])
+    return (
+        f'<div class="charts"><figure>{plots.as_svg(figure, "coverage by round")}</figure><div>'
+        + html_table(["% solved", *COLUMNS], rows, quiet=lambda row: row[0].startswith("paper"))
+        + paragraph(
+            "Share of the problems that some search of the round solved. The paper's (arXiv "
+            "2501.04519, Table 2) are of 747k problems and a 7B policy; only the shape compares."
+        )
+        + "</div></div>"
+    )
+
+
+def _share(shares: Mapping[str, float | None] | None, column: str) -> str:
+    return percent(shares.get(column)) if shares else ""
+
+
+def _accuracy(facts: RunFacts) -> str:
+    report = facts.report
+    rounds = report["rounds"]
+    if not any(entry.get("greedy") for entry in rounds):
+        return paragraph("the run has no held-out problems")
+    figure = plots.accuracy_by_round(report.get("cold_start"), rounds)
+    rows = []
+    cold = report.get("cold_start")
+    if cold and cold.get("greedy"):
+        rows.append(["cold start", percent(cold["greedy"]["all"]), *("" for _ in range(4)), ""])
+    for entry in rounds:
+        shares = [_share(entry.get(method), "all") for method in plots.HELD_OUT]
+        number = entry["round"]
+        told = {row.name[-1]: row for row in paper.GREEDY_ROUNDS if row.name[-1].isdigit()}
+        searched = {n + 1: row for n, row in enumerate(paper.SEARCH_ROUNDS)}
+        beside = ""
+        if str(number) in told and number in searched:
+            math = told[str(number)].accuracy["math500"], searched[number].accuracy["math500"]
+            beside = f"{math[0]} / {math[1]}"
+        rows.append([f"round {number}", *shares, beside])
+    header = ["% right", *plots.HELD_OUT.values(), "paper, MATH-500: greedy / searched"]
+    made = report.get("evaluation") or {}
+    about = ""
+    if made:
+        about = (
+            f"Greedy on {made['num_problems']} held-out problems; the others on "
+            f"{made['num_search_problems']}, at one generated-token budget a problem "
+            f"({made['num_samples']} samples). `rstar evaluate` gives intervals."
+        )
+    return (
+        f'<div class="charts"><figure>{plots.as_svg(figure, "accuracy by round")}</figure></div>'
+        + html_table(header, rows)
+        + paragraph(about)
+    )
+
+
+def _reliability_bins(facts: RunFacts) -> dict[str, Bins]:
+    """Of the last round that was searched with a PPM, and of the last PPM on held-out answers."""
+    bins: dict[str, Bins] = {}
+    valued = [n for n, f in facts.rounds.items() if any(b[0] for b in f.answer_bins)]
+    if valued:
+        number = max(valued)
+        bins[f"answers of round {number}"] = facts.rounds[number].answer_bins
+        bins[f"steps of round {number}"] = facts.rounds[number].step_bins
+    trained = [n for n, stage in facts.stages if stage == "train_ppm"]
+    if trained:
+        told = facts.stages[max(trained), "train_ppm"].get("calibration") or []
+        if told:
+            rows = [(int(count), chance, share) for count, chance, share in told]
+            bins[f"held-out answers, PPM of round {max(trained)}"] = rows
+    return bins
+
+
+def _ppm(facts: RunFacts) -> str:
+    bins = _reliability_bins(facts)
+    rows = []
+    for entry in facts.report["rounds"]:
+        metrics = entry.get("ppm_metrics") or {}
+        if metrics:
+            pairs = f"{metrics['num_pairs']:.0f}" if "num_pairs" in metrics else ""
+            accuracy = (metrics.get(f"pair_accuracy{kind}") for kind in ("", "_step", "_answer"))
+            error = metrics.get("calibration_error")
+            rows.append(
+                [
+                    f"round {entry['round']}",
+                    *(percent(share) for share in accuracy),
+                    pairs,
+                    "" if error is None else f"{error:.3f}",
+                ]
+            )
+    header = ["held-out pairs, % right", "all", "steps", "answers", "pairs", "calibration error"]
+    chart = ""
+    if bins:
+        svg = plots.as_svg(plots.reliability(bins), "reliability of the PPM")
+        chart = f"<figure><figcaption>Reliability</figcaption>{svg}</figure>"
+    return (
+        f'<div class="charts">{chart}<div>{html_table(header, rows)}'
+        + paragraph(
+            "50 % of pairs is guessing. The chart sets what the PPM said of an answer or step "
+            "against the share of right answers there (for a step: among the answers found below "
+            "it); a dot's size is the number of cases, and bins of fewer than 5 are left out. The "
+            "PPM is trained to rank, not to predict chances, so a curve that rises is what matters."
+        )
+        + "</div></div>"
+    )
+
+
+def _q_values(facts: RunFacts) -> str:
+    if not facts.rounds:
+        return paragraph("no trees")
+    svg = plots.as_svg(plots.q_histograms(facts.rounds), "Q-values of visited steps")
+    return svg + paragraph(
+        "Q-values of the steps that rollouts went through; blue: a right answer was found at or "
+        "below the step." + _read_note(facts)
+    )
+
+
+def _read_note(facts: RunFacts) -> str:
+    parts = [
+        f"round {n}: {f.files_read} of {f.files} files"
+        for n, f in facts.rounds.items()
+        if f.files_read < f.files
+    ]
+    return f" Read for this: {', '.join(parts)}." if parts else ""
+
+
+def _training(facts: RunFacts) -> str:
+    charts = []
+    for kind, name in (("policy", "Policy, loss per token"), ("ppm", "PPM, pairwise loss")):
+        curves = facts.curves.get(kind)
+        if curves:
+            svg = plots.as_svg(plots.training_curves(curves), name)
+            charts.append(f"<figure><figcaption>{name}</figcaption>{svg}</figure>")
+    rows = []
+    for (number, stage), record in sorted(facts.stages.items()):
+        if stage in ("train_policy", "train_ppm") and "examples" in record:
+            rows.append(
+                [
+                    f"round {number}, {'policy' if stage == 'train_policy' else 'PPM'}",
+                    f"{record['examples']:,}",
+                    f"{record.get('steps', 0):,}",
+                    f"{record.get('useful_tokens', 0):,}",
+                    f"{record.get('tokens_per_s', 0):,.0f}",
+                    f"{record.get('final_loss', math.nan):.4f}",
+                    "; ".join(record.get("warnings") or ())
+                    + (f"; held back: {record['held']}" if record.get("held") else ""),
+                ]
+            )
+    header = ["", "examples", "steps", "tokens", "tokens/s", "last loss", "warnings"]
+    return f'<div class="charts">{"".join(charts)}</div>' + html_table(header, rows)
+
+
+def _cost(facts: RunFacts) -> str:
+    report = facts.report
+    config = report["config"]
+    series = {f"round {n}": rate_over_time(f.commits) for n, f in facts.rounds.items()}
+    series = {name: points for name, points in series.items() if points}
+    chart = ""
+    if series:
+        svg = plots.as_svg(plots.throughput(series), "throughput over time")
+        chart = f'<div class="charts"><figure>{svg}</figure></div>'
+    cluster = config.get("cluster", {})
+    gpus = sum(
+        cluster[pool].get("replicas", 1) * cluster[pool].get("num_gpus", 0)
+        for pool in ("policy", "ppm")
+        if pool in cluster
+    )
+    dollars = (config.get("cost") or {}).get("usd_per_hour")
+    rows = []
+    for entry in report["rounds"]:
+        seconds = entry["seconds"]
+        rollout = seconds.get("rollout") or 0.0
+        problems = facts.stages.get((entry["round"], "rollout"), {}).get("expected")
+        solved = facts.stages.get((entry["round"], "rollout"), {}).get("solved")
+        total = sum(value for value in seconds.values() if value is not None)
+        told = paper.GPU_SECONDS_PER_PROBLEM.get(entry["round"])
+        rows.append(
+            [
+                f"round {entry['round']}",
+                f"{entry['trees']:,}",
+                f"{entry['generated_tokens']:,}",
+                f"{entry['generated_tokens_per_s']:,.0f}",
+                f"{entry['generated_tokens'] / solved:,.0f}" if solved else "",
+                *(f"{seconds[s]:,.0f}" if seconds.get(s) is not None else "" for s in STAGES),
+                f"{rollout * gpus / problems:,.1f}" if gpus and problems else "-",
+                "" if told is None else f"{told}",
+                f"{total * dollars / 3600:,.2f}" if dollars is not None else "-",
+            ]
+        )
+    header = ["", "trees", "tokens", "tokens/s", "per solved", *STAGES.values()]
+    header += ["GPU-s", "paper", "$"]
+    about = (
+        "Tokens generated in search, in all, per second and per solved problem; seconds of each "
+        "stage; GPU-seconds of search per problem, of the GPUs that policy and PPM replicas "
+        "reserve, beside those that follow from the machines and days the paper states. A commit "
+        "counts in the chart when it was written, so the last ones pile up."
+    )
+    if dollars is None:
+        about += " Set cost.usd_per_hour to see dollars."
+    return chart + html_table(header, rows) + paragraph(about)
+
+
+def _failures(facts: RunFacts) -> str:
+    rows = []
+    for entry in facts.report["rounds"]:
+        number = entry["round"]
+        found = facts.rounds.get(number, RoundFacts())
+        deaths = {
+            kind: loss.get("deaths", 0) if isinstance(loss, Mapping) else int(loss)
+            for kind, loss in (entry.get("deaths") or {}).items()
+        }
+        ends = {str(k): v for k, v in found.terminals.items() if k != Terminal.ANSWER}
+        rows.append(
+            [
+                f"round {number}",
+                f"{found.terminals[Terminal.ANSWER]:,}",
+                _reasons(ends),
+                _reasons(found.discards),
+                _reasons(found.statuses),
+                f"{entry.get('failed_problems', 0)}",
+                _reasons(deaths),
+            ]
+        )
+    header = ["", "answers", "other ends", "candidates left out", "code that failed"]
+    header += ["quarantined", "actors that died"]
+    lines = [
+        f"<li>{escape(problem)}: {escape(error)}</li>"
+        for found in facts.rounds.values()
+        for problem, error in list(found.quarantined.items())[:5]
+    ]
+    listed = f"<ul>{''.join(lines)}</ul>" if lines else ""
+    return (
+        html_table(header, rows)
+        + listed
+        + paragraph(
+            "Counts of nodes and candidates; a failed candidate costs its tokens and nothing else."
+            + _read_note(facts)
+        )
+    )
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return counts_text({name.replace("_", " "): count for name, count in counts.items() if count})
+
+
+def _what_was_run(report: Mapping[str, Any]) -> str:
+    rows = [[name, version] for name, version in report.get("versions", {}).items()]
+    config = json.dumps(report["config"], indent=1, default=str)
+    return (
+        "<h3>Versions</h3>"
+        + html_table(["package", "version"], rows)
+        + f"<h3>Config</h3><pre>{html.escape(config)}</pre>"
+    )
+
+
+# --------------------------------------------------------------------------- sample trees
+
+
+def _trees(facts: RunFacts) -> str:
+    if not facts.samples:
+        return paragraph("no trees")
+    parts = []
+    for why, tree in facts.samples:
+        problem = tree.problem
+        about = (
+            f"{problem.id} ({problem.level}), round {tree.round}: {tree.num_rollouts} rollouts, "
+            f"{len(tree.nodes) - 1} candidates, {tree.generated_tokens:,} tokens; accepted answer "
+            f"{problem.answer}"
+        )
+        branches = _branch(tree, tree.root, iter(range(MAX_TREE_NODES)))
+        parts.append(
+            f"<h3>{escape(why[0].upper() + why[1:])}</h3>"
+            f'<p class="problem">{escape(problem.text)}</p>'
+            f'<p class="remark">{escape(about)}</p>'
+            f'<div class="tree"><ul>{branches}</ul></div>'
+        )
+    return "".join(parts) + paragraph(
+        "Only what rollouts went through; Q-value and number of visits before each step. A click "
+        "opens its code. `rstar tree RUN PROBLEM --html FILE` shows a whole tree."
+    )
+
+
+def _branch(tree: Tree, node: Node, places: Iterator[int]) -> str:
+    """List items of the visited children of a node, the most visited first.
+
+    Args:
+        places: one for each item that may be shown yet.
+    """
+    children = [tree.nodes[n] for n in node.children]
+    visited = sorted((c for c in children if num_passes(c) > 0), key=lambda c: -num_passes(c))
+    items = []
+    for child in visited:
+        if next(places, None) is None:
+            items.append('<li class="soft">...</li>')
+            break
+        below = _branch(tree, child, places)
+        nested = f"<ul>{below}</ul>" if below else ""
+        items.append(f"<li>{_node(child)}{nested}</li>")
+    return "".join(items)
+
+
+def _node(node: Node) -> str:
+    verdict = ""
+    if node.terminal is Terminal.ANSWER:
+        good = "good" if node.correct else "bad"
+        word = "right" if node.correct else "wrong"
+        verdict = f' <b class="{good}">{word}</b>'
+    elif node.terminal is not None:
+        verdict = f' <b class="bad">{escape(str(node.terminal).replace("_", " "))}</b>'
+    head = (
+        f'<span class="q">{node.q_value:+.2f}</span> <span class="soft">{num_passes(node)}x</span> '
+        f"{escape(snippet(node))}{verdict}"
+    )
+    step = node.step
+    code = step.code if step is not None else ""
+    if not code.strip():
+        return f'<div class="leaf">{head}</div>'
+    output = f"<pre>{escape(node.stdout)}</pre>" if node.stdout.strip() else ""
+    return f"<details><summary>{head}</summary><pre>{escape(code)}</pre>{output}</details>"

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.fleet.config import ActorConfig
+from cluster.folder.config_file import ConfigError, make_config
+from cluster.runs.config import RolloutConfig
+
+
+def test_actors_ask_ray_for_what_their_config_says() -> None:
+    gpu = ActorConfig(num_gpus=0.5, resources={"policy": 1})
+    assert gpu.ray_options() == {"num_cpus": 0, "num_gpus": 0.5, "resources": {"policy": 1}}
+    assert gpu.bundle() == {"GPU": 0.5, "policy": 1}
+    assert ActorConfig(replicas=2).learner_bundle() == {"CPU": 1.0}
+    assert ActorConfig(num_gpus=1, num_cpus=4).learner_bundle() == {"CPU": 4, "GPU": 1}
+
+
+def test_ranks_of_a_replica_have_a_bundle_each() -> None:
+    large = ActorConfig(num_gpus=4, num_cpus=2, resources={"policy": 4})
+    rank = {"GPU": 1.0, "policy": 1.0}
+    assert large.rank_bundles(4) == [{"CPU": 2, **rank}, rank, rank, rank]
+    assert ActorConfig(num_gpus=1).rank_bundles(1) == [{"GPU": 1}]
+    assert ActorConfig().rank_bundles(2) == []
+
+
+def test_gpus_of_a_replica_must_be_those_of_its_engine(tmp_path: Path) -> None:
+    data = {
+        "run_dir": tmp_path,
+        "problems": "p.jsonl",
+        "policy": "x",
+        "policy_engine": {"tensor_parallel_size": 8, "pipeline_parallel_size": 2},
+        "cluster": {"policy": {"num_gpus": 8}},
+    }
+    with pytest.raises(ConfigError, match=r"cluster.policy.num_gpus must be 16, .*; got 8"):
+        make_config(data, kind=RolloutConfig, source="test")
+    made = make_config(data, ["cluster.policy.num_gpus=16"], kind=RolloutConfig, source="test")
+    assert made.policy_engine.num_ranks == 16

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cluster.folder.run_folder import RunFolderError
+from cluster.reports.run_facts import (
+    answers_below,
+    rate_over_time,
+    read_curve,
+    read_round,
+    sample_trees,
+)
+from cluster.reports.run_report import show_report
+from rollout.store import RunStore, TrajectoryStore
+from rollout.table import trees_to_table
+from rollout.tree import Tree
+from tests.builders import (
+    answer,
+    answered,
+    code,
+    discarded,
+    failed,
+    last_code,
+    make_problem,
+    make_tree,
+)
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def mixed_tree(name: str = "p1", round: int = 3) -> Tree:
+    """Answers 7 (right, valued high) and 8 (wrong, low) behind one step, and two failures."""
+    return make_tree(
+        code(
+            "a = 1  # <script>alert(1)</script>",
+            last_code("print(7)", answer("7", correct=True, value=0.9), output="7", value=0.5),
+            last_code("print(8)", answer("8", correct=False, value=-0.9), output="8", value=-0.5),
+            value=0.1,
+        ),
+        failed(),
+        discarded("bad"),
+        problem=make_problem(name, text="How many <b>apples</b>?"),
+        round=round,
+    )
+
+
+def shares(value: float) -> dict[str, float]:
+    return dict.fromkeys(("gsm", "math", "olympiad", "all"), value)
+
+
+def write_run(root: Path) -> Path:
+    """A small finished run of one round, number 3."""
+    trees = TrajectoryStore(RunStore(root), 3)
+    for number in range(6):
+        unsolved = make_tree(
+            answered("8", correct=False), problem=make_problem(f"u{number}"), round=3
+        )
+        trees.commit(f"shard{number}", [mixed_tree(f"p{number}"), unsolved])
+        path = root / trees.read_commit(f"shard{number}").path
+        os.utime(path, (1000.0 + 10 * number, 1000.0 + 10 * number))
+    trees.seal()
+    entry: dict[str, Any] = {
+        "round": 3,
+        "coverage": shares(0.5),
+        "greedy": shares(0.4),
+        "majority": shares(0.45),
+        "best_of_n": shares(0.3),
+        "search": {**shares(0.2), "olympiad": None},
+        "any_sample": shares(0.6),
+        "ppm_pair_accuracy": 0.615,
+        "ppm_metrics": {"num_pairs": 48.0, "pair_accuracy": 0.615, "pair_accuracy_step": 0.6},
+        "trees": 12,
+        "trajectories": 30,
+        "correct_trajectories": 9,
+        "generated_tokens": 12345,
+        "generated_tokens_per_s": 1234.5,
+        "sandbox_steps_per_s": 50.0,
+        "failed_problems": 0,
+        "lost": 0,
+        "doubled": 0,
+        "deaths": {"sandbox worker": {"deaths": 2, "restarts": 2, "away_s": 1.0}},
+        "seconds": {"rollout": 50.0, "select": 0.2, "train_policy": None},
+    }
+    report = {
+        "name": "small <run>",
+        "cold_start": {"greedy": shares(0.1)},
+        "rounds": [entry],
+        "evaluation": {"num_problems": 300, "num_search_problems": 150, "num_samples": 4},
+        "seconds_total": 99.4,
+        "config": {
+            "seed": 3,
+            "problems": {"train": ["train.parquet"]},
+            "cost": {"usd_per_hour": 36},
+        },
+        "versions": {"python": "3.11"},
+        "hardware": {"cores": 2, "cpu": "test", "memory_gib": 8.0},
+    }
+    (root / "report.json").write_text(json.dumps(report))
+    stage = {"examples": 5, "steps": 20, "useful_tokens": 100, "tokens_per_s": 9.0}
+    (root / "stages").mkdir()
+    (root / "stages" / "round=3-rollout.json").write_text('{"expected": 12, "solved": 6}')
+    (root / "stages" / "round=3-train_ppm.json").write_text(
+        json.dumps({**stage, "final_loss": 0.5, "calibration": [[9.0, 0.2, 0.3], [8.0, 0.9, 0.7]]})
+    )
+    log = root / "checkpoints" / "round=3" / "ppm" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in range(1, 50)))
+    return root
+
+
+def test_answers_are_counted_from_the_leaves_up() -> None:
+    tree = mixed_tree()
+    below, right = answers_below(trees_to_table([mixed_tree("other"), tree]))
+    start = len(tree.nodes)
+    assert (below[start], right[start]) == (2, 1)
+    by_code = {n.step.code: n.id for n in tree.nodes if n.step is not None and n.step.code}
+    assert (below[start + by_code["print(8)"]], right[start + by_code["print(8)"]]) == (1, 0)
+    assert np.array_equal(below[:start], below[start:])
+
+
+def test_round_tells_reliability_q_values_and_failures(tmp_path: Path) -> None:
+    facts = read_round(TrajectoryStore(RunStore(write_run(tmp_path / "run")), 3))
+    assert (facts.files_read, facts.files) == (6, 6)
+    assert facts.answer_bins[9] == (6, pytest.approx(0.95), 1.0)
+    assert facts.answer_bins[0] == (6, pytest.approx(0.05), 0.0)
+    assert sum(count for count, _, _ in facts.step_bins) == 18  # three valued steps a tree
+    assert facts.terminals["too_deep"] == 6
+    assert facts.discards == {"code_failed": 6}
+    # A right answer, and the two steps that lead to it, in each of six trees.
+    assert sum(facts.q_right) == 18
+    few = read_round(TrajectoryStore(RunStore(tmp_path / "run"), 3), max_files=2)
+    assert (few.files_read, few.files) == (2, 6)
+
+
+def test_rate_is_tokens_by_time_and_silent_where_times_were_lost() -> None:
+    steady = [(1000.0 + n, 100) for n in range(41)]
+    points = rate_over_time(steady)
+    assert all(rate == pytest.approx(100.0, rel=0.35) for _, rate in points)
+    assert sum(rate for _, rate in points) * 40 / len(points) == pytest.approx(4000)
+    assert rate_over_time([(5.0, 100)] * 50) == []
+
+
+def test_curve_is_smoothed_and_survives_a_cut_line(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": n, "loss": 2.0}) for n in range(1, 501)]
+    log.write_text("\n".join([*rows, '{"validation": {}}', '{"step": 501, "lo']))
+    curve = read_curve(log)
+    assert len(curve) <= 120
+    assert {loss for _, loss in curve} == {2.0}
+    assert read_curve(tmp_path / "none.jsonl") == []
+
+
+def test_sample_trees_show_different_outcomes(tmp_path: Path) -> None:
+    samples = sample_trees(TrajectoryStore(RunStore(write_run(tmp_path / "run")), 3))
+    assert {why for why, _ in samples} == {
+        "solved, after wrong answers too",
+        "answered, but never rightly",
+    }
+
+
+def test_page_escapes_what_models_wrote_and_loads_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    output = io.StringIO()
+    show_report(run, Console(file=output, width=160))
+    text = (run / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text
+    assert "How many &lt;b&gt;apples" in text and "small &lt;run&gt;" in text
+    assert " src=" not in text and "@import" not in text and "url(http" not in text
+    assert {p.name for p in run.glob("*.png")} == {
+        "report.png",
+        "report-coverage.png",
+        "report-reliability.png",
+        "report-q-values.png",
+    }
+    assert "sandbox worker 2" in text
+    assert "77.86" in text  # of the paper
+    assert "0.50" in text  # 50 s at 36 dollars an hour
+    assert "page " in output.getvalue()
+
+
+def test_folder_without_a_report_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no report; has `rstar evolve` finished"):
+        show_report(tmp_path, Console(quiet=True))
+
+
+def test_a_real_browser_draws_the_page(tmp_path: Path) -> None:
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    run = write_run(tmp_path / "run")
+    show_report(run, Console(quiet=True))
+    picture = tmp_path / "page.png"
+    base = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,3000"]
+    home = {**os.environ, "HOME": str(tmp_path)}
+    address = (run / "report.html").as_uri()
+    shown = subprocess.run(
+        [*base, "--dump-dom", address], capture_output=True, text=True, timeout=90, env=home
+    )
+    assert shown.stdout.count("<svg") == 6
+    assert "Sample trees" in shown.stdout
+    subprocess.run(
+        [*base, f"--screenshot={picture}", address], capture_output=True, timeout=90, env=home
+    )
+    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    assert (width, height) == (1100, 3000)
+    # A page that stayed white, or lost its charts, packs into a few kilobytes.
+    assert picture.stat().st_size > 100_000
