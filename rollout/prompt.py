@@ -215,13 +215,14 @@ The following are {len(_EXAMPLES)} demonstration examples.
 """
     + "".join(f"Question: {question}\n{solution}\n\n" for question, solution in _EXAMPLES)
     + "Now! It's your turn.\n\nQuestion: {question}\n",
-    stop=(*STOP_STRINGS, END_OF_OUTPUT, NEXT_QUESTION),
+    stop=(*STOP_STRINGS, NEXT_QUESTION),
     trained_as="rstar",
     repairs=True,
 )
 """For round 1 with a general base or instruct model (the released bootstrap has the same parts).
 
-The examples stand in one order, so that all requests of a round share their prefix."""
+The examples stand in one order, so that all requests of a round share their prefix. Four stop
+strings: more a completions server may refuse."""
 
 TEMPLATES = {
     template.name: template for template in (RSTAR_TEMPLATE, SHORT_TEMPLATE, BOOTSTRAP_TEMPLATE)

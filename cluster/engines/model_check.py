@@ -72,19 +72,46 @@ def check_policy_checkpoint(path: str | Path, *, markers: Sequence[str] = MARKER
     Raises:
         ModelCheckError: it is not.
     """
+    info, tokenizer = _check_policy(path)
+    missing = _split(markers, tokenizer)
+    if missing:
+        raise ModelCheckError(
+            f"{path}: the tokenizer splits the step markers {', '.join(missing)} into several "
+            "tokens: the model was never fine-tuned on them. Ask it with worked examples "
+            "(search.template=bootstrap), or fine-tune it first"
+        )
+    return info
+
+
+def check_untrained_policy(path: str | Path) -> ModelInfo:
+    """Check that a directory is a policy that was never fine-tuned on the step markers.
+
+    Raises:
+        ModelCheckError: it is not.
+    """
+    info, tokenizer = _check_policy(path)
+    if not _split(MARKERS, tokenizer):
+        raise ModelCheckError(
+            f"{path}: its tokenizer holds the step markers as tokens of their own, so it was made "
+            "for a fine-tuned policy; worked examples (search.template=bootstrap) are for models "
+            "to which markers are plain text. Choose search.template=rstar or short"
+        )
+    return info
+
+
+def _check_policy(path: str | Path) -> tuple[ModelInfo, Any]:
     info, tokenizer = _check(Path(path))
     if not info.architecture.endswith("ForCausalLM"):
         raise ModelCheckError(
             f"{path}: architecture {info.architecture} is no causal language model; a policy's "
             "config.json names one as `...ForCausalLM`"
         )
-    missing = [m for m in markers if len(tokenizer(m, add_special_tokens=False).input_ids) != 1]
-    if missing:
-        raise ModelCheckError(
-            f"{path}: the tokenizer splits the step markers {', '.join(missing)} into several "
-            "tokens; add them with `tokenizer.add_special_tokens` and fine-tune before serving"
-        )
-    return info
+    return info, tokenizer
+
+
+def _split(markers: Sequence[str], tokenizer: Any) -> list[str]:
+    """Markers that are several tokens."""
+    return [m for m in markers if len(tokenizer(m, add_special_tokens=False).input_ids) != 1]
 
 
 def check_preference_checkpoint(path: str | Path) -> ModelInfo:

@@ -260,7 +260,8 @@ def choose_prompting(config: EvaluateConfig, tokenizer: Any) -> Prompting:
     kind = config.prompt
     if kind == "auto":
         taught = all(len(tokenizer(m, add_special_tokens=False).input_ids) == 1 for m in MARKERS)
-        kind = "steps" if taught else "chat" if tokenizer.chat_template else "plain"
+        shown = config.search.prompt_template.repairs
+        kind = "steps" if taught or shown else "chat" if tokenizer.chat_template else "plain"
     if kind == "steps":
         return Prompting(kind=kind, text=None)
     if kind == "plain":

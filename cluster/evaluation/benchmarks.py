@@ -34,8 +34,10 @@ from cluster.evaluation.results import ARM_OF, Arm, summarise
 from cluster.evaluation.tables import REPORT, arm_record, score_arms
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
+    form_note,
     given_checkpoint,
     serve_given,
+    with_policy_form,
     with_prompt_template,
 )
 from cluster.fleet.session import Session
@@ -98,8 +100,9 @@ class EvaluationRun:
         self.prompting = choose_prompting(self.config, tokenizer)
         config = self.config
         if self.prompting.kind == "steps":
-            check_policy_checkpoint(config.policy)
-            config = with_prompt_template(config)
+            config = with_policy_form(with_prompt_template(config))
+            if note := form_note(config):
+                self.view.note(note)
         else:
             wrong = [m for m in config.methods if m.uses_preference]
             if wrong:

@@ -133,12 +133,19 @@ class Fleet:
         return ", ".join(part for part in parts if not part.startswith("0 "))
 
     async def start(
-        self, policy: Path | None, *, version: str = "base", learner: bool = True
+        self,
+        policy: Path | None,
+        *,
+        version: str = "base",
+        learner: bool = True,
+        marked: bool = True,
     ) -> None:
         """Bring up Ray and the actors; the policy engines start from `policy` (None: later).
 
         What a driver that died has left of this run is drained and ended first.
 
+        Args:
+            marked: False: `policy` was never fine-tuned on the step markers.
         Raises:
             EngineError: an actor did not start in time or failed; says which and why.
         """
@@ -176,6 +183,8 @@ class Fleet:
             self.pools.keep("coordinator", coordinator, 1),
             self.pools.keep("sandbox", sandbox, cluster.sandbox.replicas),
         ]
+        if not marked:
+            await self._have_markers(False)
         if policy is not None and not (cluster.hand_over and learner):
             started.append(self._serve("policy", self._policy_kind, str(policy), version))
         await all_of(started)
@@ -243,15 +252,33 @@ class Fleet:
             ) from error
         self._ray_started = True
 
-    async def serve_policy(self, base: Path, checkpoint: Checkpoint | None) -> None:
+    async def serve_policy(
+        self, base: Path, checkpoint: Checkpoint | None, *, marked: bool = True
+    ) -> None:
         """Have every policy replica serve a checkpoint (None: the base model).
 
-        Starts them the first time; an endpoint is the policy no more.
+        Starts them the first time, and anew where the tokenizer changes; an endpoint is the policy
+        no more.
+
+        Args:
+            marked: False: the base model, which was never fine-tuned on the step markers.
         """
         await self._leave_endpoint()
+        await self._have_markers(marked)
         version = checkpoint.version if checkpoint is not None else "base"
         path = checkpoint.path if checkpoint is not None else str(base)
         await self._serve("policy", self._policy_kind, path, version)
+
+    async def _have_markers(self, marked: bool) -> None:
+        """Make replicas for a tokenizer with, or without, the step markers; others end first."""
+        kind = self._policy_kind
+        if kind.engine.step_markers == marked:
+            return
+        kind.engine = kind.engine.model_copy(update={"step_markers": marked})
+        if "policy" in self.pools.keepers:
+            self.note("the policy's replicas start anew: the next checkpoint has another tokenizer")
+            self.pools.announce("policy", {})
+            await self.pools.end("policy", self.note)
 
     async def serve_endpoint(self, endpoint: EndpointConfig) -> None:
         """Make a completions endpoint the policy, until a checkpoint is served.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
+from cluster.engines.model_check import check_policy_checkpoint, check_untrained_policy
 from cluster.fleet.config import GivenModelsConfig
 from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError
@@ -48,6 +49,31 @@ def with_prompt_template(config: G) -> G:
         )
     search = config.search.model_copy(update={"template": name})
     return config.model_copy(update={"search": search})
+
+
+def with_policy_form(config: G) -> G:
+    """The config for its policy as it is: unmarked under a template that shows worked examples.
+
+    A model that was never fine-tuned on the step markers reads and writes them as plain text.
+
+    Raises:
+        ModelCheckError: policy and template do not go together; says what does.
+    """
+    if config.policy is None:
+        return config
+    if not config.search.prompt_template.repairs:
+        check_policy_checkpoint(config.policy)
+        return config
+    check_untrained_policy(config.policy)
+    engine = config.policy_engine.model_copy(update={"step_markers": False})
+    return config.model_copy(update={"policy_engine": engine})
+
+
+def form_note(config: GivenModelsConfig) -> str:
+    """One line for people about a policy that is served unmarked; "" if it is not."""
+    if config.policy is None or config.policy_engine.step_markers:
+        return ""
+    return f"{config.policy}: served as it is; step markers are plain text, shown by examples"
 
 
 async def serve_given(fleet: Fleet, config: GivenModelsConfig, *, preference: bool) -> None:

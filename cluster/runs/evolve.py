@@ -24,6 +24,7 @@ from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
 from cluster.evaluation.shares import problems_by_level
 from cluster.fleet.session import Session
+from cluster.folder.config_file import ConfigError
 from cluster.folder.lineage import record_lineage
 from cluster.folder.run_folder import REPORT
 from cluster.runs.config import RunConfig
@@ -64,6 +65,9 @@ class Evolution:
         self.test: list[Problem] = []
         self.demonstrations: Path | None = None
         self.base_model = Path()
+        """Its tokenizer holds the step markers; what every fit starts from."""
+        self.untrained = Path()
+        """The base model as it was given."""
         self.inputs: list[Path | None] = []
         """Files and model directories the run starts from."""
 
@@ -106,7 +110,9 @@ class Evolution:
             self.base_model = self.config.models.base_model
         self.inputs = [*train_files, test_file, self.demonstrations, self.base_model]
         check_policy_checkpoint(self.base_model, markers=())
+        self.untrained = self.base_model
         self.base_model = with_markers(self.base_model, self.folder.marked_base)
+        self._check_templates()
         seen: dict[str, Path] = {}
         for path in train_files:
             found, report = read_problems(path, default_level=problems.default_level)
@@ -115,6 +121,33 @@ class Evolution:
         if test_file is not None:
             self.test, report = read_problems(test_file, default_level=problems.default_level)
             self._tell(report.lines())
+
+    def _check_templates(self) -> None:
+        """Each round's template must be one that its policy knows.
+
+        Raises:
+            ConfigError: it is not; names the round, and what would be right.
+        """
+        for number, settings in enumerate(self.config.rounds, start=1):
+            untrained = number == 1 and self.config.cold_start is None
+            shown = settings.search(self.config.search).prompt_template.repairs
+            key = f"rounds.{number - 1}.template"
+            if shown and not untrained:
+                raise ConfigError(
+                    f"{key}: bootstrap is for a model that was never fine-tuned; round {number} "
+                    "searches with a fine-tuned policy: choose rstar or short (search.template)"
+                )
+            if not shown and untrained and self._is_untrained:
+                raise ConfigError(
+                    f"{key}: {self.untrained} was never fine-tuned on the step markers; ask it "
+                    "with worked examples (template: bootstrap), or give it a cold_start on "
+                    "written demonstrations (problems.demonstrations)"
+                )
+
+    @property
+    def _is_untrained(self) -> bool:
+        """Whether round 1 without a cold start asks the base model as it was given."""
+        return self.config.endpoint is None and self.untrained != self.base_model
 
     def _make_miniature(self) -> tuple[list[Path], Path | None]:
         from learner.miniature import write_base_model
@@ -165,7 +198,12 @@ class Evolution:
         # Reading a large base model takes about as long as starting an engine with it.
         recording = asyncio.create_task(self.session.record_start(self.inputs))
         # With an endpoint for round 1, replicas start when a checkpoint is to be served.
-        await self.fleet.start(self.base_model if self.config.endpoint is None else None)
+        asked_first = None if self.config.endpoint is not None else self.base_model
+        sealed = TrajectoryStore(self.store, 1).manifest() is not None
+        bootstraps = self.config.cold_start is None and self._is_untrained and not sealed
+        if bootstraps:
+            asked_first = self.untrained
+        await self.fleet.start(asked_first, marked=not bootstraps)
         await recording
         self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
         if self.config.cold_start is not None:
@@ -231,7 +269,10 @@ class Evolution:
         if number == 1 and self.config.endpoint is not None:
             await self.fleet.serve_endpoint(self.config.endpoint)
         else:
-            await self.fleet.serve_policy(self.base_model, policy)
+            bootstraps = policy is None and self._is_untrained
+            await self.fleet.serve_policy(
+                self.untrained if bootstraps else self.base_model, policy, marked=not bootstraps
+            )
         if settings.preference:
             assert ppm is not None
             await self.fleet.serve_preference(ppm)

@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.shares import (
     COLUMNS,
     counts_text,
@@ -27,8 +26,10 @@ from cluster.evaluation.shares import (
 )
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
+    form_note,
     serve_given,
     with_checkpoint_directories,
+    with_policy_form,
     with_prompt_template,
 )
 from cluster.fleet.session import Session
@@ -51,7 +52,7 @@ class RolloutRun:
     """One rollout run, from its config to its report."""
 
     def __init__(self, config: RolloutConfig, view: ProgressView) -> None:
-        self.config = with_prompt_template(with_checkpoint_directories(config))
+        self.config = with_policy_form(with_prompt_template(with_checkpoint_directories(config)))
         self.view = view
         self.session = Session(self.config, view)
         self.folder = self.session.folder
@@ -63,14 +64,13 @@ class RolloutRun:
             ConfigError, RunFolderError, ProblemFileError, ModelCheckError, StoreError,
             EngineError: what stopped it, named; everything committed stays.
         """
-        if self.config.policy is not None:
-            check_policy_checkpoint(self.config.policy)
         problems, read = read_problems(
             self.config.problems, default_level=self.config.default_level
         )
         problems = problems[: self.config.limit]
-        for line in read.lines():
-            self.view.note(line)
+        for line in (form_note(self.config), *read.lines()):
+            if line:
+                self.view.note(line)
         trees = TrajectoryStore(self.session.store, ROUND)
         with self.session.held():
             self.folder.write_problems(problems)

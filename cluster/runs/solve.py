@@ -29,12 +29,14 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
+from cluster.engines.model_check import check_preference_checkpoint
 from cluster.fleet.config import ActorConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
+    form_note,
     serve_given,
     with_checkpoint_directories,
+    with_policy_form,
     with_prompt_template,
 )
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
@@ -191,7 +193,9 @@ async def solve(config: SolveConfig, problem: Problem, view: SolveView) -> Solve
         EngineError, SearchError, SandboxError: a part failed; says which and why.
     """
     uses_ppm = config.ppm is not None and config.method.name.uses_preference
-    check_policy_checkpoint(config.policy)
+    config = with_policy_form(config)
+    if note := form_note(config):
+        view.note(note)
     if uses_ppm:
         assert config.ppm is not None
         check_preference_checkpoint(config.ppm)

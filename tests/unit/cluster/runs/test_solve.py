@@ -253,7 +253,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> type[FakeFleet]:
         pass
 
     monkeypatch.setattr(cluster.runs.solve, "Fleet", Own)
-    monkeypatch.setattr(cluster.runs.solve, "check_policy_checkpoint", lambda path: None)
+    monkeypatch.setattr(cluster.runs.solve, "with_policy_form", lambda config: config)
     monkeypatch.setattr(cluster.runs.solve, "check_preference_checkpoint", lambda path: None)
     return Own
 

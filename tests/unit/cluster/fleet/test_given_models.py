@@ -1,0 +1,49 @@
+"""A policy is served as what it is: with step markers as tokens, or as plain text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.engines.model_check import ModelCheckError
+from cluster.fleet.given_models import form_note, with_policy_form
+from cluster.runs.config import RolloutConfig
+from tests.models import write_tiny_policy
+
+
+def config(policy: Path, template: str) -> RolloutConfig:
+    return RolloutConfig.model_validate(
+        {"problems": "p", "policy": policy, "run_dir": "r", "search": {"template": template}}
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_policy(tmp_path_factory.mktemp("models") / "tuned")
+
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_policy(tmp_path_factory.mktemp("models") / "general", markers=())
+
+
+def test_a_fine_tuned_policy_keeps_its_markers(tuned: Path) -> None:
+    found = with_policy_form(config(tuned, "rstar"))
+    assert found.policy_engine.step_markers and form_note(found) == ""
+
+
+def test_a_general_model_asked_with_worked_examples_is_served_unmarked(general: Path) -> None:
+    found = with_policy_form(config(general, "bootstrap"))
+    assert not found.policy_engine.step_markers
+    assert form_note(found).startswith(f"{general}: served as it is")
+
+
+def test_a_general_model_under_a_trained_template_is_refused_with_the_remedy(general: Path) -> None:
+    with pytest.raises(ModelCheckError, match=r"never fine-tuned .*search.template=bootstrap"):
+        with_policy_form(config(general, "rstar"))
+
+
+def test_a_fine_tuned_policy_under_worked_examples_is_refused_with_the_remedy(tuned: Path) -> None:
+    with pytest.raises(ModelCheckError, match=r"fine-tuned policy; .*search.template=rstar"):
+        with_policy_form(config(tuned, "bootstrap"))
