@@ -77,56 +77,37 @@ from verifier import answers_match
 VERSION_KEY = b"rstar.problems_version"
 _BATCH = 2048
 
-_PROBLEM_FIELDS = [
-    ("id", pa.string()),
-    ("source", pa.string()),
-    ("level", pa.string()),
-    ("problem", pa.string()),
-    ("answer", pa.string()),
-    ("answers_alt", pa.string()),
-    ("subject", pa.string()),
-    ("difficulty", pa.int8()),
-    ("solution", pa.string()),
-    ("origin", pa.string()),
-    ("origin_id", pa.string()),
-]
+
+def _columns(names: str, **types: pa.DataType) -> list[tuple[str, pa.DataType]]:
+    """Columns by name in their order, texts where no other type is given."""
+    return [(name, types.get(name, pa.string())) for name in names.split()]
+
+
+_PROBLEM_FIELDS = _columns(
+    "id source level problem answer answers_alt subject difficulty solution origin origin_id",
+    difficulty=pa.int8(),
+)
 PROBLEM_SCHEMA = pa.schema(_PROBLEM_FIELDS, metadata={VERSION_KEY: str(FORMAT_VERSION).encode()})
 """Columns of a problems table; `answers_alt` is a JSON list, `origin` is FILE:ROW, `origin_id` what
 the row called itself, `solution` filled only where asked for."""
-SET_ASIDE_SCHEMA = pa.schema(
-    [("reason", pa.string()), ("detail", pa.string()), *_PROBLEM_FIELDS[1:]]
-)
+SET_ASIDE_SCHEMA = pa.schema([*_columns("reason detail"), *_PROBLEM_FIELDS[1:]])
 DUPLICATE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("origin", pa.string()),
-        ("kept_id", pa.string()),
-        ("kept_origin", pa.string()),
-        ("kind", pa.string()),
-        ("similarity", pa.float32()),
-        ("same_answer", pa.bool_()),
-        ("answer", pa.string()),
-        ("problem", pa.string()),
-    ]
+    _columns(
+        "id origin kept_id kept_origin kind similarity same_answer answer problem",
+        similarity=pa.float32(),
+        same_answer=pa.bool_(),
+    )
 )
 CONTAMINATION_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("origin", pa.string()),
-        ("benchmark", pa.string()),
-        ("benchmark_id", pa.string()),
-        ("kind", pa.string()),
-        ("matched", pa.string()),
-        ("overlap", pa.float32()),
-        ("same_answer", pa.bool_()),
-        ("removed", pa.bool_()),
-        ("answer", pa.string()),
-        ("benchmark_answer", pa.string()),
-        ("problem", pa.string()),
-        ("benchmark_problem", pa.string()),
-    ]
+    _columns(
+        "id origin benchmark benchmark_id kind matched overlap same_answer removed answer "
+        "benchmark_answer problem benchmark_problem",
+        overlap=pa.float32(),
+        same_answer=pa.bool_(),
+        removed=pa.bool_(),
+    )
 )
-BAD_ROW_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("error", pa.string())])
+BAD_ROW_SCHEMA = pa.schema(_columns("file row error", row=pa.int64()))
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it, of how much)"""
