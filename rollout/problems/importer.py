@@ -40,15 +40,10 @@ from rollout.problems.decontamination import (
     Hit,
     HitKind,
     agree,
+    beginning,
 )
 from rollout.problems.duplicates import Duplicate, DuplicateFinder
-from rollout.problems.formats import (
-    Convert,
-    Draft,
-    RowError,
-    converter,
-    detect,
-)
+from rollout.problems.formats import Convert, Draft, RowError, converter, detect
 from rollout.problems.import_report import (
     FORMAT_VERSION,
     BenchmarkReport,
@@ -446,7 +441,7 @@ class _Import:
             row=0,
             benchmark=problem,
             kind=HitKind.NEAR,
-            matched=" ".join(row["problem"].split())[:200],
+            matched=beginning(row["problem"]),
             overlap=item.similarity,
             same_answer=agree(problem, row["answer"]),
         )
@@ -456,10 +451,8 @@ class _Import:
         self, item: Duplicate, row: Mapping[str, Any], kept: Mapping[str, Any], into: Append
     ) -> None:
         report = self.report.files[row["file"]]
-        if item.exact:
-            report.exact_duplicates += 1
-        else:
-            report.near_duplicates += 1
+        report.exact_duplicates += item.exact
+        report.near_duplicates += not item.exact
         same = answer_key(row["answer"]) == answer_key(kept["answer"]) or answers_match(
             kept["answer"], row["answer"]
         )
