@@ -67,7 +67,8 @@ from cluster.telemetry.progress import ProgressView
 from learner.checkpoint import CheckpointStore
 from rollout.methods import Method, MethodConfig
 from rollout.problem import Problem
-from rollout.problems.reader import SUFFIXES, read_problems
+from rollout.problems.reader import read_problems
+from rollout.problems.rows import SUFFIXES
 from rollout.prompt import MARKERS
 from rollout.solution_tree import of_trajectory, search_of
 from rollout.store import RunStore, TrajectoryStore

@@ -54,8 +54,7 @@ from rollout.problems.import_report import (
     report_to_json,
     report_to_markdown,
 )
-from rollout.problems.reader import ProblemFileError
-from rollout.problems.rows import Row, RowFile, expand, stem_of
+from rollout.problems.rows import ProblemFileError, Row, RowFile, expand, stem_of
 from rollout.problems.text import (
     Places,
     TokenBatch,

@@ -27,8 +27,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.problems.reader import SUFFIXES, ProblemFileError
-
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 TEXT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 HUB = "hf://"
@@ -39,6 +38,10 @@ _CHUNK = 1 << 20
 _MAX_FIELD = 1 << 27
 _MAX_ELEMENT = 1 << 26
 _BETWEEN = re.compile(r"[\s,]*")
+
+
+class ProblemFileError(ValueError):
+    """A problem file as a whole cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,6 @@ class RowFile:
                 yield Row(number, None, f"the rest of the file cannot be read: {error}")
                 return
             self.position = raw.tell()
-            width = len(table.fieldnames or ())
             if None in data or None in data.values():
                 fields = sum(value is not None for key, value in data.items() if key is not None)
                 extra = len(cast("dict[Any, list[str]]", data).get(None, ()))
