@@ -23,9 +23,11 @@ How a file is encoded was measured on trees of MATH-like text, 16 to a file (`be
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -297,54 +299,8 @@ def _nodes(table: pa.Table) -> list[Node]:
             strict=True,
         )
     ]
-    return [
-        Node(
-            id=id_,
-            parent=parent,
-            depth=depth,
-            step=step,
-            stdout=stdout,
-            execution_status=execution_status,
-            execution_error=execution_error,
-            discard=discard,
-            terminal=terminal,
-            multiplicity=multiplicity,
-            num_tokens=num_tokens,
-            logprob=logprob,
-            rollout=rollout,
-            value=value,
-            reward=reward,
-            correct=correct,
-            verdict=verdict,
-            visit_count=visit_count,
-            value_sum=value_sum,
-            expanded=expanded,
-            exhausted=exhausted,
-        )
-        for (
-            step,
-            id_,
-            parent,
-            depth,
-            stdout,
-            execution_status,
-            execution_error,
-            discard,
-            terminal,
-            multiplicity,
-            num_tokens,
-            logprob,
-            rollout,
-            value,
-            reward,
-            correct,
-            verdict,
-            visit_count,
-            value_sum,
-            expanded,
-            exhausted,
-        ) in zip(steps, *cells.values(), strict=True)
-    ]
+    cells |= {"id": cells["node"], "step": steps, "children": repeat(())}
+    return list(map(Node, *(cells[field.name] for field in dataclasses.fields(Node))))
 
 
 def _members(kind: type[StrEnum], cells: list[str | None]) -> list[StrEnum | None]:

@@ -66,9 +66,12 @@ class Discard(StrEnum):
     """Dropped by the released rule that keeps only the first answer of an expansion."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Node:
-    """One candidate step and what became of it. `nodes[0]` is the root and has no step."""
+    """One candidate step and what became of it. `nodes[0]` is the root and has no step.
+
+    May be given by position, for `rollout.table`: millions are read, and names cost half of it.
+    """
 
     id: int
     parent: int
