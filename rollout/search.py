@@ -179,10 +179,6 @@ class SearchConfig(BaseModel):
         value = TerminalValue.PREFERENCE if guided else TerminalValue.LABEL
         return self.model_copy(update={"num_rollouts": num_rollouts, "terminal_value": value})
 
-    def released(self) -> SearchConfig:
-        """The same search with the rules of the released code (microsoft/rStar)."""
-        return self.model_copy(update={"preset": "released", **_PRESETS["released"]})
-
 
 class StepSandbox(Protocol):
     """Where step code runs: a tree of interpreter states per search."""
