@@ -187,7 +187,8 @@ def table_to_trees(table: pa.Table) -> list[Tree]:
     trees = []
     for (start, stop), root in zip(bounds, roots, strict=True):
         tree = _tree(root, nodes[start:stop])
-        _attach_children(tree)
+        for node, children in zip(tree.nodes, _children(tree), strict=True):
+            node.children = tuple(children)
         trees.append(tree)
     return trees
 
@@ -216,7 +217,6 @@ def table_to_bytes(table: pa.Table) -> bytes:
 
 
 def _check_shape(tree: Tree) -> None:
-    children: list[list[int]] = [[] for _ in tree.nodes]
     for position, node in enumerate(tree.nodes):
         parent_fits = 0 <= node.parent < position if position else node.parent == -1
         if node.id != position or not parent_fits:
@@ -224,14 +224,20 @@ def _check_shape(tree: Tree) -> None:
                 f"problem {tree.problem.id}: node at position {position} has id {node.id} and "
                 f"parent {node.parent}"
             )
-        if node.parent >= 0:
-            children[node.parent].append(node.id)
-    for node, found in zip(tree.nodes, children, strict=True):
+    for node, found in zip(tree.nodes, _children(tree), strict=True):
         if node.children != tuple(found):
             raise ValueError(
                 f"problem {tree.problem.id}: node {node.id} lists children {node.children}, but "
                 f"{found} name it as parent"
             )
+
+
+def _children(tree: Tree) -> list[list[int]]:
+    """Per node, those that name it as parent."""
+    children: list[list[int]] = [[] for _ in tree.nodes]
+    for node in tree.nodes[1:]:
+        children[node.parent].append(node.id)
+    return children
 
 
 def _check_schema(schema: pa.Schema) -> None:
@@ -275,16 +281,6 @@ def _tree_bounds(table: pa.Table) -> list[tuple[int, int]]:
                 f"{count} were written"
             )
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
-
-
-def _attach_children(tree: Tree) -> None:
-    """Fill in the children from the parents."""
-    children: list[list[int]] = [[] for _ in tree.nodes]
-    for node in tree.nodes[1:]:
-        children[node.parent].append(node.id)
-    for node, ids in zip(tree.nodes, children, strict=True):
-        if ids:
-            node.children = tuple(ids)
 
 
 def _nodes(table: pa.Table) -> list[Node]:
