@@ -33,7 +33,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollout.problem import Level
-from rollout.problems import screening
 from rollout.problems.decontamination import (
     BenchmarkIndex,
     BenchmarkProblem,
@@ -54,7 +53,8 @@ from rollout.problems.import_report import (
     report_to_json,
     report_to_markdown,
 )
-from rollout.problems.rows import ProblemFileError, Row, RowFile, expand, stem_of
+from rollout.problems.rows import ProblemFileError, Row, RowFile, columns, expand, stem_of
+from rollout.problems.screening import Reason, screen
 from rollout.problems.text import (
     Places,
     TokenBatch,
@@ -72,28 +72,23 @@ VERSION_KEY = b"rstar.problems_version"
 _BATCH = 2048
 
 
-def _columns(names: str, **types: pa.DataType) -> list[tuple[str, pa.DataType]]:
-    """Columns by name in their order, texts where no other type is given."""
-    return [(name, types.get(name, pa.string())) for name in names.split()]
-
-
-_PROBLEM_FIELDS = _columns(
+_PROBLEM_FIELDS = columns(
     "id source level problem answer answers_alt subject difficulty solution origin origin_id",
     difficulty=pa.int8(),
 )
 PROBLEM_SCHEMA = pa.schema(_PROBLEM_FIELDS, metadata={VERSION_KEY: str(FORMAT_VERSION).encode()})
 """Columns of a problems table; `answers_alt` is a JSON list, `origin` is FILE:ROW, `origin_id` what
 the row called itself, `solution` filled only where asked for."""
-SET_ASIDE_SCHEMA = pa.schema([*_columns("reason detail"), *_PROBLEM_FIELDS[1:]])
+SET_ASIDE_SCHEMA = pa.schema([*columns("reason detail"), *_PROBLEM_FIELDS[1:]])
 DUPLICATE_SCHEMA = pa.schema(
-    _columns(
+    columns(
         "id origin kept_id kept_origin kind similarity same_answer answer problem",
         similarity=pa.float32(),
         same_answer=pa.bool_(),
     )
 )
 CONTAMINATION_SCHEMA = pa.schema(
-    _columns(
+    columns(
         "id origin benchmark benchmark_id kind matched overlap same_answer removed answer "
         "benchmark_answer problem benchmark_problem",
         overlap=pa.float32(),
@@ -101,7 +96,7 @@ CONTAMINATION_SCHEMA = pa.schema(
         removed=pa.bool_(),
     )
 )
-BAD_ROW_SCHEMA = pa.schema(_columns("file row error", row=pa.int64()))
+BAD_ROW_SCHEMA = pa.schema(columns("file row error", row=pa.int64()))
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it, of how much)"""
@@ -310,14 +305,10 @@ class _Import:
         waiting: list[dict[str, Any]] = []
         for row, draft in batch:
             record = self._record(row, draft)
-            reason = (
-                screening.Reason.MARKED
-                if draft.exclusion
-                else screening.screen(draft.problem, draft.answer)
-            )
+            marked = Reason.MARKED if draft.exclusion else None
+            reason = marked or screen(draft.problem, draft.answer)
             if reason is not None:
                 self._file.set_aside[draft.exclusion or reason.value] += 1
-                del record["id"]
                 self._aside({"reason": reason.value, "detail": draft.exclusion, **record})
                 continue
             if draft.level is None:
@@ -361,7 +352,6 @@ class _Import:
 
     def _record(self, row: Row, draft: Draft) -> dict[str, Any]:
         return {
-            "id": "",
             "source": draft.source,
             "level": draft.level.value if draft.level is not None else None,
             "problem": draft.problem,
@@ -420,8 +410,10 @@ class _Import:
             for group in range(len(self._groups)):
                 table = spill.read_row_group(group)
                 kept = np.ones(table.num_rows, bool)
-                for place, row in _picked(table, number, found):
-                    kept[place] = False
+                gone = [place for place in range(table.num_rows) if number + place in found]
+                kept[gone] = False
+                rows = table.take(pa.array(gone, pa.int64())).to_pylist()
+                for place, row in zip(gone, rows, strict=True):
                     item = found[number + place]
                     if item.kept < first:
                         self._near_hit(item, row)
@@ -539,13 +531,6 @@ def read_benchmark(name: str) -> tuple[list[BenchmarkProblem], int]:
 
 def _first_readable(name: str) -> Row | None:
     return next((row for row in RowFile(name).rows() if row.error is None), None)
-
-
-def _picked(
-    table: pa.Table, number: int, found: Mapping[int, Duplicate]
-) -> list[tuple[int, dict[str, Any]]]:
-    places = [place for place in range(table.num_rows) if number + place in found]
-    return list(zip(places, table.take(pa.array(places, pa.int64())).to_pylist(), strict=True))
 
 
 def _check_unicode(draft: Draft) -> None:

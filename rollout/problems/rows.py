@@ -55,6 +55,11 @@ class Row:
     error: str | None = None
 
 
+def columns(names: str, **types: pa.DataType) -> list[tuple[str, pa.DataType]]:
+    """Columns of a table by name in their order, texts where no other type is given."""
+    return [(name, types.get(name, pa.string())) for name in names.split()]
+
+
 def expand(inputs: Sequence[str]) -> list[str]:
     """Files and data set ids in the order given; a folder stands for all problem files below it.
 

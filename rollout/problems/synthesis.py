@@ -45,6 +45,7 @@ from rollout.engine import (
 )
 from rollout.problem import Level, Problem
 from rollout.problems.duplicates import MIN_SIMILARITY
+from rollout.problems.rows import columns
 from rollout.problems.screening import screen
 from rollout.problems.text import (
     Hashes,
@@ -94,19 +95,13 @@ Solution:
 """
 
 SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("level", pa.string()),
-        ("problem", pa.string()),
-        ("answer", pa.string()),
-        ("agreement", pa.float64()),
-        ("num_solutions", pa.int32()),
-        ("num_agreeing", pa.int32()),
-        ("model", pa.string()),
-        ("seed_ids", pa.list_(pa.string())),
-        ("origin", pa.string()),
-    ]
+    columns(
+        "id source level problem answer agreement num_solutions num_agreeing model seed_ids origin",
+        agreement=pa.float64(),
+        num_solutions=pa.int32(),
+        num_agreeing=pa.int32(),
+        seed_ids=pa.list_(pa.string()),
+    )
 )
 """Columns of the table: those a problem file needs, then where each comes from. `agreement` is the
 share of the solutions that have the answer."""
@@ -632,7 +627,10 @@ class _Runner:
             if not self.tasks:
                 return ended
             done, _ = await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
-            self._collect(done)
+            for task in done:
+                del self.tasks[task]
+            for task in done:
+                task.result()
 
     async def drain(self) -> None:
         if self.tasks:
@@ -640,12 +638,6 @@ class _Runner:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    def _collect(self, done: set[asyncio.Task[None]]) -> None:
-        for task in done:
-            del self.tasks[task]
-        for task in done:
-            task.result()
 
     def _start(self) -> str:
         """Start what may be started; returns why nothing more is, for when nothing is under way."""
