@@ -388,22 +388,15 @@ _FORMATS: dict[str, Convert] = {
 def _by_columns(columns: Mapping[str, str]) -> Convert:
     if "problem" not in columns or not {"answer", "solution"} & set(columns):
         raise ProblemFileError("--columns: name at least problem and one of answer and solution")
-    paths = {name: column.split(".") for name, column in columns.items()}
-
-    def convert(row: Any, stem: str) -> Draft:
-        named = {
-            name: row[columns[name]]
-            if isinstance(row, Mapping) and columns[name] in row
-            else _at(row, path, columns[name])
-            for name, path in paths.items()
-        }
-        return _table(named, stem)
-
-    return convert
+    return lambda row, stem: _table(
+        {name: _at(row, column) for name, column in columns.items()}, stem
+    )
 
 
-def _at(row: Any, path: Sequence[str], column: str) -> Any:
-    for key in path:
+def _at(row: Any, column: str) -> Any:
+    if isinstance(row, Mapping) and column in row:
+        return row[column]
+    for key in column.split("."):
         if isinstance(row, Mapping) and key in row:
             row = row[key]
         elif isinstance(row, list) and key.isdigit() and int(key) < len(row):
