@@ -294,7 +294,7 @@ async def run_search(
     tree.grader_version = GRADER_VERSION
     tree.search_config = _as_json(config)
     tree.note = ""
-    now = clock or _no_clock
+    now = clock or (lambda: 0.0)
     began_s = now()
     interpreters = _Interpreters(tree, sandbox)
     await interpreters.open()
@@ -325,10 +325,6 @@ def _check_same(tree: Tree, problem: Problem, round: int, index: int, seed: int)
 def _as_json(config: SearchConfig) -> str:
     """One string for all trees of a config."""
     return config.model_dump_json()
-
-
-def _no_clock() -> float:
-    return 0.0
 
 
 class _Interpreters:

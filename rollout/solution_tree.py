@@ -78,7 +78,6 @@ async def answer_tree(
             preference=preference,
             sandbox=sandbox,
             clock=clock,
-            round=tree.round,
             prompt=prompt,
         )
         fill_tree(tree, await solver.solve(tree.problem, seed=tree.seed))

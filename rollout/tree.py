@@ -208,16 +208,15 @@ def expand(tree: Tree, node: Node, candidates: Iterable[Node]) -> None:
     """
     if node.terminal is not None or node.discard is not None or node.expanded:
         raise ValueError(f"node {node.id} of problem {tree.problem.id} cannot be expanded")
-    ids: list[int] = []
+    first = len(tree.nodes)
     for child in candidates:
         child.id = len(tree.nodes)
-        ids.append(child.id)
         child.parent = node.id
         child.depth = node.depth + 1
         if child.value is not None and child.discard is None and child.terminal is None:
             child.visit_count, child.value_sum = 1, child.value
         tree.nodes.append(child)
-    node.children = tuple(ids)
+    node.children = tuple(range(first, len(tree.nodes)))
     node.expanded = True
 
 
