@@ -493,13 +493,14 @@ async def _beam(job: _Job) -> list[Solution]:
 
 
 async def _mcts(job: _Job) -> list[Solution]:
-    if job.config.rollouts_per_tree is None:
-        return await _rollouts_of_shared_trees(job)
-    return await _best_of_independent_trees(job)
-
-
-async def _rollouts_of_shared_trees(job: _Job) -> list[Solution]:
-    left = job.config.num_trajectories
+    config = job.config
+    if config.rollouts_per_tree is not None:
+        job.trees = await job.repeat(
+            config.num_trajectories,
+            lambda number: _search_tree(job, number, config.rollouts_of_a_tree),
+        )
+        return [best for tree in job.trees for best in _best(tree_solutions(tree))]
+    left = config.num_trajectories
     while left > 0 and not job.spent():
         tree = await _search_tree(job, len(job.trees), left)
         job.trees.append(tree)
@@ -507,14 +508,6 @@ async def _rollouts_of_shared_trees(job: _Job) -> list[Solution]:
         if not tree.root.exhausted or not tree.generated_tokens:
             break
     return [solution for tree in job.trees for solution in tree_solutions(tree)]
-
-
-async def _best_of_independent_trees(job: _Job) -> list[Solution]:
-    config = job.config
-    job.trees = await job.repeat(
-        config.num_trajectories, lambda number: _search_tree(job, number, config.rollouts_of_a_tree)
-    )
-    return [best for tree in job.trees for best in _best(tree_solutions(tree))]
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:

@@ -183,10 +183,18 @@ def table_to_trees(table: pa.Table) -> list[Tree]:
     _check_schema(table.schema)
     bounds = _tree_bounds(table)
     nodes = _nodes(table)
+    names = [field.name for field in (*_VERSION_FIELDS, *_TREE_FIELDS)]
+    own_fields = [name for name in names if name not in _PER_TREE and name != "outcome"]
     roots = table.take(pa.array([start for start, _ in bounds], pa.int64())).to_pylist()
     trees = []
     for (start, stop), root in zip(bounds, roots, strict=True):
-        tree = _tree(root, nodes[start:stop])
+        tree = Tree(
+            problem=problem_of(root),
+            round=root["round"],
+            index=root["tree"],
+            nodes=nodes[start:stop],
+            **{name: root[name] for name in own_fields},
+        )
         for node, children in zip(tree.nodes, _children(tree), strict=True):
             node.children = tuple(children)
         trees.append(tree)
@@ -314,22 +322,6 @@ def problem_of(root: Mapping[str, Any]) -> Problem:
         text=root["problem_text"],
         answer=root["problem_answer"],
         answers_alt=tuple(root["problem_answers_alt"]),
-    )
-
-
-def _tree(root: Mapping[str, Any], nodes: list[Node]) -> Tree:
-    """The tree of a root row."""
-    fields = {
-        field.name: root[field.name]
-        for field in (*_VERSION_FIELDS, *_TREE_FIELDS)
-        if field.name not in _PER_TREE and field.name != "outcome"
-    }
-    return Tree(
-        problem=problem_of(root),
-        round=root["round"],
-        index=root["tree"],
-        nodes=nodes,
-        **fields,
     )
 
 

@@ -241,15 +241,13 @@ class RowFile:
 
     def _json_object_rows(self, text: str) -> Iterator[Row]:
         data = json.loads(text)
-        if isinstance(data, dict):
-            lists = [data[key] for key in LIST_KEYS if isinstance(data.get(key), list)]
-            rows = lists[0] if lists else [data]
-        else:
+        if not isinstance(data, dict):
             raise ProblemFileError(
                 f"{self.name}: expected a list of rows, one row, or an object with the list under "
                 f"one of {', '.join(LIST_KEYS)}"
             )
-        for number, row in enumerate(rows, start=1):
+        lists = (data[key] for key in LIST_KEYS if isinstance(data.get(key), list))
+        for number, row in enumerate(next(lists, [data]), start=1):
             yield Row(number, row)
 
     def _hub_rows(self) -> Iterator[Row]:
