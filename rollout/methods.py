@@ -260,11 +260,6 @@ class Meter:
         self._values: dict[str, float] = {}
 
     @property
-    def guided(self) -> bool:
-        """Whether there is a PPM behind it."""
-        return self.preference is not None
-
-    @property
     def cost(self) -> Cost:
         if self.clock is None:
             return self._cost
@@ -403,7 +398,7 @@ class _Job:
     @property
     def preference(self) -> Meter | None:
         """The PPM; None: there is none, or the method does not use it."""
-        return self.meter if self.meter.guided else None
+        return self.meter if self.meter.preference is not None else None
 
     @property
     def tokens_left(self) -> float:
@@ -511,7 +506,7 @@ async def _mcts(job: _Job) -> list[Solution]:
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
-    search = job.search.at_test_time(num_rollouts, guided=job.meter.guided)
+    search = job.search.at_test_time(num_rollouts, guided=job.preference is not None)
     if job.config.max_generated_tokens is not None:
         search = search.model_copy(update={"max_generated_tokens": int(job.tokens_left)})
     names = ("search", number) if number else ("search",)
@@ -553,7 +548,7 @@ def _valued(solutions: Sequence[Solution]) -> bool:
 def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnswer]) -> list[str]:
     notes = []
     if job.config.name.uses_preference and ranked and not _valued(solutions):
-        why = "the PPM gave no value" if job.meter.guided else "there is no PPM"
+        why = "the PPM gave no value" if job.preference else "there is no PPM"
         notes.append(f"{why}: majority vote over all {len(solutions)} solutions")
     if not ranked:
         requests = job.meter.cost.num_requests
