@@ -185,8 +185,7 @@ def level_of_source(source: str) -> Level | None:
 
 def answer_of_solution(solution: str) -> str | None:
     r"""The last `\boxed{}` of a solution, else what is behind its last `####`; None: neither."""
-    boxed = extract_answer(solution)
-    return boxed if boxed else _after_hashes(solution)
+    return extract_answer(solution) or _after_hashes(solution)
 
 
 def _after_hashes(solution: str) -> str | None:

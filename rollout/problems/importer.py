@@ -351,14 +351,13 @@ class _Import:
         self.finder.add(np.array(keys, np.uint64), bands(tokens, salts))
 
     def _record(self, row: Row, draft: Draft) -> dict[str, Any]:
+        others = list(draft.answers_alt)
         return {
             "source": draft.source,
             "level": draft.level.value if draft.level is not None else None,
             "problem": draft.problem,
             "answer": draft.answer,
-            "answers_alt": json.dumps(list(draft.answers_alt), ensure_ascii=False)
-            if draft.answers_alt
-            else None,
+            "answers_alt": json.dumps(others, ensure_ascii=False) if others else None,
             "subject": draft.subject,
             "difficulty": draft.difficulty,
             "solution": draft.solution if self.settings.keep_solutions else None,
@@ -420,7 +419,10 @@ class _Import:
                     else:
                         self._duplicate(item, row, kept_rows[item.kept], duplicates)
                 left = table.filter(pa.array(kept))
-                self._count_kept(left)
+                for place, count in Counter(left["file"].to_pylist()).items():
+                    self.report.files[place].kept += count
+                pairs = zip(left["source"].to_pylist(), left["level"].to_pylist(), strict=True)
+                self.report.kept_by.update(pairs)
                 out.write_table(left.select(PROBLEM_SCHEMA.names).cast(PROBLEM_SCHEMA))
                 number += table.num_rows
                 self.progress("writing", number - first, waiting)
@@ -461,12 +463,6 @@ class _Import:
                 "problem": row["problem"],
             }
         )
-
-    def _count_kept(self, table: pa.Table) -> None:
-        for place, count in Counter(table["file"].to_pylist()).items():
-            self.report.files[place].kept += count
-        pairs = zip(table["source"].to_pylist(), table["level"].to_pylist(), strict=True)
-        self.report.kept_by.update(pairs)
 
     def _texts_of(self, numbers: Places) -> dict[int, str]:
         first = len(self.index.problems)
