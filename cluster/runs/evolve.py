@@ -118,19 +118,19 @@ class Evolution:
 
     def _make_miniature(self) -> tuple[list[Path], Path | None]:
         from learner.miniature import write_base_model
-        from rollout.problems.miniature import write_miniature
+        from rollout.problems.miniature import generate, write_miniature
 
         world = self.config.problems.miniature
         assert world is not None
         seed = self.config.seed if world.seed is None else world.seed
-        files = write_miniature(
-            self.folder.problems,
+        miniature = generate(
             seed=seed,
             num_demonstrations=world.num_demonstrations,
             num_train=world.num_train,
             num_test=world.num_test,
             families=world.families,
         )
+        files = write_miniature(self.folder.problems, miniature)
         self.demonstrations = files.demonstrations
         self.base_model = self.config.models.base_model or self.folder.base_model
         if self.config.models.base_model is None and not self.base_model.exists():

@@ -19,8 +19,7 @@ from rollout.problems.decontamination import HitKind
 from rollout.problems.import_report import ImportReport, ImportSettings, report_folder
 from rollout.problems.importer import Progress as Report
 from rollout.problems.importer import import_problems
-from rollout.problems.reader import ProblemFileError
-from rollout.problems.rows import stem_of
+from rollout.problems.rows import ProblemFileError, stem_of
 from rollout.problems.summary import Stats, check_problems, problem_stats
 
 
