@@ -14,6 +14,7 @@ from fractions import Fraction
 from verifier.answer_words import (
     CALL_ONLY,
     CARVED_FUNCTIONS,
+    COMMAND_TOKENS,
     CONSTANTS,
     CONSTRUCTORS,
     FUNCTIONS,
@@ -21,11 +22,9 @@ from verifier.answer_words import (
     LATEX_ACCENTS,
     LATEX_IGNORED,
     LATEX_KNOWN,
-    LATEX_OPERATORS,
     LATEX_TEXT,
     SEPARATOR_WORDS,
     UNIT_OF,
-    VARIANTS,
 )
 
 MAX_NUMBER_DIGITS = 1000
@@ -65,6 +64,9 @@ _PLAIN_SPEED = re.compile(
     r"(?<=[\d})])\s*(m|km|cm|ft|mi|mm|in)\s*/\s*(s|h|hr|min|sec)(?:\^\{?2\}?)?$"
 )
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])")
+_LOG_CALL = re.compile(r"log(?:2|10)(?=\()")
+_POWER_OF_TEN = re.compile(r"\s*10\s*(?:\^|\*\*)")
+_DIGITS = re.compile(r"\d+(?![\d.])")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
 
@@ -215,74 +217,55 @@ class _Tokenizer:
         follow = text[position : position + 1]
         called = text[position:].lstrip(" ")[:1] == "("
         lowered = run.lower()
-        if run in CONSTRUCTORS or run in ("Intervalopen", "IntervalLopen", "IntervalRopen"):
-            if called:
-                self._add("constructor", run)
-                return position
-        elif run == "EmptySet" or run == "Reals":
+        before = self.tokens[-1] if self.tokens else END
+        if called and (run in CONSTRUCTORS):
+            self._add("constructor", run)
+        elif run in ("EmptySet", "Reals"):
             self._add("set", "empty" if run == "EmptySet" else "R")
-            return position
-        if lowered in SEPARATOR_WORDS:
+        elif lowered in SEPARATOR_WORDS:
             self._add("operator", lowered)
-            return position
-        if (
+        elif (
             run in ("U", "u", "union")
-            and self.tokens
-            and self.tokens[-1].value in (")", "]", "}", "\\}")
-        ) and text[position:].lstrip()[:1] in ("(", "[", "{", "\\"):
-            self._add("operator", "∪")
-            return position
-        if run == "in" and self.tokens and self.tokens[-1].kind == "symbol":
-            self._add("operator", "in")
-            return position
-        if run in ("x", "X") and self.spaced and self._scientific_times(position):
-            self._add("operator", "*")
-            return position
-        if follow.isdigit() and (
-            match := re.compile(r"(?:log)(?:2|10)(?=\()").match(text, position - len(run))
+            and before.value in (")", "]", "}", "\\}")
+            and text[position:].lstrip()[:1] in ("(", "[", "{", "\\")
         ):
+            self._add("operator", "∪")
+        elif run == "in" and before.kind == "symbol":
+            self._add("operator", "in")
+        elif (
+            run in ("x", "X")
+            and self.spaced
+            and before.kind == "number"
+            and _POWER_OF_TEN.match(text, position)
+        ):
+            self._add("operator", "*")
+        elif follow.isdigit() and (match := _LOG_CALL.match(text, position - len(run))):
             self._add("function", match[0])
             return match.end()
-        if run in FUNCTIONS and (called or run not in CALL_ONLY) and not self._is_unit(run, called):
+        elif run in FUNCTIONS and (
+            called or not (run in CALL_ONLY or (run == "sec" and before.kind == "number"))
+        ):
             self._add("function", run)
-            return position
-        if run in CONSTANTS:
+        elif run in CONSTANTS:
             self._add("constant", run)
-            return position
-        if run in GREEK:
+        elif run in GREEK:
             self._add("symbol", run)
-            return position
-        if len(run) == 1:
-            if follow.isdigit() and (match := re.compile(r"\d+(?![\d.])").match(text, position)):
+        elif len(run) == 1:
+            if match := _DIGITS.match(text, position):
                 self._add("symbol", f"{run}_{match[0]}")
                 return match.end()
             self._add("symbol", run)
-            return position
-        if run in ("per", "square", "sq", "cubic", "squared", "cubed") and self.tokens:
-            self._add("word", run)
-            return position
-        if (
-            (
-                run in UNIT_OF
-                or lowered in UNIT_OF
-                or (lowered.endswith("s") and lowered[:-1] in UNIT_OF)
+        elif self.tokens and (
+            run in ("per", "square", "sq", "cubic", "squared", "cubed")
+            or (
+                not called
+                and (run in UNIT_OF or lowered in UNIT_OF or lowered.removesuffix("s") in UNIT_OF)
             )
-            and self.tokens
-            and not called
         ):
             self._add("word", run)
-            return position
-        self._carve(run)
+        else:
+            self._carve(run)
         return position
-
-    def _is_unit(self, run: str, called: bool) -> bool:
-        return run in ("min", "sec") and not called and self._after_number()
-
-    def _scientific_times(self, position: int) -> bool:
-        return (
-            self._after_number()
-            and re.compile(r"\s*10\s*(?:\^|\*\*)").match(self.text, position) is not None
-        )
 
     def _carve(self, run: str) -> None:
         """Split a run of letters: `xsinx` -> x sin x; a long run with nothing to find is a word."""
@@ -337,40 +320,17 @@ class _Tokenizer:
             return position
         if name in ("hspace", "phantom"):
             return self._group_end(position)
-        if name in LATEX_OPERATORS:
-            value = LATEX_OPERATORS[name]
-            self._add("operator", value)
-        elif name in ("pi", "infty"):
-            self._add("constant", name)
-        elif name in GREEK or name in VARIANTS:
-            self._add(
-                "symbol", VARIANTS.get(name, name).replace("ell", "l") if name != "ell" else "l"
-            )
-        elif name in LATEX_ACCENTS:
+        if name in LATEX_ACCENTS or name == "mathbb":
             stop = self._group_end(position)
             inner = re.sub(r"[\s{}\\]", "", text[position:stop])
+            if name == "mathbb":
+                self._add("set", re.sub(r"[\s{}]", "", text[position:stop]))
+                return stop
             if not inner:
                 raise AnswerSyntaxError(f"\\{name} over nothing")
             self._add("symbol", f"{'vec' if name == 'overrightarrow' else name}:{inner}")
             return stop
-        elif name == "mathbb":
-            stop = self._group_end(position)
-            self._add("set", re.sub(r"[\s{}]", "", text[position:stop]))
-            return stop
-        elif name == "R":
-            self._add("set", "R")
-        elif name in ("emptyset", "varnothing"):
-            self._add("set", "empty")
-        elif name in ("Re", "Im"):
-            self._add("function", name.lower())
-        elif name in FUNCTIONS and name not in ("sqrt", "binom"):
-            self._add("function", name)
-        elif name in ("boxed", "fbox"):
-            self.spaced = True
-        elif name in ("euro", "pounds", "textdollar", "yen"):
-            self._add("operator", {"euro": "€", "pounds": "£", "textdollar": "$", "yen": "¥"}[name])
-        else:
-            self._add("command", name[1:] if name[1:] in ("frac", "binom") else name)
+        self._add(*COMMAND_TOKENS.get(name, ("command", name)))
         return position
 
     def _escaped(self, char: str, position: int) -> int:
