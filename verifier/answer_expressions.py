@@ -191,17 +191,16 @@ class ExpressionParser(ABC):
                 ):
                     divisor = product([divisor, self.parse_power()])
                 factors.append(divide(factors.pop(), divisor))
-            elif token.kind == "number" and token.spaced and bare_integer and len(factors) == 1:
+            elif token.kind == "number" and token.spaced and bare_integer:
                 factors = [self.parse_plain_mixed(factors[0])]
             elif self.starts_factor():
                 following = self.parse_power()
                 whole = factors[-1]
-                percent = isinstance(following, Call) and following.name == "percent"
-                if percent and isinstance(following, Call):
-                    following = following.args[0]
+                percent = False
+                if isinstance(following, Call) and following.name == "percent":
+                    percent, following = True, following.args[0]
                 if (
                     bare_integer
-                    and len(factors) == 1
                     and token.value == "frac"
                     and isinstance(whole, Number)
                     and isinstance(following, Number)
@@ -214,25 +213,18 @@ class ExpressionParser(ABC):
                     factors.append(Call("percent", (following,)) if percent else following)
             else:
                 break
-            bare_integer = (
-                bare_integer
-                and len(factors) == 1
-                and factors[0] == factors[-1]
-                and not self.at("^")
-            )
+            bare_integer = bare_integer and len(factors) == 1 and not self.at("^")
         return product(factors)
 
     def parse_plain_mixed(self, whole: Node) -> Node:
         top, slash, bottom = self.token, self.peek(), self.peek(2)
         if (
-            (
-                slash.value == "/"
-                and bottom.kind == "number"
-                and top.value.isdigit()
-                and bottom.value.isdigit()
-            )
+            isinstance(whole, Number)
+            and slash.value == "/"
+            and bottom.kind == "number"
+            and top.value.isdigit()
+            and bottom.value.isdigit()
             and 0 < int(top.value) < int(bottom.value)
-            and isinstance(whole, Number)
         ):
             self.position += 3
             return Number(whole.value + Fraction(int(top.value), int(bottom.value)))

@@ -418,12 +418,9 @@ class _Parser(ExpressionParser):
 
     def rounded(self, opening: str) -> Node:
         inner = self.parse_sum()
-        for closing, name in (("⌋", "floor"), ("⌉", "ceil")):
-            if self.accept(closing):
-                if (opening == "⌊") != (name == "floor"):
-                    break
-                return Call(name, (inner,))
-        raise AnswerSyntaxError("a floor or ceiling is not closed")
+        if not self.accept("⌋" if opening == "⌊" else "⌉"):
+            raise AnswerSyntaxError("a floor or ceiling is not closed")
+        return Call("floor" if opening == "⌊" else "ceil", (inner,))
 
     def absolute(self, opening: str) -> Node:
         self.bars += 1
@@ -443,8 +440,7 @@ class _Parser(ExpressionParser):
         trailing_comma = self.tokens[self.position - 1].value == ","
         if self.accept("]"):
             return self.interval(items, True, False)
-        if self.at("[") and len(items) == 2 and self.peek().kind == "end":
-            self.position += 1
+        if len(items) == 2 and self.peek().kind == "end" and self.accept("["):
             return self.interval(items, True, True)
         self.expect(")")
         if len(items) == 1:
@@ -508,13 +504,11 @@ class _Parser(ExpressionParser):
         return Sequence("set", tuple(items))
 
     def dictionary(self, key: Node, closing: str) -> Node:
-        pairs: list[Node] = []
-        while True:
-            pairs.append(Relation(("=",), (key, self.parse_sum())))
-            if not self.accept(","):
-                break
+        pairs: list[Node] = [Relation(("=",), (key, self.parse_sum()))]
+        while self.accept(","):
             key = self.parse_atom()
             self.expect(":")
+            pairs.append(Relation(("=",), (key, self.parse_sum())))
         self.expect(closing)
         return pairs[0] if len(pairs) == 1 else Sequence("list", tuple(pairs))
 

@@ -67,6 +67,7 @@ _SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])")
 _LOG_CALL = re.compile(r"log(?:2|10)(?=\()")
 _POWER_OF_TEN = re.compile(r"\s*10\s*(?:\^|\*\*)")
 _DIGITS = re.compile(r"\d+(?![\d.])")
+_ROW_GAP = re.compile(r"\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
 
@@ -179,7 +180,7 @@ class _Tokenizer:
                 else:
                     position = self._name(value, position)
             else:
-                position = self._command(value[1:], position, end, as_text=as_text)
+                position = self._command(value[1:], position)
 
     def _number(self, value: str, position: int) -> int:
         if not self.reading.scientific and (match := re.match(r"(\d+)e(-\d+)$", value)):
@@ -294,15 +295,13 @@ class _Tokenizer:
         for kind, value in pieces:
             self._add(kind, value)
 
-    def _command(self, name: str, position: int, end: int, *, as_text: bool) -> int:
+    def _command(self, name: str, position: int) -> int:
         text = self.text
         if not name[0].isalpha():
             return self._escaped(name, position)
         if name not in LATEX_KNOWN:
-            prefix = next(
-                (name[:size] for size in range(len(name) - 1, 1, -1) if name[:size] in LATEX_KNOWN),
-                None,
-            )
+            prefixes = (name[:size] for size in range(len(name) - 1, 1, -1))
+            prefix = next((one for one in prefixes if one in LATEX_KNOWN), None)
             if prefix is None:
                 raise AnswerSyntaxError(f"unknown command \\{name}")
             position -= len(name) - len(prefix)
@@ -314,18 +313,19 @@ class _Tokenizer:
                 return position + 1
             return position + 1 if rest == "." else position
         if name in LATEX_TEXT:
-            return self._text_group(name, position, end)
+            return self._text_group(name, position)
         if name in LATEX_IGNORED:
             self.spaced = True
             return position
         if name in ("hspace", "phantom"):
             return self._group_end(position)
-        if name in LATEX_ACCENTS or name == "mathbb":
+        if name == "mathbb":
+            stop = self._group_end(position)
+            self._add("set", re.sub(r"[\s{}]", "", text[position:stop]))
+            return stop
+        if name in LATEX_ACCENTS:
             stop = self._group_end(position)
             inner = re.sub(r"[\s{}\\]", "", text[position:stop])
-            if name == "mathbb":
-                self._add("set", re.sub(r"[\s{}]", "", text[position:stop]))
-                return stop
             if not inner:
                 raise AnswerSyntaxError(f"\\{name} over nothing")
             self._add("symbol", f"{'vec' if name == 'overrightarrow' else name}:{inner}")
@@ -334,28 +334,22 @@ class _Tokenizer:
         return position
 
     def _escaped(self, char: str, position: int) -> int:
-        if char in ",;:! >":
+        if char in ",;:! >()[]":
             self.spaced = True
         elif char in "{}":
             self.depth += 1 if char == "{" else -1
             self._add("operator", "\\" + char)
-        elif char in "%$&_#":
+        elif char in "%$&_#|":
             self._add("operator", char)
-        elif char == "|":
-            self._add("operator", "|")
         elif char == "\\":
             self._add("operator", "\\\\")
-            if match := re.compile(r"\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]").match(
-                self.text, position
-            ):
+            if match := _ROW_GAP.match(self.text, position):
                 return match.end()
-        elif char in "()[]":
-            self.spaced = True
         else:
             raise AnswerSyntaxError(f"unknown command \\{char}")
         return position
 
-    def _text_group(self, name: str, position: int, end: int) -> int:
+    def _text_group(self, name: str, position: int) -> int:
         opening = re.compile(r"\s*\{").match(self.text, position)
         if not opening:
             self.spaced = True
