@@ -205,8 +205,19 @@ def map_children(node: Node, change: Callable[[Node], Node]) -> Node:
             return node
 
 
-def contains(node: Node, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(node, kinds) or any(contains(child, kinds) for child in children(node))
+def holds(node: Node, test: Callable[[Node], bool]) -> bool:
+    """Whether the test is true of the node or of any node below it."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if test(node):
+            return True
+        pending += children(node)
+    return False
+
+
+def contains(node: Node, kind: type) -> bool:
+    return holds(node, lambda one: isinstance(one, kind))
 
 
 def symbols(node: Node) -> frozenset[str]:
