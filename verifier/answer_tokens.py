@@ -57,6 +57,7 @@ _NUMPY_SCALAR = re.compile(r"\b(float|int)(?:32|64)\(")
 _INTERVAL_KIND = re.compile(r"\bInterval\.(open|Lopen|Ropen)\b")
 _GROUPED = re.compile(r"\d{1,3}(?:(?:\{,\}|\\,|\\!|,\\!|\\ |\\;)\d{3})+(?!\d)")
 THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)")
+_GROUPED_NUMBER = re.compile(THOUSANDS.pattern + r"(?:\.\d+)?")
 _UNIT_FRACTION = re.compile(
     r"\\[dt]?frac\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}"
 )
@@ -148,14 +149,15 @@ class _Tokenizer:
     def _scan(self, position: int, end: int, *, as_text: bool) -> None:
         text = self.text
         while position < end:
-            if self.reading.thousands and self.depth == 0 and text[position].isdigit():
-                match = THOUSANDS.match(text, position)
-                if match:
-                    fraction = re.compile(r"\.\d+").match(text, match.end())
-                    value = match[0].replace(",", "") + (fraction[0] if fraction else "")
-                    self._add("number", value)
-                    position = fraction.end() if fraction else match.end()
-                    continue
+            if (
+                self.reading.thousands
+                and self.depth == 0
+                and text[position].isdigit()
+                and (match := _GROUPED_NUMBER.match(text, position))
+            ):
+                self._add("number", match[0].replace(",", ""))
+                position = match.end()
+                continue
             if as_text and text[position] == ".":
                 position += 1
                 continue

@@ -43,12 +43,11 @@ FUNCTIONS = {
 }
 TRIGONOMETRIC = words("sin cos tan cot sec csc sinh cosh tanh")
 ARITIES = {
-    "gcd": (2, 99),
-    "lcm": (2, 99),
-    "max": (1, 99),
-    "min": (1, 99),
+    **dict.fromkeys(("gcd", "lcm"), (2, 99)),
+    **dict.fromkeys(("max", "min"), (1, 99)),
+    **dict.fromkeys(("binomial", "mod", "pow", "root"), (2, 2)),
     "log": (1, 2),
-} | dict.fromkeys(("binomial", "mod", "pow", "root"), (2, 2))
+}
 CARVED_FUNCTIONS = (
     *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt"),
     *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "pi"),
@@ -66,15 +65,8 @@ CONSTRUCTORS = words(
 )
 CONSTANTS = {
     "pi": Constant("pi"),
-    "oo": INFINITY,
-    "inf": INFINITY,
-    "infty": INFINITY,
-    "infinity": INFINITY,
-    "Infinity": INFINITY,
-    "E": Constant("e"),
-    "e": Constant("e"),
-    "I": Constant("i"),
-    "i": Constant("i"),
+    **dict.fromkeys(("oo", "inf", "infty", "infinity", "Infinity"), INFINITY),
+    **{letter: Constant(letter.lower()) for letter in "EeIi"},
 }
 GREEK = words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "

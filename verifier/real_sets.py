@@ -162,11 +162,9 @@ def _intersection(left: list[Piece], right: list[Piece]) -> list[Piece]:
         for two in right:
             low = max(one, two, key=lambda piece: (piece.low_value, piece.low_open))
             high = min(one, two, key=lambda piece: (piece.high_value, not piece.high_open))
-            if low.low_value > high.high_value:
-                continue
-            if low.low_value == high.high_value and (low.low_open or high.high_open):
-                continue
-            found.append(_from_to(low, high))
+            touching = low.low_value == high.high_value and not (low.low_open or high.high_open)
+            if touching or low.low_value < high.high_value:
+                found.append(_from_to(low, high))
     return _merge(found)
 
 
