@@ -204,9 +204,7 @@ class _Tokenizer:
         elif word in ("i", "e", "pi") or (
             len(word) == 1 and word.isupper() and not self._after_number()
         ):
-            self._add(
-                "constant" if word in CONSTANTS and word != "I" and word != "E" else "symbol", word
-            )
+            self._add("constant" if word in CONSTANTS and word not in "IE" else "symbol", word)
         elif word in FUNCTIONS and word not in ("min", "sec", "sign", "max"):
             self._add("function", word)
         else:

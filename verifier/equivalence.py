@@ -243,9 +243,7 @@ class _Comparison:
         if not left:
             return equal(Reason.EXACT, "list")
         sizes = [rough(node) for node in right]
-        if len(left) > MAX_UNMATCHED and (
-            None in sizes or any(rough(node) is None for node in left)
-        ):
+        if len(left) > MAX_UNMATCHED and None in (*sizes, *map(rough, left)):
             raise BeyondBudget
         findings = []
         for node in left:
