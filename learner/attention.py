@@ -33,15 +33,17 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Backend = Literal["sdpa", "flex", "flash"]
 
@@ -60,14 +62,27 @@ class Span:
     """Tokens at the beginning of the parent that are seen."""
 
 
+def _once(derive: Callable[..., T]) -> Callable[..., T]:
+    """A method of a layout whose result is kept: every layer of the model asks for the same."""
+
+    @functools.wraps(derive)
+    def found(layout: Layout, *arguments: Any) -> T:
+        key = (derive.__name__, *arguments)
+        if key not in layout.derived:
+            layout.derived[key] = derive(layout, *arguments)
+        return layout.derived[key]
+
+    return found
+
+
 @dataclass(slots=True, kw_only=True)
 class Layout:
     """What a packed row holds."""
 
     spans: tuple[Span, ...]
     """In the order of the row, which they fill."""
-    _cache: dict[Any, Any] = field(default_factory=dict)
-    """What backends derive once and use in every layer."""
+    derived: dict[Any, Any] = field(default_factory=dict)
+    """What the backends have asked for."""
 
     @property
     def lengths(self) -> list[int]:
@@ -78,86 +93,73 @@ class Layout:
         """Pairs of a token and one it sees, itself included."""
         return sum(s.length * (s.length + 1) // 2 + s.length * s.prefix for s in self.spans)
 
-    def mask(self, number: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    @_once
+    def mask(
+        self, number: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """[1, 1, length, prefix + length] additive mask of a span; 0 or -inf."""
-        key = ("mask", number, window)
-        found = self._cache.get(key)
-        if found is None:
-            span = self.spans[number]
-            rows = torch.arange(span.length, device=like.device)[:, None] + span.prefix
-            columns = torch.arange(span.prefix + span.length, device=like.device)[None, :]
-            seen = columns <= rows
-            if window is not None:
-                seen &= columns > rows - window
-            found = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
-            found = found.masked_fill_(~seen, -math.inf)[None, None]
-            self._cache[key] = found
-        return found
+        span = self.spans[number]
+        rows = torch.arange(span.length, device=device)[:, None] + span.prefix
+        columns = torch.arange(span.prefix + span.length, device=device)[None, :]
+        seen = columns <= rows
+        if window is not None:
+            seen &= columns > rows - window
+        found = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return found.masked_fill_(~seen, -math.inf)[None, None]
 
+    @_once
     def sequences(self, device: torch.device) -> _Sequences:
         """The spans as variable-length FlashAttention wants them."""
-        found = self._cache.get("sequences")
-        if found is None:
-            starts = [0, *itertools.accumulate(self.lengths)]
-            key_lengths = [span.prefix + span.length for span in self.spans]
-            keys = None
-            if any(span.prefix for span in self.spans):
-                pieces = []
-                for start, span in zip(starts, self.spans, strict=False):
-                    pieces.append(starts[span.parent] + np.arange(span.prefix))
-                    pieces.append(start + np.arange(span.length))
-                keys = torch.from_numpy(np.concatenate(pieces)).to(device)
-            found = _Sequences(
-                query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-                key_starts=torch.tensor(
-                    [0, *itertools.accumulate(key_lengths)], dtype=torch.int32, device=device
-                ),
-                longest_query=max(self.lengths),
-                longest_key=max(key_lengths),
-                keys=keys,
-            )
-            self._cache["sequences"] = found
-        return found
+        starts = [0, *itertools.accumulate(self.lengths)]
+        key_lengths = [span.prefix + span.length for span in self.spans]
+        key_starts = [0, *itertools.accumulate(key_lengths)]
+        keys = None
+        if any(span.prefix for span in self.spans):
+            pieces = []
+            for start, span in zip(starts, self.spans, strict=False):
+                pieces.append(starts[span.parent] + np.arange(span.prefix))
+                pieces.append(start + np.arange(span.length))
+            keys = torch.from_numpy(np.concatenate(pieces)).to(device)
+        return _Sequences(
+            query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            key_starts=torch.tensor(key_starts, dtype=torch.int32, device=device),
+            longest_query=max(self.lengths),
+            longest_key=max(key_lengths),
+            keys=keys,
+        )
 
+    @_once
     def places(self, device: torch.device) -> _Places:
         """What the mask of a whole row is made of, token by token."""
-        found = self._cache.get("places")
-        if found is None:
-            starts = [0, *itertools.accumulate(self.lengths)]
-            rows = np.empty((4, starts[-1]), dtype=np.int32)
-            for number, (start, span) in enumerate(zip(starts, self.spans, strict=False)):
-                own = slice(start, start + span.length)
-                rows[0, own] = number
-                rows[1, own] = span.prefix + np.arange(span.length)
-                rows[2, own] = starts[span.parent] if span.prefix else 0
-                rows[3, own] = rows[2, own] + span.prefix
-            found = _Places(*torch.from_numpy(rows).to(device))
-            self._cache["places"] = found
-        return found
+        starts = [0, *itertools.accumulate(self.lengths)]
+        rows = np.empty((4, starts[-1]), dtype=np.int32)
+        for number, (start, span) in enumerate(zip(starts, self.spans, strict=False)):
+            own = slice(start, start + span.length)
+            rows[0, own] = number
+            rows[1, own] = span.prefix + np.arange(span.length)
+            rows[2, own] = starts[span.parent] if span.prefix else 0
+            rows[3, own] = rows[2, own] + span.prefix
+        return _Places(*torch.from_numpy(rows).to(device))
 
+    @_once
     def block_mask(self, window: int | None, device: torch.device) -> Any:
         """The row as FlexAttention's BlockMask."""
-        key = ("block", window)
-        found = self._cache.get(key)
-        if found is None:
-            # Tensors of the closure itself are inputs to a compiled mask: other rows reuse it.
-            places = self.places(device)
-            span, position = places.span, places.position
-            start, stop = places.prefix_start, places.prefix_stop
+        # Tensors of the closure itself are inputs to a compiled mask: other rows reuse it.
+        places = self.places(device)
+        span, position = places.span, places.position
+        start, stop = places.prefix_start, places.prefix_stop
 
-            def sees(
-                batch: torch.Tensor, head: torch.Tensor, at: torch.Tensor, other: torch.Tensor
-            ) -> torch.Tensor:
-                own = (span[at] == span[other]) & (other <= at)
-                seen = own | ((start[at] <= other) & (other < stop[at]))
-                if window is not None:
-                    seen = seen & (position[other] > position[at] - window)
-                return seen
+        def sees(
+            batch: torch.Tensor, head: torch.Tensor, at: torch.Tensor, other: torch.Tensor
+        ) -> torch.Tensor:
+            own = (span[at] == span[other]) & (other <= at)
+            seen = own | ((start[at] <= other) & (other < stop[at]))
+            if window is not None:
+                seen = seen & (position[other] > position[at] - window)
+            return seen
 
-            total = sum(self.lengths)
-            found = _block_mask(device.type)(sees, None, None, total, total, device=device)
-            self._cache[key] = found
-        return found
+        total = sum(self.lengths)
+        return _block_mask(device.type)(sees, None, None, total, total, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,7 @@ def _sdpa(
             own_keys = torch.cat((keys[span.parent][:, :, : span.prefix], own_keys), dim=2)
             own_values = torch.cat((values[span.parent][:, :, : span.prefix], own_values), dim=2)
         if span.prefix or window is not None:
-            mask = layout.mask(number, window, query)
+            mask = layout.mask(number, window, query.dtype, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 queries[number],
@@ -325,10 +327,13 @@ def _flash(
         queries.contiguous(),
         keys.contiguous(),
         values.contiguous(),
-        places,
-        scaling,
-        dropout,
-        -1 if window is None else window - 1,
+        places.query_starts,
+        places.key_starts,
+        places.longest_query,
+        places.longest_key,
+        scaling=scaling,
+        dropout=dropout,
+        window_size=(-1 if window is None else window - 1, 0),
     )
     return output[None]
 
@@ -346,54 +351,21 @@ def _variable_length_kernel() -> Any:
         from torch.nn.attention.varlen import varlen_attn
 
         def with_torch(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            places: _Sequences,
-            scaling: float | None,
-            dropout: float,
-            left: int,
+            *rows: Any, scaling: float | None, dropout: float, window_size: tuple[int, int]
         ) -> torch.Tensor:
             if dropout:
                 raise ValueError("torch's variable-length attention has no dropout; use sdpa")
-            found = varlen_attn(
-                query,
-                key,
-                value,
-                places.query_starts,
-                places.key_starts,
-                places.longest_query,
-                places.longest_key,
-                scale=scaling,
-                window_size=(left, 0),
-                enable_gqa=True,
-            )
+            found = varlen_attn(*rows, scale=scaling, window_size=window_size, enable_gqa=True)
             assert isinstance(found, torch.Tensor)
             return found
 
         return with_torch
 
     def with_package(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        places: _Sequences,
-        scaling: float | None,
-        dropout: float,
-        left: int,
+        *rows: Any, scaling: float | None, dropout: float, window_size: tuple[int, int]
     ) -> torch.Tensor:
         return flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            places.query_starts,
-            places.key_starts,
-            places.longest_query,
-            places.longest_key,
-            dropout_p=dropout,
-            softmax_scale=scaling,
-            causal=True,
-            window_size=(left, 0),
+            *rows, dropout_p=dropout, softmax_scale=scaling, causal=True, window_size=window_size
         )
 
     return with_package
@@ -477,7 +449,6 @@ def _disagreement(
         found.append(
             [output.detach().float(), *(t.grad.float() for t in own if t.grad is not None)]
         )
-        layout = Layout(spans=layout.spans)
     for name, ours, theirs in zip(("output", "dq", "dk", "dv"), *found, strict=True):
         error = float((ours - theirs).norm() / ours.norm())
         if not error < 0.03:
