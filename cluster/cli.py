@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from cluster.errors import explain, quiet_logging
+from cluster.telemetry.progress import say
 from rollout.methods import Method
 from rollout.problem import DecontaminationRule, Level
 
@@ -87,7 +88,7 @@ def evolve(
     _run(evolution.run(), again=command_line(), view=view)
     root = evolution.folder.root
     show_report(root, console)
-    _say(console, f"all of it in {root}")
+    say(console, f"all of it in {root}")
 
 
 @app.command()
@@ -131,7 +132,7 @@ def rollout(
     run = RolloutRun(settings, view)
     outcome = _run(run.run(), again=command_line(), view=view)
     print_rollout_report(outcome, console)
-    _say(console, f"trees in {run.folder.root}")
+    say(console, f"trees in {run.folder.root}")
 
 
 @app.command()
@@ -444,7 +445,7 @@ def evaluate(
     found = _run(run.run(), again=command_line(), view=view)
     write_evaluation(run.folder.root, found)
     print_evaluation(found, console)
-    _say(console, f"answers, results, tables and report.html in {run.folder.root}")
+    say(console, f"answers, results, tables and report.html in {run.folder.root}")
 
 
 @app.command()
@@ -531,8 +532,8 @@ def problems_import(
     except KeyboardInterrupt:
         typer.echo("stopped; nothing was written", err=True)
         raise typer.Exit(130) from None
-    _say(console, f"{report.total('kept'):,} problems in {out} after {report.seconds:.0f} s")
-    _say(console, f"every other row, and why: {report_folder(out) / 'report.md'}")
+    say(console, f"{report.total('kept'):,} problems in {out} after {report.seconds:.0f} s")
+    say(console, f"every other row, and why: {report_folder(out) / 'report.md'}")
 
 
 @problems_app.command("stats")
@@ -630,10 +631,6 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
         hint = f"; to go on where it stopped: {again}" if again else ""
         typer.echo(f"stopped{hint}", err=True)
         raise typer.Exit(130) from None
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

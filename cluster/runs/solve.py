@@ -40,6 +40,7 @@ from cluster.fleet.given_models import (
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import SolveConfig
+from cluster.telemetry.progress import say
 from learner.checkpoint import CheckpointStore
 from rollout.methods import Event, EventKind, Method, MethodConfig, Solver, SolveResult
 from rollout.problem import Level, Problem
@@ -367,11 +368,6 @@ class SolveView:
         return Group(Text("\n".join(lines[-room:])), Text(foot, style="cyan"))
 
 
-def say(console: Console, text: str) -> None:
-    """One line as it is: no markup, no wrapping."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 # -------------------------------------------------------------------------- the result
 
 
@@ -448,39 +444,20 @@ def as_record(solved: Solved) -> dict[str, Any]:
     }
 
 
-async def run_solve(
-    problem: str,
-    *,
-    policy: Path | None = None,
-    ppm: Path | None = None,
-    run: Path | None = None,
-    method: Method | None = None,
-    trajectories: int | None = None,
-    config: Path | None = None,
-    overrides: Sequence[str] = (),
-    as_json: bool = False,
-) -> None:
+async def run_solve(problem: str, *, as_json: bool = False, **given: Any) -> None:
     """`rstar solve`: print how the answer is found and the result, or one JSON object.
 
     Args:
         problem: as `read_problem` takes it.
         as_json: stdout gets the JSON object and nothing else; everything else goes to stderr.
+        given: what `solve_config` takes.
     Raises:
         As `read_problem`, `solve_config` and `solve`.
     """
     asked = read_problem(problem, sys.stdin)
     stdout = stdout_for_result() if as_json else contextlib.nullcontext(sys.stdout)
     with stdout as out, tempfile.TemporaryDirectory(prefix="rstar-solve-") as scratch:
-        settings = solve_config(
-            Path(scratch),
-            policy=policy,
-            ppm=ppm,
-            run=run,
-            method=method,
-            trajectories=trajectories,
-            config=config,
-            overrides=overrides,
-        )
+        settings = solve_config(Path(scratch), **given)
         console = Console(stderr=as_json)
         solved = await solve(settings, asked, SolveView(console))
         if as_json:
