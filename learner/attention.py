@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 Backend = Literal["sdpa", "flex", "flash"]
 
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query [1, H, T, D], key and value [1, K, T, D]."""
+
 PACKED = "rstar_packed"
 """Name of the attention in transformers' registry."""
 
@@ -229,18 +232,13 @@ def packed_attention(
     longest = max(span.prefix + span.length for span in layout.spans)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     run = {"sdpa": _sdpa, "flex": _flex, "flash": _flash}[backend]
-    return run(query, key, value, layout, scaling, dropout, window), None
+    return run((query, key, value), layout, scaling, dropout, window), None
 
 
 def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    rows: Rows, layout: Layout, scaling: float | None, dropout: float, window: int | None
 ) -> torch.Tensor:
+    query, key, value = rows
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -272,14 +270,9 @@ def _sdpa(
 
 
 def _flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    rows: Rows, layout: Layout, scaling: float | None, dropout: float, window: int | None
 ) -> torch.Tensor:
+    query, key, value = rows
     if dropout:
         raise ValueError("FlexAttention has no dropout; use attention: sdpa")
     output = _flex_kernel(query.device.type)(
@@ -311,16 +304,10 @@ def _block_mask(device: str) -> Any:
 
 
 def _flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    rows: Rows, layout: Layout, scaling: float | None, dropout: float, window: int | None
 ) -> torch.Tensor:
-    places = layout.sequences(query.device)
-    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    places = layout.sequences(rows[0].device)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in rows)
     if places.keys is not None:
         keys, values = keys.index_select(0, places.keys), values.index_select(0, places.keys)
     output = _variable_length_kernel()(
@@ -397,7 +384,7 @@ def choose_backend(
     if wanted in ("flash", "flex"):
         candidates = (wanted,)
     for backend in candidates:
-        problem = _why_not(backend, device, dtype, num_heads, num_key_heads, head_size)
+        problem = _why_not(backend, device, dtype, (num_heads, num_key_heads, head_size))
         if problem is None:
             return backend
         if wanted != "auto":
@@ -408,12 +395,7 @@ def choose_backend(
 
 
 def _why_not(
-    backend: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_heads: int,
-    num_key_heads: int,
-    head_size: int,
+    backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> str | None:
     """Why a backend cannot train a model on a device; None: it can."""
     if device.type != "cuda":
@@ -421,20 +403,20 @@ def _why_not(
     if backend == "flash" and dtype not in (torch.float16, torch.bfloat16):
         return f"it needs half precision, the model is in {dtype}"
     try:
-        return _disagreement(backend, device, dtype, num_heads, num_key_heads, head_size)
+        return _disagreement(backend, device, dtype, shape)
     except Exception as error:  # a compiler or a driver may raise anything, and sdpa is there
         return f"{type(error).__name__}: {error}"
 
 
 def _disagreement(
-    backend: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_heads: int,
-    num_key_heads: int,
-    head_size: int,
+    backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> str | None:
-    """How a backend differs from sdpa on a small row, values and gradients; None: not."""
+    """How a backend differs from sdpa on a small row, values and gradients; None: not.
+
+    Args:
+        shape: H, K and D.
+    """
+    num_heads, num_key_heads, head_size = shape
     layout = trees([(40, (20, 30)), (0, (17,)), (5, (9, 1, 12))])
     total = sum(layout.lengths)
     generator = torch.Generator().manual_seed(0)
@@ -444,7 +426,7 @@ def _disagreement(
     run = _flash if backend == "flash" else _flex
     for compute, kind in ((_sdpa, torch.float32), (run, dtype)):
         own = [tensor.to(device, kind).requires_grad_() for tensor in inputs]
-        output = compute(own[0], own[1], own[2], layout, None, 0.0, None)
+        output = compute((own[0], own[1], own[2]), layout, None, 0.0, None)
         (output.float() ** 2).sum().backward()
         found.append(
             [output.detach().float(), *(t.grad.float() for t in own if t.grad is not None)]
