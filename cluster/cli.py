@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -212,10 +213,8 @@ def status(
     """Show how a run stands, from any shell or machine that sees its folder."""
     from cluster.watch.status import show_status
 
-    try:
+    with _interruptible():
         show_status(run, Console(), as_json=as_json, watch=watch)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -239,7 +238,7 @@ def logs(
     """Show what the processes of a run logged, and what became of a problem."""
     from cluster.watch.log_view import show_logs
 
-    try:
+    with _interruptible():
         show_logs(
             run,
             Console(),
@@ -253,8 +252,6 @@ def logs(
             follow=follow,
             as_json=as_json,
         )
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -265,10 +262,8 @@ def top(
     """Watch a run's speed, replicas and waits in the terminal."""
     from cluster.watch.top import show_top
 
-    try:
+    with _interruptible():
         show_top(run, Console(), once=once)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -320,11 +315,8 @@ def regrade(
     """Judge every stored answer again with this version's grader, and say what changed."""
     from cluster.runs.regrade import run_regrade
 
-    try:
+    with _interruptible(f"stopped; to go on where it stopped: rstar regrade {run}"):
         run_regrade(run, Console())
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; to go on where it stopped: rstar regrade {run}", err=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -527,11 +519,8 @@ def problems_import(
         keep_solutions=solutions,
     )
     console = Console()
-    try:
+    with _interruptible("stopped; nothing was written"):
         report = run_import(settings, out, console, force=force)
-    except KeyboardInterrupt:
-        typer.echo("stopped; nothing was written", err=True)
-        raise typer.Exit(130) from None
     say(console, f"{report.total('kept'):,} problems in {out} after {report.seconds:.0f} s")
     say(console, f"every other row, and why: {report_folder(out) / 'report.md'}")
 
@@ -593,6 +582,17 @@ def problems_synthesize(
         num_problems=number,
     )
     _run(run_synthesize(settings, Console()), again=command_line())
+
+
+@contextmanager
+def _interruptible(said: str = "") -> Iterator[None]:
+    """Ctrl-C ends the command quietly, or with a line that says what is left of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if said:
+            typer.echo(said, err=True)
+        raise typer.Exit(130) from None
 
 
 def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | None = None) -> T:
