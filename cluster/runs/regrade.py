@@ -22,7 +22,6 @@ that are not finished; several machines at a time.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,17 +72,15 @@ class RoundRegrade:
 
     def by_level(self) -> dict[str, dict[str, int]]:
         """Level (and "all") -> counts of changes."""
-        counts: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS}
+        names = ("to_right", "to_wrong", "reason_only")
+        counts = {column: dict.fromkeys(names, 0) for column in COLUMNS}
         for change in self.changes:
             name = "reason_only"
             if change.turned:
                 name = "to_right" if change.to_correct else "to_wrong"
             for column in (change.level, "all"):
                 counts[column][name] += 1
-        return {
-            column: {name: found[name] for name in ("to_right", "to_wrong", "reason_only")}
-            for column, found in counts.items()
-        }
+        return counts
 
 
 def regrade_run(

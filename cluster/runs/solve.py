@@ -30,7 +30,6 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
-from cluster.fleet.config import ActorConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     serve_given,
@@ -126,18 +125,11 @@ def solve_config(
         raise ConfigError(
             f"method {made.method.name} needs a PPM: give --ppm DIR, or choose another --method"
         )
-    one_each = {"replicas": 1}
-    cluster = made.cluster.model_copy(
-        update={
-            "dashboard_port": None,
-            **{
-                name: ActorConfig.model_validate(
-                    getattr(made.cluster, name).model_dump() | one_each
-                )
-                for name in ("policy", "ppm", "sandbox")
-            },
-        }
-    )
+    one_each = {
+        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
+        for name in ("policy", "ppm", "sandbox")
+    }
+    cluster = made.cluster.model_copy(update={"dashboard_port": None, **one_each})
     made = made.model_copy(update={"cluster": cluster})
     return with_prompt_template(with_checkpoint_directories(made))
 
