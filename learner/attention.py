@@ -162,7 +162,8 @@ class Layout:
             return seen
 
         total = sum(self.lengths)
-        return _block_mask(device.type)(sees, None, None, total, total, device=device)
+        build = _flex_function("create_block_mask", device.type)
+        return build(sees, None, None, total, total, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,7 @@ def _flex(
     query, key, value = rows
     if dropout:
         raise ValueError("FlexAttention has no dropout; use attention: sdpa")
-    output = _flex_kernel(query.device.type)(
+    output = _flex_function("flex_attention", query.device.type)(
         query,
         key,
         value,
@@ -286,21 +287,17 @@ def _flex(
     return output.transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=2)
-def _flex_kernel(device: str) -> Any:
-    """FlexAttention; compiled but on a CPU, where that takes a C++ compiler and minutes."""
-    from torch.nn.attention.flex_attention import flex_attention
+@functools.cache
+def _flex_function(name: str, device: str) -> Any:
+    """One of FlexAttention's; compiled but on a CPU, where that takes a C++ compiler and minutes.
 
+    Compiled, the mask builder never holds the T x T table.
+    """
+    from torch.nn.attention import flex_attention
+
+    function = getattr(flex_attention, name)
     # Rows differ in length: with dynamic shapes one compilation serves them all.
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
-
-
-@functools.lru_cache(maxsize=2)
-def _block_mask(device: str) -> Any:
-    """FlexAttention's mask builder; compiled, it never holds the T x T table."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask if device == "cpu" else torch.compile(create_block_mask, dynamic=True)
+    return function if device == "cpu" else torch.compile(function, dynamic=True)
 
 
 def _flash(
@@ -325,7 +322,7 @@ def _flash(
     return output[None]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _variable_length_kernel() -> Any:
     """The variable-length kernel that is there; both align the causal edge to the last key.
 

@@ -40,7 +40,7 @@ from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
-from rollout.store import Manifest, TrajectoryStore
+from rollout.store import TrajectoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -218,13 +218,12 @@ class Evolution:
 
     async def _rollout(
         self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
-    ) -> Manifest:
+    ) -> None:
         """Search every problem with the models of the round before, escalate, seal."""
         trees = TrajectoryStore(self.store, number)
-        manifest = trees.manifest()
-        if manifest is not None:
+        if trees.manifest() is not None:
             self._skip(number, "rollout", "rollout")
-            return manifest
+            return
         settings = self.config.rounds[number - 1]
         self.view.begin("rollout", f"round {number}: rollout", len(self.train), round=number)
         if number == 1 and self.config.endpoint is not None:
@@ -253,11 +252,6 @@ class Evolution:
             lambda: problems_by_level(trees.commits(), self.folder.problem_levels())
         )
         self.folder.record_stage(number, "rollout", seconds, **outcome.facts(), **levels)
-        await self._remove_orphans(trees)
-        return outcome.manifest
-
-    async def _remove_orphans(self, trees: TrajectoryStore) -> None:
-        """Delete what killed workers left of a sealed round."""
         removed = await asyncio.to_thread(
             trees.remove_orphans,
             older_than_s=self.config.cluster.lease_s,
@@ -265,7 +259,7 @@ class Evolution:
         )
         if removed:
             self.view.note(
-                f"round {trees.round}: {len(removed)} files removed that workers left unfinished"
+                f"round {number}: {len(removed)} files removed that workers left unfinished"
             )
 
     async def _select(self, number: int) -> None:
