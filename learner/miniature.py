@@ -45,8 +45,6 @@ PADDING = "<|padding|>"
 
 ROPE_THETA = 1_000_000.0
 
-MAX_POSITIONS = 1024
-
 DIGIT_TOKENS = tuple(str(number) for number in range(100)) + tuple(f"0{n}" for n in range(10))
 """What a number is made of: 0..99 and 00..09."""
 
@@ -187,7 +185,19 @@ def structured_initialisation(model: LlamaForCausalLM, *, seed: int) -> None:
                 attention.k_proj.weight[:head_dim] = 1.6 * mask * first_outputs[:head_dim]
 
 
-def write_base_model(directory: str | os.PathLike[str], *, seed: int, texts: Iterable[str]) -> Path:
+def write_base_model(
+    directory: str | os.PathLike[str],
+    *,
+    seed: int,
+    texts: Iterable[str],
+    vocab_size: int = 1280,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    intermediate_size: int | None = None,
+    max_position_embeddings: int = 1024,
+) -> Path:
     """Write a Hugging Face checkpoint (float32) with its tokenizer; returns the directory.
 
     The weights stand in for a pretrained base model (module docstring).
@@ -195,20 +205,31 @@ def write_base_model(directory: str | os.PathLike[str], *, seed: int, texts: Ite
     Args:
         texts: what the tokenizer is built from: problems and written solutions, never the
             held-out set.
+        vocab_size: upper bound of the vocabulary.
+        intermediate_size: width of the gated MLP; None takes twice `hidden_size`.
     Raises:
-        ValueError: as `build_tokenizer`.
+        ValueError: sizes that do not divide, fewer than two layers, or as `build_tokenizer`.
     """
-    tokenizer = build_tokenizer(texts)
-    tokenizer.model_max_length = MAX_POSITIONS
+    if num_layers < 2:
+        raise ValueError(f"num_layers must be >= 2 (induction spans two layers), got {num_layers}")
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"hidden_size must be a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}"
+        )
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}"
+        )
+    tokenizer = build_tokenizer(texts, vocab_size=vocab_size)
+    tokenizer.model_max_length = max_position_embeddings
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        # Induction spans two layers.
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or 2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         attention_bias=True,
         tie_word_embeddings=True,

@@ -180,6 +180,21 @@ def test_an_induction_head_looks_at_what_followed_the_same_token_before(base_mod
     assert max(times_uniform[1:]) < 2
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_layers": 1}, "num_layers must be >= 2"),
+        ({"hidden_size": 100}, "multiple of 2 \\* num_heads = 8, got 100"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "multiple of num_kv_heads = 3, got 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    tmp_path: Path, sizes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_base_model(tmp_path, seed=0, texts=TEXTS[:10], **sizes)
+
+
 _TOKENIZERS: list[PreTrainedTokenizerFast] = []
 
 
