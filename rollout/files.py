@@ -51,7 +51,7 @@ def atomic_write(path: Path, data: str | bytes, *, durable: bool = False) -> Non
 def create_only(path: Path, data: str | bytes) -> bool:
     """Write `path` whole and durably if there is none; False if there is one, which stays.
 
-    Of several writers at a time, in any process of any machine of the file system, one is told True.
+    Of several writers at a time, on any machine of the file system, one is told True.
 
     Raises:
         OSError: from the disk; nothing of `data` is left.
