@@ -350,12 +350,11 @@ def cold_start(folder: Path) -> None:
     from learner.preference_model import new_preference_model
     from learner.select import DatasetConfig, select_dataset
     from learner.trainer import run_fit
-    from rollout.problems.miniature import write_miniature
+    from rollout.problems.miniature import generate, write_miniature
     from rollout.prompt import TEMPLATES
 
-    files = write_miniature(
-        folder / "problems", seed=3, num_demonstrations=400, num_train=600, num_test=30
-    )
+    miniature = generate(seed=3, num_demonstrations=400, num_train=600, num_test=30)
+    files = write_miniature(folder / "problems", miniature)
     table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
     texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
     write_base_model(folder / "base", seed=3, texts=texts)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 
 from cluster.errors import explain, quiet_logging
+from cluster.telemetry.progress import say
 from rollout.methods import Method
 from rollout.problem import DecontaminationRule, Level
 
@@ -86,7 +88,7 @@ def evolve(
     _run(evolution.run(), again=command_line(), view=view)
     root = evolution.folder.root
     show_report(root, console)
-    _say(console, f"all of it in {root}")
+    say(console, f"all of it in {root}")
 
 
 @app.command()
@@ -130,7 +132,7 @@ def rollout(
     run = RolloutRun(settings, view)
     outcome = _run(run.run(), again=command_line(), view=view)
     print_rollout_report(outcome, console)
-    _say(console, f"trees in {run.folder.root}")
+    say(console, f"trees in {run.folder.root}")
 
 
 @app.command()
@@ -210,10 +212,8 @@ def status(
     """Show how a run stands, from any shell or machine that sees its folder."""
     from cluster.watch.status_view import show_status
 
-    try:
+    with _interruptible():
         show_status(run, Console(), as_json=as_json, watch=watch)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -237,7 +237,7 @@ def logs(
     """Show what the processes of a run logged, and what became of a problem."""
     from cluster.watch.log_view import show_logs
 
-    try:
+    with _interruptible():
         show_logs(
             run,
             Console(),
@@ -251,8 +251,6 @@ def logs(
             follow=follow,
             as_json=as_json,
         )
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -263,10 +261,8 @@ def top(
     """Watch a run's speed, replicas and waits in the terminal."""
     from cluster.watch.top import show_top
 
-    try:
+    with _interruptible():
         show_top(run, Console(), once=once)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -318,11 +314,8 @@ def regrade(
     """Judge every stored answer again with this version's grader, and say what changed."""
     from cluster.runs.regrade import run_regrade
 
-    try:
+    with _interruptible(f"stopped; to go on where it stopped: rstar regrade {run}"):
         run_regrade(run, Console())
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; to go on where it stopped: rstar regrade {run}", err=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -445,7 +438,7 @@ def evaluate(
     found = _run(run.run(), again=command_line(), view=view)
     write_evaluation(run.folder.root, found)
     print_evaluation(found, console)
-    _say(console, f"answers, results, tables and report.html in {run.folder.root}")
+    say(console, f"answers, results, tables and report.html in {run.folder.root}")
 
 
 @app.command()
@@ -527,13 +520,10 @@ def problems_import(
         keep_solutions=solutions,
     )
     console = Console()
-    try:
+    with _interruptible("stopped; nothing was written"):
         report = run_import(settings, out, console, force=force)
-    except KeyboardInterrupt:
-        typer.echo("stopped; nothing was written", err=True)
-        raise typer.Exit(130) from None
-    _say(console, f"{report.total('kept'):,} problems in {out} after {report.seconds:.0f} s")
-    _say(console, f"every other row, and why: {report_folder(out) / 'report.md'}")
+    say(console, f"{report.total('kept'):,} problems in {out} after {report.seconds:.0f} s")
+    say(console, f"every other row, and why: {report_folder(out) / 'report.md'}")
 
 
 @problems_app.command("stats")
@@ -595,6 +585,17 @@ def problems_synthesize(
     _run(run_synthesize(settings, Console()), again=command_line())
 
 
+@contextmanager
+def _interruptible(said: str = "") -> Iterator[None]:
+    """Ctrl-C ends the command quietly, or with a line that says what is left of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if said:
+            typer.echo(said, err=True)
+        raise typer.Exit(130) from None
+
+
 def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | None = None) -> T:
     """Run to the end; Ctrl-C cancels once politely, and says how to go on.
 
@@ -631,10 +632,6 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
         hint = f"; to go on where it stopped: {again}" if again else ""
         typer.echo(f"stopped{hint}", err=True)
         raise typer.Exit(130) from None
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

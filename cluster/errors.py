@@ -20,7 +20,7 @@ from learner.checkpoint import CheckpointError
 from learner.dataset import DatasetError
 from learner.fit import LearnerError
 from rollout.engine import EngineError
-from rollout.problems.reader import ProblemFileError
+from rollout.problems.rows import ProblemFileError
 from rollout.problems.synthesis import SynthesisError
 from rollout.search import SearchError
 from rollout.store import StoreError

@@ -33,9 +33,9 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,7 +43,12 @@ import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Backend = Literal["sdpa", "flex", "flash"]
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query [1, H, T, D], key and value [1, K, T, D]."""
 
 PACKED = "rstar_packed"
 """Name of the attention in transformers' registry."""
@@ -60,14 +65,27 @@ class Span:
     """Tokens at the beginning of the parent that are seen."""
 
 
+def _once(derive: Callable[..., T]) -> Callable[..., T]:
+    """A method of a layout whose result is kept: every layer of the model asks for the same."""
+
+    @functools.wraps(derive)
+    def found(layout: Layout, *arguments: Any) -> T:
+        key = (derive.__name__, *arguments)
+        if key not in layout.derived:
+            layout.derived[key] = derive(layout, *arguments)
+        return layout.derived[key]
+
+    return found
+
+
 @dataclass(slots=True, kw_only=True)
 class Layout:
     """What a packed row holds."""
 
     spans: tuple[Span, ...]
     """In the order of the row, which they fill."""
-    _cache: dict[Any, Any] = field(default_factory=dict)
-    """What backends derive once and use in every layer."""
+    derived: dict[Any, Any] = field(default_factory=dict)
+    """What the backends have asked for."""
 
     @property
     def lengths(self) -> list[int]:
@@ -78,86 +96,74 @@ class Layout:
         """Pairs of a token and one it sees, itself included."""
         return sum(s.length * (s.length + 1) // 2 + s.length * s.prefix for s in self.spans)
 
-    def mask(self, number: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    @_once
+    def mask(
+        self, number: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """[1, 1, length, prefix + length] additive mask of a span; 0 or -inf."""
-        key = ("mask", number, window)
-        found = self._cache.get(key)
-        if found is None:
-            span = self.spans[number]
-            rows = torch.arange(span.length, device=like.device)[:, None] + span.prefix
-            columns = torch.arange(span.prefix + span.length, device=like.device)[None, :]
-            seen = columns <= rows
-            if window is not None:
-                seen &= columns > rows - window
-            found = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
-            found = found.masked_fill_(~seen, -math.inf)[None, None]
-            self._cache[key] = found
-        return found
+        span = self.spans[number]
+        rows = torch.arange(span.length, device=device)[:, None] + span.prefix
+        columns = torch.arange(span.prefix + span.length, device=device)[None, :]
+        seen = columns <= rows
+        if window is not None:
+            seen &= columns > rows - window
+        found = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return found.masked_fill_(~seen, -math.inf)[None, None]
 
+    @_once
     def sequences(self, device: torch.device) -> _Sequences:
         """The spans as variable-length FlashAttention wants them."""
-        found = self._cache.get("sequences")
-        if found is None:
-            starts = [0, *itertools.accumulate(self.lengths)]
-            key_lengths = [span.prefix + span.length for span in self.spans]
-            keys = None
-            if any(span.prefix for span in self.spans):
-                pieces = []
-                for start, span in zip(starts, self.spans, strict=False):
-                    pieces.append(starts[span.parent] + np.arange(span.prefix))
-                    pieces.append(start + np.arange(span.length))
-                keys = torch.from_numpy(np.concatenate(pieces)).to(device)
-            found = _Sequences(
-                query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-                key_starts=torch.tensor(
-                    [0, *itertools.accumulate(key_lengths)], dtype=torch.int32, device=device
-                ),
-                longest_query=max(self.lengths),
-                longest_key=max(key_lengths),
-                keys=keys,
-            )
-            self._cache["sequences"] = found
-        return found
+        starts = [0, *itertools.accumulate(self.lengths)]
+        key_lengths = [span.prefix + span.length for span in self.spans]
+        key_starts = [0, *itertools.accumulate(key_lengths)]
+        keys = None
+        if any(span.prefix for span in self.spans):
+            pieces = []
+            for start, span in zip(starts, self.spans, strict=False):
+                pieces.append(starts[span.parent] + np.arange(span.prefix))
+                pieces.append(start + np.arange(span.length))
+            keys = torch.from_numpy(np.concatenate(pieces)).to(device)
+        return _Sequences(
+            query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            key_starts=torch.tensor(key_starts, dtype=torch.int32, device=device),
+            longest_query=max(self.lengths),
+            longest_key=max(key_lengths),
+            keys=keys,
+        )
 
+    @_once
     def places(self, device: torch.device) -> _Places:
         """What the mask of a whole row is made of, token by token."""
-        found = self._cache.get("places")
-        if found is None:
-            starts = [0, *itertools.accumulate(self.lengths)]
-            rows = np.empty((4, starts[-1]), dtype=np.int32)
-            for number, (start, span) in enumerate(zip(starts, self.spans, strict=False)):
-                own = slice(start, start + span.length)
-                rows[0, own] = number
-                rows[1, own] = span.prefix + np.arange(span.length)
-                rows[2, own] = starts[span.parent] if span.prefix else 0
-                rows[3, own] = rows[2, own] + span.prefix
-            found = _Places(*torch.from_numpy(rows).to(device))
-            self._cache["places"] = found
-        return found
+        starts = [0, *itertools.accumulate(self.lengths)]
+        rows = np.empty((4, starts[-1]), dtype=np.int32)
+        for number, (start, span) in enumerate(zip(starts, self.spans, strict=False)):
+            own = slice(start, start + span.length)
+            rows[0, own] = number
+            rows[1, own] = span.prefix + np.arange(span.length)
+            rows[2, own] = starts[span.parent] if span.prefix else 0
+            rows[3, own] = rows[2, own] + span.prefix
+        return _Places(*torch.from_numpy(rows).to(device))
 
+    @_once
     def block_mask(self, window: int | None, device: torch.device) -> Any:
         """The row as FlexAttention's BlockMask."""
-        key = ("block", window)
-        found = self._cache.get(key)
-        if found is None:
-            # Tensors of the closure itself are inputs to a compiled mask: other rows reuse it.
-            places = self.places(device)
-            span, position = places.span, places.position
-            start, stop = places.prefix_start, places.prefix_stop
+        # Tensors of the closure itself are inputs to a compiled mask: other rows reuse it.
+        places = self.places(device)
+        span, position = places.span, places.position
+        start, stop = places.prefix_start, places.prefix_stop
 
-            def sees(
-                batch: torch.Tensor, head: torch.Tensor, at: torch.Tensor, other: torch.Tensor
-            ) -> torch.Tensor:
-                own = (span[at] == span[other]) & (other <= at)
-                seen = own | ((start[at] <= other) & (other < stop[at]))
-                if window is not None:
-                    seen = seen & (position[other] > position[at] - window)
-                return seen
+        def sees(
+            batch: torch.Tensor, head: torch.Tensor, at: torch.Tensor, other: torch.Tensor
+        ) -> torch.Tensor:
+            own = (span[at] == span[other]) & (other <= at)
+            seen = own | ((start[at] <= other) & (other < stop[at]))
+            if window is not None:
+                seen = seen & (position[other] > position[at] - window)
+            return seen
 
-            total = sum(self.lengths)
-            found = _block_mask(device.type)(sees, None, None, total, total, device=device)
-            self._cache[key] = found
-        return found
+        total = sum(self.lengths)
+        build = _flex_function("create_block_mask", device.type)
+        return build(sees, None, None, total, total, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,18 +233,13 @@ def packed_attention(
     longest = max(span.prefix + span.length for span in layout.spans)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     run = {"sdpa": _sdpa, "flex": _flex, "flash": _flash}[backend]
-    return run(query, key, value, layout, scaling, dropout, window), None
+    return run((query, key, value), layout, scaling, dropout, window), None
 
 
 def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    rows: Rows, layout: Layout, scaling: float | None, dropout: float, window: int | None
 ) -> torch.Tensor:
+    query, key, value = rows
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -254,7 +255,7 @@ def _sdpa(
             own_keys = torch.cat((keys[span.parent][:, :, : span.prefix], own_keys), dim=2)
             own_values = torch.cat((values[span.parent][:, :, : span.prefix], own_values), dim=2)
         if span.prefix or window is not None:
-            mask = layout.mask(number, window, query)
+            mask = layout.mask(number, window, query.dtype, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 queries[number],
@@ -270,17 +271,12 @@ def _sdpa(
 
 
 def _flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    rows: Rows, layout: Layout, scaling: float | None, dropout: float, window: int | None
 ) -> torch.Tensor:
+    query, key, value = rows
     if dropout:
         raise ValueError("FlexAttention has no dropout; use attention: sdpa")
-    output = _flex_kernel(query.device.type)(
+    output = _flex_function("flex_attention", query.device.type)(
         query,
         key,
         value,
@@ -291,49 +287,42 @@ def _flex(
     return output.transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=2)
-def _flex_kernel(device: str) -> Any:
-    """FlexAttention; compiled but on a CPU, where that takes a C++ compiler and minutes."""
-    from torch.nn.attention.flex_attention import flex_attention
+@functools.cache
+def _flex_function(name: str, device: str) -> Any:
+    """One of FlexAttention's; compiled but on a CPU, where that takes a C++ compiler and minutes.
 
+    Compiled, the mask builder never holds the T x T table.
+    """
+    from torch.nn.attention import flex_attention
+
+    function = getattr(flex_attention, name)
     # Rows differ in length: with dynamic shapes one compilation serves them all.
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
-
-
-@functools.lru_cache(maxsize=2)
-def _block_mask(device: str) -> Any:
-    """FlexAttention's mask builder; compiled, it never holds the T x T table."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask if device == "cpu" else torch.compile(create_block_mask, dynamic=True)
+    return function if device == "cpu" else torch.compile(function, dynamic=True)
 
 
 def _flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: Layout,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
+    rows: Rows, layout: Layout, scaling: float | None, dropout: float, window: int | None
 ) -> torch.Tensor:
-    places = layout.sequences(query.device)
-    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    places = layout.sequences(rows[0].device)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in rows)
     if places.keys is not None:
         keys, values = keys.index_select(0, places.keys), values.index_select(0, places.keys)
     output = _variable_length_kernel()(
         queries.contiguous(),
         keys.contiguous(),
         values.contiguous(),
-        places,
-        scaling,
-        dropout,
-        -1 if window is None else window - 1,
+        places.query_starts,
+        places.key_starts,
+        places.longest_query,
+        places.longest_key,
+        scaling=scaling,
+        dropout=dropout,
+        window_size=(-1 if window is None else window - 1, 0),
     )
     return output[None]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _variable_length_kernel() -> Any:
     """The variable-length kernel that is there; both align the causal edge to the last key.
 
@@ -346,54 +335,21 @@ def _variable_length_kernel() -> Any:
         from torch.nn.attention.varlen import varlen_attn
 
         def with_torch(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            places: _Sequences,
-            scaling: float | None,
-            dropout: float,
-            left: int,
+            *rows: Any, scaling: float | None, dropout: float, window_size: tuple[int, int]
         ) -> torch.Tensor:
             if dropout:
                 raise ValueError("torch's variable-length attention has no dropout; use sdpa")
-            found = varlen_attn(
-                query,
-                key,
-                value,
-                places.query_starts,
-                places.key_starts,
-                places.longest_query,
-                places.longest_key,
-                scale=scaling,
-                window_size=(left, 0),
-                enable_gqa=True,
-            )
+            found = varlen_attn(*rows, scale=scaling, window_size=window_size, enable_gqa=True)
             assert isinstance(found, torch.Tensor)
             return found
 
         return with_torch
 
     def with_package(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        places: _Sequences,
-        scaling: float | None,
-        dropout: float,
-        left: int,
+        *rows: Any, scaling: float | None, dropout: float, window_size: tuple[int, int]
     ) -> torch.Tensor:
         return flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            places.query_starts,
-            places.key_starts,
-            places.longest_query,
-            places.longest_key,
-            dropout_p=dropout,
-            softmax_scale=scaling,
-            causal=True,
-            window_size=(left, 0),
+            *rows, dropout_p=dropout, softmax_scale=scaling, causal=True, window_size=window_size
         )
 
     return with_package
@@ -425,7 +381,7 @@ def choose_backend(
     if wanted in ("flash", "flex"):
         candidates = (wanted,)
     for backend in candidates:
-        problem = _why_not(backend, device, dtype, num_heads, num_key_heads, head_size)
+        problem = _why_not(backend, device, dtype, (num_heads, num_key_heads, head_size))
         if problem is None:
             return backend
         if wanted != "auto":
@@ -436,12 +392,7 @@ def choose_backend(
 
 
 def _why_not(
-    backend: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_heads: int,
-    num_key_heads: int,
-    head_size: int,
+    backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> str | None:
     """Why a backend cannot train a model on a device; None: it can."""
     if device.type != "cuda":
@@ -449,20 +400,20 @@ def _why_not(
     if backend == "flash" and dtype not in (torch.float16, torch.bfloat16):
         return f"it needs half precision, the model is in {dtype}"
     try:
-        return _disagreement(backend, device, dtype, num_heads, num_key_heads, head_size)
+        return _disagreement(backend, device, dtype, shape)
     except Exception as error:  # a compiler or a driver may raise anything, and sdpa is there
         return f"{type(error).__name__}: {error}"
 
 
 def _disagreement(
-    backend: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_heads: int,
-    num_key_heads: int,
-    head_size: int,
+    backend: Backend, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> str | None:
-    """How a backend differs from sdpa on a small row, values and gradients; None: not."""
+    """How a backend differs from sdpa on a small row, values and gradients; None: not.
+
+    Args:
+        shape: H, K and D.
+    """
+    num_heads, num_key_heads, head_size = shape
     layout = trees([(40, (20, 30)), (0, (17,)), (5, (9, 1, 12))])
     total = sum(layout.lengths)
     generator = torch.Generator().manual_seed(0)
@@ -472,12 +423,11 @@ def _disagreement(
     run = _flash if backend == "flash" else _flex
     for compute, kind in ((_sdpa, torch.float32), (run, dtype)):
         own = [tensor.to(device, kind).requires_grad_() for tensor in inputs]
-        output = compute(own[0], own[1], own[2], layout, None, 0.0, None)
+        output = compute((own[0], own[1], own[2]), layout, None, 0.0, None)
         (output.float() ** 2).sum().backward()
         found.append(
             [output.detach().float(), *(t.grad.float() for t in own if t.grad is not None)]
         )
-        layout = Layout(spans=layout.spans)
     for name, ours, theirs in zip(("output", "dq", "dk", "dv"), *found, strict=True):
         error = float((ours - theirs).norm() / ours.norm())
         if not error < 0.03:

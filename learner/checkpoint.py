@@ -220,19 +220,6 @@ class CheckpointStore:
                 rounds.append(int(number))
         return self.current(kind, max(rounds)) if rounds else None
 
-    def verify(self, checkpoint: Checkpoint) -> None:
-        """Check the files against the digest.
-
-        Raises:
-            CheckpointError: they differ.
-        """
-        found = directory_digest(Path(checkpoint.path))
-        if found != checkpoint.digest:
-            raise CheckpointError(
-                f"{checkpoint.kind} checkpoint of round {checkpoint.round} at {checkpoint.path} "
-                f"was changed: digest {found[:16]}, expected {checkpoint.digest[:16]}"
-            )
-
     def folder(self, kind: Kind, round: int) -> Path:
         """Where a round's checkpoints of a kind are, and the logs of their training.
 

@@ -223,16 +223,8 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
         DatasetError: the file or a column is missing, or a solution cannot be read.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".parquet":
-            rows = pq.read_table(path).to_pylist()
-        else:
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except FileNotFoundError as error:
-        raise DatasetError(f"no demonstration file {path}") from error
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"cannot read demonstrations from {path}: {error}") from error
     demonstrations = []
+    rows = read_rows(path, "demonstration file", "demonstrations")
     for number, row in enumerate(rows, start=1):
         missing = [name for name in ("id", "problem", "solution") if not row.get(name)]
         if missing:
@@ -252,6 +244,35 @@ def read_demonstrations(path: str | Path) -> list[Demonstration]:
     if not demonstrations:
         raise DatasetError(f"{path} holds no demonstration")
     return demonstrations
+
+
+def read_rows(path: Path, what: str, content: str) -> Iterator[Any]:
+    """The rows of a Parquet or JSONL file, a few in memory at a time.
+
+    Args:
+        what, content: the file and what is in it, for messages.
+    Raises:
+        DatasetError: the file is missing or cannot be read.
+    """
+    try:
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                    yield from batch.to_pylist()
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise DatasetError(
+                            f"{path}, line {number}: no JSON ({error.msg}, column {error.pos + 1})"
+                        ) from None
+    except FileNotFoundError:
+        raise DatasetError(f"no {what} {path}") from None
+    except (OSError, ValueError, pa.ArrowInvalid) as error:
+        raise DatasetError(f"cannot read {content} from {path}: {error}") from error
 
 
 def _rows(directory: str | Path, name: str) -> Iterator[dict[str, Any]]:

@@ -9,10 +9,10 @@ paths are on a file system both sides see.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from learner.checkpoint import Checkpoint, Kind
 
@@ -318,10 +318,4 @@ class FitResult:
     @classmethod
     def from_record(cls, record: Mapping[str, Any], checkpoint: Checkpoint) -> FitResult:
         """The inverse of `as_record`, after a way through JSON."""
-        made = cls(**record, checkpoint=checkpoint)
-        return replace(
-            made,
-            loss_curve=tuple((int(step), float(loss)) for step, loss in made.loss_curve),
-            calibration=tuple((float(n), float(p), float(o)) for n, p, o in made.calibration),
-            warnings=tuple(made.warnings),
-        )
+        return TypeAdapter(cls).validate_python({**record, "checkpoint": checkpoint})

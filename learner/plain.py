@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from learner.checkpoint import Kind
-from learner.dataset import DatasetError, SFTExample, writing_dataset
+from learner.dataset import DatasetError, SFTExample, read_rows, writing_dataset
 from learner.pairs import PairKind, PreferencePair
 from learner.select import DatasetConfig, is_validation
 from learner.spill import SortedSpill
@@ -132,26 +128,7 @@ def _prompt(prompt: str, template: PromptTemplate | None) -> str:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """The rows of a file, a few in memory at a time."""
-    try:
-        if path.suffix == ".parquet":
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=256):
-                    yield from batch.to_pylist()
-            return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise DatasetError(
-                            f"{path}, line {number}: no JSON ({error.msg}, column {error.pos + 1})"
-                        ) from None
-    except FileNotFoundError:
-        raise DatasetError(f"no training file {path}") from None
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
-        raise DatasetError(f"cannot read training data from {path}: {error}") from error
+    return read_rows(path, "training file", "training data")
 
 
 def _check(path: Path, kind: Kind) -> None:

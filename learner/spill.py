@@ -28,6 +28,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Generic, Self, TypeVar
 
@@ -36,11 +37,16 @@ T = TypeVar("T")
 _MAX_RUNS = 16
 _BUFFER_BYTES = 1 << 16
 
+_key = itemgetter(0)
+"""Of a key and its pickled record."""
+
 
 def no_room(error: BaseException, path: str | Path) -> str:
     """What a failed write is told as: the path, the cause and, of a disk, what is left of it."""
+    path = Path(path)
     try:
-        free = shutil.disk_usage(_existing(Path(path))).free
+        there = next((p for p in (path, *path.parents) if p.exists()), path)
+        free = shutil.disk_usage(there).free
     except OSError:
         return f"cannot write {path}: {error}"
     return f"cannot write {path}: {error} ({free / 2**30:.2f} GiB free on that disk)"
@@ -49,12 +55,6 @@ def no_room(error: BaseException, path: str | Path) -> str:
 def disk_is_full(error: BaseException) -> bool:
     """True for the errors of a full disk or a spent quota."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
 
 
 class SortedSpill(Generic[T]):
@@ -125,10 +125,6 @@ class SortedSpill(Generic[T]):
         self._put(level + 1, heapq.merge(*(_read_run(r) for r in runs), key=_key))
         for finished in runs:
             finished.close()
-
-
-def _key(entry: tuple[Any, bytes]) -> Any:
-    return entry[0]
 
 
 def _read_run(run: IO[bytes]) -> Iterator[tuple[Any, bytes]]:

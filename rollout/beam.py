@@ -175,12 +175,10 @@ class _Beam:
         results = iter(ran)
         done = []
         for child in children:
+            step = child.steps[-1]
             if child.finished:
                 done.append(child)
-                continue
-            result = next(results)
-            if result.status == "ok":
-                step = child.steps[-1]
+            elif (result := next(results)).status == "ok":
                 if step.kind is StepKind.LAST_CODE:
                     step = replace(step, output=result.stdout)
                 done.append(replace(child, steps=(*path.steps, step), state=result.state))

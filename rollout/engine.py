@@ -118,19 +118,21 @@ def cut_completion(
         end_of_sequence: text of the last token, removed where it, and no stop string, ended the
             completion.
     """
-    ends = [(text.find(marker) + len(marker), marker) for marker in stop if marker in text]
+    ends = [
+        (text.find(stop_string) + len(stop_string), stop_string)
+        for stop_string in stop
+        if stop_string in text
+    ]
+    marker = None
     if ends:
         end, marker = min(ends)
-        return Completion(
-            text=text[:end],
-            finish=FinishReason.STOP,
-            stop_string=marker,
-            num_tokens=num_tokens,
-            logprob=logprob,
-        )
+        text, stopped = text[:end], True
+    elif stopped:
+        text = text.removesuffix(end_of_sequence)
     return Completion(
-        text=text.removesuffix(end_of_sequence) if stopped else text,
+        text=text,
         finish=FinishReason.STOP if stopped else FinishReason.LENGTH,
+        stop_string=marker,
         num_tokens=num_tokens,
         logprob=logprob,
     )

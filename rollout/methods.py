@@ -13,12 +13,11 @@
     mcts        tree search (`rollout.search`)                the vote of the top K by PPM value
 
 `num_trajectories` is the number of solutions a method may finish: samples, beam slots (searches of
-`beam_width` each), or trajectories of MCTS. What one of those is, `rollouts_per_tree` decides, and
-`MethodConfig.protocol` is where:
+`beam_width` each), or trajectories of MCTS. What one of those is, `rollouts_per_tree` decides:
 
-    null     `SharedTrees`       a rollout; all in one tree, and in another one if that is exhausted
-    a number `IndependentTrees`  a whole tree of so many rollouts; its best-valued answer is its
-                                 solution (the released evaluation: 64 trees are 64 trajectories)
+    null      a rollout; all share one tree, and another one if that is exhausted
+    a number  an independent tree of so many rollouts; its best-valued answer is its solution (the
+              released evaluation: 64 trees are 64 trajectories)
 
 All methods are charged alike: generated tokens, texts valued by the PPM in tokens, seconds. Under
 `max_generated_tokens` nothing new is started once so many were generated: no request for samples
@@ -88,23 +87,6 @@ class Method(StrEnum):
         return self.needs_preference or self is Method.MCTS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedTrees:
-    """MCTS whose trajectories are rollouts: one tree, and another one where that is exhausted."""
-
-    num_rollouts: int
-    """Of all trees together."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndependentTrees:
-    """MCTS whose trajectories are trees, each searched as if there were no other."""
-
-    num_trees: int
-    num_rollouts: int
-    """Of each tree."""
-
-
 class MethodConfig(BaseModel):
     """One method and its budget; sampling and step limits are those of `SearchConfig`."""
 
@@ -136,13 +118,9 @@ class MethodConfig(BaseModel):
     )
 
     @property
-    def protocol(self) -> SharedTrees | IndependentTrees:
-        """What a trajectory of MCTS is."""
-        if self.rollouts_per_tree is None:
-            return SharedTrees(num_rollouts=self.num_trajectories)
-        return IndependentTrees(
-            num_trees=self.num_trajectories, num_rollouts=self.rollouts_per_tree
-        )
+    def rollouts_of_a_tree(self) -> int:
+        """MCTS: rollouts of the first tree, or of each of the independent ones."""
+        return self.rollouts_per_tree or self.num_trajectories
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,11 +258,6 @@ class Meter:
         self._began_s = self.clock() if self.clock is not None else 0.0
         self._cost = Cost()
         self._values: dict[str, float] = {}
-
-    @property
-    def guided(self) -> bool:
-        """Whether there is a PPM behind it."""
-        return self.preference is not None
 
     @property
     def cost(self) -> Cost:
@@ -425,7 +398,7 @@ class _Job:
     @property
     def preference(self) -> Meter | None:
         """The PPM; None: there is none, or the method does not use it."""
-        return self.meter if self.meter.guided else None
+        return self.meter if self.meter.preference is not None else None
 
     @property
     def tokens_left(self) -> float:
@@ -515,14 +488,14 @@ async def _beam(job: _Job) -> list[Solution]:
 
 
 async def _mcts(job: _Job) -> list[Solution]:
-    protocol = job.config.protocol
-    if isinstance(protocol, SharedTrees):
-        return await _rollouts_of_shared_trees(job, protocol)
-    return await _best_of_independent_trees(job, protocol)
-
-
-async def _rollouts_of_shared_trees(job: _Job, protocol: SharedTrees) -> list[Solution]:
-    left = protocol.num_rollouts
+    config = job.config
+    if config.rollouts_per_tree is not None:
+        job.trees = await job.repeat(
+            config.num_trajectories,
+            lambda number: _search_tree(job, number, config.rollouts_of_a_tree),
+        )
+        return [best for tree in job.trees for best in _best(tree_solutions(tree))]
+    left = config.num_trajectories
     while left > 0 and not job.spent():
         tree = await _search_tree(job, len(job.trees), left)
         job.trees.append(tree)
@@ -532,15 +505,8 @@ async def _rollouts_of_shared_trees(job: _Job, protocol: SharedTrees) -> list[So
     return [solution for tree in job.trees for solution in tree_solutions(tree)]
 
 
-async def _best_of_independent_trees(job: _Job, protocol: IndependentTrees) -> list[Solution]:
-    job.trees = await job.repeat(
-        protocol.num_trees, lambda number: _search_tree(job, number, protocol.num_rollouts)
-    )
-    return [best for tree in job.trees for best in _best(tree_solutions(tree))]
-
-
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
-    search = job.search.at_test_time(num_rollouts, guided=job.meter.guided)
+    search = job.search.at_test_time(num_rollouts, guided=job.preference is not None)
     if job.config.max_generated_tokens is not None:
         search = search.model_copy(update={"max_generated_tokens": int(job.tokens_left)})
     names = ("search", number) if number else ("search",)
@@ -582,7 +548,7 @@ def _valued(solutions: Sequence[Solution]) -> bool:
 def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnswer]) -> list[str]:
     notes = []
     if job.config.name.uses_preference and ranked and not _valued(solutions):
-        why = "the PPM gave no value" if job.meter.guided else "there is no PPM"
+        why = "the PPM gave no value" if job.preference else "there is no PPM"
         notes.append(f"{why}: majority vote over all {len(solutions)} solutions")
     if not ranked:
         requests = job.meter.cost.num_requests
@@ -592,6 +558,6 @@ def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnsw
             notes.append("no solution reached an answer")
     if job.spent():
         notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
-    if len(job.trees) > 1 and isinstance(job.config.protocol, SharedTrees):
+    if len(job.trees) > 1 and job.config.rollouts_per_tree is None:
         notes.append(f"{len(job.trees)} trees, {len(job.trees) - 1} of them exhausted")
     return notes

@@ -63,7 +63,11 @@ class RunStore:
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file whole, replacing one that exists."""
-        self._retry("write", path, lambda: self._put(path, data))
+        full = self._full(path)
+        if self._local:
+            self._retry("write", path, lambda: atomic_write(Path(full), data, durable=True))
+        else:
+            self._retry("write", path, lambda: self._fs.pipe_file(full, data))
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file whole only if there is none; False if there was one.
@@ -186,13 +190,6 @@ class RunStore:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"store: no space left: {what} ({error})"
         return f"store: {what}: {type(error).__name__}: {error}"
-
-    def _put(self, path: str, data: bytes) -> None:
-        full = self._full(path)
-        if self._local:
-            atomic_write(Path(full), data, durable=True)
-        else:
-            self._fs.pipe_file(full, data)
 
     def _create(self, path: str, data: bytes) -> bool:
         full = self._full(path)

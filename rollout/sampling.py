@@ -191,17 +191,12 @@ def _split_program(text: str, template: PromptTemplate) -> list[Step]:
     return steps
 
 
-def _program(steps: Sequence[Step]) -> str:
-    """The code to run; "" if the program is not whole."""
-    whole = steps[-1].kind is StepKind.LAST_CODE
-    return "\n".join(step.code for step in steps) if whole else ""
-
-
 async def _run_programs(
     problem: Problem, programs: Sequence[list[Step]], sandbox: StepSandbox, seed: int
 ) -> list[StepResult | None]:
     """Run each whole program on a fresh state; None where there is none to run."""
-    codes = [_program(steps) for steps in programs]
+    whole = [steps if steps[-1].kind is StepKind.LAST_CODE else [] for steps in programs]
+    codes = ["\n".join(step.code for step in steps) for steps in whole]
     runnable = [code for code in codes if code.strip()]
     if not runnable:
         return [None] * len(programs)

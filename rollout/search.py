@@ -179,10 +179,6 @@ class SearchConfig(BaseModel):
         value = TerminalValue.PREFERENCE if guided else TerminalValue.LABEL
         return self.model_copy(update={"num_rollouts": num_rollouts, "terminal_value": value})
 
-    def released(self) -> SearchConfig:
-        """The same search with the rules of the released code (microsoft/rStar)."""
-        return self.model_copy(update={"preset": "released", **_PRESETS["released"]})
-
 
 class StepSandbox(Protocol):
     """Where step code runs: a tree of interpreter states per search."""
@@ -298,7 +294,7 @@ async def run_search(
     tree.grader_version = GRADER_VERSION
     tree.search_config = _as_json(config)
     tree.note = ""
-    now = clock or _no_clock
+    now = clock or (lambda: 0.0)
     began_s = now()
     interpreters = _Interpreters(tree, sandbox)
     await interpreters.open()
@@ -329,10 +325,6 @@ def _check_same(tree: Tree, problem: Problem, round: int, index: int, seed: int)
 def _as_json(config: SearchConfig) -> str:
     """One string for all trees of a config."""
     return config.model_dump_json()
-
-
-def _no_clock() -> float:
-    return 0.0
 
 
 class _Interpreters:

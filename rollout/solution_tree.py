@@ -78,7 +78,6 @@ async def answer_tree(
             preference=preference,
             sandbox=sandbox,
             clock=clock,
-            round=tree.round,
             prompt=prompt,
         )
         fill_tree(tree, await solver.solve(tree.problem, seed=tree.seed))
@@ -115,13 +114,13 @@ def fill_tree(tree: Tree, result: SolveResult) -> None:
 def _chain(solution: Solution, number: int) -> list[Node]:
     """The nodes of one solution, first step first, not yet in a tree."""
     steps: Sequence[Step] = solution.steps or (Step(kind=StepKind.UNFINISHED, text=""),)
-    nodes = [Node(id=-1, parent=-1, depth=-1, step=step, rollout=number) for step in steps]
-    for node in nodes:
-        if node.step is not None and node.step.kind is StepKind.LAST_CODE and node.step.output:
-            node.stdout = node.step.output
+    nodes = [
+        Node(id=-1, parent=-1, depth=-1, step=step, rollout=number, stdout=step.output or "")
+        for step in steps
+    ]
     last = nodes[-1]
     last.num_tokens = solution.num_tokens
-    programs = [n for n in nodes if n.step is not None and n.step.kind is StepKind.LAST_CODE]
+    programs = [n for n, step in zip(nodes, steps, strict=True) if step.kind is StepKind.LAST_CODE]
     if programs:
         programs[-1].execution_status = solution.status
         programs[-1].execution_error = solution.error
@@ -136,7 +135,7 @@ def _chain(solution: Solution, number: int) -> list[Node]:
         last.discard = Discard.UNFINISHED
     elif solution.status not in ("", "ok"):
         last.discard = Discard.CODE_FAILED
-    elif last.step is not None and last.step.kind is StepKind.ANSWER:
+    elif steps[-1].kind is StepKind.ANSWER:
         last.discard = Discard.NO_ANSWER
     else:
         last.discard = Discard.UNFINISHED
@@ -159,7 +158,7 @@ def search_of(method: MethodConfig, search: SearchConfig, *, guided: bool) -> Se
     """
     if method.name is not Method.MCTS:
         return search
-    return search.at_test_time(method.protocol.num_rollouts, guided=guided)
+    return search.at_test_time(method.rollouts_of_a_tree, guided=guided)
 
 
 async def grade_tree(tree: Tree) -> Tree:

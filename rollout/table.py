@@ -23,9 +23,11 @@ How a file is encoded was measured on trees of MATH-like text, 16 to a file (`be
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -181,11 +183,20 @@ def table_to_trees(table: pa.Table) -> list[Tree]:
     _check_schema(table.schema)
     bounds = _tree_bounds(table)
     nodes = _nodes(table)
+    names = [field.name for field in (*_VERSION_FIELDS, *_TREE_FIELDS)]
+    own_fields = [name for name in names if name not in _PER_TREE and name != "outcome"]
     roots = table.take(pa.array([start for start, _ in bounds], pa.int64())).to_pylist()
     trees = []
     for (start, stop), root in zip(bounds, roots, strict=True):
-        tree = _tree(root, nodes[start:stop])
-        _attach_children(tree)
+        tree = Tree(
+            problem=problem_of(root),
+            round=root["round"],
+            index=root["tree"],
+            nodes=nodes[start:stop],
+            **{name: root[name] for name in own_fields},
+        )
+        for node, children in zip(tree.nodes, _children(tree), strict=True):
+            node.children = tuple(children)
         trees.append(tree)
     return trees
 
@@ -214,7 +225,6 @@ def table_to_bytes(table: pa.Table) -> bytes:
 
 
 def _check_shape(tree: Tree) -> None:
-    children: list[list[int]] = [[] for _ in tree.nodes]
     for position, node in enumerate(tree.nodes):
         parent_fits = 0 <= node.parent < position if position else node.parent == -1
         if node.id != position or not parent_fits:
@@ -222,14 +232,20 @@ def _check_shape(tree: Tree) -> None:
                 f"problem {tree.problem.id}: node at position {position} has id {node.id} and "
                 f"parent {node.parent}"
             )
-        if node.parent >= 0:
-            children[node.parent].append(node.id)
-    for node, found in zip(tree.nodes, children, strict=True):
+    for node, found in zip(tree.nodes, _children(tree), strict=True):
         if node.children != tuple(found):
             raise ValueError(
                 f"problem {tree.problem.id}: node {node.id} lists children {node.children}, but "
                 f"{found} name it as parent"
             )
+
+
+def _children(tree: Tree) -> list[list[int]]:
+    """Per node, those that name it as parent."""
+    children: list[list[int]] = [[] for _ in tree.nodes]
+    for node in tree.nodes[1:]:
+        children[node.parent].append(node.id)
+    return children
 
 
 def _check_schema(schema: pa.Schema) -> None:
@@ -275,16 +291,6 @@ def _tree_bounds(table: pa.Table) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def _attach_children(tree: Tree) -> None:
-    """Fill in the children from the parents."""
-    children: list[list[int]] = [[] for _ in tree.nodes]
-    for node in tree.nodes[1:]:
-        children[node.parent].append(node.id)
-    for node, ids in zip(tree.nodes, children, strict=True):
-        if ids:
-            node.children = tuple(ids)
-
-
 def _nodes(table: pa.Table) -> list[Node]:
     """A node per row, children still empty."""
     cells = {f.name: table[f.name].to_pylist() for f in _NODE_FIELDS if f.name != "step_code"}
@@ -297,54 +303,8 @@ def _nodes(table: pa.Table) -> list[Node]:
             strict=True,
         )
     ]
-    return [
-        Node(
-            id=id_,
-            parent=parent,
-            depth=depth,
-            step=step,
-            stdout=stdout,
-            execution_status=execution_status,
-            execution_error=execution_error,
-            discard=discard,
-            terminal=terminal,
-            multiplicity=multiplicity,
-            num_tokens=num_tokens,
-            logprob=logprob,
-            rollout=rollout,
-            value=value,
-            reward=reward,
-            correct=correct,
-            verdict=verdict,
-            visit_count=visit_count,
-            value_sum=value_sum,
-            expanded=expanded,
-            exhausted=exhausted,
-        )
-        for (
-            step,
-            id_,
-            parent,
-            depth,
-            stdout,
-            execution_status,
-            execution_error,
-            discard,
-            terminal,
-            multiplicity,
-            num_tokens,
-            logprob,
-            rollout,
-            value,
-            reward,
-            correct,
-            verdict,
-            visit_count,
-            value_sum,
-            expanded,
-            exhausted,
-        ) in zip(steps, *cells.values(), strict=True)
-    ]
+    cells |= {"id": cells["node"], "step": steps, "children": repeat(())}
+    return list(map(Node, *(cells[field.name] for field in dataclasses.fields(Node))))
 
 
 def _members(kind: type[StrEnum], cells: list[str | None]) -> list[StrEnum | None]:
@@ -362,22 +322,6 @@ def problem_of(root: Mapping[str, Any]) -> Problem:
         text=root["problem_text"],
         answer=root["problem_answer"],
         answers_alt=tuple(root["problem_answers_alt"]),
-    )
-
-
-def _tree(root: Mapping[str, Any], nodes: list[Node]) -> Tree:
-    """The tree of a root row."""
-    fields = {
-        field.name: root[field.name]
-        for field in (*_VERSION_FIELDS, *_TREE_FIELDS)
-        if field.name not in _PER_TREE and field.name != "outcome"
-    }
-    return Tree(
-        problem=problem_of(root),
-        round=root["round"],
-        index=root["tree"],
-        nodes=nodes,
-        **fields,
     )
 
 

@@ -66,9 +66,12 @@ class Discard(StrEnum):
     """Dropped by the released rule that keeps only the first answer of an expansion."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Node:
-    """One candidate step and what became of it. `nodes[0]` is the root and has no step."""
+    """One candidate step and what became of it. `nodes[0]` is the root and has no step.
+
+    May be given by position, for `rollout.table`: millions are read, and names cost half of it.
+    """
 
     id: int
     parent: int
@@ -205,16 +208,15 @@ def expand(tree: Tree, node: Node, candidates: Iterable[Node]) -> None:
     """
     if node.terminal is not None or node.discard is not None or node.expanded:
         raise ValueError(f"node {node.id} of problem {tree.problem.id} cannot be expanded")
-    ids: list[int] = []
+    first = len(tree.nodes)
     for child in candidates:
         child.id = len(tree.nodes)
-        ids.append(child.id)
         child.parent = node.id
         child.depth = node.depth + 1
         if child.value is not None and child.discard is None and child.terminal is None:
             child.visit_count, child.value_sum = 1, child.value
         tree.nodes.append(child)
-    node.children = tuple(ids)
+    node.children = tuple(range(first, len(tree.nodes)))
     node.expanded = True
 
 

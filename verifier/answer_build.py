@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import partial, reduce
+from itertools import chain
 
 from verifier.answer_tokens import AnswerSyntaxError, AnswerTooLarge
 from verifier.answer_tree import (
@@ -30,6 +32,8 @@ from verifier.answer_tree import (
 from verifier.answer_words import ARITIES
 
 MAX_EXPONENT_DIGITS = 4
+_SET_OPERATORS = {"Union": "union", "Intersection": "intersection", "Complement": "difference"}
+_RELATIONS = {"Eq": "=", "Ne": "!=", "Lt": "<", "Le": "<=", "Gt": ">", "Ge": ">="}
 
 
 def decimal_number(text: str) -> Number:
@@ -54,10 +58,8 @@ def product(factors: Iterable[Node]) -> Node:
         return scale(product(others), matrices[0])
     if not all(is_expression(factor) for factor in factors):
         raise AnswerSyntaxError("a product of things that are not numbers")
-    flat: list[Node] = []
-    for factor in factors:
-        flat.extend(factor.factors if isinstance(factor, Mul) else (factor,))
-    return Mul(tuple(flat))
+    parts = (factor.factors if isinstance(factor, Mul) else (factor,) for factor in factors)
+    return Mul(tuple(chain.from_iterable(parts)))
 
 
 def ungroup(node: Node) -> Node:
@@ -139,23 +141,12 @@ def construct(name: str, arguments: list[Node], flags: list[bool]) -> Node:
                 return matrix_of(arguments[0], column=name != "array")
         case "Interval" | "Intervalopen" | "IntervalLopen" | "IntervalRopen":
             if len(arguments) == 2 and all(map(is_expression, arguments)):
-                low_open = name in ("Intervalopen", "IntervalLopen") or (bool(flags) and flags[0])
-                high_open = name in ("Intervalopen", "IntervalRopen") or (
-                    len(flags) > 1 and flags[1]
-                )
-                low, high = arguments
-                return Interval(low, high, low_open, high_open)
-        case "Union" | "Intersection" | "Complement":
-            if arguments:
-                operator = {
-                    "Union": "union",
-                    "Intersection": "intersection",
-                    "Complement": "difference",
-                }[name]
-                node = arguments[0]
-                for other in arguments[1:]:
-                    node = SetOperation(operator, node, other)
-                return node
+                low_open, high_open, *_ = *flags, False, False
+                low_open = low_open or name in ("Intervalopen", "IntervalLopen")
+                high_open = high_open or name in ("Intervalopen", "IntervalRopen")
+                return Interval(arguments[0], arguments[1], low_open, high_open)
+        case "Union" | "Intersection" | "Complement" if arguments:
+            return reduce(partial(SetOperation, _SET_OPERATORS[name]), arguments)
         case "FiniteSet":
             return Sequence("set", tuple(arguments))
         case "set" | "frozenset" | "list" | "tuple" | "Tuple" | "Point" | "Point2D" | "Point3D":
@@ -167,8 +158,7 @@ def construct(name: str, arguments: list[Node], flags: list[bool]) -> Node:
             if name in ("Tuple", "Point", "Point2D", "Point3D"):
                 return Sequence("tuple", tuple(arguments))
         case "Eq" | "Ne" | "Lt" | "Le" | "Gt" | "Ge" if len(arguments) == 2:
-            operator = {"Eq": "=", "Ne": "!=", "Lt": "<", "Le": "<=", "Gt": ">", "Ge": ">="}[name]
-            return Relation((operator,), (arguments[0], arguments[1]))
+            return Relation((_RELATIONS[name],), (arguments[0], arguments[1]))
     raise AnswerSyntaxError(f"{name} with arguments it does not take")
 
 

@@ -96,6 +96,12 @@ class ExpressionParser(ABC):
         place = self.position + ahead
         return self.tokens[place] if place < len(self.tokens) else END
 
+    def take(self) -> Token:
+        """The present token, passed."""
+        token = self.token
+        self.position += 1
+        return token
+
     def at(self, *values: str) -> bool:
         token = self.token
         return token.kind == "operator" and token.value in values
@@ -119,13 +125,11 @@ class ExpressionParser(ABC):
 
     def parse_sum(self) -> Node:
         self.enter()
-        terms: list[Node] = []
         inverted_signs = {"±": False, "∓": True}
         sign = self.parse_signs()
-        terms.append(self.apply_sign(sign, self.parse_product()))
+        terms = [self.apply_sign(sign, self.parse_product())]
         while self.at("+", "-", "±", "∓"):
-            mark = self.token.value
-            self.position += 1
+            mark = self.take().value
             if mark in inverted_signs:
                 terms.append(PlusMinus(self.parse_product(), inverted_signs[mark]))
                 continue
@@ -145,12 +149,11 @@ class ExpressionParser(ABC):
         while self.at("+", "-", "±", "∓"):
             if self.position - start == MAX_SIGNS:
                 raise AnswerSyntaxError(f"more than {MAX_SIGNS} signs in a row")
-            mark = self.token.value
+            mark = self.take().value
             if mark == "-":
                 sign = {"+": "-", "-": "+"}.get(sign, sign)
             elif mark != "+":
                 sign = mark
-            self.position += 1
         return sign
 
     def apply_sign(self, sign: str, node: Node) -> Node:
@@ -174,11 +177,9 @@ class ExpressionParser(ABC):
         )
         while True:
             token = self.token
-            if self.at("*"):
-                self.position += 1
+            if self.accept("*"):
                 factors.append(self.parse_signed_power())
-            elif self.at("/"):
-                self.position += 1
+            elif self.accept("/"):
                 if self.token.kind == "word":
                     self.position -= 1
                     break
@@ -189,19 +190,17 @@ class ExpressionParser(ABC):
                     and self.starts_factor()
                 ):
                     divisor = product([divisor, self.parse_power()])
-                last = factors.pop()
-                factors.append(divide(last, divisor))
-            elif token.kind == "number" and token.spaced and bare_integer and len(factors) == 1:
+                factors.append(divide(factors.pop(), divisor))
+            elif token.kind == "number" and token.spaced and bare_integer:
                 factors = [self.parse_plain_mixed(factors[0])]
             elif self.starts_factor():
                 following = self.parse_power()
                 whole = factors[-1]
-                percent = isinstance(following, Call) and following.name == "percent"
-                if percent and isinstance(following, Call):
-                    following = following.args[0]
+                percent = False
+                if isinstance(following, Call) and following.name == "percent":
+                    percent, following = True, following.args[0]
                 if (
                     bare_integer
-                    and len(factors) == 1
                     and token.value == "frac"
                     and isinstance(whole, Number)
                     and isinstance(following, Number)
@@ -214,25 +213,18 @@ class ExpressionParser(ABC):
                     factors.append(Call("percent", (following,)) if percent else following)
             else:
                 break
-            bare_integer = (
-                bare_integer
-                and len(factors) == 1
-                and factors[0] == factors[-1]
-                and not self.at("^")
-            )
+            bare_integer = bare_integer and len(factors) == 1 and not self.at("^")
         return product(factors)
 
     def parse_plain_mixed(self, whole: Node) -> Node:
         top, slash, bottom = self.token, self.peek(), self.peek(2)
         if (
-            (
-                slash.value == "/"
-                and bottom.kind == "number"
-                and top.value.isdigit()
-                and bottom.value.isdigit()
-            )
+            isinstance(whole, Number)
+            and slash.value == "/"
+            and bottom.kind == "number"
+            and top.value.isdigit()
+            and bottom.value.isdigit()
             and 0 < int(top.value) < int(bottom.value)
-            and isinstance(whole, Number)
         ):
             self.position += 3
             return Number(whole.value + Fraction(int(top.value), int(bottom.value)))
@@ -268,10 +260,9 @@ class ExpressionParser(ABC):
 
     def parse_power(self) -> Node:
         self.enter()
-        base = self.parse_postfix()
+        base = self.postfix(self.parse_atom())
         while self.at("^", "**"):
-            python = self.token.value == "**"
-            self.position += 1
+            python = self.take().value == "**"
             if not python and self.is_degree_mark():
                 base = self.degree(base)
                 continue
@@ -283,8 +274,7 @@ class ExpressionParser(ABC):
             base = ungroup(base)
             if not is_expression(base) or not is_expression(exponent):
                 raise AnswerSyntaxError("a power of something that is not a number")
-            base = Power(base, exponent, python)
-            base = self.postfix(base)
+            base = self.postfix(Power(base, exponent, python))
         self.depth -= 1
         return base
 
@@ -315,42 +305,34 @@ class ExpressionParser(ABC):
         sign = self.parse_signs()
         self.enter()
         node = self.parse_atom()
-        while self.at("^"):
-            self.position += 1
+        while self.accept("^"):
             exponent = self.parse_exponent()
             if exponent is None:
                 raise AnswerSyntaxError("an ordinal in an exponent")
             node = Power(node, exponent)
-        while self.at("!"):
-            self.position += 1
+        while self.accept("!"):
             node = Call("factorial", (node,))
         self.depth -= 1
         return self.apply_sign(sign, node)
 
-    def parse_postfix(self) -> Node:
-        return self.postfix(self.parse_atom())
-
     def postfix(self, node: Node) -> Node:
         while True:
-            if self.at("!"):
-                count = 0
+            if self.accept("!"):
+                count = 1
                 while self.accept("!"):
                     count += 1
                 if count > 2 or not is_expression(node):
                     raise AnswerSyntaxError("more than two factorial signs")
                 node = Call("factorial" if count == 1 else "factorial2", (node,))
-            elif self.at("%"):
-                self.position += 1
+            elif self.accept("%"):
                 if self.token.kind in ("number", "symbol") or self.at("("):
                     raise AnswerSyntaxError("a percent sign between numbers")
                 if not is_expression(node):
                     raise AnswerSyntaxError("percent of something that is not a number")
                 node = Call("percent", (node,))
-            elif self.at("°"):
-                self.position += 1
+            elif self.accept("°"):
                 node = self.degree(node)
-            elif self.at("'") and isinstance(node, Symbol):
-                self.position += 1
+            elif isinstance(node, Symbol) and self.accept("'"):
                 node = Symbol(node.name + "'")
             else:
                 return node
@@ -358,8 +340,7 @@ class ExpressionParser(ABC):
     # Atoms
 
     def parse_atom(self) -> Node:
-        token = self.token
-        self.position += 1
+        token = self.take()
         match token.kind:
             case "number":
                 return self.number(token)
@@ -392,12 +373,11 @@ class ExpressionParser(ABC):
     def number(self, token: Token) -> Node:
         if len(token.value) > MAX_NUMBER_DIGITS:
             raise AnswerTooLarge(f"a number has more than {MAX_NUMBER_DIGITS} digits")
-        if self.at("_"):
+        if self.accept("_"):
             return self.based(token.value)
         return decimal_number(token.value)
 
     def based(self, digits: str) -> BaseNumeral:
-        self.position += 1
         text = self.subscript().lower().removeprefix("base")
         base = int(text) if text.isdigit() and len(text) < 3 else BASE_WORDS.get(text, 0)
         if not 2 <= base <= 36:
@@ -406,18 +386,15 @@ class ExpressionParser(ABC):
 
     def subscript(self) -> str:
         if not self.accept("{"):
-            token = self.token
-            if token.kind not in ("number", "symbol", "constant", "word"):
+            if self.token.kind not in ("number", "symbol", "constant", "word"):
                 raise AnswerSyntaxError("a subscript is missing")
-            self.position += 1
-            return token.value
+            return self.take().value
         parts: list[str] = []
         depth = 1
         while depth:
-            token = self.token
+            token = self.take()
             if token is END:
                 raise AnswerSyntaxError("a subscript is not closed")
-            self.position += 1
             if token.value == "{":
                 depth += 1
             elif token.value == "}":
@@ -427,8 +404,7 @@ class ExpressionParser(ABC):
         return "".join(parts)
 
     def symbol(self, name: str) -> Node:
-        if self.at("_"):
-            self.position += 1
+        if self.accept("_"):
             name = f"{name}_{self.subscript()}"
         return Symbol(name)
 
@@ -440,15 +416,14 @@ class ExpressionParser(ABC):
                 self.position += 2
                 return Interval(Number(Fraction(0)), INFINITY, True, True)
             raise AnswerSyntaxError("a power of the reals")
-        if name in NUMBER_SETS:
-            return NUMBER_SETS[name]
-        raise AnswerSyntaxError(f"unknown set {name!r}")
+        if name not in NUMBER_SETS:
+            raise AnswerSyntaxError(f"unknown set {name!r}")
+        return NUMBER_SETS[name]
 
     def command(self, name: str) -> Node:
         match name:
             case "frac":
-                top, bottom = self.argument(split=True), self.argument(split=True)
-                return divide(top, bottom)
+                return divide(self.argument(split=True), self.argument(split=True))
             case "sqrt":
                 return self.root()
             case "binom":
@@ -494,17 +469,14 @@ class ExpressionParser(ABC):
 
     def root(self) -> Node:
         index: Node = Number(Fraction(2))
-        if self.at("["):
-            self.position += 1
+        if self.accept("["):
             index = self.parse_sum()
             self.expect("]")
         radicand = self.argument()
         return Power(radicand, divide(Number(Fraction(1)), index))
 
     def series(self, name: str) -> Node:
-        low: Node | None = None
-        bound: Node | None = None
-        high: Node | None = None
+        low = bound = high = None
         for _ in range(2):
             if self.accept("_"):
                 self.expect("{")
@@ -524,17 +496,14 @@ class ExpressionParser(ABC):
         name = self.environment_name()
         if name == "array" and self.at("{"):
             while not self.accept("}"):
-                if self.token is END:
+                if self.take() is END:
                     raise AnswerSyntaxError("array columns are not closed")
-                self.position += 1
         if name not in _MATRICES:
             raise AnswerSyntaxError(f"unknown environment {name!r}")
         self.enter()
         rows: list[tuple[Node, ...]] = []
         row: list[Node] = []
-        while True:
-            if self.token.kind == "command" and self.token.value == "end":
-                break
+        while not (self.token.kind == "command" and self.token.value == "end"):
             row.append(self.parse_sum())
             if self.accept("&"):
                 continue
@@ -542,9 +511,8 @@ class ExpressionParser(ABC):
             row = []
             if not self.accept("\\\\"):
                 break
-        if self.token.value != "end":
+        if self.take().value != "end":
             raise AnswerSyntaxError("a matrix is not closed")
-        self.position += 1
         if self.environment_name() != name:
             raise AnswerSyntaxError("a matrix is closed by another environment")
         self.depth -= 1
@@ -554,29 +522,24 @@ class ExpressionParser(ABC):
     def environment_name(self) -> str:
         self.expect("{")
         parts = []
-        while not self.at("}"):
+        while not self.accept("}"):
             if self.token is END:
                 raise AnswerSyntaxError("an environment name is not closed")
-            parts.append(self.token.value)
-            self.position += 1
-        self.position += 1
+            parts.append(self.take().value)
         return "".join(parts)
 
     def function(self, name: str) -> Node:
-        power: Node | None = None
-        base: Node | None = None
+        power = base = None
         if name == "sqrt" and self.at("["):
             return self.root()
         for _ in range(2):
-            if self.at("^"):
-                self.position += 1
+            if self.accept("^"):
                 power = self.parse_exponent()
-            elif self.at("_") and name in ("log", "ln"):
-                self.position += 1
+            elif name in ("log", "ln") and self.accept("_"):
                 base = self.argument(split=True)
         arguments = self.function_arguments(name)
         if base is not None:
-            arguments = [*arguments, base]
+            arguments.append(base)
         node = make_call(name, arguments)
         if power is None:
             return node
@@ -585,18 +548,17 @@ class ExpressionParser(ABC):
         return Power(node, power)
 
     def function_arguments(self, name: str) -> list[Node]:
-        if self.at("("):
-            self.position += 1
+        if self.accept("("):
             return self.call_arguments()
         if self.at("{"):
-            if self.peek().value == "(":
-                self.position += 1
-                self.expect("(")
-                arguments = self.call_arguments()
-                if self.accept("}"):
-                    return arguments
+            if self.peek().value != "(":
+                return [self.parse_group()]
+            self.position += 1
+            self.expect("(")
+            arguments = self.call_arguments()
+            if not self.accept("}"):
                 raise AnswerSyntaxError("a function's argument is not closed")
-            return [self.parse_group()]
+            return arguments
         if name in ("sqrt", "cbrt"):
             return [self.argument()]
         return [self.argument_chain()]

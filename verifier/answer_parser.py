@@ -203,9 +203,9 @@ class _Parser(ExpressionParser):
         joiner = ","
         while self.at(*_SEPARATORS):
             while self.at(*_SEPARATORS):
-                if self.token.value in ("and", "or"):
-                    joiner = self.token.value
-                self.position += 1
+                separator = self.take().value
+                if separator in ("and", "or"):
+                    joiner = separator
             if self.token is END or (
                 self.token.kind == "operator" and self.token.value in _CLOSERS
             ):
@@ -231,8 +231,7 @@ class _Parser(ExpressionParser):
     def parse_words(self) -> Node:
         words = []
         while self.token.kind in ("word", "symbol", "constant", "number") or self.at("-"):
-            words.append(self.token)
-            self.position += 1
+            words.append(self.take())
         if not (self.token is END or self.at(*_SEPARATORS, *_CLOSERS)):
             raise AnswerSyntaxError(f"unexpected {self.token.value!r}")
         if not any(token.kind == "word" for token in words) or words[0].kind == "number":
@@ -240,24 +239,16 @@ class _Parser(ExpressionParser):
         return Label(squash(" ".join(token.value for token in words)))
 
     def parse_statement(self) -> Node:
-        left: Node
-        if head := self.function_head():
-            left = head
-        else:
-            left = self.parse_set()
+        left: Node = self.function_head() or self.parse_set()
         operators: list[str] = []
         operands = [left]
         while self.token.kind == "operator" and self.token.value in _RELATIONS:
-            operators.append(self.token.value)
-            self.position += 1
+            operators.append(self.take().value)
             operands.append(self.parse_set())
         node = Relation(tuple(operators), tuple(operands)) if operators else left
-        while self.at("&") and isinstance(node, Relation) and self.bars == 0:
-            self.position += 1
-            other = self.parse_statement()
-            node = Sequence("list", (node, other), "and")
-        if self.at("|") and isinstance(node, Relation) and not self.bars and not self.bar_stops:
-            self.position += 1
+        while isinstance(node, Relation) and not self.bars and self.accept("&"):
+            node = Sequence("list", (node, self.parse_statement()), "and")
+        if isinstance(node, Relation) and not (self.bars or self.bar_stops) and self.accept("|"):
             node = Sequence("list", (node, self.parse_statement()), "or")
         return node
 
@@ -266,8 +257,7 @@ class _Parser(ExpressionParser):
         if self.token.kind != "symbol":
             return None
         start = self.position
-        name = self.token.value
-        self.position += 1
+        name = self.take().value
         while self.accept("'"):
             name += "'"
         following = self.tokens[self.position : self.position + 5]
@@ -277,8 +267,7 @@ class _Parser(ExpressionParser):
         arguments = []
         if self.accept("("):
             while self.token.kind == "symbol":
-                arguments.append(self.token.value)
-                self.position += 1
+                arguments.append(self.take().value)
                 if not self.accept(","):
                     break
             if arguments and self.accept(")") and self.at("="):
@@ -289,30 +278,26 @@ class _Parser(ExpressionParser):
     def parse_set(self) -> Node:
         left = self.parse_quantity()
         while self.at("∪", "∩", "∖"):
-            operator = {"∪": "union", "∩": "intersection", "∖": "difference"}[self.token.value]
-            self.position += 1
+            operator = {"∪": "union", "∩": "intersection", "∖": "difference"}[self.take().value]
             left = SetOperation(operator, left, self.parse_quantity())
         return left
 
     # Quantities
 
+    def word(self) -> str:
+        """The present token in lower case if it is a word; else nothing."""
+        return self.token.value.lower() if self.token.kind == "word" else ""
+
     def parse_quantity(self) -> Node:
-        negative = self.at("-") and self.peek().value in CURRENCIES
-        if negative:
-            self.position += 1
+        negative = self.peek().value in CURRENCIES and self.accept("-")
         if self.at(*CURRENCIES):
-            currency = CURRENCIES[self.token.value]
-            self.position += 1
+            currency = CURRENCIES[self.take().value]
             amount = self.parse_sum()
             unit = self.parse_unit()
             if unit and unit[0][0] not in (currency, "cent"):
                 currency = unit[0][0]
             return Quantity(negate(amount) if negative else amount, ((currency, 1),))
-        if self.token.kind == "word" and UNIT_OF.get(self.token.value.lower()) in (
-            "dollar",
-            "euro",
-        ):
-            currency = UNIT_OF[self.token.value.lower()]
+        if (currency := UNIT_OF.get(self.word(), "")) in ("dollar", "euro"):
             self.position += 1
             return Quantity(self.parse_sum(), ((currency, 1),))
         node = self.parse_sum()
@@ -327,11 +312,7 @@ class _Parser(ExpressionParser):
             if self.token.kind in ("symbol", "word") and self.token.value in ("C", "F"):
                 self.position += 1
             return Quantity(node.args[0], (("degree", 1),))
-        if (
-            self.token.kind == "word"
-            and self.token.value.lower() == "base"
-            and isinstance(node, Number)
-        ):
+        if self.word() == "base" and isinstance(node, Number):
             return self.parse_base_words(node)
         unit = self.parse_unit()
         if unit is None:
@@ -344,8 +325,7 @@ class _Parser(ExpressionParser):
 
     def parse_base_words(self, node: Number) -> Node:
         self.position += 1
-        token = self.token
-        self.position += 1
+        token = self.take()
         base = int(token.value) if token.value.isdigit() else BASE_WORDS.get(token.value.lower(), 0)
         if not 2 <= base <= 36 or node.value.denominator != 1:
             raise AnswerSyntaxError("a base that is not a number")
@@ -358,11 +338,10 @@ class _Parser(ExpressionParser):
         direction = 1
         prefix_power = 0
         while True:
-            token = self.token
+            token = self.take()
             if token.kind not in ("word", "symbol", "function") or len(token.value) > 24:
                 raise AnswerSyntaxError("expected a unit word")
             word = token.value.lower()
-            self.position += 1
             if word == "per":
                 direction = -1
                 continue
@@ -380,31 +359,27 @@ class _Parser(ExpressionParser):
                 unit = _unit_of(token.value)
                 power = (prefix_power or 1) * direction
                 prefix_power = 0
-                if self.at("^") or self.at("**"):
+                if self.accept("^", "**"):
                     power *= self.parse_unit_power()
                 for part, factor in SPEEDS.get(unit, {unit: 1}).items():
                     powers[part] = powers.get(part, 0) + factor * power
-            if self.at("/"):
-                self.position += 1
+            if self.accept("/"):
                 direction = -1
                 continue
-            if self.at("-", "*", ".") and self.peek().kind == "word":
-                self.position += 1
-            if self.token.kind == "word":
-                continue
-            break
+            if self.peek().kind == "word":
+                self.accept("-", "*", ".")
+            if self.token.kind != "word":
+                break
         if prefix_power:
             raise AnswerSyntaxError("a unit is missing after square or cubic")
         return tuple(sorted(powers.items()))
 
     def parse_unit_power(self) -> int:
-        self.position += 1
         braced = self.accept("{")
         negative = self.accept("-")
-        token = self.token
+        token = self.take()
         if token.kind != "number" or token.value not in ("1", "2", "3", "4"):
             raise AnswerSyntaxError("expected the power of a unit")
-        self.position += 1
         if braced:
             self.expect("}")
         return -int(token.value) if negative else int(token.value)
@@ -443,12 +418,9 @@ class _Parser(ExpressionParser):
 
     def rounded(self, opening: str) -> Node:
         inner = self.parse_sum()
-        for closing, name in (("⌋", "floor"), ("⌉", "ceil")):
-            if self.accept(closing):
-                if (opening == "⌊") != (name == "floor"):
-                    break
-                return Call(name, (inner,))
-        raise AnswerSyntaxError("a floor or ceiling is not closed")
+        if not self.accept("⌋" if opening == "⌊" else "⌉"):
+            raise AnswerSyntaxError("a floor or ceiling is not closed")
+        return Call("floor" if opening == "⌊" else "ceil", (inner,))
 
     def absolute(self, opening: str) -> Node:
         self.bars += 1
@@ -468,8 +440,7 @@ class _Parser(ExpressionParser):
         trailing_comma = self.tokens[self.position - 1].value == ","
         if self.accept("]"):
             return self.interval(items, True, False)
-        if self.at("[") and len(items) == 2 and self.peek().kind == "end":
-            self.position += 1
+        if len(items) == 2 and self.peek().kind == "end" and self.accept("["):
             return self.interval(items, True, True)
         self.expect(")")
         if len(items) == 1:
@@ -484,9 +455,7 @@ class _Parser(ExpressionParser):
         if self.token.kind == "number" and self.peek().kind == "number" and self.peek().spaced:
             return self.spaced_array()
         items, _ = self.parse_items()
-        if self.accept(")"):
-            return self.interval(items, False, True)
-        if self.accept("["):
+        if self.accept(")", "["):
             return self.interval(items, False, True)
         self.expect("]")
         return Sequence("bracket", tuple(items))
@@ -495,8 +464,7 @@ class _Parser(ExpressionParser):
         """`[1 2 3]`, as numpy prints arrays."""
         items: list[Node] = []
         while not self.accept("]"):
-            sign = self.parse_signs()
-            items.append(self.apply_sign(sign, self.parse_atom()))
+            items.append(self.apply_sign(self.parse_signs(), self.parse_atom()))
         return Sequence("bracket", tuple(items))
 
     def reversed_interval(self) -> Node:
@@ -536,13 +504,11 @@ class _Parser(ExpressionParser):
         return Sequence("set", tuple(items))
 
     def dictionary(self, key: Node, closing: str) -> Node:
-        pairs: list[Node] = []
-        while True:
-            pairs.append(Relation(("=",), (key, self.parse_sum())))
-            if not self.accept(","):
-                break
+        pairs: list[Node] = [Relation(("=",), (key, self.parse_sum()))]
+        while self.accept(","):
             key = self.parse_atom()
             self.expect(":")
+            pairs.append(Relation(("=",), (key, self.parse_sum())))
         self.expect(closing)
         return pairs[0] if len(pairs) == 1 else Sequence("list", tuple(pairs))
 
@@ -570,8 +536,7 @@ class _Parser(ExpressionParser):
         flags: list[bool] = []
         while not self.at(")"):
             if self.token.kind == "word" and self.token.value in ("True", "False"):
-                flags.append(self.token.value == "True")
-                self.position += 1
+                flags.append(self.take().value == "True")
             elif self.token.kind == "word" and self.peek().value == "=":
                 while not (self.at(",", ")") or self.token is END):
                     self.position += 1

@@ -14,6 +14,7 @@ from fractions import Fraction
 from verifier.answer_words import (
     CALL_ONLY,
     CARVED_FUNCTIONS,
+    COMMAND_TOKENS,
     CONSTANTS,
     CONSTRUCTORS,
     FUNCTIONS,
@@ -21,11 +22,9 @@ from verifier.answer_words import (
     LATEX_ACCENTS,
     LATEX_IGNORED,
     LATEX_KNOWN,
-    LATEX_OPERATORS,
     LATEX_TEXT,
     SEPARATOR_WORDS,
     UNIT_OF,
-    VARIANTS,
 )
 
 MAX_NUMBER_DIGITS = 1000
@@ -58,6 +57,7 @@ _NUMPY_SCALAR = re.compile(r"\b(float|int)(?:32|64)\(")
 _INTERVAL_KIND = re.compile(r"\bInterval\.(open|Lopen|Ropen)\b")
 _GROUPED = re.compile(r"\d{1,3}(?:(?:\{,\}|\\,|\\!|,\\!|\\ |\\;)\d{3})+(?!\d)")
 THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)")
+_GROUPED_NUMBER = re.compile(THOUSANDS.pattern + r"(?:\.\d+)?")
 _UNIT_FRACTION = re.compile(
     r"\\[dt]?frac\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}\{\\(?:text|mathrm)\{\s*([A-Za-z]+)\s*\}\}"
 )
@@ -65,6 +65,10 @@ _PLAIN_SPEED = re.compile(
     r"(?<=[\d})])\s*(m|km|cm|ft|mi|mm|in)\s*/\s*(s|h|hr|min|sec)(?:\^\{?2\}?)?$"
 )
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?! ?[\d/])")
+_LOG_CALL = re.compile(r"log(?:2|10)(?=\()")
+_POWER_OF_TEN = re.compile(r"\s*10\s*(?:\^|\*\*)")
+_DIGITS = re.compile(r"\d+(?![\d.])")
+_ROW_GAP = re.compile(r"\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
 
@@ -145,14 +149,15 @@ class _Tokenizer:
     def _scan(self, position: int, end: int, *, as_text: bool) -> None:
         text = self.text
         while position < end:
-            if self.reading.thousands and self.depth == 0 and text[position].isdigit():
-                match = THOUSANDS.match(text, position)
-                if match:
-                    fraction = re.compile(r"\.\d+").match(text, match.end())
-                    value = match[0].replace(",", "") + (fraction[0] if fraction else "")
-                    self._add("number", value)
-                    position = fraction.end() if fraction else match.end()
-                    continue
+            if (
+                self.reading.thousands
+                and self.depth == 0
+                and text[position].isdigit()
+                and (match := _GROUPED_NUMBER.match(text, position))
+            ):
+                self._add("number", match[0].replace(",", ""))
+                position = match.end()
+                continue
             if as_text and text[position] == ".":
                 position += 1
                 continue
@@ -177,7 +182,7 @@ class _Tokenizer:
                 else:
                     position = self._name(value, position)
             else:
-                position = self._command(value[1:], position, end, as_text=as_text)
+                position = self._command(value[1:], position)
 
     def _number(self, value: str, position: int) -> int:
         if not self.reading.scientific and (match := re.match(r"(\d+)e(-\d+)$", value)):
@@ -199,9 +204,7 @@ class _Tokenizer:
         elif word in ("i", "e", "pi") or (
             len(word) == 1 and word.isupper() and not self._after_number()
         ):
-            self._add(
-                "constant" if word in CONSTANTS and word != "I" and word != "E" else "symbol", word
-            )
+            self._add("constant" if word in CONSTANTS and word not in "IE" else "symbol", word)
         elif word in FUNCTIONS and word not in ("min", "sec", "sign", "max"):
             self._add("function", word)
         else:
@@ -215,74 +218,55 @@ class _Tokenizer:
         follow = text[position : position + 1]
         called = text[position:].lstrip(" ")[:1] == "("
         lowered = run.lower()
-        if run in CONSTRUCTORS or run in ("Intervalopen", "IntervalLopen", "IntervalRopen"):
-            if called:
-                self._add("constructor", run)
-                return position
-        elif run == "EmptySet" or run == "Reals":
+        before = self.tokens[-1] if self.tokens else END
+        if called and (run in CONSTRUCTORS):
+            self._add("constructor", run)
+        elif run in ("EmptySet", "Reals"):
             self._add("set", "empty" if run == "EmptySet" else "R")
-            return position
-        if lowered in SEPARATOR_WORDS:
+        elif lowered in SEPARATOR_WORDS:
             self._add("operator", lowered)
-            return position
-        if (
+        elif (
             run in ("U", "u", "union")
-            and self.tokens
-            and self.tokens[-1].value in (")", "]", "}", "\\}")
-        ) and text[position:].lstrip()[:1] in ("(", "[", "{", "\\"):
-            self._add("operator", "∪")
-            return position
-        if run == "in" and self.tokens and self.tokens[-1].kind == "symbol":
-            self._add("operator", "in")
-            return position
-        if run in ("x", "X") and self.spaced and self._scientific_times(position):
-            self._add("operator", "*")
-            return position
-        if follow.isdigit() and (
-            match := re.compile(r"(?:log)(?:2|10)(?=\()").match(text, position - len(run))
+            and before.value in (")", "]", "}", "\\}")
+            and text[position:].lstrip()[:1] in ("(", "[", "{", "\\")
         ):
+            self._add("operator", "∪")
+        elif run == "in" and before.kind == "symbol":
+            self._add("operator", "in")
+        elif (
+            run in ("x", "X")
+            and self.spaced
+            and before.kind == "number"
+            and _POWER_OF_TEN.match(text, position)
+        ):
+            self._add("operator", "*")
+        elif follow.isdigit() and (match := _LOG_CALL.match(text, position - len(run))):
             self._add("function", match[0])
             return match.end()
-        if run in FUNCTIONS and (called or run not in CALL_ONLY) and not self._is_unit(run, called):
+        elif run in FUNCTIONS and (
+            called or not (run in CALL_ONLY or (run == "sec" and before.kind == "number"))
+        ):
             self._add("function", run)
-            return position
-        if run in CONSTANTS:
+        elif run in CONSTANTS:
             self._add("constant", run)
-            return position
-        if run in GREEK:
+        elif run in GREEK:
             self._add("symbol", run)
-            return position
-        if len(run) == 1:
-            if follow.isdigit() and (match := re.compile(r"\d+(?![\d.])").match(text, position)):
+        elif len(run) == 1:
+            if match := _DIGITS.match(text, position):
                 self._add("symbol", f"{run}_{match[0]}")
                 return match.end()
             self._add("symbol", run)
-            return position
-        if run in ("per", "square", "sq", "cubic", "squared", "cubed") and self.tokens:
-            self._add("word", run)
-            return position
-        if (
-            (
-                run in UNIT_OF
-                or lowered in UNIT_OF
-                or (lowered.endswith("s") and lowered[:-1] in UNIT_OF)
+        elif self.tokens and (
+            run in ("per", "square", "sq", "cubic", "squared", "cubed")
+            or (
+                not called
+                and (run in UNIT_OF or lowered in UNIT_OF or lowered.removesuffix("s") in UNIT_OF)
             )
-            and self.tokens
-            and not called
         ):
             self._add("word", run)
-            return position
-        self._carve(run)
+        else:
+            self._carve(run)
         return position
-
-    def _is_unit(self, run: str, called: bool) -> bool:
-        return run in ("min", "sec") and not called and self._after_number()
-
-    def _scientific_times(self, position: int) -> bool:
-        return (
-            self._after_number()
-            and re.compile(r"\s*10\s*(?:\^|\*\*)").match(self.text, position) is not None
-        )
 
     def _carve(self, run: str) -> None:
         """Split a run of letters: `xsinx` -> x sin x; a long run with nothing to find is a word."""
@@ -311,15 +295,13 @@ class _Tokenizer:
         for kind, value in pieces:
             self._add(kind, value)
 
-    def _command(self, name: str, position: int, end: int, *, as_text: bool) -> int:
+    def _command(self, name: str, position: int) -> int:
         text = self.text
         if not name[0].isalpha():
             return self._escaped(name, position)
         if name not in LATEX_KNOWN:
-            prefix = next(
-                (name[:size] for size in range(len(name) - 1, 1, -1) if name[:size] in LATEX_KNOWN),
-                None,
-            )
+            prefixes = (name[:size] for size in range(len(name) - 1, 1, -1))
+            prefix = next((one for one in prefixes if one in LATEX_KNOWN), None)
             if prefix is None:
                 raise AnswerSyntaxError(f"unknown command \\{name}")
             position -= len(name) - len(prefix)
@@ -331,71 +313,43 @@ class _Tokenizer:
                 return position + 1
             return position + 1 if rest == "." else position
         if name in LATEX_TEXT:
-            return self._text_group(name, position, end)
+            return self._text_group(name, position)
         if name in LATEX_IGNORED:
             self.spaced = True
             return position
         if name in ("hspace", "phantom"):
             return self._group_end(position)
-        if name in LATEX_OPERATORS:
-            value = LATEX_OPERATORS[name]
-            self._add("operator", value)
-        elif name in ("pi", "infty"):
-            self._add("constant", name)
-        elif name in GREEK or name in VARIANTS:
-            self._add(
-                "symbol", VARIANTS.get(name, name).replace("ell", "l") if name != "ell" else "l"
-            )
-        elif name in LATEX_ACCENTS:
+        if name == "mathbb":
+            stop = self._group_end(position)
+            self._add("set", re.sub(r"[\s{}]", "", text[position:stop]))
+            return stop
+        if name in LATEX_ACCENTS:
             stop = self._group_end(position)
             inner = re.sub(r"[\s{}\\]", "", text[position:stop])
             if not inner:
                 raise AnswerSyntaxError(f"\\{name} over nothing")
             self._add("symbol", f"{'vec' if name == 'overrightarrow' else name}:{inner}")
             return stop
-        elif name == "mathbb":
-            stop = self._group_end(position)
-            self._add("set", re.sub(r"[\s{}]", "", text[position:stop]))
-            return stop
-        elif name == "R":
-            self._add("set", "R")
-        elif name in ("emptyset", "varnothing"):
-            self._add("set", "empty")
-        elif name in ("Re", "Im"):
-            self._add("function", name.lower())
-        elif name in FUNCTIONS and name not in ("sqrt", "binom"):
-            self._add("function", name)
-        elif name in ("boxed", "fbox"):
-            self.spaced = True
-        elif name in ("euro", "pounds", "textdollar", "yen"):
-            self._add("operator", {"euro": "€", "pounds": "£", "textdollar": "$", "yen": "¥"}[name])
-        else:
-            self._add("command", name[1:] if name[1:] in ("frac", "binom") else name)
+        self._add(*COMMAND_TOKENS.get(name, ("command", name)))
         return position
 
     def _escaped(self, char: str, position: int) -> int:
-        if char in ",;:! >":
+        if char in ",;:! >()[]":
             self.spaced = True
         elif char in "{}":
             self.depth += 1 if char == "{" else -1
             self._add("operator", "\\" + char)
-        elif char in "%$&_#":
+        elif char in "%$&_#|":
             self._add("operator", char)
-        elif char == "|":
-            self._add("operator", "|")
         elif char == "\\":
             self._add("operator", "\\\\")
-            if match := re.compile(r"\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]").match(
-                self.text, position
-            ):
+            if match := _ROW_GAP.match(self.text, position):
                 return match.end()
-        elif char in "()[]":
-            self.spaced = True
         else:
             raise AnswerSyntaxError(f"unknown command \\{char}")
         return position
 
-    def _text_group(self, name: str, position: int, end: int) -> int:
+    def _text_group(self, name: str, position: int) -> int:
         opening = re.compile(r"\s*\{").match(self.text, position)
         if not opening:
             self.spaced = True

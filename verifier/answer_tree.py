@@ -10,9 +10,10 @@ take part in equality.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 
@@ -101,6 +102,10 @@ class Relation:
     operators: tuple[str, ...]
     """Each of = < > <= >= != in; one fewer than operands."""
     operands: tuple[Node, ...]
+
+    def links(self) -> Iterator[tuple[str, tuple[Node, Node]]]:
+        """Each operator with the operands on its two sides."""
+        return zip(self.operators, pairwise(self.operands), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +210,22 @@ def map_children(node: Node, change: Callable[[Node], Node]) -> Node:
             return node
 
 
-def contains(node: Node, kinds: type | tuple[type, ...]) -> bool:
-    return isinstance(node, kinds) or any(contains(child, kinds) for child in children(node))
+def walk(node: Node) -> Iterator[Node]:
+    """The node and every node below it."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        yield node
+        pending += children(node)
+
+
+def holds(node: Node, test: Callable[[Node], bool]) -> bool:
+    """Whether the test is true of the node or of any node below it."""
+    return any(map(test, walk(node)))
+
+
+def contains(node: Node, kind: type) -> bool:
+    return holds(node, lambda one: isinstance(one, kind))
 
 
 def symbols(node: Node) -> frozenset[str]:

@@ -43,12 +43,11 @@ FUNCTIONS = {
 }
 TRIGONOMETRIC = words("sin cos tan cot sec csc sinh cosh tanh")
 ARITIES = {
-    "gcd": (2, 99),
-    "lcm": (2, 99),
-    "max": (1, 99),
-    "min": (1, 99),
+    **dict.fromkeys(("gcd", "lcm"), (2, 99)),
+    **dict.fromkeys(("max", "min"), (1, 99)),
+    **dict.fromkeys(("binomial", "mod", "pow", "root"), (2, 2)),
     "log": (1, 2),
-} | dict.fromkeys(("binomial", "mod", "pow", "root"), (2, 2))
+}
 CARVED_FUNCTIONS = (
     *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt"),
     *("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "pi"),
@@ -60,26 +59,23 @@ CALL_ONLY = words(
 )
 CONSTRUCTORS = words(
     "Fraction Rational Integer Float Decimal mpf complex Matrix ImmutableMatrix "
-    "MutableDenseMatrix ImmutableDenseMatrix array Interval Union Intersection Complement "
+    "MutableDenseMatrix ImmutableDenseMatrix array Interval Intervalopen IntervalLopen "
+    "IntervalRopen Union Intersection Complement "
     "FiniteSet set frozenset Tuple Point Point2D Point3D Eq Ne Lt Le Gt Ge"
 )
 CONSTANTS = {
     "pi": Constant("pi"),
-    "oo": INFINITY,
-    "inf": INFINITY,
-    "infty": INFINITY,
-    "infinity": INFINITY,
-    "Infinity": INFINITY,
-    "E": Constant("e"),
-    "e": Constant("e"),
-    "I": Constant("i"),
-    "i": Constant("i"),
+    **dict.fromkeys(("oo", "inf", "infty", "infinity", "Infinity"), INFINITY),
+    **{letter: Constant(letter.lower()) for letter in "EeIi"},
 }
 GREEK = words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell"
 )
-VARIANTS = {"varepsilon": "epsilon", "vartheta": "theta", "varphi": "phi", "varrho": "rho"}
+VARIANTS = {
+    **{"varepsilon": "epsilon", "vartheta": "theta", "varphi": "phi", "varrho": "rho"},
+    "ell": "l",
+}
 LATEX_OPERATORS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "le": "<=",
     "leq": "<=", "leqslant": "<=", "leqq": "<=", "lt": "<", "ge": ">=", "geq": ">=",
@@ -88,12 +84,13 @@ LATEX_OPERATORS = {
     "colon": ":", "lor": "or", "vee": "or", "land": "and", "wedge": "and", "prime": "'",
     "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "⟨", "rangle": "⟩",
     "lvert": "lbar", "rvert": "rbar", "vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈",
-    "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→",
+    "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→", "euro": "€",
+    "pounds": "£", "textdollar": "$", "yen": "¥",
 }  # fmt: skip
 LATEX_IGNORED = words(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
     "scriptstyle limits nolimits quad qquad rm bf it sf tt boldmath hline thinspace medspace "
-    "negthinspace nobreak break newline allowbreak mathsurround notag nonumber hfill"
+    "negthinspace nobreak break newline allowbreak mathsurround notag nonumber hfill boxed fbox"
 )
 LATEX_TEXT = words(
     "text mathrm textrm textbf textit mathbf mathit mathsf textsf mbox hbox operatorname "
@@ -102,11 +99,10 @@ LATEX_TEXT = words(
 LATEX_ACCENTS = words("vec overrightarrow hat widehat bar tilde widetilde mathcal mathfrak")
 LATEX_ATOMS = words(
     "frac dfrac tfrac cfrac sqrt binom dbinom tbinom begin end mathbb overline sum prod infty pi "
-    "emptyset varnothing boxed fbox hspace phantom pmod dot mathbf sin R Re Im lg cosec arccot "
+    "emptyset varnothing hspace phantom pmod dot mathbf sin R Re Im lg cosec arccot "
     "arcsec arccsc arsinh arcosh artanh stackrel overset underset forall exists ldots dots cdots "
     "int lim iff implies Rightarrow Leftrightarrow rightarrow equiv sim perp parallel angle "
-    "triangle subset subseteq notin nabla partial oplus otimes bmod mod gcd max min det exp euro "
-    "pounds textdollar yen tan cos"
+    "triangle subset subseteq notin nabla partial oplus otimes bmod mod gcd max min det exp tan cos"
 )
 _NOT_COMMANDS = words("re im sign root pow tg lg binomial comb abs floor ceil sqrt cbrt")
 """Functions whose names, behind a backslash, mean nothing or stand in another table."""
@@ -119,6 +115,17 @@ LATEX_KNOWN = (
     | GREEK
     | set(VARIANTS)
 ) | {name for name in FUNCTIONS if name.islower() and name not in _NOT_COMMANDS}
+COMMAND_TOKENS = {
+    **{name: ("function", name) for name in FUNCTIONS if name not in ("sqrt", "binom")},
+    **{name: ("function", name.lower()) for name in ("Re", "Im")},
+    **{"R": ("set", "R"), "emptyset": ("set", "empty"), "varnothing": ("set", "empty")},
+    **{name: ("symbol", VARIANTS.get(name, name)) for name in (*GREEK, *VARIANTS)},
+    **{name: ("constant", name) for name in ("pi", "infty")},
+    **{name: ("operator", value) for name, value in LATEX_OPERATORS.items()},
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), ("command", "frac")),
+    **dict.fromkeys(("dbinom", "tbinom"), ("command", "binom")),
+}
+"""Kind and value of the token that a LaTeX command stands for, where it stands for one alone."""
 NUMBER_SETS: dict[str, Node] = {
     "R": REALS,
     "Z": Label("integers"),

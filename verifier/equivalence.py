@@ -116,23 +116,22 @@ class _Comparison:
             raise BeyondBudget
         if left == right:
             return SAME
-        if isinstance(left, Relation) or isinstance(right, Relation):
+        either = {type(left), type(right)}
+        if Relation in either:
             return self.relations(left, right)
-        if isinstance(left, Label) or isinstance(right, Label):
+        if Label in either:
             return different("label")
-        if isinstance(left, BaseNumeral) or isinstance(right, BaseNumeral):
+        if BaseNumeral in either:
             return different("base")
         if is_expression(left) and is_expression(right):
             return self.expressions(left, right)
-        if isinstance(left, Quantity) or isinstance(right, Quantity):
+        if Quantity in either:
             return self.quantities(left, right)
-        if isinstance(left, Ratio) or isinstance(right, Ratio):
+        if Ratio in either:
             return self.ratios(left, right)
-        if isinstance(left, (Interval, SetOperation)) or isinstance(
-            right, (Interval, SetOperation)
-        ):
+        if Interval in either or SetOperation in either:
             return self.real_sets(real_set(left), real_set(right))
-        if isinstance(left, Matrix) or isinstance(right, Matrix):
+        if Matrix in either:
             return self.matrices(left, right)
         if isinstance(left, Sequence) and isinstance(right, Sequence):
             return self.sequences(left, right)
@@ -171,11 +170,10 @@ class _Comparison:
         return self.real_sets(own, real_set(other)) if own is not None else different("relation")
 
     def equations(self, left: Relation, right: Relation) -> Finding:
-        if len(left.operands) != 2 or len(right.operands) != 2:
-            if len(left.operands) != len(right.operands):
-                return different("equation")
-            return self.in_order(left.operands, right.operands, "equation")
-        if not all(is_expression(side) for side in (*left.operands, *right.operands)):
+        if len(left.operands) != len(right.operands):
+            return different("equation")
+        sides = (*left.operands, *right.operands)
+        if len(sides) != 4 or not all(map(is_expression, sides)):
             return self.in_order(left.operands, right.operands, "equation")
         ratio = self.ratio_sign(difference(left), difference(right))
         return equal(Reason.NUMERIC, "equation") if ratio is not None else different("equation")
@@ -245,9 +243,7 @@ class _Comparison:
         if not left:
             return equal(Reason.EXACT, "list")
         sizes = [rough(node) for node in right]
-        if len(left) > MAX_UNMATCHED and (
-            None in sizes or any(rough(node) is None for node in left)
-        ):
+        if len(left) > MAX_UNMATCHED and None in (*sizes, *map(rough, left)):
             raise BeyondBudget
         findings = []
         for node in left:
@@ -316,18 +312,13 @@ class _Comparison:
     # Expressions
 
     def expressions(self, left: Node, right: Node) -> Finding:
-        percents = [isinstance(node, Call) and node.name == "percent" for node in (left, right)]
         finding = self.values(left, right)
         if finding.equal:
             return finding
-        if percents[0] != percents[1]:
-            bare = [
-                node.args[0] if isinstance(node, Call) and node.name == "percent" else node
-                for node in (left, right)
-            ]
-            return self.values(bare[0], bare[1])
-        logs = [has_plain_log(node) for node in (left, right)]
-        if logs[0] != logs[1]:
+        bare_left, bare_right = _without_percent(left), _without_percent(right)
+        if (bare_left is left) != (bare_right is right):
+            return self.values(bare_left, bare_right)
+        if has_plain_log(left) != has_plain_log(right):
             return self.values(common_logs(left), common_logs(right))
         return finding
 
@@ -351,18 +342,21 @@ class _Comparison:
         return equal(Reason.SYMBOLIC, "sympy") if judged else different("sympy")
 
 
+def _without_percent(node: Node) -> Node:
+    return node.args[0] if isinstance(node, Call) and node.name == "percent" else node
+
+
 def _without_common(left: list[Node], right: list[Node]) -> tuple[list[Node], list[Node]]:
     """Drop members whose exact values occur on both sides."""
     keys = [[exact_key(node) for node in nodes] for nodes in (left, right)]
-    common = Counter(key for key in keys[0] if key is not None) & Counter(
-        key for key in keys[1] if key is not None
-    )
+    common = Counter(keys[0]) & Counter(keys[1])
+    del common[None]
     remaining: list[list[Node]] = []
     for nodes, names in zip((left, right), keys, strict=True):
         budget = common.copy()
         kept: list[Node] = []
         for node, key in zip(nodes, names, strict=True):
-            if key is not None and budget[key] > 0:
+            if budget[key] > 0:
                 budget[key] -= 1
             else:
                 kept.append(node)

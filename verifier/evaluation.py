@@ -30,8 +30,8 @@ from verifier.answer_tree import (
     Number,
     Power,
     Symbol,
-    children,
     contains,
+    holds,
 )
 
 MAX_INTEGER_BITS = 65_000
@@ -106,16 +106,14 @@ def _sized(value: Fraction) -> Fraction:
 def _exact_power(base: Node, exponent: Node, environment: Environment) -> Fraction:
     power = exact_value(exponent, environment)
     root = exact_value(base, environment)
+    if root in (0, 1) and power > 0:
+        return root
     if power.denominator != 1:
-        if root in (0, 1) and power > 0:
-            return root
         return _exact_root(root, power)
     if root == 0:
-        if power <= 0:
-            if power == 0:
-                return Fraction(1)
+        if power < 0:
             raise Undefined
-        return root
+        return Fraction(1)
     if abs(root) == 1:
         return root if power.numerator % 2 else Fraction(1)
     size = max(root.numerator.bit_length(), root.denominator.bit_length()) - 1
@@ -160,7 +158,7 @@ def _series(
     first, last = exact_value(low, environment), exact_value(high, environment)
     if first.denominator != 1 or last.denominator != 1 or not isinstance(letter, Symbol):
         raise NotExact
-    nested = contains(body, Call) and _has_series(body)
+    nested = holds(body, _is_series)
     if last - first > (MAX_NESTED_TERMS if nested else MAX_TERMS):
         raise BeyondBudget
     total: Any = Fraction(0) if name == "sum" else Fraction(1)
@@ -172,10 +170,8 @@ def _series(
     return total
 
 
-def _has_series(node: Node) -> bool:
-    if isinstance(node, Call) and node.name in ("sum", "product"):
-        return True
-    return any(_has_series(child) for child in children(node))
+def _is_series(node: Node) -> bool:
+    return isinstance(node, Call) and node.name in ("sum", "product")
 
 
 def _whole(value: Fraction, limit: int = 10**9) -> int:
@@ -199,11 +195,9 @@ def _exact_factorial(value: Fraction, step: int = 1) -> Fraction:
 
 def _exact_binomial(top: Fraction, bottom: Fraction) -> Fraction:
     number, chosen = _whole(top), _whole(bottom)
-    if chosen < 0:
-        return Fraction(0)
-    if number < 0:
+    if number < 0 <= chosen:
         raise NotExact
-    if chosen > number:
+    if not 0 <= chosen <= number:
         return Fraction(0)
     if min(chosen, number - chosen) * max(1, number.bit_length()) > MAX_INTEGER_BITS:
         raise BeyondBudget
@@ -310,13 +304,18 @@ class Numeric:
                 if name not in environment:
                     raise NotExact
                 return self.rational(environment[name])
-            case Constant(name=name):
-                return self._constant(name)
+            case Constant(name="pi" | "e" as name):
+                return +getattr(ctx, name)
+            case Constant(name="i") if self.complex_mode:
+                return ctx.mpc(0, 1)
+            case Constant():
+                raise Undefined
             case Add(terms=terms):
                 total = ctx.zero
                 for term in terms:
                     item = self.value(term, environment)
-                    self._note(item)
+                    if (size := self._log2(item)) > self.largest:
+                        self.largest = int(size)
                     total = total + item
                 return total
             case Mul(factors=factors):
@@ -337,28 +336,9 @@ class Numeric:
             return self.ctx.mpf(number.numerator)
         return self.ctx.mpf(number.numerator) / number.denominator
 
-    def _constant(self, name: str) -> Any:
-        ctx = self.ctx
-        if name == "pi":
-            return +ctx.pi
-        if name == "e":
-            return +ctx.e
-        if name == "i":
-            if not self.complex_mode:
-                raise Undefined
-            return ctx.mpc(0, 1)
-        raise Undefined
-
     def _log2(self, value: Any) -> float:
         """Binary exponent of a value's magnitude; -inf for zero."""
-        if value == 0:
-            return -math.inf
         return float(self.ctx.mag(value))
-
-    def _note(self, value: Any) -> None:
-        size = self._log2(value)
-        if size > self.largest:
-            self.largest = int(size)
 
     def _checked(self, value: Any) -> Any:
         if value != 0 and abs(self._log2(value)) > MAX_LOG2_MAGNITUDE:
@@ -378,10 +358,10 @@ class Numeric:
             if ctx.re(power) > 0:
                 return ctx.zero
             raise Undefined
-        log_size = abs(self._log2(power - 0) if power != 0 else 0)
+        log_size = self._log2(power) if power != 0 else 0
+        if log_size < -40:
+            return ctx.one if log_size < -400 else root**power
         if log_size > 40:
-            if power != 0 and self._log2(power) < -40:
-                return ctx.one if self._log2(power) < -400 else root**power
             raise BeyondBudget
         magnitude = abs(float(ctx.re(power))) * (abs(self._log2(root)) + 1)
         if magnitude > 2 * MAX_LOG2_MAGNITUDE:
@@ -479,9 +459,8 @@ class Numeric:
 
     def _at_pole(self, name: str, value: Any) -> bool:
         ctx = self.ctx
-        zero = {"tan": ctx.cos, "sec": ctx.cos, "cot": ctx.sin, "csc": ctx.sin}.get(name, ctx.sinh)(
-            value
-        )
+        below = {"tan": ctx.cos, "sec": ctx.cos, "cot": ctx.sin, "csc": ctx.sin}
+        zero = below.get(name, ctx.sinh)(value)
         return zero == 0 or self._log2(zero) < -3 * self.digits
 
     def _discrete(
@@ -539,35 +518,33 @@ class Numeric:
 def has_long_decimal(node: Node) -> bool:
     """Whether a decimal with the digits of a printed double occurs: such a tree is known to a
     double's precision."""
-    if isinstance(node, Number):
-        return node.significant_digits >= MAX_DOUBLE_DIGITS
-    return any(has_long_decimal(child) for child in children(node))
+    return holds(
+        node,
+        lambda one: isinstance(one, Number) and one.significant_digits >= MAX_DOUBLE_DIGITS,
+    )
 
 
 def is_complex(node: Node) -> bool:
-    return (isinstance(node, Constant) and node.name == "i") or any(
-        is_complex(child) for child in children(node)
-    )
+    return holds(node, lambda one: isinstance(one, Constant) and one.name == "i")
 
 
 def needs_whole_numbers(node: Node) -> bool:
     """Whether letters are read as whole numbers: factorials, floors, and powers such as (-1)^n."""
+    return holds(node, _is_of_whole_numbers)
+
+
+def _is_of_whole_numbers(node: Node) -> bool:
     match node:
-        case Call(
-            name="factorial" | "factorial2" | "binomial" | "floor" | "ceil" | "gcd" | "lcm" | "mod"
+        case Call(name=name) if name in _WHOLE_CALLS:
+            return contains(node, Symbol)
+        case Power(
+            base=Number(value=value) | Mul(factors=(Number(value=value), *_)), exponent=exponent
         ):
-            if contains(node, Symbol):
-                return True
-        case Power(base=Number(value=value), exponent=exponent) if value < 0 and contains(
-            exponent, Symbol
-        ):
-            return True
-        case Power(base=Mul(factors=(Number(value=value), *_)), exponent=exponent):
-            if value < 0 and contains(exponent, Symbol):
-                return True
-    return any(needs_whole_numbers(child) for child in children(node))
+            return value < 0 and contains(exponent, Symbol)
+    return False
 
 
+_WHOLE_CALLS = ("factorial", "factorial2", "binomial", "floor", "ceil", "gcd", "lcm", "mod")
 WHOLE_LETTERS = frozenset("nkmNMKpqrsjl")
 _SCALES = (
     (Fraction(1, 10), 1),

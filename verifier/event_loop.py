@@ -28,11 +28,7 @@ class EventLoop:
 
     def turn(self, timeout_s: float) -> None:
         """Wait for events, at most so long, and call their handlers."""
-        try:
-            events = self.epoll.poll(timeout_s)
-        except InterruptedError:
-            events = []
-        for descriptor, mask in events:
+        for descriptor, mask in self.epoll.poll(timeout_s):
             handler = self.handlers.get(descriptor)
             if handler is not None:
                 handler(mask)

@@ -44,9 +44,5 @@ _STRENGTH = {Reason.EXACT: 0, Reason.NUMERIC: 1, Reason.SYMBOLIC: 2}
 
 
 def weakest(findings: list[Finding], path: str) -> Finding:
-    reason = max(
-        (finding.reason for finding in findings),
-        key=lambda one: _STRENGTH[one],
-        default=Reason.EXACT,
-    )
-    return equal(reason, path)
+    reasons = (finding.reason for finding in findings)
+    return equal(max(reasons, key=_STRENGTH.__getitem__, default=Reason.EXACT), path)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from verifier import isolation
 
+_CGROUP = "/sys/fs/cgroup/"
+
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of another process, by the kernel's clock of that process."""
@@ -43,24 +45,24 @@ def _number_in(path: str) -> int | None:
         return None
 
 
+def _machine_memory() -> tuple[int, int]:
+    """Bytes of memory of this machine, and of those that are available."""
+    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    values = {row[0]: int(row[1]) * 1024 for row in rows}
+    return values["MemTotal:"], values["MemAvailable:"]
+
+
 def memory_is_short() -> bool:
     """Less than 5 % (at least 256 MiB) of the machine's or the container's memory is left."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name in ("MemTotal", "MemAvailable"):
-            values[name] = int(rest.split()[0]) * 1024
-    if values["MemAvailable"] < max(256 << 20, values["MemTotal"] // 20):
+    total, available = _machine_memory()
+    if available < max(256 << 20, total // 20):
         return True
-    for limit_path, used_path in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        limit, used = _number_in(limit_path), _number_in(used_path)
-        if limit and used and limit < values["MemTotal"]:
+        limit, used = _number_in(_CGROUP + limit_file), _number_in(_CGROUP + used_file)
+        if limit and used and limit < total:
             return limit - used < max(128 << 20, limit // 20)
     return False
 
@@ -73,20 +75,13 @@ def live_cap(wanted: int) -> int:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     caps = [wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100]
-    for path in (
-        "/proc/sys/kernel/pid_max",
-        "/sys/fs/cgroup/pids.max",
-        "/sys/fs/cgroup/pids/pids.max",
-    ):
-        limit = _number_in(path)
-        if limit:
+    for path in ("/proc/sys/kernel/pid_max", _CGROUP + "pids.max", _CGROUP + "pids/pids.max"):
+        if limit := _number_in(path):
             caps.append(limit // 2)
     processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if processes != resource.RLIM_INFINITY and os.geteuid() != 0:
         caps.append(processes // 2)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            caps.append(int(line.split()[1]) // (5 * 1024))
+    caps.append(_machine_memory()[1] // (5 << 20))
     return max(min(caps), 4)
 
 

@@ -113,15 +113,6 @@ def _prctl(option: int, *arguments: int) -> int:
 # --------------------------------------------------------------------------- fork
 
 
-def _tid_address() -> int:
-    address = ctypes.c_ulong(0)
-    try:
-        _call("prctl", _PR_GET_TID_ADDRESS, ctypes.byref(address))
-    except LayerError:
-        return 0
-    return address.value
-
-
 class SiblingFork:
     """Forks this single-threaded process into a sibling: the child of our parent, not of us.
 
@@ -132,20 +123,16 @@ class SiblingFork:
     """
 
     def __init__(self) -> None:
-        tid_address = _tid_address()
-        flags = FORK_FLAGS
-        if not tid_address:
+        tid_address = ctypes.c_ulong(0)
+        with contextlib.suppress(LayerError):
+            _call("prctl", _PR_GET_TID_ADDRESS, ctypes.byref(tid_address))
+        if not tid_address.value:
             # without CONFIG_CHECKPOINT_RESTORE the address is unknown: write it to a dead cell
             self._cell = ctypes.c_int(0)
-            tid_address = ctypes.addressof(self._cell)
-        self._arguments = (
-            ctypes.c_long(_SYS_CLONE),
-            ctypes.c_ulong(flags),
-            ctypes.c_ulong(0),
-            ctypes.c_ulong(0),
-            ctypes.c_ulong(tid_address),
-            ctypes.c_ulong(0),
-        )
+            tid_address.value = ctypes.addressof(self._cell)
+        zero = ctypes.c_ulong(0)
+        clone, flags = ctypes.c_long(_SYS_CLONE), ctypes.c_ulong(FORK_FLAGS)
+        self._arguments = (clone, flags, zero, zero, tid_address, zero)
 
     def __call__(self, _syscall=HELD_SYSCALL) -> int:
         """The child's pid in the parent, 0 in the child, -1 when the kernel refused."""
@@ -561,14 +548,12 @@ def set_resource_limits(address_space: int, cpu_s: int) -> None:
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NOFILE: CHANNEL_FD + 1,
         resource.RLIMIT_AS: address_space,
+        resource.RLIMIT_STACK: 64 << 20,
     }
     for kind, value in hard_limits.items():
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    stack = 64 << 20 if hard == resource.RLIM_INFINITY else min(64 << 20, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (stack, stack))
     set_soft_limits(cpu_s, address_space)
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
-from itertools import pairwise
+from functools import partial, reduce
+from itertools import chain, pairwise
 from itertools import product as combinations_of
 
 from verifier.answer_tree import (
     Add,
-    BaseNumeral,
-    Interval,
     Label,
     Matrix,
     Mul,
@@ -23,17 +22,16 @@ from verifier.answer_tree import (
     Number,
     PlusMinus,
     Quantity,
-    Ratio,
     Relation,
     Sequence,
     SetOperation,
     Symbol,
-    children,
     contains,
     is_expression,
     map_children,
     negate,
     symbols,
+    walk,
 )
 from verifier.evaluation import BeyondBudget
 from verifier.numeric_equality import closed_values
@@ -62,43 +60,29 @@ def prepare(node: Node) -> Node:
         case Sequence():
             return _prepare_sequence(node)
         case Relation(operators=operators, operands=operands):
-            sides = tuple(prepare(operand) for operand in operands)
-            return Relation(operators, sides)
+            return Relation(operators, tuple(map(prepare, operands)))
         case Quantity(number=number, unit=unit):
             inner = prepare(number)
             if isinstance(inner, Sequence):
                 return Sequence(inner.kind, tuple(Quantity(item, unit) for item in inner.items))
             return Quantity(inner, unit)
-        case Interval() | SetOperation() | Matrix() | Label() | BaseNumeral() | Ratio():
-            return node
+        case _ if is_expression(node) and contains(node, PlusMinus):
+            variants = _write_out_signs(node)
+            return Sequence("list", variants) if len(variants) > 1 else variants[0]
         case _:
-            if contains(node, PlusMinus):
-                variants = _write_out_signs(node)
-                return Sequence("list", variants) if len(variants) > 1 else variants[0]
             return node
 
 
 def _write_out_signs(node: Node) -> tuple[Node, ...]:
     """Every choice of signs; plus-minus and minus-plus together share one choice."""
-    count, linked = _count_signs(node)
-    if count > MAX_SIGNS:
+    signs = [one for one in walk(node) if isinstance(one, PlusMinus)]
+    if len(signs) > MAX_SIGNS:
         raise BeyondBudget
-    choices: Iterable[tuple[int, ...]] = (
-        ((1,) * count, (-1,) * count) if linked else combinations_of((1, -1), repeat=count)
-    )
-    return tuple(dict.fromkeys(_with_signs(node, list(signs)) for signs in choices))
-
-
-def _count_signs(node: Node) -> tuple[int, bool]:
-    count, linked = 0, False
-    stack: list[Node] = [node]
-    while stack:
-        current = stack.pop()
-        if isinstance(current, PlusMinus):
-            count += 1
-            linked = linked or current.inverted
-        stack.extend(children(current))
-    return count, linked
+    if any(sign.inverted for sign in signs):
+        choices = [(1,) * len(signs), (-1,) * len(signs)]
+    else:
+        choices = list(combinations_of((1, -1), repeat=len(signs)))
+    return tuple(dict.fromkeys(_with_signs(node, list(choice)) for choice in choices))
 
 
 def _with_signs(node: Node, signs: list[int]) -> Node:
@@ -116,24 +100,17 @@ def _prepare_sequence(node: Sequence) -> Node:
             return Sequence("list", tuple(prepare(variant) for variant in variants))
         items = tuple(prepare(item) for item in node.items)
         return items[0] if len(items) == 1 else Sequence("tuple", items)
-    items = ()
-    for item in node.items:
-        ready = prepare(item)
-        if isinstance(ready, Sequence) and ready.kind == "list":
-            items += ready.items
-        else:
-            items += (ready,)
+    items = _flat(map(prepare, node.items))
     if len(items) == 1:
         return items[0]
-    if items and any(isinstance(item, Relation) for item in items):
+    merged = None
+    if any(isinstance(item, Relation) for item in items):
         merged = _merge_solutions(items, node.joiner)
-        if merged is not None:
-            return merged
-    if node.joiner == "and" and items and all(isinstance(item, Quantity) for item in items):
-        total = _add_quantities([item for item in items if isinstance(item, Quantity)])
-        if total is not None:
-            return total
-    return Sequence(node.kind, items, node.joiner)
+    elif node.joiner == "and":
+        quantities = [item for item in items if isinstance(item, Quantity)]
+        if quantities and len(quantities) == len(items):
+            merged = _add_quantities(quantities)
+    return merged or Sequence(node.kind, items, node.joiner)
 
 
 def _merge_solutions(items: tuple[Node, ...], joiner: str) -> Node | None:
@@ -142,69 +119,58 @@ def _merge_solutions(items: tuple[Node, ...], joiner: str) -> Node | None:
     relations = [item for item in items if isinstance(item, Relation)]
     if len(relations) == len(items) and any(set(item.operators) != {"="} for item in relations):
         return _merge_inequalities(relations, joiner)
-    definitions = [definition(item) if isinstance(item, Relation) else None for item in items]
-    first = definitions[0]
-    if first is None or not isinstance(first[0], Symbol):
-        return None
-    if all(other is None for other in definitions[1:]) and not any(
-        isinstance(item, Relation) for item in items[1:]
-    ):
-        return Relation(("=",), (first[0], _flat_list([first[1], *items[1:]])))
-    if any(defined is None or not isinstance(defined[0], Symbol) for defined in definitions):
-        return None
+    definitions = [definition(relation) for relation in relations]
     pairs = [
         (defined[0].name, defined[1])
         for defined in definitions
-        if defined and isinstance(defined[0], Symbol)
+        if defined is not None and isinstance(defined[0], Symbol)
     ]
-    names = [name for name, _ in pairs]
+    if len(pairs) != len(relations) or not isinstance(items[0], Relation):
+        return None
+    names, values = zip(*pairs, strict=True)
+    if len(pairs) == 1:
+        values += items[1:]
+    elif len(pairs) != len(items):
+        return None
     if len(set(names)) == 1:
-        return Relation(("=",), (first[0], _flat_list([value for _, value in pairs])))
+        return Relation(("=",), (Symbol(names[0]), Sequence("list", _flat(values))))
     if len(set(names)) == len(names):
-        pairs.sort(key=lambda pair: pair[0])
-        letters = Sequence("tuple", tuple(Symbol(name) for name, _ in pairs))
-        return Relation(("=",), (letters, Sequence("tuple", tuple(value for _, value in pairs))))
+        names, values = zip(*sorted(pairs, key=lambda pair: pair[0]), strict=True)
+        letters = Sequence("tuple", tuple(map(Symbol, names)))
+        return Relation(("=",), (letters, Sequence("tuple", values)))
     return None
 
 
-def _flat_list(values: list[Node]) -> Node:
-    flat: list[Node] = []
-    for value in values:
-        flat.extend(
-            value.items if isinstance(value, Sequence) and value.kind == "list" else (value,)
-        )
-    return Sequence("list", tuple(flat))
+def _flat(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """The nodes, with the members of a list in its place."""
+    listed = (
+        node.items if isinstance(node, Sequence) and node.kind == "list" else (node,)
+        for node in nodes
+    )
+    return tuple(chain.from_iterable(listed))
 
 
 def _merge_inequalities(relations: list[Relation], joiner: str) -> Node | None:
-    sets = [real_set(relation) for relation in relations]
-    if any(found is None for found in sets) or len({found.letter for found in sets if found}) != 1:
+    sets = [found for relation in relations if (found := real_set(relation))]
+    if len(sets) != len(relations) or len({found.letter for found in sets}) != 1:
         return None
-    nodes = [found.as_node() for found in sets if found]
-    letter = sets[0].letter if sets[0] else None
+    nodes = [found.as_node() for found in sets]
+    letter = sets[0].letter
     if joiner == ",":
-        overlap = nodes[0]
-        for node in nodes[1:]:
-            overlap = SetOperation("intersection", overlap, node)
-        met = real_set(overlap)
+        met = real_set(reduce(partial(SetOperation, "intersection"), nodes))
         joiner = "and" if met is not None and met.pieces else "or"
-    merged: Node = nodes[0]
-    for node in nodes[1:]:
-        merged = SetOperation("union" if joiner == "or" else "intersection", merged, node)
+    operator = "union" if joiner == "or" else "intersection"
+    merged = reduce(partial(SetOperation, operator), nodes)
     return Relation(("in",), (Symbol(letter), merged)) if letter else merged
 
 
 def _add_quantities(quantities: list[Quantity]) -> Node | None:
     """`2 hours and 13 minutes`: one quantity, when the units convert and get smaller."""
-    converted = [in_base_units(quantity) for quantity in quantities]
-    units = [quantity.unit for quantity in quantities]
-    if len(set(units)) != len(units) or any(part is None for part in converted):
+    parts = [part for quantity in quantities if (part := in_base_units(quantity))]
+    units = {quantity.unit for quantity in quantities}
+    if not len(units) == len(quantities) == len(parts) or len({part.unit for part in parts}) != 1:
         return None
-    if len({part.unit for part in converted if part}) != 1:
-        return None
-    first = converted[0]
-    assert first is not None
-    return Quantity(Add(tuple(part.number for part in converted if part)), first.unit)
+    return Quantity(Add(tuple(part.number for part in parts)), parts[0].unit)
 
 
 def in_base_units(quantity: Quantity) -> Quantity | None:
@@ -251,18 +217,17 @@ def definition(relation: Relation) -> tuple[Node, Node] | None:
         name = Label("")
     if name is None or any(symbols(name) & symbols(operand) for operand in operands):
         return None
-    if len(operands) > 1:
-        for one, two in pairwise(operands):
-            if not is_expression(one) or not is_expression(two):
-                return None
-            try:
-                if symbols(one) or symbols(two):
-                    continue
-                finding = closed_values(one, two)
-            except BeyondBudget:
-                return None
-            if finding is None or not finding.equal:
-                return None
+    for one, two in pairwise(operands):
+        if not is_expression(one) or not is_expression(two):
+            return None
+        if symbols(one) or symbols(two):
+            continue
+        try:
+            finding = closed_values(one, two)
+        except BeyondBudget:
+            return None
+        if finding is None or not finding.equal:
+            return None
     return name, operands[-1]
 
 
@@ -305,8 +270,7 @@ def difference(relation: Relation) -> Node:
 def half_spaces(relation: Relation) -> list[tuple[str, Node]] | None:
     """A chain as (operator, tree) pairs meaning tree > 0, tree >= 0, tree != 0 or tree = 0."""
     pairs: list[tuple[str, Node]] = []
-    for place, operator in enumerate(relation.operators):
-        left, right = relation.operands[place], relation.operands[place + 1]
+    for operator, (left, right) in relation.links():
         if operator == "in" or not is_expression(left) or not is_expression(right):
             return None
         if operator in ("<", "<="):
@@ -317,15 +281,14 @@ def half_spaces(relation: Relation) -> list[tuple[str, Node]] | None:
 
 def as_matrix(node: Sequence) -> Matrix | None:
     """`[[1, 2], [3, 4]]` as a matrix; None for other sequences."""
-    if node.kind != "bracket" or not node.items:
+    if node.kind != "bracket":
         return None
-    rows = []
-    for item in node.items:
-        if not (isinstance(item, Sequence) and item.kind == "bracket" and item.items):
-            return None
-        rows.append(item.items)
-    if len({len(row) for row in rows}) != 1 or not all(
-        is_expression(cell) for row in rows for cell in row
-    ):
-        return None
-    return Matrix(tuple(rows))
+    rows = tuple(
+        item.items
+        for item in node.items
+        if isinstance(item, Sequence) and item.kind == "bracket" and item.items
+    )
+    even = len(rows) == len(node.items) and len({len(row) for row in rows}) == 1
+    return (
+        Matrix(rows) if even and all(is_expression(cell) for row in rows for cell in row) else None
+    )

@@ -11,7 +11,7 @@ None, where a function may return it, means that arithmetic cannot tell.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeGuard
 
 from verifier.answer_tree import (
     Call,
@@ -19,8 +19,8 @@ from verifier.answer_tree import (
     Node,
     Number,
     Power,
-    children,
     has_infinity,
+    holds,
     infinite_sign,
     is_expression,
     map_children,
@@ -73,9 +73,7 @@ def constant_ratio_sign(left: Node, right: Node) -> int | None:
     if not letters:
         return None
     first: Any = None
-    seen: Any = None
-    varies = False
-    agreed = 0
+    tops: list[Any] = []
     with Numeric(complex_mode=is_complex(left) or is_complex(right)) as numeric:
         for place in range(8):
             environment = {name: sample_point(name, place, False) for name in letters}
@@ -88,17 +86,16 @@ def constant_ratio_sign(left: Node, right: Node) -> int | None:
                 if top != bottom:
                     return None
                 continue
-            varies = varies or (seen is not None and top != seen)
-            seen = top
+            tops.append(top)
             ratio = top / bottom
             if first is None:
                 first = ratio
             elif abs(ratio - first) > abs(first) * numeric.ctx.mpf(10) ** (-40):
                 return None
-            agreed += 1
-            if agreed == 5:
+            if len(tops) == 5:
                 break
-        if agreed < 3 or not varies or not isinstance(first, numeric.ctx.mpf):
+        varies = any(top != tops[0] for top in tops)
+        if len(tops) < 3 or not varies or not isinstance(first, numeric.ctx.mpf):
             return None
         return 1 if first > 0 else -1
 
@@ -123,9 +120,7 @@ def _exact_points(left: Node, right: Node, points: list[dict[str, Fraction]]) ->
 def _numeric_points(left: Node, right: Node, points: list[dict[str, Fraction]]) -> Finding | None:
     complex_tree = is_complex(left) or is_complex(right)
     loose = has_long_decimal(left) or has_long_decimal(right)
-    for complex_mode in (False, True):
-        if complex_tree and not complex_mode:
-            continue
+    for complex_mode in (True,) if complex_tree else (False, True):
         agreed = lopsided = 0
         with Numeric(complex_mode=complex_mode) as numeric:
             tolerance = numeric.ctx.mpf(10) ** (-13 if loose else -40)
@@ -135,11 +130,12 @@ def _numeric_points(left: Node, right: Node, points: list[dict[str, Fraction]]) 
                 if one is None or two is None:
                     lopsided += (one is None) != (two is None)
                     continue
-                if abs(one - two) > tolerance * max(abs(one), abs(two)):
-                    if abs(one - two) > tolerance * numeric.ctx.mpf(2) ** numeric.largest:
-                        return different("points")
-                    if max(abs(one), abs(two)) > numeric.ctx.mpf(10) ** (-25):
-                        return different("points")
+                gap, size = abs(one - two), max(abs(one), abs(two))
+                if gap > tolerance * size and (
+                    gap > tolerance * numeric.ctx.mpf(2) ** numeric.largest
+                    or size > numeric.ctx.mpf(10) ** (-25)
+                ):
+                    return different("points")
                 agreed += 1
                 if agreed >= 6:
                     break
@@ -263,14 +259,13 @@ def _irrationals(left: Node, right: Node, values: list[Fraction | None]) -> Find
 def _decimal_agrees(node: Node, value: Fraction, other: Any, numeric: Numeric) -> bool:
     """Whether a printed decimal agrees in all its digits, at least seven, with an irrational
     value."""
+    ctx = numeric.ctx
     if (
         not isinstance(node, Number)
         or node.significant_digits < MIN_IRRATIONAL_DIGITS
         or value == 0
+        or not isinstance(other, ctx.mpf)
     ):
-        return False
-    ctx = numeric.ctx
-    if not isinstance(other, ctx.mpf):
         return False
     gap = abs(numeric.rational(value) - other)
     place = numeric.rational(_last_place(node))
@@ -285,17 +280,17 @@ def _decimal_agrees(node: Node, value: Fraction, other: Any, numeric: Numeric) -
 
 
 def has_plain_log(node: Node) -> bool:
-    if isinstance(node, Call) and node.name == "log" and len(node.args) == 1:
-        return True
-    return any(has_plain_log(child) for child in children(node))
+    return holds(node, _is_plain_log)
+
+
+def _is_plain_log(node: Node) -> TypeGuard[Call]:
+    return isinstance(node, Call) and node.name == "log" and len(node.args) == 1
 
 
 def common_logs(node: Node) -> Node:
     """The tree with every log of unnamed base read as base 10."""
     node = map_children(node, common_logs)
-    if isinstance(node, Call) and node.name == "log" and len(node.args) == 1:
-        return Call("log", (node.args[0], Number(Fraction(10))))
-    return node
+    return Call("log", (node.args[0], Number(Fraction(10)))) if _is_plain_log(node) else node
 
 
 def logarithms_equal(left: Node, right: Node) -> bool:
@@ -318,10 +313,7 @@ def _logarithm(node: Node, numeric: Numeric) -> Any:
         case Power(base=base, exponent=exponent):
             return numeric.value(exponent) * _logarithm(base, numeric)
         case Mul(factors=factors):
-            total = numeric.ctx.zero
-            for factor in factors:
-                total += _logarithm(factor, numeric)
-            return total
+            return sum((_logarithm(factor, numeric) for factor in factors), numeric.ctx.zero)
         case _:
             value = numeric.value(node)
             if not isinstance(value, numeric.ctx.mpf) or value <= 0:
@@ -345,11 +337,8 @@ def far_apart(one: complex | None, two: complex | None) -> bool:
 def rough(node: Node) -> complex | None:
     """A float approximation of a closed expression, to pair up long lists; None for anything
     else."""
-    if (
-        not is_expression(node)
-        or symbols(node)
-        or (isinstance(node, Call) and node.name == "percent")
-    ):
+    percent = isinstance(node, Call) and node.name == "percent"
+    if percent or not is_expression(node) or symbols(node):
         return None
     try:
         with Numeric(complex_mode=True, digits=15) as numeric:

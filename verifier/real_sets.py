@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial, reduce
 from typing import Any
 
 from verifier.answer_tree import (
     INFINITY,
-    MINUS_ONE,
     REALS,
     Add,
     Call,
     Interval,
-    Mul,
     Node,
     Number,
     Relation,
@@ -60,12 +59,7 @@ class RealSet:
             Interval(piece.low, piece.high, piece.low_open, piece.high_open)
             for piece in self.pieces
         ]
-        if not parts:
-            return Sequence("set", ())
-        node = parts[0]
-        for part in parts[1:]:
-            node = SetOperation("union", node, part)
-        return node
+        return reduce(partial(SetOperation, "union"), parts or [Sequence("set", ())])
 
 
 def real_set(node: Node) -> RealSet | None:
@@ -111,10 +105,10 @@ def _one_piece(low: Node, high: Node, low_open: bool, high_open: bool) -> list[P
     if symbols(low) or symbols(high):
         return [Piece(low, high, low_open, high_open, None, None)]
     low_value, high_value = _end_value(low), _end_value(high)
-    if low_value > high_value or (low_value == high_value and (low_open or high_open)):
-        if low_value == high_value:
-            return []
+    if low_value > high_value:
         raise NotExact
+    if low_value == high_value and (low_open or high_open):
+        return []
     low_open = low_open or low_value == float("-inf")
     high_open = high_open or high_value == float("inf")
     return [Piece(low, high, low_open, high_open, low_value, high_value)]
@@ -168,19 +162,15 @@ def _intersection(left: list[Piece], right: list[Piece]) -> list[Piece]:
         for two in right:
             low = max(one, two, key=lambda piece: (piece.low_value, piece.low_open))
             high = min(one, two, key=lambda piece: (piece.high_value, not piece.high_open))
-            if low.low_value > high.high_value:
-                continue
-            if low.low_value == high.high_value and (low.low_open or high.high_open):
-                continue
-            found.append(_from_to(low, high))
+            touching = low.low_value == high.high_value and not (low.low_open or high.high_open)
+            if touching or low.low_value < high.high_value:
+                found.append(_from_to(low, high))
     return _merge(found)
 
 
 def _complement(pieces: list[Piece]) -> list[Piece]:
     infinity = float("inf")
-    low: Node = Mul((MINUS_ONE, INFINITY))
-    low_value: Any = -infinity
-    low_open = True
+    low, low_value, low_open = REALS.low, -infinity, True
     gaps: list[Piece] = []
     for piece in pieces:
         if piece.low_value is None:
@@ -202,20 +192,15 @@ def _solution_set(relation: Relation) -> RealSet | None:
     if relation.operators == ("in",):
         member, container = relation.operands
         pieces = _pieces(container)
-        return (
-            RealSet(tuple(pieces), member.name)
-            if isinstance(member, Symbol) and pieces is not None
-            else None
-        )
-    letters = symbols(relation)
-    pieces = [Piece(REALS.low, REALS.high, True, True, float("-inf"), float("inf"))]
-    letter = _bare_letter(relation)
-    if letter is None:
-        if len(letters) != 1:
+        if pieces is None or not isinstance(member, Symbol):
             return None
-        letter = next(iter(letters))
-    for place, operator in enumerate(relation.operators):
-        left, right = relation.operands[place], relation.operands[place + 1]
+        return RealSet(tuple(pieces), member.name)
+    letters = symbols(relation)
+    pieces = _one_piece(REALS.low, REALS.high, True, True)
+    letter = _bare_letter(relation) or (next(iter(letters)) if len(letters) == 1 else None)
+    if letter is None:
+        return None
+    for operator, (left, right) in relation.links():
         if not is_expression(left) or not is_expression(right):
             return None
         solved = _solve(letter, left, operator, right)
@@ -266,13 +251,13 @@ def _solve(letter: str, left: Node, operator: str, right: Node) -> list[Piece] |
             return None
         right = Number(-values[0] / slope)
         operator = operator if slope > 0 else _FLIPPED[operator]
-    below: Node = Mul((MINUS_ONE, INFINITY))
     match operator:
         case "<" | "<=":
-            return _one_piece(below, right, True, operator == "<")
+            return _one_piece(REALS.low, right, True, operator == "<")
         case ">" | ">=":
             return _one_piece(right, INFINITY, operator == ">", True)
         case "!=":
-            return _one_piece(below, right, True, True) + _one_piece(right, INFINITY, True, True)
+            below = _one_piece(REALS.low, right, True, True)
+            return below + _one_piece(right, INFINITY, True, True)
         case _:
             return _one_piece(right, right, False, False)

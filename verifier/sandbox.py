@@ -28,10 +28,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
-from verifier.sandbox_client import SandboxError, SupervisorClient, SupervisorSettings
+from verifier.sandbox_client import SandboxError, SupervisorClient
 
 __all__ = [
     "AsyncSandbox",
@@ -126,10 +125,8 @@ class SandboxLimits:
             ("memory_mib", 1 << 24),
             ("wall_s", 86_400),
         ):
-            if getattr(self, name) > most:
-                raise ValueError(
-                    f"SandboxLimits.{name} must be at most {most}, got {getattr(self, name)}"
-                )
+            if (value := getattr(self, name)) > most:
+                raise ValueError(f"SandboxLimits.{name} must be at most {most}, got {value}")
 
     @property
     def cpu_limit_s(self) -> float:
@@ -199,12 +196,12 @@ class _Base:
         if not isinstance(self.limits, SandboxLimits):
             raise TypeError(f"limits must be SandboxLimits, got {type(limits).__name__}")
         self._client = SupervisorClient(
-            SupervisorSettings(
-                limits=_limits_to_wire(self.limits),
-                isolation=isolation,
-                cores=cores,
-                withheld=tuple(withheld_layers),
-            )
+            {
+                "limits": _limits_to_wire(self.limits),
+                "isolation": isolation,
+                "cores": cores,
+                "withheld": tuple(withheld_layers),
+            }
         )
 
     def capabilities(self) -> Mapping[str, Any]:
@@ -294,12 +291,7 @@ class Sandbox(_Base):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.shutdown()
 
 
@@ -335,12 +327,7 @@ class AsyncSandbox(_Base):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.shutdown)
 
 

@@ -12,7 +12,6 @@ request is answered exactly once, whatever happens to the supervisor in between.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import selectors
@@ -22,7 +21,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from verifier.sandbox_interpreter import SUPERVISOR, start_interpreter
@@ -40,16 +39,6 @@ class SandboxError(RuntimeError):
     """The sandbox itself failed: it could not start, was shut down, or kept breaking."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisorSettings:
-    """What a supervisor is started with; `limits` in wire form."""
-
-    limits: Mapping[str, Any]
-    isolation: str
-    cores: int | None
-    withheld: tuple[str, ...]
-
-
 @dataclass(slots=True)
 class _Pending:
     frame: bytes
@@ -63,8 +52,12 @@ class SupervisorClient:
 
     capabilities: Mapping[str, Any]
 
-    def __init__(self, settings: SupervisorSettings) -> None:
-        """Raises SandboxError if the supervisor reports that it cannot run here."""
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Start a supervisor; SandboxError if it reports that it cannot run here.
+
+        Args:
+            settings: `limits` in wire form, `isolation`, `cores` (None: all), `withheld` layers.
+        """
         self._settings = settings
         self._lock = threading.Lock()
         self._pending: dict[int, _Pending] = {}
@@ -94,9 +87,12 @@ class SupervisorClient:
             process = start_interpreter(SUPERVISOR, theirs)
         try:
             ours.settimeout(_START_TIMEOUT_S)
-            ours.sendall(frame(asdict(self._settings)))
-            size = int.from_bytes(_receive_exactly(ours, 4), "little")
-            answer = json.loads(_receive_exactly(ours, size))
+            ours.sendall(frame(self._settings))
+            received = bytearray()
+            while (answer := next(take_frames(received), None)) is None:
+                if not (part := ours.recv(1 << 16)):
+                    raise EOFError("the supervisor ended while starting")
+                received += part
             if "failed" in answer:
                 raise SandboxError(answer["failed"])
         except (OSError, EOFError) as error:
@@ -212,19 +208,17 @@ class SupervisorClient:
             return True
         except OSError:
             return False
-        if not data:
-            return False
         self._incoming += data
         for answer in take_frames(self._incoming):
             self._answer(answer)
-        return True
+        return bool(data)
 
     def _answer(self, answer: dict[str, Any]) -> None:
         with self._lock:
             pending = self._pending.pop(answer.pop("id"), None)
             if pending is None:
                 return
-            if "value_error" not in answer and "failed" not in answer:
+            if not answer.keys() & {"value_error", "failed"}:
                 self._record(pending, answer)
         with contextlib.suppress(InvalidStateError):
             if "value_error" in answer:
@@ -291,13 +285,3 @@ class SupervisorClient:
         for pending in waiting.values():
             with contextlib.suppress(InvalidStateError):
                 pending.future.set_exception(SandboxError(message))
-
-
-def _receive_exactly(connection: socket.socket, size: int) -> bytes:
-    received = b""
-    while len(received) < size:
-        part = connection.recv(size - len(received))
-        if not part:
-            raise EOFError("the supervisor ended while starting")
-        received += part
-    return received

@@ -187,16 +187,11 @@ class _Runner:
         self.channel.send(HELLO)
 
     def _read_request(self) -> tuple[tuple, str]:
-        first = self.channel.recv(FRAME_BYTES + 4096)
-        header = REQUEST.unpack_from(first)
-        size = header[8]
-        body = [first[REQUEST.size :]]
-        received = len(body[0])
-        while received < size:
-            part = self.channel.recv(FRAME_BYTES + 4096)
-            body.append(part)
-            received += len(part)
-        return header, b"".join(body).decode("utf-8", "surrogatepass")
+        request = self.channel.recv(FRAME_BYTES + 4096)
+        header = REQUEST.unpack_from(request)
+        while len(request) < REQUEST.size + header[8]:
+            request += self.channel.recv(FRAME_BYTES + 4096)
+        return header, request[REQUEST.size :].decode("utf-8", "surrogatepass")
 
     def _run_step(self) -> None:
         header, text = self._read_request()

@@ -155,14 +155,8 @@ class Processes:
             return
         number, pid, _, call, _, _, flags, *_ = isolation.NOTIFICATION.unpack(buffer)
         process = self.by_pid.get(pid)
-        allowed = (
-            process is not None
-            and process.permits > 0
-            and call == 56
-            and flags == isolation.FORK_FLAGS
-        )
-        if allowed:
-            assert process is not None
+        right_call = (call, flags) == (56, isolation.FORK_FLAGS)
+        if process is not None and process.permits > 0 and right_call:
             process.permits -= 1
             process.granted.append(time.monotonic())
             reply = isolation.NOTIFICATION_REPLY.pack(number, 0, 0, isolation.NOTIFICATION_CONTINUE)
@@ -229,21 +223,16 @@ class Processes:
         process.pid = pid
         self.by_pid[pid] = process
         parent, process.parent = process.parent, None
-        if parent is not None and parent.granted:
-            process.started = parent.granted.popleft()
-        else:
-            process.started = time.monotonic()
+        granted = parent is not None and parent.granted
+        process.started = granted.popleft() if granted else time.monotonic()
         if parent is not None and parent.node is not None:
             self.release(parent.node)
-        if is_root:
-            process.phase = RUNNING
-            if process.listener is not None:
-                listener = process.listener
+        process.phase = RUNNING
+        if process.job is None:
+            if (listener := process.listener) is not None:
                 self.loop.register(listener, lambda mask: self._on_listener(listener, mask))
             self.outcomes.root_ready(process, json.loads(data[1:]))
         else:
-            assert process.job is not None
-            process.phase = RUNNING
             # from its first word on: before that it was its parent that waited for a core
             process.running_since = time.monotonic()
             process.deadline = process.running_since + process.job.limits["wall_s"]

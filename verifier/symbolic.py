@@ -14,6 +14,7 @@ Not covered: the worker is limited, not isolated. It receives numbers, operators
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -60,7 +61,7 @@ class SymbolicWorker:
             Timeout: no answer in time. The worker has been killed.
         """
         try:
-            request = json.dumps([to_json(left), to_json(right), timeout_s]).encode() + b"\n"
+            request = json.dumps([to_json(left), to_json(right)]).encode() + b"\n"
         except TypeError:
             return None
         wait_s = max(WAIT_S, timeout_s)
@@ -114,7 +115,6 @@ class SymbolicWorker:
             stderr=subprocess.DEVNULL,
             cwd=Path(__file__).resolve().parents[1],
             env={"PATH": os.environ.get("PATH", ""), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
-            close_fds=True,
         )
         self._owner = os.getpid()
         self._spawned_s = time.monotonic()
@@ -146,8 +146,7 @@ class SymbolicWorker:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or not select.select([descriptor], [], [], left_s)[0]:
                 return None
-            chunk = os.read(descriptor, 4096)
-            if not chunk:
+            if not (chunk := os.read(descriptor, 4096)):
                 return None
             received += chunk
         return received
@@ -160,7 +159,5 @@ class SymbolicWorker:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):
                     pipe.close()
-                except OSError:
-                    logger.debug("The symbolic worker's pipe was already closed")

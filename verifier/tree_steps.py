@@ -162,18 +162,16 @@ class Steps:
         node.busy += 1
         self.counts["forks"] += 1
         self.processes.touch(node)
-        try:
-            process.channel.send(header + text[: FRAME_BYTES - REQUEST.size])
-            for start in range(FRAME_BYTES - REQUEST.size, len(text), FRAME_BYTES):
-                process.channel.send(text[start : start + FRAME_BYTES])
-            parent.permits += 1
-            socket.send_fds(parent.channel, [SPAWN], [theirs.fileno()])
-        except OSError:
-            self.processes.kill(parent)
-            theirs.close()
-            self.processes.spawn_failed(process)
-            return True
-        theirs.close()
+        request = header + text
+        with theirs:
+            try:
+                for start in range(0, len(request), FRAME_BYTES):
+                    process.channel.send(request[start : start + FRAME_BYTES])
+                parent.permits += 1
+                socket.send_fds(parent.channel, [SPAWN], [theirs.fileno()])
+            except OSError:
+                self.processes.kill(parent)
+                self.processes.spawn_failed(process)
         return True
 
     def _restore(self, job: Job) -> None:
@@ -224,15 +222,15 @@ class Steps:
     def finish(
         self, job: Job, result: dict[str, Any], process: Process | None, digest: str = ""
     ) -> None:
-        if job.replay_of is not None:
-            self._finish_replay(job, job.replay_of, result, process, digest)
-            return
         parent = job.parent
-        result["replayed"], result["attempts"] = job.replayed, max(job.attempts, 1)
-        if parent.id not in self.forest.nodes:
+        if (job.replay_of or parent).id not in self.forest.nodes:
             if process is not None:
                 self.processes.kill(process)
             return
+        if job.replay_of is not None:
+            self._finish_replay(job, job.replay_of, result, process, digest)
+            return
+        result["replayed"], result["attempts"] = job.replayed, max(job.attempts, 1)
         if process is not None:
             node = self.forest.add_new(parent.tree, parent, job.code)
             node.digest, node.limits = digest, job.limits
@@ -254,17 +252,8 @@ class Steps:
             self._put(request, index, dict(result))
 
     def _finish_replay(
-        self,
-        job: Job,
-        node: Node,
-        result: dict[str, Any],
-        process: Process | None,
-        digest: str,
+        self, job: Job, node: Node, result: dict[str, Any], process: Process | None, digest: str
     ) -> None:
-        if node.id not in self.forest.nodes:
-            if process is not None:
-                self.processes.kill(process)
-            return
         if process is not None and digest == node.digest:
             self.processes.keep(process, node)
             self.wake_waiting(node, 1 + job.replayed)

@@ -26,7 +26,7 @@ from verifier.answer_parser import parse_answer
 from verifier.answer_tokens import AnswerTooLarge
 from verifier.answer_tree import Node
 from verifier.equivalence import compare_readings
-from verifier.finding import Finding, Reason
+from verifier.finding import Finding, Reason, different, equal
 from verifier.symbolic import SymbolicWorker, Timeout
 
 GRADER_VERSION = "answers-1"
@@ -40,6 +40,7 @@ _WRAPPERS = re.compile(
     r"\\(?:text|textbf|mathrm|mathbf|textrm|textit|operatorname|mathsf|mbox|bf|rm)(?![A-Za-z])"
     r"|[{}$\s~*]|\\[,;:! ]"
 )
+_SAME_TEXT = equal(Reason.EXACT, "text")
 _worker = SymbolicWorker()
 
 
@@ -55,11 +56,7 @@ class Verdict:
 
 
 class _NotCached(Exception):
-    """Carries a verdict past the cache: exceptions are not kept by lru_cache."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding)
-        self.finding = finding
+    """Carries a finding past the cache: exceptions are not kept by lru_cache."""
 
 
 def verify_answer(gold: str | None, candidate: str | None) -> Verdict:
@@ -72,7 +69,7 @@ def verify_answer(gold: str | None, candidate: str | None) -> Verdict:
     """
     if type(gold) is not str or type(candidate) is not str:
         if not isinstance(gold, str) or not isinstance(candidate, str):
-            return Verdict(equal=False, reason=Reason.DIFFERENT, path="gate")
+            return _verdict(different("gate"))
         gold, candidate = str(gold), str(candidate)
     return _verify_pair(gold, candidate) if gold <= candidate else _verify_pair(candidate, gold)
 
@@ -101,13 +98,12 @@ def stop_symbolic_worker() -> None:
 
 def _verify_pair(first: str, second: str) -> Verdict:
     if max(len(first), len(second)) > MAX_CHARACTERS:
-        if first.strip() == second.strip():
-            return Verdict(equal=True, reason=Reason.EXACT, path="text")
-        return Verdict(equal=False, reason=Reason.LIMIT, path="gate")
+        same = first.strip() == second.strip()
+        return _verdict(_SAME_TEXT if same else Finding(False, Reason.LIMIT, "gate"))
     try:
         return _cached_verdict(first, second)
     except _NotCached as carried:
-        return _verdict(carried.finding)
+        return _verdict(*carried.args)
 
 
 @lru_cache(maxsize=CACHED_PAIRS)
@@ -122,18 +118,18 @@ def _verdict(finding: Finding) -> Verdict:
 def _decide(first: str, second: str) -> Finding:
     first, second = first.strip(), second.strip()
     if not first or not second:
-        return Finding(False, Reason.DIFFERENT, "gate")
+        return different("gate")
     if first == second:
-        return Finding(True, Reason.EXACT, "text")
+        return _SAME_TEXT
     if _nesting(first) > MAX_NESTING or _nesting(second) > MAX_NESTING:
         return Finding(False, Reason.LIMIT, "gate")
     first, second = normalise(first), normalise(second)
     if not first or not second:
-        return Finding(False, Reason.DIFFERENT, "gate")
+        return different("gate")
     if first == second:
-        return Finding(True, Reason.EXACT, "text")
+        return _SAME_TEXT
     if (same_choice := _compare_choices(first, second)) is not None:
-        return Finding(same_choice, Reason.EXACT if same_choice else Reason.DIFFERENT, "choice")
+        return equal(Reason.EXACT, "choice") if same_choice else different("choice")
     late = False
 
     def judge(left: Node, right: Node) -> bool | None:
@@ -179,11 +175,9 @@ def _compare_choices(first: str, second: str) -> bool | None:
     if len(first) > 200 or len(second) > 200:
         return None
     one, two = _choice_letters(first), _choice_letters(second)
-    if one is None or two is None:
+    if one is None or two is None or not (one.isupper() or two.isupper()):
         return None
-    if one.isupper() or two.isupper():
-        return one.upper() == two.upper()
-    return None
+    return one.upper() == two.upper()
 
 
 def _choice_letters(text: str) -> str | None:

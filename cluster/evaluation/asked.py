@@ -26,7 +26,8 @@ from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from learner.checkpoint import CheckpointStore
 from rollout.problem import Problem
-from rollout.problems.reader import SUFFIXES, read_problems
+from rollout.problems.reader import read_problems
+from rollout.problems.rows import SUFFIXES
 from rollout.prompt import MARKERS
 from verifier.comparable import is_comparable
 

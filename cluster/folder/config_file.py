@@ -140,24 +140,20 @@ def _apply(data: dict[str, Any], override: str) -> None:
     names = key.strip().split(".")
     place: Any = data
     for depth, name in enumerate(names):
-        last = depth == len(names) - 1
+        at: Any = name
         if isinstance(place, list):
             if not name.isdigit() or int(name) >= len(place):
                 where = ".".join(names[:depth])
                 raise ConfigError(
                     f"--set {override}: {where} is a list of {len(place)}, {name!r} is no index"
                 )
-            index = int(name)
-            if last:
-                place[index] = value
-            else:
-                place = place[index]
-        elif last:
-            place[name] = value
-        else:
-            if not isinstance(place.get(name), (dict, list)):
-                place[name] = {}
-            place = place[name]
+            at = int(name)
+        if depth == len(names) - 1:
+            place[at] = value
+            return
+        if isinstance(place, dict) and not isinstance(place.get(at), (dict, list)):
+            place[at] = {}
+        place = place[at]
 
 
 def _explain(kind: type[BaseModel], item: Any) -> str:

@@ -31,7 +31,6 @@ from rollout.store import RunStore, TrajectoryStore
 from verifier import GRADER_VERSION
 
 VERSIONS = "versions.json"
-_CHUNK_BYTES = 1 << 22
 
 
 def record_start(folder: RunFolder, inputs: Iterable[Path]) -> None:
@@ -107,15 +106,10 @@ def _input(path: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _digest(path: Path) -> str:
-    return directory_digest(path) if path.is_dir() else _file_digest(path)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
+    if path.is_dir():
+        return directory_digest(path)
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_search(folder: RunFolder, trees: TrajectoryStore) -> dict[str, Any]:

@@ -57,22 +57,17 @@ RESUMABLE = (
     "run_dir",
     "sandbox",
     "tracing",
-    *(
-        f"endpoint.{name}"
-        for name in (
-            "api_key_env",
-            "base_url",
-            "deadline_s",
-            "first_pause_s",
-            "max_in_flight",
-            "max_n",
-            "max_pause_s",
-            "max_total_tokens",
-            "request_timeout_s",
-            "requests_per_minute",
-            "tokens_per_minute",
-        )
-    ),
+    "endpoint.api_key_env",
+    "endpoint.base_url",
+    "endpoint.deadline_s",
+    "endpoint.first_pause_s",
+    "endpoint.max_in_flight",
+    "endpoint.max_n",
+    "endpoint.max_pause_s",
+    "endpoint.max_total_tokens",
+    "endpoint.request_timeout_s",
+    "endpoint.requests_per_minute",
+    "endpoint.tokens_per_minute",
 )
 """What may differ when a run is continued: it says where it runs, not what it makes."""
 

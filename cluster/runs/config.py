@@ -7,7 +7,7 @@ docs/configuration.md, made by `tools.config_reference`, lists every key;
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -61,9 +61,7 @@ class EscalationConfig(Config):
 
     def search(self, base: SearchConfig) -> SearchConfig:
         """The search of this stage, given the one of the stages before."""
-        own: dict[str, Any] = {"num_rollouts": self.num_rollouts}
-        if self.num_candidates is not None:
-            own["num_candidates"] = self.num_candidates
+        own = self.model_dump(include={"num_rollouts", "num_candidates"}, exclude_none=True)
         return base.model_copy(update=own)
 
 
@@ -86,9 +84,8 @@ class RoundConfig(Config):
 
     def search(self, base: SearchConfig) -> SearchConfig:
         """The search of this round."""
-        names = ("num_candidates", "num_rollouts", "temperature", "template")
-        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return base.model_copy(update=own)
+        names = {"num_candidates", "num_rollouts", "temperature", "template"}
+        return base.model_copy(update=self.model_dump(include=names, exclude_none=True))
 
 
 class LineageConfig(Config):

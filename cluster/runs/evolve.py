@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,17 @@ from cluster.runs.config import RunConfig
 from cluster.runs.evolve_report import evolution_report
 from cluster.runs.rollout import search_stages
 from cluster.runs.select import RoundSelection
-from cluster.telemetry.progress import ProgressView
-from learner.checkpoint import Checkpoint, CheckpointStore
+from cluster.telemetry.progress import ROUND_STAGES, ProgressView
+from learner.checkpoint import Checkpoint, CheckpointStore, Kind
 from learner.dataset import read_demonstrations, read_manifest
-from learner.fit import FitProgress, FitRequest, FitResult, PolicyTrainConfig
+from learner.fit import FitProgress, FitRequest, PolicyTrainConfig, PreferenceTrainConfig
 from learner.markers import with_markers
 from learner.select import select_dataset
 from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
-from rollout.store import Manifest, TrajectoryStore
+from rollout.store import TrajectoryStore
 
 logger = logging.getLogger(__name__)
 
@@ -151,19 +151,19 @@ class Evolution:
 
     def _make_miniature(self) -> tuple[list[Path], Path | None]:
         from learner.miniature import write_base_model
-        from rollout.problems.miniature import write_miniature
+        from rollout.problems.miniature import generate, write_miniature
 
         world = self.config.problems.miniature
         assert world is not None
         seed = self.config.seed if world.seed is None else world.seed
-        files = write_miniature(
-            self.folder.problems,
+        miniature = generate(
             seed=seed,
             num_demonstrations=world.num_demonstrations,
             num_train=world.num_train,
             num_test=world.num_test,
             families=world.families,
         )
+        files = write_miniature(self.folder.problems, miniature)
         self.demonstrations = files.demonstrations
         self.base_model = self.config.models.base_model or self.folder.base_model
         if self.config.models.base_model is None and not self.base_model.exists():
@@ -183,9 +183,7 @@ class Evolution:
         plan = ["start"]
         if self.config.cold_start is not None:
             plan += ["cold start", "evaluate"]
-        for _ in self.config.rounds:
-            plan += ["rollout", "select", "train policy", "train ppm", "evaluate"]
-        self.view.plan = plan
+        self.view.plan = plan + [*ROUND_STAGES] * len(self.config.rounds)
 
     # ---------------------------------------------------------------- the rounds
 
@@ -214,9 +212,13 @@ class Evolution:
             await self._rollout(number, policy, ppm)
             await self._record_lineage(number)
             await self._select(number)
-            policy = await self._train_policy(number, policy)
+            start = self.base_model
+            if self.config.models.policy_init == "previous" and policy is not None:
+                start = Path(policy.path)
+            policy = await self._train(number, "policy", start, self.config.train_policy, policy)
             await self._record_lineage(number)
-            ppm = await self._train_ppm(number, policy, ppm)
+            trunk = Path(policy.path)
+            ppm = await self._train(number, "ppm", trunk, self.config.train_ppm, ppm)
             await self._record_lineage(number)
             await self._evaluate(number, policy, ppm)
 
@@ -250,20 +252,16 @@ class Evolution:
                 config=self.config.dataset,
                 demonstrations=read_demonstrations(self.demonstrations),
             )
-        result = await self._fit(0, "policy", self.base_model, config)
-        seconds = self.view.end(_fit_summary(result))
-        self.folder.record_stage(0, "train_policy", seconds, **_fit_facts(result))
-        return result.checkpoint
+        return await self._fit(0, "policy", self.base_model, config)
 
     async def _rollout(
         self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
-    ) -> Manifest:
+    ) -> None:
         """Search every problem with the models of the round before, escalate, seal."""
         trees = TrajectoryStore(self.store, number)
-        manifest = trees.manifest()
-        if manifest is not None:
+        if trees.manifest() is not None:
             self._skip(number, "rollout", "rollout")
-            return manifest
+            return
         settings = self.config.rounds[number - 1]
         self.view.begin("rollout", f"round {number}: rollout", len(self.train), round=number)
         if number == 1 and self.config.endpoint is not None:
@@ -295,11 +293,6 @@ class Evolution:
             lambda: problems_by_level(trees.commits(), self.folder.problem_levels())
         )
         self.folder.record_stage(number, "rollout", seconds, **outcome.facts(), **levels)
-        await self._remove_orphans(trees)
-        return outcome.manifest
-
-    async def _remove_orphans(self, trees: TrajectoryStore) -> None:
-        """Delete what killed workers left of a sealed round."""
         removed = await asyncio.to_thread(
             trees.remove_orphans,
             older_than_s=self.config.cluster.lease_s,
@@ -307,7 +300,7 @@ class Evolution:
         )
         if removed:
             self.view.note(
-                f"round {trees.round}: {len(removed)} files removed that workers left unfinished"
+                f"round {number}: {len(removed)} files removed that workers left unfinished"
             )
 
     async def _select(self, number: int) -> None:
@@ -343,36 +336,24 @@ class Evolution:
             correct_trajectories=selection.correct,
         )
 
-    async def _train_policy(self, number: int, previous: Checkpoint | None) -> Checkpoint:
-        existing = self._existing("policy", number)
-        if existing is not None:
-            self._skip(number, "train policy", "train_policy")
-            return existing
-        start = self.base_model
-        if self.config.models.policy_init == "previous" and previous is not None:
-            start = Path(previous.path)
-        self.view.begin("train policy", f"round {number}: train policy", round=number)
-        result = await self._fit(number, "policy", start, self.config.train_policy, previous)
-        seconds = self.view.end(_fit_summary(result))
-        self.folder.record_stage(number, "train_policy", seconds, **_fit_facts(result))
-        return result.checkpoint
-
-    async def _train_ppm(
-        self, number: int, policy: Checkpoint, previous: Checkpoint | None
+    async def _train(
+        self,
+        number: int,
+        kind: Kind,
+        base: Path,
+        config: PolicyTrainConfig | PreferenceTrainConfig,
+        previous: Checkpoint | None,
     ) -> Checkpoint:
-        existing = self._existing("ppm", number)
+        """The checkpoint of a round, trained if it is not there."""
+        existing = self._existing(kind, number)
         if existing is not None:
-            self._skip(number, "train ppm", "train_ppm")
+            self._skip(number, f"train {kind}", f"train_{kind}")
             return existing
-        self.view.begin("train ppm", f"round {number}: train PPM", round=number)
-        result = await self._fit(number, "ppm", Path(policy.path), self.config.train_ppm, previous)
-        accuracy = result.metrics.get("pair_accuracy")
-        shown = "" if accuracy is None else f", pair accuracy {100 * accuracy:.1f} %"
-        seconds = self.view.end(_fit_summary(result) + shown)
-        self.folder.record_stage(number, "train_ppm", seconds, **_fit_facts(result))
-        return result.checkpoint
+        what = "PPM" if kind == "ppm" else kind
+        self.view.begin(f"train {kind}", f"round {number}: train {what}", round=number)
+        return await self._fit(number, kind, base, config, previous)
 
-    def _existing(self, kind: Any, number: int) -> Checkpoint | None:
+    def _existing(self, kind: Kind, number: int) -> Checkpoint | None:
         """What serves a round already; with `force` a checkpoint held back is promoted first."""
         if self.force and self.checkpoints.held(kind, number):
             return self.checkpoints.release(kind, number)
@@ -381,11 +362,12 @@ class Evolution:
     async def _fit(
         self,
         number: int,
-        kind: Any,
+        kind: Kind,
         base: Path,
-        config: Any,
+        config: PolicyTrainConfig | PreferenceTrainConfig,
         previous: Checkpoint | None = None,
-    ) -> FitResult:
+    ) -> Checkpoint:
+        """Train, and end and record the stage that was begun for it."""
         request = FitRequest(
             fit_id=f"round={number}/{kind}",
             kind=kind,
@@ -412,7 +394,21 @@ class Evolution:
                 f"round {number}, {kind}: held back, the checkpoint before stays in service: "
                 f"{result.held}; --force promotes it"
             )
-        return result
+        accuracy = result.metrics.get("pair_accuracy")
+        shown = "" if accuracy is None else f", pair accuracy {100 * accuracy:.1f} %"
+        seconds = self.view.end(
+            f"{result.examples} examples, {result.steps} steps, loss {result.final_loss:.3f}, "
+            f"{result.tokens_per_s:,.0f} tokens/s{shown}"
+        )
+        self.folder.record_stage(
+            number,
+            f"train_{kind}",
+            seconds,
+            **result.as_record(),
+            padded_tokens=result.computed_tokens,
+            tokens_per_s=result.tokens_per_s,
+        )
+        return result.checkpoint
 
     async def _evaluate(
         self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
@@ -460,32 +456,3 @@ def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> li
             )
         seen[problem.id] = path
     return found
-
-
-def _fit_summary(result: FitResult) -> str:
-    return (
-        f"{result.examples} examples, {result.steps} steps, loss {result.final_loss:.3f}, "
-        f"{result.tokens_per_s:,.0f} tokens/s"
-    )
-
-
-def _fit_facts(result: FitResult) -> Mapping[str, Any]:
-    return {
-        "examples": result.examples,
-        "steps": result.steps,
-        "useful_tokens": result.useful_tokens,
-        "padded_tokens": result.computed_tokens,
-        "loss_tokens": result.loss_tokens,
-        "final_loss": result.final_loss,
-        "tokens_per_s": result.tokens_per_s,
-        "setup_s": result.seconds_setup,
-        "train_s": result.seconds_train,
-        "save_s": result.seconds_save,
-        "metrics": result.metrics,
-        "calibration": result.calibration,
-        "mean_grad_norm": result.mean_grad_norm,
-        "mfu": result.mfu,
-        "computed_tokens": result.computed_tokens,
-        "warnings": list(result.warnings),
-        "held": result.held,
-    }

@@ -6,7 +6,7 @@ The work is in `rollout.problems`; here is only the terminal.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cluster.telemetry.progress import say
 from rollout.problems.decontamination import HitKind
 from rollout.problems.import_report import ImportReport, ImportSettings, report_folder
 from rollout.problems.importer import Progress as Report
 from rollout.problems.importer import import_problems
-from rollout.problems.reader import ProblemFileError
-from rollout.problems.rows import stem_of
+from rollout.problems.rows import ProblemFileError, stem_of
 from rollout.problems.summary import Stats, check_problems, problem_stats
 
 
@@ -51,12 +51,12 @@ def run_check(name: str, against: tuple[str, ...], console: Console) -> bool:
     with _bar(console) as progress:
         wrong, report = check_problems(name, against, progress=progress)
     for example in report.bad_examples:
-        _line(console, f"  {example}")
+        say(console, f"  {example}")
     for sentence in wrong:
-        _line(console, f"wrong: {sentence}")
+        say(console, f"wrong: {sentence}")
     rows = f"{name}: {report.total('rows'):,} rows"
     compared = f", compared with {len(against)} benchmark files" if against else ""
-    _line(console, f"{rows}{compared}: {'not in order' if wrong else 'in order'}")
+    say(console, f"{rows}{compared}: {'not in order' if wrong else 'in order'}")
     return not wrong
 
 
@@ -64,22 +64,20 @@ def run_stats(name: str, console: Console) -> Stats:
     """Print what a file holds."""
     with _bar(console) as progress:
         stats = problem_stats(name, progress)
-    _line(console, f"{name}: {stats.rows:,} rows, format {stats.format}")
+    say(console, f"{name}: {stats.rows:,} rows, format {stats.format}")
     if stats.unreadable:
-        _line(console, f"{stats.unreadable:,} rows cannot be used")
-    table = _table("source", "level")
-    table.add_column("problems", justify="right")
+        say(console, f"{stats.unreadable:,} rows cannot be used")
+    table = _table("source", "level", counts=["problems"])
     for (source, level), count in sorted(stats.by_source.items()):
         table.add_row(source, level, f"{count:,}")
     console.print(table)
-    kinds = _table("answer")
-    kinds.add_column("problems", justify="right")
+    kinds = _table("answer", counts=["problems"])
     for kind, count in stats.answers.most_common():
         kinds.add_row(kind, f"{count:,}")
     console.print(kinds)
     if stats.characters:
         least, median, most_of, most = stats.characters
-        _line(
+        say(
             console,
             f"characters of a problem: {least} to {most}, median {median}, 95 % up to {most_of}",
         )
@@ -92,48 +90,41 @@ def print_import(report: ImportReport, console: Console) -> None:
     Columns of files: `same` and `near` are duplicates, `bench` met a benchmark, `aside` was set
     aside. Of benchmarks: `met` counts its problems, the others rows of the files.
     """
-    table = _table("file", "format")
-    for name in ("rows", "kept", "same", "near", "bench", "aside", "bad"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("rows", "kept", "same", "near", "bench", "aside", "bad")
+    table = _table("file", "format", counts=names)
     for file in report.files:
-        table.add_row(
-            stem_of(file.file),
-            file.format or "unreadable",
-            *(
-                f"{count:,}"
-                for count in (
-                    file.rows,
-                    file.kept,
-                    file.exact_duplicates,
-                    file.near_duplicates,
-                    file.contaminated,
-                    file.set_aside.total(),
-                    file.bad,
-                )
-            ),
+        counts = (
+            file.rows,
+            file.kept,
+            file.exact_duplicates,
+            file.near_duplicates,
+            file.contaminated,
+            file.set_aside.total(),
+            file.bad,
         )
+        row = (f"{count:,}" for count in counts)
+        table.add_row(stem_of(file.file), file.format or "unreadable", *row)
     console.print(table)
     for reason, count in report.set_aside().most_common():
-        _line(console, f"set aside: {count:,} {reason}")
+        say(console, f"set aside: {count:,} {reason}")
     if report.benchmarks:
         console.print(_benchmark_table(report))
     for example in report.bad_examples:
-        _line(console, f"bad row: {example}")
+        say(console, f"bad row: {example}")
     if len(report.bad_examples) < report.total("bad"):
-        _line(console, "more bad rows: bad_rows.parquet of the report")
+        say(console, "more bad rows: bad_rows.parquet of the report")
     if report.other_answers:
-        _line(
+        say(
             console,
             f"{report.other_answers:,} duplicates have another answer than the problem kept",
         )
     if assumed := report.total("assumed_levels"):
-        _line(console, f"{assumed:,} rows say no level, taken as math; --level says another")
+        say(console, f"{assumed:,} rows say no level, taken as math; --level says another")
 
 
 def _benchmark_table(report: ImportReport) -> Table:
-    table = _table("benchmark")
-    for name in ("problems", "met", "text", "13-gram", "near", "=answer", "removed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("problems", "met", "text", "13-gram", "near", "=answer", "removed")
+    table = _table("benchmark", counts=names)
     for item in report.benchmarks:
         counts = (
             item.problems,
@@ -174,12 +165,10 @@ def _bar(console: Console) -> Iterator[Report]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _table(*names: str) -> Table:
+def _table(*names: str, counts: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in names:
         table.add_column(name, overflow="fold")
+    for name in counts:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

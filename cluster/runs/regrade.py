@@ -22,7 +22,6 @@ that are not finished; several machines at a time.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from rich.table import Table
 from cluster.evaluation.shares import COLUMNS, problems_by_level, shares_by_level
 from cluster.folder.lineage import lineage_name
 from cluster.folder.run_folder import REPORT, RunFolder, RunFolderError
+from cluster.telemetry.progress import say
 from learner.dataset import read_manifest
 from rollout.regrade import VerdictChange, compare_verdicts, regrade_table, regraded_commit
 from rollout.store import RunStore, TrajectoryStore, stored_rounds
@@ -72,17 +72,15 @@ class RoundRegrade:
 
     def by_level(self) -> dict[str, dict[str, int]]:
         """Level (and "all") -> counts of changes."""
-        counts: dict[str, Counter[str]] = {column: Counter() for column in COLUMNS}
+        names = ("to_right", "to_wrong", "reason_only")
+        counts = {column: dict.fromkeys(names, 0) for column in COLUMNS}
         for change in self.changes:
             name = "reason_only"
             if change.turned:
                 name = "to_right" if change.to_correct else "to_wrong"
             for column in (change.level, "all"):
                 counts[column][name] += 1
-        return {
-            column: {name: found[name] for name in ("to_right", "to_wrong", "reason_only")}
-            for column, found in counts.items()
-        }
+        return counts
 
 
 def regrade_run(
@@ -338,9 +336,9 @@ def print_regrade(run: str | Path, found: Sequence[RoundRegrade], console: Conso
     root = RunFolder(run).root
     for result in found:
         if not result.generation:
-            _say(console, f"round {result.round}: graded by {result.grader} already")
+            say(console, f"round {result.round}: graded by {result.grader} already")
         elif not result.written:
-            _say(
+            say(
                 console,
                 f"round {result.round}: regraded by {result.grader} already, nothing to do",
             )
@@ -363,7 +361,7 @@ def print_regrade(run: str | Path, found: Sequence[RoundRegrade], console: Conso
     console.print(table)
     graders = sorted({grader for result in graded for grader in result.from_graders})
     same = sum(result.by_level()["all"]["reason_only"] for result in graded)
-    _say(
+    say(
         console,
         f"graded by {', '.join(graders)}, now by {graded[0].grader}; {same} more answers are "
         "judged alike for another reason",
@@ -377,22 +375,18 @@ def print_regrade(run: str | Path, found: Sequence[RoundRegrade], console: Conso
                 (change.to_correct, change.to_verdict),
             )
         )
-        _say(
+        say(
             console,
             f"  round {number} {change.problem_id} tree {change.tree} node {change.node}: "
             f"{change.answer!r} for {change.gold!r}: {before} -> {after}",
         )
     if len(turned) > EXAMPLES:
-        _say(console, f"  and {len(turned) - EXAMPLES} more")
-    _say(console, f"every change: {root / 'regrades'}/round=*.jsonl")
+        say(console, f"  and {len(turned) - EXAMPLES} more")
+    say(console, f"every change: {root / 'regrades'}/round=*.jsonl")
     stale = [directory.name for directory in stale_datasets(run)]
     if stale:
-        _say(
+        say(
             console,
             f"selected by the earlier verdicts: datasets/{{{', '.join(stale)}}}; `rstar train` "
             "selects anew, `rstar evolve` keeps what it has trained on",
         )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

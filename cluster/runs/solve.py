@@ -30,7 +30,6 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.engines.model_check import check_preference_checkpoint
-from cluster.fleet.config import ActorConfig
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     form_note,
@@ -42,6 +41,7 @@ from cluster.fleet.given_models import (
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import SolveConfig
+from cluster.telemetry.progress import say
 from learner.checkpoint import CheckpointStore
 from rollout.methods import Event, EventKind, Method, MethodConfig, Solver, SolveResult
 from rollout.problem import Level, Problem
@@ -127,18 +127,11 @@ def solve_config(
         raise ConfigError(
             f"method {made.method.name} needs a PPM: give --ppm DIR, or choose another --method"
         )
-    one_each = {"replicas": 1}
-    cluster = made.cluster.model_copy(
-        update={
-            "dashboard_port": None,
-            **{
-                name: ActorConfig.model_validate(
-                    getattr(made.cluster, name).model_dump() | one_each
-                )
-                for name in ("policy", "ppm", "sandbox")
-            },
-        }
-    )
+    one_each = {
+        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
+        for name in ("policy", "ppm", "sandbox")
+    }
+    cluster = made.cluster.model_copy(update={"dashboard_port": None, **one_each})
     made = made.model_copy(update={"cluster": cluster})
     return with_prompt_template(with_checkpoint_directories(made))
 
@@ -371,11 +364,6 @@ class SolveView:
         return Group(Text("\n".join(lines[-room:])), Text(foot, style="cyan"))
 
 
-def say(console: Console, text: str) -> None:
-    """One line as it is: no markup, no wrapping."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 # -------------------------------------------------------------------------- the result
 
 
@@ -452,39 +440,20 @@ def as_record(solved: Solved) -> dict[str, Any]:
     }
 
 
-async def run_solve(
-    problem: str,
-    *,
-    policy: Path | None = None,
-    ppm: Path | None = None,
-    run: Path | None = None,
-    method: Method | None = None,
-    trajectories: int | None = None,
-    config: Path | None = None,
-    overrides: Sequence[str] = (),
-    as_json: bool = False,
-) -> None:
+async def run_solve(problem: str, *, as_json: bool = False, **given: Any) -> None:
     """`rstar solve`: print how the answer is found and the result, or one JSON object.
 
     Args:
         problem: as `read_problem` takes it.
         as_json: stdout gets the JSON object and nothing else; everything else goes to stderr.
+        given: what `solve_config` takes.
     Raises:
         As `read_problem`, `solve_config` and `solve`.
     """
     asked = read_problem(problem, sys.stdin)
     stdout = stdout_for_result() if as_json else contextlib.nullcontext(sys.stdout)
     with stdout as out, tempfile.TemporaryDirectory(prefix="rstar-solve-") as scratch:
-        settings = solve_config(
-            Path(scratch),
-            policy=policy,
-            ppm=ppm,
-            run=run,
-            method=method,
-            trajectories=trajectories,
-            config=config,
-            overrides=overrides,
-        )
+        settings = solve_config(Path(scratch), **given)
         console = Console(stderr=as_json)
         solved = await solve(settings, asked, SolveView(console))
         if as_json:

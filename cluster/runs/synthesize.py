@@ -37,7 +37,7 @@ from cluster.engines.completions_api import CompletionsReply, read_reply
 from cluster.engines.config import EndpointConfig
 from cluster.engines.endpoint import EndpointPolicy, EndpointStats, read_api_key
 from cluster.folder.config_file import make_config, read_yaml
-from cluster.telemetry.progress import ProgressView
+from cluster.telemetry.progress import ProgressView, say
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
 from rollout.files import replacing
 from rollout.problem import Level, Problem
@@ -261,7 +261,7 @@ async def run_synthesize(config: SynthesizeConfig, console: Console) -> Synthesi
         ConfigError, ProblemFileError, SynthesisError, EngineError: what stopped it, in one line.
     """
     seeds = _seeds(config)
-    settings = config.endpoint
+    settings, wanted = config.endpoint, config.synthesis.num_problems
     key = read_api_key(settings, os.environ)
     journal = JournalFile(config.journal)
     with journal.opened(fingerprint(config.synthesis, seeds, settings.model)) as records:
@@ -270,7 +270,7 @@ async def run_synthesize(config: SynthesizeConfig, console: Console) -> Synthesi
         try:
             with ProgressView(console) as view:
                 view.plan = ["synthesize"]
-                view.begin("synthesize", f"new problems by {settings.model}", _total(config))
+                view.begin("synthesize", f"new problems by {settings.model}", wanted)
                 _show(view, synthesis, config)
                 if synthesis.finished:
                     why = f"{len(synthesis.kept):,} problems are kept"
@@ -304,10 +304,6 @@ def _seeds(config: SynthesizeConfig) -> list[Problem]:
                 raise SynthesisError(f"{path}: id {problem.id!r} already stands in another file")
             found[problem.id] = problem
     return list(found.values())
-
-
-def _total(config: SynthesizeConfig) -> int:
-    return config.synthesis.num_problems
 
 
 async def _keep_showing(
@@ -370,9 +366,4 @@ def print_synthesis(synthesis: Synthesis, config: SynthesizeConfig, console: Con
     if usd := spent.usd(config.budget):
         table.add_row("cost", f"${usd:,.2f}")
     console.print(table, soft_wrap=True)
-    console.print(
-        f"problems in {config.out}, every answer in {config.journal}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, f"problems in {config.out}, every answer in {config.journal}")

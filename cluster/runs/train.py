@@ -26,7 +26,7 @@ from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.runs.select import RoundSelection
-from cluster.telemetry.progress import ProgressView
+from cluster.telemetry.progress import ProgressView, say
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
 from learner.dataset import read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError
@@ -90,17 +90,11 @@ def print_train_report(result: FitResult, console: Console) -> None:
     for name, value in facts.items():
         table.add_row(name, str(value))
     console.print(table, soft_wrap=True)
-    console.print(
-        f"checkpoint {result.checkpoint.path}", markup=False, highlight=False, soft_wrap=True
-    )
+    say(console, f"checkpoint {result.checkpoint.path}")
     for line in result.warnings:
-        console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"warning: {line}")
     if result.held is not None:
-        console.print(
-            "not promoted: the earlier checkpoint stays in service (--force promotes it)",
-            markup=False,
-            highlight=False,
-        )
+        say(console, "not promoted: the earlier checkpoint stays in service (--force promotes it)")
 
 
 # -------------------------------------------------------------------- data and base
@@ -215,9 +209,15 @@ async def _fit(
             raise _Interrupted
         loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
 
-    train = _train_alone if config.learner.replicas == 1 else _train_on_group
+    def train() -> FitResult:
+        if config.learner.replicas > 1:
+            return _train_on_group(request, config, folder.root / "ray_train", show)
+        from learner.trainer import run_fit
+
+        return run_fit(request, progress=show)
+
     try:
-        return await asyncio.to_thread(train, request, config, folder, show)
+        return await asyncio.to_thread(train)
     except asyncio.CancelledError:
         stop.set()
         raise
@@ -232,21 +232,10 @@ def _facts(progress: FitProgress) -> dict[str, str]:
     return facts
 
 
-def _train_alone(
-    request: FitRequest,
-    config: TrainRunConfig,
-    folder: RunFolder,
-    show: Callable[[FitProgress], None],
-) -> FitResult:
-    from learner.trainer import run_fit
-
-    return run_fit(request, progress=show)
-
-
 def _train_on_group(
     request: FitRequest,
     config: TrainRunConfig,
-    folder: RunFolder,
+    storage: Path,
     show: Callable[[FitProgress], None],
 ) -> FitResult:
     import ray
@@ -263,7 +252,7 @@ def _train_on_group(
         raise LearnerError(
             f"Ray could not be started at address={config.address!r}: {error}"
         ) from error
-    group = LearnerGroup(settings, folder.root / "ray_train")
+    group = LearnerGroup(settings, storage)
     try:
         return group.fit(request, show)
     finally:

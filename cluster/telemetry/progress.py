@@ -228,7 +228,7 @@ class ProgressView:
     def note(self, text: str) -> None:
         """A line that stays, here and in the run's logs."""
         logger.info("%s", text)
-        self.console.print(f"{self._stamp()} {text}", markup=False, highlight=False, soft_wrap=True)
+        say(self.console, f"{self._stamp()} {text}")
 
     def snapshot(self) -> Snapshot:
         """Where the run stands now."""
@@ -379,3 +379,8 @@ def solved_by_level(totals: Totals) -> str:
         f"{level} {totals.solved_by_level.get(level, 0):,}/{totals.trees_by_level[level]:,}"
         for level in levels
     )
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -132,41 +132,28 @@ class BenchmarkIndex:
         """
         best: dict[tuple[int, str], Hit] = {}
 
-        def offer(hit: Hit) -> None:
-            place = (hit.row, hit.benchmark.benchmark)
-            old = best.get(place)
+        def offer(row: int, number: int, kind: HitKind, matched: str, overlap: float) -> None:
+            problem = self.problems[number]
+            hit = Hit(
+                row=row,
+                benchmark=problem,
+                kind=kind,
+                matched=matched,
+                overlap=overlap,
+                same_answer=agree(problem, answers[row]),
+            )
+            old = best.get((row, problem.benchmark))
             if old is None or _rank(hit) > _rank(old):
-                best[place] = hit
+                best[row, problem.benchmark] = hit
 
         for row, key in enumerate(keys.tolist()):
             for number in self._by_key.get(key, ()):
-                problem = self.problems[number]
-                offer(
-                    Hit(
-                        row=row,
-                        benchmark=problem,
-                        kind=HitKind.TEXT,
-                        matched=" ".join(texts[row].split())[:200],
-                        overlap=1.0,
-                        same_answer=agree(problem, answers[row]),
-                    )
-                )
+                offer(row, number, HitKind.TEXT, beginning(texts[row]), 1.0)
         for row, number, count, place in self._shared(batch):
-            problem = self.problems[number]
-            old = best.get((row, problem.benchmark))
+            old = best.get((row, self.problems[number].benchmark))
             overlap = count / int(self._num_ngrams[number])
-            if old is not None and (old.kind is HitKind.TEXT or old.overlap > overlap):
-                continue
-            offer(
-                Hit(
-                    row=row,
-                    benchmark=problem,
-                    kind=HitKind.NGRAM,
-                    matched=_run(texts[row], place),
-                    overlap=overlap,
-                    same_answer=agree(problem, answers[row]),
-                )
-            )
+            if old is None or (old.kind is not HitKind.TEXT and old.overlap <= overlap):
+                offer(row, number, HitKind.NGRAM, _run(texts[row], place), overlap)
         return [best[place] for place in sorted(best)]
 
     def _shared(self, batch: TokenBatch) -> list[tuple[int, int, int, int]]:
@@ -177,21 +164,13 @@ class BenchmarkIndex:
         begins = np.searchsorted(self._hashes, hashes, "left")
         present = begins < len(self._hashes)
         present[present] = self._hashes[begins[present]] == hashes[present]
-        if not present.any():
-            return []
         hashes, rows = hashes[present], rows[present]
         places, begins = places[present], begins[present]
         ends = np.searchsorted(self._hashes, hashes, "right")
         first: dict[tuple[int, int], int] = {}
         shared: dict[tuple[int, int], set[int]] = {}
-        for value, row, place, begin, end in zip(
-            hashes.tolist(),
-            rows.tolist(),
-            places.tolist(),
-            begins.tolist(),
-            ends.tolist(),
-            strict=True,
-        ):
+        columns = [column.tolist() for column in (hashes, rows, places, begins, ends)]
+        for value, row, place, begin, end in zip(*columns, strict=True):
             for number in self._owners[begin:end].tolist():
                 first.setdefault((row, number), place)
                 shared.setdefault((row, number), set()).add(value)
@@ -208,6 +187,11 @@ def agree(problem: BenchmarkProblem, answer: str) -> bool:
     return any(answer_key(gold) == own for gold in golds) or any(
         answers_match(gold, answer) for gold in golds
     )
+
+
+def beginning(text: str) -> str:
+    """What is quoted of a text that is matched as a whole."""
+    return " ".join(text.split())[:200]
 
 
 def _rank(hit: Hit) -> tuple[bool, bool, float]:

@@ -29,37 +29,25 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rollout.problem import Level
-from rollout.problems.reader import ProblemFileError
+from rollout.problems.rows import ProblemFileError
 from verifier.answer import extract_answer
 
 PAPER_SUBSETS = ("amc_aime", "olympiads", "olympiads_ref")
 """Subsets of NuminaMath that are kept unless told otherwise."""
 
 LEVELS: Mapping[str, Level] = {
-    "gsm8k": Level.GSM,
-    "orca_math": Level.GSM,
-    "math": Level.MATH,
-    "synthetic_math": Level.MATH,
-    "cn_k12": Level.MATH,
-    "metamath": Level.MATH,
-    "hendrycks": Level.MATH,
-    "competition_math": Level.MATH,
-    "amc_aime": Level.OLYMPIAD,
-    "synthetic_amc": Level.OLYMPIAD,
-    "aops_forum": Level.OLYMPIAD,
-    "olympiads": Level.OLYMPIAD,
-    "olympiads_ref": Level.OLYMPIAD,
-    "cn_contest": Level.OLYMPIAD,
-    "inequalities": Level.OLYMPIAD,
-    "number_theory": Level.OLYMPIAD,
-    "math_dapo": Level.OLYMPIAD,
-    "aime": Level.OLYMPIAD,
-    "amc": Level.OLYMPIAD,
-    "omni": Level.OLYMPIAD,
-    "olympiadbench": Level.OLYMPIAD,
+    name: level
+    for level, names in (
+        (Level.GSM, "gsm8k orca_math"),
+        (Level.MATH, "math synthetic_math cn_k12 metamath hendrycks competition_math"),
+        (Level.OLYMPIAD, "amc_aime synthetic_amc aops_forum olympiads olympiads_ref cn_contest"),
+        (Level.OLYMPIAD, "inequalities number_theory math_dapo aime amc omni olympiadbench"),
+    )
+    for name in names.split()
 }
 """Level by source; a name counts also as the last part of a path (`openai/gsm8k`), or followed by a
 separator or a year (`aime_1983`, `math-lighteval`)."""
@@ -156,10 +144,12 @@ def converter(
         return _by_columns(columns or {})
     if name not in _FORMATS:
         raise ProblemFileError(f"unknown format {name!r}; known: {', '.join(_FORMATS)}, columns")
-    if name.startswith("numina"):
-        kept = None if subsets is None else frozenset(subsets)
-        return lambda row, stem: _numina(row, stem, kept)
-    return _FORMATS[name]
+    convert = _FORMATS[name]
+    if name == "orz":
+        return convert
+    if convert is _numina:
+        convert = partial(_numina, subsets=subsets)
+    return lambda row, stem: convert(_mapping(row), stem)
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -195,8 +185,7 @@ def level_of_source(source: str) -> Level | None:
 
 def answer_of_solution(solution: str) -> str | None:
     r"""The last `\boxed{}` of a solution, else what is behind its last `####`; None: neither."""
-    boxed = extract_answer(solution)
-    return boxed if boxed else _after_hashes(solution)
+    return extract_answer(solution) or _after_hashes(solution)
 
 
 def _after_hashes(solution: str) -> str | None:
@@ -211,7 +200,6 @@ def _without_thousands(answer: str) -> str:
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 
-_LEVEL_NAMES = frozenset(level.value for level in Level)
 _THOUSANDS = re.compile(r"-?\$?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _LEVEL_MARK = re.compile(r"level\s*([1-5?])", re.IGNORECASE)
 _THE_ANSWER_IS = re.compile(r"The answer is:?\s*(.+?)\s*$", re.DOTALL)
@@ -225,8 +213,7 @@ _ASKED_FORM = re.compile(
 )
 
 
-def _table(row: Any, stem: str) -> Draft:
-    row = _mapping(row)
+def _table(row: Mapping[str, Any], stem: str) -> Draft:
     problem = _problem(row, "problem" if "problem" in row else "question")
     source = _optional(row, "source") or stem
     level, difficulty = _level(row.get("level"))
@@ -247,13 +234,12 @@ def _table(row: Any, stem: str) -> Draft:
         solution=solution,
         subject=_optional(row, "subject"),
         difficulty=difficulty,
-        answers_alt=_alternatives(row.get("answers_alt")),
+        answers_alt=alternatives(row.get("answers_alt")),
         origin_id=None if identifier is None else str(identifier),
     )
 
 
-def _rstar(row: Any, stem: str) -> Draft:
-    row = _mapping(row)
+def _rstar(row: Mapping[str, Any], stem: str) -> Draft:
     index = row.get("index")
     return Draft(
         problem=_problem(row, "question"),
@@ -264,8 +250,7 @@ def _rstar(row: Any, stem: str) -> Draft:
     )
 
 
-def _gsm8k(row: Any, stem: str) -> Draft:
-    row = _mapping(row)
+def _gsm8k(row: Mapping[str, Any], stem: str) -> Draft:
     solution = _text(row, "answer")
     return Draft(
         problem=_problem(row, "question"),
@@ -276,8 +261,7 @@ def _gsm8k(row: Any, stem: str) -> Draft:
     )
 
 
-def _math(row: Any, stem: str) -> Draft:
-    row = _mapping(row)
+def _math(row: Mapping[str, Any], stem: str) -> Draft:
     solution = _text(row, "solution")
     level, difficulty = _level(row.get("level"))
     return Draft(
@@ -291,30 +275,24 @@ def _math(row: Any, stem: str) -> Draft:
     )
 
 
-def _metamath(row: Any, stem: str) -> Draft:
-    row = _mapping(row)
+def _metamath(row: Mapping[str, Any], stem: str) -> Draft:
     solution = _text(row, "response")
     kind = _optional(row, "type") or ""
     answer = answer_of_solution(solution)
     if answer is None:
         said = list(_THE_ANSWER_IS.finditer(solution))
         answer = said[-1][1] if said else None
-    if kind.startswith("GSM"):
-        level: Level | None = Level.GSM
-    else:
-        level = Level.MATH
     return Draft(
         problem=_problem(row, "query"),
         answer=None if answer is None else _without_thousands(answer),
         source="metamath",
-        level=level,
+        level=Level.GSM if kind.startswith("GSM") else Level.MATH,
         solution=solution,
         subject=kind or None,
     )
 
 
-def _numina(row: Any, stem: str, subsets: frozenset[str] | None) -> Draft:
-    row = _mapping(row)
+def _numina(row: Mapping[str, Any], stem: str, subsets: Sequence[str] | None = None) -> Draft:
     subset = _text(row, "source").strip()
     solution = _optional(row, "solution")
     exclusion = None
@@ -328,10 +306,9 @@ def _numina(row: Any, stem: str, subsets: frozenset[str] | None) -> Draft:
         exclusion = f"solution marked as not valid ({mark})"
     answer = _answer(row.get("answer"))
     if answer is not None and answer.lower() in ("proof", "notfound"):
+        proof = answer.lower() == "proof"
         exclusion = exclusion or (
-            "marked as a proof"
-            if answer.lower() == "proof"
-            else "no answer was found by its makers"
+            "marked as a proof" if proof else "no answer was found by its makers"
         )
         answer = None
     if answer is None and "answer" not in row and solution is not None:
@@ -347,8 +324,7 @@ def _numina(row: Any, stem: str, subsets: frozenset[str] | None) -> Draft:
     )
 
 
-def _dapo(row: Any, stem: str) -> Draft:
-    row = _mapping(row)
+def _dapo(row: Mapping[str, Any], stem: str) -> Draft:
     truth = _truth_of(row)
     if truth is None:
         raise RowError("no reward_model.ground_truth")
@@ -401,8 +377,8 @@ _FORMATS: dict[str, Convert] = {
     "gsm8k": _gsm8k,
     "math": _math,
     "metamath": _metamath,
-    "numina-cot": lambda row, stem: _numina(row, stem, frozenset(PAPER_SUBSETS)),
-    "numina-1.5": lambda row, stem: _numina(row, stem, frozenset(PAPER_SUBSETS)),
+    "numina-cot": _numina,
+    "numina-1.5": _numina,
     "dapo": _dapo,
     "orz": _orz,
 }
@@ -411,22 +387,15 @@ _FORMATS: dict[str, Convert] = {
 def _by_columns(columns: Mapping[str, str]) -> Convert:
     if "problem" not in columns or not {"answer", "solution"} & set(columns):
         raise ProblemFileError("--columns: name at least problem and one of answer and solution")
-    paths = {name: column.split(".") for name, column in columns.items()}
-
-    def convert(row: Any, stem: str) -> Draft:
-        named = {
-            name: row[columns[name]]
-            if isinstance(row, Mapping) and columns[name] in row
-            else _at(row, path, columns[name])
-            for name, path in paths.items()
-        }
-        return _table(named, stem)
-
-    return convert
+    return lambda row, stem: _table(
+        {name: _at(row, column) for name, column in columns.items()}, stem
+    )
 
 
-def _at(row: Any, path: Sequence[str], column: str) -> Any:
-    for key in path:
+def _at(row: Any, column: str) -> Any:
+    if isinstance(row, Mapping) and column in row:
+        return row[column]
+    for key in column.split("."):
         if isinstance(row, Mapping) and key in row:
             row = row[key]
         elif isinstance(row, list) and key.isdigit() and int(key) < len(row):
@@ -480,7 +449,7 @@ def _level(value: Any) -> tuple[Level | None, int | None]:
     if value is None or value == "":
         return None, None
     text = str(value).strip().lower()
-    if text in _LEVEL_NAMES:
+    if text in set(Level):
         return Level(text), None
     if mark := _LEVEL_MARK.fullmatch(text):
         return Level.MATH, int(mark[1]) if mark[1] != "?" else None
@@ -495,7 +464,8 @@ def _difficulty(value: Any) -> int | None:
     return number if 0 <= number <= 127 else None
 
 
-def _alternatives(value: Any) -> tuple[str, ...]:
+def alternatives(value: Any) -> tuple[str, ...]:
+    """Further accepted answers of a column: a list, or a JSON list as text."""
     if value is None or value == "":
         return ()
     if isinstance(value, str):
@@ -535,10 +505,8 @@ def _user_turn(asked: Any) -> str:
         return asked
     if isinstance(asked, Sequence):
         for turn in asked:
-            if isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in (
-                "user",
-                "human",
-            ):
+            speaker = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+            if speaker in ("user", "human"):
                 content = turn.get("content", turn.get("value"))
                 if isinstance(content, str):
                     return content

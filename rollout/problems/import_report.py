@@ -143,16 +143,14 @@ def report_to_json(report: ImportReport) -> dict[str, Any]:
 
 def _fields(record: Any) -> dict[str, Any]:
     """`asdict` would take a Counter apart into its items."""
-    values = {item.name: getattr(record, item.name) for item in fields(record)}
-    return {
-        name: dict(value) if isinstance(value, Counter) else value for name, value in values.items()
-    }
+    values = ((item.name, getattr(record, item.name)) for item in fields(record))
+    return {name: dict(v) if isinstance(v, Counter) else v for name, v in values}
 
 
 def report_to_markdown(report: ImportReport, folder: Path) -> str:
     """The report for people; `folder` holds the tables it quotes."""
-    lines = ["# Import of problems", "", "## Rows by file", ""]
-    lines += [
+    lines = [
+        *("# Import of problems", "", "## Rows by file", ""),
         "| file | format | rows | kept | exact duplicates | near duplicates | contaminated |"
         " set aside | bad |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -183,12 +181,8 @@ def report_to_markdown(report: ImportReport, folder: Path) -> str:
     if report.benchmarks:
         lines += _contamination_lines(report, folder)
     if report.bad_examples:
-        lines += [
-            "## Bad rows, the first of them",
-            "",
-            *[f"- {e}" for e in report.bad_examples],
-            "",
-        ]
+        lines += ["## Bad rows, the first of them", ""]
+        lines += [f"- {example}" for example in report.bad_examples] + [""]
     return "\n".join(lines)
 
 
@@ -214,10 +208,8 @@ def _contamination_lines(report: ImportReport, folder: Path) -> list[str]:
     lines += ["", "### Hits", ""]
     table = pq.read_table(folder / "contaminated.parquet")
     if table.num_rows > MAX_SHOWN_HITS:
-        lines += [
-            f"The first {MAX_SHOWN_HITS} of {table.num_rows}; all: `contaminated.parquet`.",
-            "",
-        ]
+        lines += [f"The first {MAX_SHOWN_HITS} of {table.num_rows}; all: `contaminated.parquet`."]
+        lines += [""]
     lines += [
         "| row | benchmark problem | kind | overlap | answers | matched |",
         "|---|---|---|---:|---|---|",

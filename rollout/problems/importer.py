@@ -33,22 +33,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollout.problem import Level
-from rollout.problems import screening
 from rollout.problems.decontamination import (
     BenchmarkIndex,
     BenchmarkProblem,
     Hit,
     HitKind,
     agree,
+    beginning,
 )
 from rollout.problems.duplicates import Duplicate, DuplicateFinder
-from rollout.problems.formats import (
-    Convert,
-    Draft,
-    RowError,
-    converter,
-    detect,
-)
+from rollout.problems.formats import Convert, Draft, RowError, converter, detect
 from rollout.problems.import_report import (
     FORMAT_VERSION,
     BenchmarkReport,
@@ -59,8 +53,8 @@ from rollout.problems.import_report import (
     report_to_json,
     report_to_markdown,
 )
-from rollout.problems.reader import ProblemFileError
-from rollout.problems.rows import Row, RowFile, expand, stem_of
+from rollout.problems.rows import ProblemFileError, Row, RowFile, columns, expand, stem_of
+from rollout.problems.screening import Reason, screen
 from rollout.problems.text import (
     Places,
     TokenBatch,
@@ -77,56 +71,32 @@ from verifier import answers_match
 VERSION_KEY = b"rstar.problems_version"
 _BATCH = 2048
 
-_PROBLEM_FIELDS = [
-    ("id", pa.string()),
-    ("source", pa.string()),
-    ("level", pa.string()),
-    ("problem", pa.string()),
-    ("answer", pa.string()),
-    ("answers_alt", pa.string()),
-    ("subject", pa.string()),
-    ("difficulty", pa.int8()),
-    ("solution", pa.string()),
-    ("origin", pa.string()),
-    ("origin_id", pa.string()),
-]
+
+_PROBLEM_FIELDS = columns(
+    "id source level problem answer answers_alt subject difficulty solution origin origin_id",
+    difficulty=pa.int8(),
+)
 PROBLEM_SCHEMA = pa.schema(_PROBLEM_FIELDS, metadata={VERSION_KEY: str(FORMAT_VERSION).encode()})
 """Columns of a problems table; `answers_alt` is a JSON list, `origin` is FILE:ROW, `origin_id` what
 the row called itself, `solution` filled only where asked for."""
-SET_ASIDE_SCHEMA = pa.schema(
-    [("reason", pa.string()), ("detail", pa.string()), *_PROBLEM_FIELDS[1:]]
-)
+SET_ASIDE_SCHEMA = pa.schema([*columns("reason detail"), *_PROBLEM_FIELDS[1:]])
 DUPLICATE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("origin", pa.string()),
-        ("kept_id", pa.string()),
-        ("kept_origin", pa.string()),
-        ("kind", pa.string()),
-        ("similarity", pa.float32()),
-        ("same_answer", pa.bool_()),
-        ("answer", pa.string()),
-        ("problem", pa.string()),
-    ]
+    columns(
+        "id origin kept_id kept_origin kind similarity same_answer answer problem",
+        similarity=pa.float32(),
+        same_answer=pa.bool_(),
+    )
 )
 CONTAMINATION_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("origin", pa.string()),
-        ("benchmark", pa.string()),
-        ("benchmark_id", pa.string()),
-        ("kind", pa.string()),
-        ("matched", pa.string()),
-        ("overlap", pa.float32()),
-        ("same_answer", pa.bool_()),
-        ("removed", pa.bool_()),
-        ("answer", pa.string()),
-        ("benchmark_answer", pa.string()),
-        ("problem", pa.string()),
-        ("benchmark_problem", pa.string()),
-    ]
+    columns(
+        "id origin benchmark benchmark_id kind matched overlap same_answer removed answer "
+        "benchmark_answer problem benchmark_problem",
+        overlap=pa.float32(),
+        same_answer=pa.bool_(),
+        removed=pa.bool_(),
+    )
 )
-BAD_ROW_SCHEMA = pa.schema([("file", pa.string()), ("row", pa.int64()), ("error", pa.string())])
+BAD_ROW_SCHEMA = pa.schema(columns("file row error", row=pa.int64()))
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it, of how much)"""
@@ -335,14 +305,10 @@ class _Import:
         waiting: list[dict[str, Any]] = []
         for row, draft in batch:
             record = self._record(row, draft)
-            reason = (
-                screening.Reason.MARKED
-                if draft.exclusion
-                else screening.screen(draft.problem, draft.answer)
-            )
+            marked = Reason.MARKED if draft.exclusion else None
+            reason = marked or screen(draft.problem, draft.answer)
             if reason is not None:
                 self._file.set_aside[draft.exclusion or reason.value] += 1
-                del record["id"]
                 self._aside({"reason": reason.value, "detail": draft.exclusion, **record})
                 continue
             if draft.level is None:
@@ -385,15 +351,13 @@ class _Import:
         self.finder.add(np.array(keys, np.uint64), bands(tokens, salts))
 
     def _record(self, row: Row, draft: Draft) -> dict[str, Any]:
+        others = list(draft.answers_alt)
         return {
-            "id": "",
             "source": draft.source,
             "level": draft.level.value if draft.level is not None else None,
             "problem": draft.problem,
             "answer": draft.answer,
-            "answers_alt": json.dumps(list(draft.answers_alt), ensure_ascii=False)
-            if draft.answers_alt
-            else None,
+            "answers_alt": json.dumps(others, ensure_ascii=False) if others else None,
             "subject": draft.subject,
             "difficulty": draft.difficulty,
             "solution": draft.solution if self.settings.keep_solutions else None,
@@ -445,15 +409,20 @@ class _Import:
             for group in range(len(self._groups)):
                 table = spill.read_row_group(group)
                 kept = np.ones(table.num_rows, bool)
-                for place, row in _picked(table, number, found):
-                    kept[place] = False
+                gone = [place for place in range(table.num_rows) if number + place in found]
+                kept[gone] = False
+                rows = table.take(pa.array(gone, pa.int64())).to_pylist()
+                for place, row in zip(gone, rows, strict=True):
                     item = found[number + place]
                     if item.kept < first:
                         self._near_hit(item, row)
                     else:
                         self._duplicate(item, row, kept_rows[item.kept], duplicates)
                 left = table.filter(pa.array(kept))
-                self._count_kept(left)
+                for place, count in Counter(left["file"].to_pylist()).items():
+                    self.report.files[place].kept += count
+                pairs = zip(left["source"].to_pylist(), left["level"].to_pylist(), strict=True)
+                self.report.kept_by.update(pairs)
                 out.write_table(left.select(PROBLEM_SCHEMA.names).cast(PROBLEM_SCHEMA))
                 number += table.num_rows
                 self.progress("writing", number - first, waiting)
@@ -465,7 +434,7 @@ class _Import:
             row=0,
             benchmark=problem,
             kind=HitKind.NEAR,
-            matched=" ".join(row["problem"].split())[:200],
+            matched=beginning(row["problem"]),
             overlap=item.similarity,
             same_answer=agree(problem, row["answer"]),
         )
@@ -475,10 +444,8 @@ class _Import:
         self, item: Duplicate, row: Mapping[str, Any], kept: Mapping[str, Any], into: Append
     ) -> None:
         report = self.report.files[row["file"]]
-        if item.exact:
-            report.exact_duplicates += 1
-        else:
-            report.near_duplicates += 1
+        report.exact_duplicates += item.exact
+        report.near_duplicates += not item.exact
         same = answer_key(row["answer"]) == answer_key(kept["answer"]) or answers_match(
             kept["answer"], row["answer"]
         )
@@ -496,12 +463,6 @@ class _Import:
                 "problem": row["problem"],
             }
         )
-
-    def _count_kept(self, table: pa.Table) -> None:
-        for place, count in Counter(table["file"].to_pylist()).items():
-            self.report.files[place].kept += count
-        pairs = zip(table["source"].to_pylist(), table["level"].to_pylist(), strict=True)
-        self.report.kept_by.update(pairs)
 
     def _texts_of(self, numbers: Places) -> dict[int, str]:
         first = len(self.index.problems)
@@ -566,13 +527,6 @@ def read_benchmark(name: str) -> tuple[list[BenchmarkProblem], int]:
 
 def _first_readable(name: str) -> Row | None:
     return next((row for row in RowFile(name).rows() if row.error is None), None)
-
-
-def _picked(
-    table: pa.Table, number: int, found: Mapping[int, Duplicate]
-) -> list[tuple[int, dict[str, Any]]]:
-    places = [place for place in range(table.num_rows) if number + place in found]
-    return list(zip(places, table.take(pa.array(places, pa.int64())).to_pylist(), strict=True))
 
 
 def _check_unicode(draft: Draft) -> None:

@@ -129,31 +129,15 @@ def generate(
     return Miniature(demonstrations=demonstrations, train=train, test=test)
 
 
-def write_miniature(
-    directory: str | os.PathLike[str],
-    *,
-    seed: int,
-    num_demonstrations: int,
-    num_train: int,
-    num_test: int,
-    families: Sequence[str] | None = None,
-) -> MiniatureFiles:
+def write_miniature(directory: str | os.PathLike[str], miniature: Miniature) -> MiniatureFiles:
     """Write `demonstrations.parquet`, `train.parquet` and `test.parquet` into `directory`.
 
     Columns: id, source, level, problem, answer, family, paraphrase; demonstrations also have
     solution. Files that exist are replaced, each whole or not at all.
 
     Raises:
-        ValueError: as `generate`.
         OSError: the directory cannot be written.
     """
-    miniature = generate(
-        seed=seed,
-        num_demonstrations=num_demonstrations,
-        num_train=num_train,
-        num_test=num_test,
-        families=families,
-    )
     root = Path(directory)
     files = MiniatureFiles(
         demonstrations=root / "demonstrations.parquet",
@@ -166,10 +150,9 @@ def write_miniature(
     return files
 
 
-def render_solution(
-    steps: Sequence[tuple[str, str]], *, result: str, answer: int | Fraction
-) -> str:
-    """A whole trajectory of (thought, code) steps, ending by printing `result`."""
+def render_solution(steps: Sequence[tuple[str, str]], answer: int | Fraction) -> str:
+    """A whole trajectory of (thought, code) steps, ending by printing what the last one assigns."""
+    result = steps[-1][1].splitlines()[-1].split(" = ")[0]
     parts = [CODE]
     for number, (thought, code) in enumerate(steps, start=1):
         parts.append(f"\n# Step {number}: {thought}\n{code}\n{END_OF_STEP}")
@@ -218,7 +201,7 @@ def _generate_split(
             level=FAMILIES[family].level,
             text=text,
             answer=str(draft.answer),
-            solution=render_solution(draft.steps, result=draft.result, answer=draft.answer),
+            solution=render_solution(draft.steps, draft.answer),
             family=family,
             paraphrase=paraphrase,
         )

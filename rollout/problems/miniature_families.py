@@ -35,9 +35,7 @@ class Draft:
 
     phrasings: tuple[str, str, str, str, str]
     steps: tuple[tuple[str, str], ...]
-    """(thought, code) of each step before the printing step."""
-    result: str
-    """The variable that holds the answer."""
+    """(thought, code) of each step before the printing step; the last one assigns the answer."""
     answer: int | Fraction
 
 
@@ -98,7 +96,6 @@ def _buy(draw: Draw) -> Draft:
             (f"Cost of the {y}", f"second = {b} * {q}"),
             (f"Total cost for {name}", "total = first + second"),
         ),
-        result="total",
         answer=a * p + b * q,
     )
 
@@ -124,7 +121,6 @@ def _gain_lose(draw: Draw) -> Draft:
             (f"The {x} after the gain", f"count = {a} + {b}"),
             (f"The {x} after the loss", f"left = count - {c}"),
         ),
-        result="left",
         answer=a + b - c,
     )
 
@@ -150,7 +146,6 @@ def _share(draw: Draw) -> Draft:
             (f"All the {x}", f"total = {a} * {b}"),
             (f"The {x} of each one", f"each = total // {c}"),
         ),
-        result="each",
         answer=a * b // c,
     )
 
@@ -176,7 +171,6 @@ def _times(draw: Draw) -> Draft:
             (f"The {x} of {second}", f"more = {a} * {k}"),
             (f"The {x} of both", f"total = {a} + more"),
         ),
-        result="total",
         answer=a + a * k,
     )
 
@@ -202,7 +196,6 @@ def _pages(draw: Draw) -> Draft:
             (f"The pages {name} reads", f"read = {r} * {d}"),
             ("The pages left", f"left = {n} - read"),
         ),
-        result="left",
         answer=n - r * d,
     )
 
@@ -226,7 +219,6 @@ def _age(draw: Draw) -> Draft:
             (f"The age of {second}", f"older = {a} + {b}"),
             ("The sum of the ages", f"total = {a} + older"),
         ),
-        result="total",
         answer=a + a + b,
     )
 
@@ -258,7 +250,6 @@ def _discount(draw: Draw) -> Draft:
             (f"The price of the {x}", f"price = {p} * part"),
             ("Add the shipping", f"total = price + {s}"),
         ),
-        result="total",
         answer=p * Fraction(100 - d, 100) + s,
     )
 
@@ -283,7 +274,6 @@ def _gcd_lcm(draw: Draw) -> Draft:
             ("The greatest common divisor", f"divisor = gcd({a}, {b})"),
             ("The difference", "difference = multiple - divisor"),
         ),
-        result="difference",
         answer=lcm(a, b) - gcd(a, b),
     )
 
@@ -306,7 +296,6 @@ def _linear(draw: Draw) -> Draft:
             ("Solve the equation", f"root = solve({a} * x + {b} - {c}, x)[0]"),
             (f"Add {d}", f"value = root + {d}"),
         ),
-        result="value",
         answer=root + d,
     )
 
@@ -333,7 +322,6 @@ def _remaining(draw: Draw) -> Draft:
             ("What remains", f"rest = {n} - first"),
             ("What is left in the end", f"left = rest - rest / {b}"),
         ),
-        result="left",
         answer=(n - Fraction(n, a)) * (1 - Fraction(1, b)),
     )
 
@@ -358,7 +346,6 @@ def _average(draw: Draw) -> Draft:
                 "from fractions import Fraction\nmean = Fraction(total, 4)",
             ),
         ),
-        result="mean",
         answer=Fraction(a + b + c + d, 4),
     )
 
@@ -387,7 +374,6 @@ def _ratio(draw: Draw) -> Draft:
             (f"How many parts more {second} has", f"parts = {b} - {a}"),
             (f"The {x} more", "more = part * parts"),
         ),
-        result="more",
         answer=n // (a + b) * (b - a),
     )
 
@@ -417,7 +403,6 @@ def _inclusion(draw: Draw) -> Draft:
             ("Multiples of both", f"from math import lcm\nboth = {n} // lcm({a}, {b})"),
             (f"Remainder modulo {m}", f"rest = (first + second - both) % {m}"),
         ),
-        result="rest",
         answer=(n // a + n // b - n // lcm(a, b)) % m,
     )
 
@@ -442,7 +427,6 @@ def _power(draw: Draw) -> Draft:
             ("The sum", "total = first + second"),
             (f"Remainder modulo {m}", f"rest = total % {m}"),
         ),
-        result="rest",
         answer=(pow(a, b, m) + pow(c, d, m)) % m,
     )
 
@@ -469,7 +453,6 @@ def _committee(draw: Draw) -> Draft:
             ("Ways to choose the leader", f"leader = {i} + {j}"),
             ("All ways", "total = men * women * leader"),
         ),
-        result="total",
         answer=comb(a, i) * comb(b, j) * (i + j),
     )
 
@@ -491,7 +474,6 @@ def _vieta(draw: Draw) -> Draft:
             ("Square the roots", "squares = [r**2 for r in roots]"),
             ("Add the squares", "total = sum(squares)"),
         ),
-        result="total",
         answer=first**2 + second**2,
     )
 
@@ -518,7 +500,6 @@ def _series(draw: Draw) -> Draft:
             ("The sum", f"total = {n} * ({a} + last) // 2"),
             (f"Remainder modulo {m}", f"rest = total % {m}"),
         ),
-        result="rest",
         answer=n * (2 * a + (n - 1) * d) // 2 % m,
     )
 
@@ -602,7 +583,6 @@ def _compose(draw: Draw) -> Draft:
             f"{inner_text}.",
         ),
         steps=(inner_step, middle_step, *outer_steps),
-        result="result",
         answer=value,
     )
 

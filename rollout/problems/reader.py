@@ -10,23 +10,17 @@ Not covered: solutions, deduplication, decontamination and the readers of named 
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from rollout.problem import Level, Problem
+from rollout.problems.formats import RowError, alternatives
+from rollout.problems.rows import SUFFIXES, ProblemFileError, RowFile
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 _LEVELS = ", ".join(level.value for level in Level)
-
-
-class ProblemFileError(ValueError):
-    """A problem file as a whole cannot be used."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +103,10 @@ def _problem(
         report.skip(number, "without answer", f" (id {row.get('id')!r})")
         return None
     level = _level(row.get("level"), path, number, default_level)
+    try:
+        answers_alt = alternatives(row.get("answers_alt"))
+    except RowError as error:
+        raise ProblemFileError(f"{path}, row {number}: {error}") from error
     identifier = row.get("id", row.get("index"))
     return Problem(
         id=str(identifier) if identifier is not None else f"{path.stem}-{number}",
@@ -116,7 +114,7 @@ def _problem(
         level=level,
         text=str(text),
         answer=str(answer),
-        answers_alt=_alternatives(row.get("answers_alt"), path, number),
+        answers_alt=answers_alt,
     )
 
 
@@ -136,19 +134,6 @@ def _level(value: Any, path: Path, number: int, default: Level | None) -> Level:
         ) from None
 
 
-def _alternatives(value: Any, path: Path, number: int) -> tuple[str, ...]:
-    if value is None or value == "":
-        return ()
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ProblemFileError(
-                f"{path}, row {number}: answers_alt is not a JSON list: {error}"
-            ) from error
-    return tuple(str(item) for item in value)
-
-
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.exists():
         raise ProblemFileError(f"{path}: no such problem file")
@@ -156,50 +141,17 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise ProblemFileError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise ProblemFileError(f"{path}: the file is empty")
-    try:
-        yield from _READERS[path.suffix](path)
-    except ProblemFileError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ProblemFileError(f"{path}: cannot be read: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=4096):
-        yield from batch.to_pylist()
-
-
-def _jsonl_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ProblemFileError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ProblemFileError(f"{path}, line {number}: expected a JSON object")
-            yield row
-
-
-def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(rows, dict):
-        rows = rows.get("example")
-    if not isinstance(rows, list):
-        raise ProblemFileError(f"{path}: expected a list of rows, or one under the key 'example'")
-    return rows
-
-
-def _csv_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        yield from csv.DictReader(lines)
-
-
-_READERS = {
-    ".parquet": _parquet_rows,
-    ".jsonl": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-}
+    if path.suffix == ".csv":
+        # Unlike in an import, cells may be missing at the end of a row.
+        try:
+            with path.open(encoding="utf-8", newline="") as lines:
+                yield from csv.DictReader(lines)
+        except (OSError, ValueError) as error:
+            raise ProblemFileError(f"{path}: cannot be read: {error}") from error
+        return
+    file = RowFile(str(path))
+    for row in file.rows():
+        if row.error is not None or not isinstance(row.data, dict):
+            wrong = row.error or "expected a JSON object"
+            raise ProblemFileError(f"{path}, {file.place} {row.number}: {wrong}")
+        yield row.data

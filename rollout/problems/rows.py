@@ -27,8 +27,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.problems.reader import SUFFIXES, ProblemFileError
-
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 TEXT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 HUB = "hf://"
@@ -41,6 +40,10 @@ _MAX_ELEMENT = 1 << 26
 _BETWEEN = re.compile(r"[\s,]*")
 
 
+class ProblemFileError(ValueError):
+    """A problem file as a whole cannot be used."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row: its data, or why it cannot be read."""
@@ -50,6 +53,11 @@ class Row:
     data: Any
     """None for a row that cannot be read."""
     error: str | None = None
+
+
+def columns(names: str, **types: pa.DataType) -> list[tuple[str, pa.DataType]]:
+    """Columns of a table by name in their order, texts where no other type is given."""
+    return [(name, types.get(name, pa.string())) for name in names.split()]
 
 
 def expand(inputs: Sequence[str]) -> list[str]:
@@ -193,7 +201,6 @@ class RowFile:
                 yield Row(number, None, f"the rest of the file cannot be read: {error}")
                 return
             self.position = raw.tell()
-            width = len(table.fieldnames or ())
             if None in data or None in data.values():
                 fields = sum(value is not None for key, value in data.items() if key is not None)
                 extra = len(cast("dict[Any, list[str]]", data).get(None, ()))
@@ -234,15 +241,13 @@ class RowFile:
 
     def _json_object_rows(self, text: str) -> Iterator[Row]:
         data = json.loads(text)
-        if isinstance(data, dict):
-            lists = [data[key] for key in LIST_KEYS if isinstance(data.get(key), list)]
-            rows = lists[0] if lists else [data]
-        else:
+        if not isinstance(data, dict):
             raise ProblemFileError(
                 f"{self.name}: expected a list of rows, one row, or an object with the list under "
                 f"one of {', '.join(LIST_KEYS)}"
             )
-        for number, row in enumerate(rows, start=1):
+        lists = (data[key] for key in LIST_KEYS if isinstance(data.get(key), list))
+        for number, row in enumerate(next(lists, [data]), start=1):
             yield Row(number, row)
 
     def _hub_rows(self) -> Iterator[Row]:

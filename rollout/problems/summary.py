@@ -125,7 +125,6 @@ def _wrong_in_own_table(name: str) -> list[str]:
     path = Path(name)
     if kind_of(path) != ".parquet" or not path.is_file():
         return []
-    wrong: list[str] = []
     with pq.ParquetFile(path) as file:
         if VERSION_KEY not in (file.schema_arrow.metadata or {}):
             return []
@@ -141,5 +140,4 @@ def _wrong_in_own_table(name: str) -> list[str]:
                 counts["ids are repeated"] += row["id"] in seen
                 counts["levels are unknown"] += row["level"] not in set(Level)
                 seen.add(row["id"])
-        wrong += [f"{count} {what}" for what, count in counts.items() if count]
-    return wrong
+    return [f"{count} {what}" for what, count in counts.items() if count]

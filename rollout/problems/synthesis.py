@@ -37,6 +37,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rollout.engine import (
+    Completion,
     EngineError,
     FinishReason,
     GenerationReply,
@@ -45,6 +46,7 @@ from rollout.engine import (
 )
 from rollout.problem import Level, Problem
 from rollout.problems.duplicates import MIN_SIMILARITY
+from rollout.problems.rows import columns
 from rollout.problems.screening import screen
 from rollout.problems.text import (
     Hashes,
@@ -94,19 +96,13 @@ Solution:
 """
 
 SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("level", pa.string()),
-        ("problem", pa.string()),
-        ("answer", pa.string()),
-        ("agreement", pa.float64()),
-        ("num_solutions", pa.int32()),
-        ("num_agreeing", pa.int32()),
-        ("model", pa.string()),
-        ("seed_ids", pa.list_(pa.string())),
-        ("origin", pa.string()),
-    ]
+    columns(
+        "id source level problem answer agreement num_solutions num_agreeing model seed_ids origin",
+        agreement=pa.float64(),
+        num_solutions=pa.int32(),
+        num_agreeing=pa.int32(),
+        seed_ids=pa.list_(pa.string()),
+    )
 )
 """Columns of the table: those a problem file needs, then where each comes from. `agreement` is the
 share of the solutions that have the answer."""
@@ -607,11 +603,7 @@ async def run_synthesis(
     Raises:
         EngineError: the endpoint will not answer any more, or too many requests in a row failed.
     """
-    runner = _Runner(synthesis, policy, journal, budget, max_n)
-    try:
-        return await runner.run()
-    finally:
-        await runner.drain()
+    return await _Runner(synthesis, policy, journal, budget, max_n).run()
 
 
 @dataclass(slots=True)
@@ -627,25 +619,22 @@ class _Runner:
     """In a row."""
 
     async def run(self) -> str:
-        while True:
-            ended = self._start()
-            if not self.tasks:
-                return ended
-            done, _ = await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
-            self._collect(done)
-
-    async def drain(self) -> None:
-        if self.tasks:
-            _, pending = await asyncio.wait(self.tasks, timeout=DRAIN_S)
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    def _collect(self, done: set[asyncio.Task[None]]) -> None:
-        for task in done:
-            del self.tasks[task]
-        for task in done:
-            task.result()
+        try:
+            while True:
+                ended = self._start()
+                if not self.tasks:
+                    return ended
+                done, _ = await asyncio.wait(self.tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del self.tasks[task]
+                for task in done:
+                    task.result()
+        finally:
+            if self.tasks:
+                _, pending = await asyncio.wait(self.tasks, timeout=DRAIN_S)
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*self.tasks, return_exceptions=True)
 
     def _start(self) -> str:
         """Start what may be started; returns why nothing more is, for when nothing is under way."""
@@ -700,7 +689,7 @@ class _Runner:
         spent, error = Spending(), ""
         try:
             reply = await self.policy.generate(request)
-            texts, spent = _texts(reply, whole=True), self._spent(reply)
+            texts, spent = tuple(map(_whole, reply.completions)), self._spent(reply)
             self.failures = 0
         except PolicyEnded:
             raise
@@ -727,7 +716,7 @@ class _Runner:
         record = SolutionsRecord(
             number=problem.number,
             index=problem.index,
-            texts=_texts(reply, whole=False),
+            texts=tuple(completion.text for completion in reply.completions),
             spent=self._spent(reply),
         )
         self.journal.append(record)
@@ -753,9 +742,6 @@ class _Runner:
         )
 
 
-def _texts(reply: GenerationReply, *, whole: bool) -> tuple[str, ...]:
-    """The texts of a reply; with `whole`, "" for those that were cut off."""
-    return tuple(
-        "" if whole and completion.finish is not FinishReason.STOP else completion.text
-        for completion in reply.completions
-    )
+def _whole(completion: Completion) -> str:
+    """The text; "" if it was cut off."""
+    return completion.text if completion.finish is FinishReason.STOP else ""

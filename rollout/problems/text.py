@@ -277,10 +277,9 @@ def _mix(values: Hashes) -> Hashes:
     return mixed
 
 
-def _permutations(count: int) -> list[tuple[np.uint64, np.uint64]]:
-    random = np.random.Generator(np.random.PCG64(2501_04519))
-    drawn = random.integers(0, 2**64, size=(count, 2), dtype=np.uint64)
-    return [(first | np.uint64(1), second) for first, second in drawn]
-
-
-_PERMUTATIONS = _permutations(NUM_BANDS * BAND_ROWS)
+_PERMUTATIONS = [
+    (first | np.uint64(1), second)
+    for first, second in np.random.Generator(np.random.PCG64(2501_04519)).integers(
+        0, 2**64, size=(NUM_BANDS * BAND_ROWS, 2), dtype=np.uint64
+    )
+]

@@ -19,7 +19,7 @@ import yaml
 
 from cluster.fleet.config import ActorConfig
 from cluster.fleet.learner_group import LearnerGroup
-from learner.checkpoint import CheckpointStore
+from learner.checkpoint import CheckpointStore, directory_digest
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig, select_dataset
 from rollout.prompt import SHORT_TEMPLATE
@@ -166,7 +166,7 @@ def test_rstar_train_on_two_ranks_publishes_and_logs(request_of, tmp_path):
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
     made = store.current("policy", 0)
     assert made is not None and made.path in done.stdout
-    store.verify(made)
+    assert directory_digest(Path(made.path)) == made.digest
     folder = store.folder("policy", 0)
     *steps, last = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert steps[-1]["loss"] < steps[0]["loss"] and last["held"] is None

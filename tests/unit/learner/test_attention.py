@@ -59,13 +59,13 @@ def test_packed_attention_equals_masked_attention_with_its_gradients(window):
 def test_branches_are_sequences_of_their_own_for_flash(monkeypatch):
     """What the kernel is asked for, computed by plain attention in its place."""
 
-    def kernel(query, key, value, places, scaling, dropout, left):
-        assert (scaling, dropout, left) == (None, 0.0, -1)
+    def kernel(query, key, value, query_starts, key_starts, *longest, **settings):
+        assert settings == {"scaling": None, "dropout": 0.0, "window_size": (-1, 0)}
         outputs = []
-        for number in range(len(places.query_starts) - 1):
-            q = query[places.query_starts[number] : places.query_starts[number + 1]]
-            k = key[places.key_starts[number] : places.key_starts[number + 1]]
-            v = value[places.key_starts[number] : places.key_starts[number + 1]]
+        for number in range(len(query_starts) - 1):
+            q = query[query_starts[number] : query_starts[number + 1]]
+            k = key[key_starts[number] : key_starts[number + 1]]
+            v = value[key_starts[number] : key_starts[number + 1]]
             table = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
             rows = [t.transpose(0, 1)[None] for t in (q, k, v)]
             outputs.append(reference(*rows, table)[0])

@@ -14,10 +14,8 @@ from rollout.engine import Completion, EngineError, FinishReason, GenerationRequ
 from rollout.methods import (
     Event,
     EventKind,
-    IndependentTrees,
     Method,
     MethodConfig,
-    SharedTrees,
     Solver,
     SolveResult,
     choose,
@@ -331,12 +329,6 @@ def test_exhausted_tree_is_followed_by_another_until_all_rollouts_are_done() -> 
     assert len({tree.seed for tree in result.trees}) == 3
     assert result.notes == ("3 trees, 2 of them exhausted",)
     assert result.generated_tokens == sum(tree.generated_tokens for tree in result.trees)
-
-
-def test_rollouts_per_tree_says_what_a_trajectory_is() -> None:
-    assert MethodConfig(num_trajectories=6).protocol == SharedTrees(num_rollouts=6)
-    trees = IndependentTrees(num_trees=6, num_rollouts=2)
-    assert MethodConfig(num_trajectories=6, rollouts_per_tree=2).protocol == trees
 
 
 def test_with_rollouts_per_tree_each_trajectory_is_the_best_answer_of_a_tree() -> None:

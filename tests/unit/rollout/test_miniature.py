@@ -71,9 +71,7 @@ def test_a_solution_is_a_trajectory_of_code_output_and_answer(miniature: Miniatu
 
 
 def test_solution_text_has_the_released_step_format() -> None:
-    text = render_solution(
-        [("Add", "from math import lcm\ntotal = 2 + 3")], result="total", answer=5
-    )
+    text = render_solution([("Add", "from math import lcm\ntotal = 2 + 3")], 5)
     assert text == (
         "<code>\n# Step 1: Add\nfrom math import lcm\ntotal = 2 + 3\n<end_of_step>"
         "\n# Step 2: Now print the final answer\nprint(total)\n<end_of_code>"
@@ -157,8 +155,8 @@ def test_demonstrations_show_half_of_the_compositions() -> None:
 
 def test_written_files_hold_the_generated_problems(tmp_path: Path) -> None:
     counts = {"num_demonstrations": 18, "num_train": 36, "num_test": 18}
-    files = write_miniature(tmp_path / "new" / "world", seed=4, **counts)
     miniature = generate(seed=4, **counts)
+    files = write_miniature(tmp_path / "new" / "world", miniature)
     columns = ["id", "source", "level", "problem", "answer"]
     extra = ["family", "paraphrase"]
     demonstrations = pq.read_table(files.demonstrations)

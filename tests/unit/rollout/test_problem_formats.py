@@ -13,7 +13,7 @@ from rollout.problems.formats import (
     level_of_source,
     parse_columns,
 )
-from rollout.problems.reader import ProblemFileError
+from rollout.problems.rows import ProblemFileError
 
 NUMINA_COT = {
     "source": "amc_aime",

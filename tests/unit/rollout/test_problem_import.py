@@ -12,7 +12,8 @@ import pytest
 from rollout.problem import DecontaminationRule, Level
 from rollout.problems.import_report import ImportReport, ImportSettings, report_folder
 from rollout.problems.importer import PROBLEM_SCHEMA, import_problems
-from rollout.problems.reader import ProblemFileError, read_problems
+from rollout.problems.reader import read_problems
+from rollout.problems.rows import ProblemFileError
 from rollout.problems.summary import check_problems, problem_stats
 from rollout.problems.text import problem_id, problem_key
 

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rollout.problems.reader import ProblemFileError
-from rollout.problems.rows import Row, RowFile, expand, stem_of
+from rollout.problems.rows import ProblemFileError, Row, RowFile, expand, stem_of
 
 ROWS = [{"problem": f"What is {n} · 2?", "answer": str(2 * n)} for n in range(300)]
 

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rollout.problem import Level
-from rollout.problems.reader import ProblemFileError, read_problems
+from rollout.problems.reader import read_problems
+from rollout.problems.rows import ProblemFileError
 
 ROW = {"id": "a", "source": "s", "level": "gsm", "problem": "1+1?", "answer": "2"}
 

@@ -361,7 +361,9 @@ def test_unvisited_child_worth_zero_waits_behind_one_that_failed_once(
 
 
 def test_preset_sets_the_rules_that_are_not_given_themselves() -> None:
-    assert SearchConfig(preset="released") == SearchConfig().released()
+    released = SearchConfig(preset="released")
+    assert (released.unvisited, released.invalid_candidates) == ("zero", "leaf")
+    assert (released.answer_candidates, released.failure_backup) == ("first", "leaf")
     mixed = SearchConfig(preset="released", unvisited="infinite")
     assert (mixed.unvisited, mixed.failure_backup) == ("infinite", "leaf")
     assert SearchConfig.model_validate(mixed.model_dump(mode="json")) == mixed
