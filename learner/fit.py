@@ -244,11 +244,22 @@ class FitProgress:
 
     fit_id: str
     step: int
+    """Of what `phase` counts: steps, rows that are read, rows that are validated."""
     num_steps: int
-    loss: float
-    """Of that step's global batch."""
-    tokens_per_s: float
+    """0: not known."""
+    phase: str = "training"
+    """As it follows: "reading", "measuring", "training", "validating", "saving"."""
+    loss: float | None = None
+    """Of that step's global batch; None outside training, likewise below."""
+    tokens_per_s: float | None = None
     """Tokens of the texts over all ranks, per second since the first step."""
+
+    def facts(self) -> dict[str, str | float]:
+        """For a progress view."""
+        if self.phase != "training":
+            return {"now": self.phase}
+        return {"loss": self.loss or 0.0, "tokens/s": self.tokens_per_s or 0.0}
+
     grad_norm: float | None = None
     """Before clipping; None where it is not known."""
     mfu: float | None = None

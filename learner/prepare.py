@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from learner.attention import choose_backend
 from learner.batch import check_markers
 from learner.checkpoint import CheckpointStore
+from learner.dataset import read_manifest
 from learner.fit import (
     FitRequest,
     LearnerError,
@@ -33,6 +35,7 @@ from learner.spill import disk_is_full, no_room
 from learner.task import Task, policy_task, preference_task
 
 Objective = PolicyObjective | PreferenceObjective
+Tell = Callable[[str, int, int], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,9 +48,11 @@ class Prepared:
     validation: Task
 
 
-def prepare(request: FitRequest) -> Prepared:
+def prepare(request: FitRequest, tell: Tell = lambda phase, done, total: None) -> Prepared:
     """Read, tokenise and load.
 
+    Args:
+        tell: told (phase, done, total) as it goes.
     Raises:
         LearnerError: no checkpoint, nothing to train on, or no room for the token ids.
         DatasetError, OSError, ValueError: something cannot be read.
@@ -67,7 +72,14 @@ def prepare(request: FitRequest) -> Prepared:
     try:
         spill.mkdir(parents=True, exist_ok=True)
         train, validation = (
-            task(tokenizer, request, split, spill=spill) for split in ("train", "validation")
+            task(
+                tokenizer,
+                request,
+                split,
+                spill=spill,
+                on_read=partial(_tell_rows, tell, _rows(request, split)),
+            )
+            for split in ("train", "validation")
         )
     except OSError as error:
         if disk_is_full(error):
@@ -91,6 +103,16 @@ def prepare(request: FitRequest) -> Prepared:
         objective.model.gradient_checkpointing_enable()
     objective.to(dtype=training_dtype(config))
     return Prepared(tokenizer=tokenizer, objective=objective, train=train, validation=validation)
+
+
+def _tell_rows(tell: Tell, total: int, done: int) -> None:
+    tell("reading", done, total)
+
+
+def _rows(request: FitRequest, split: str) -> int:
+    """Rows of a split by the dataset's manifest; 0: it does not say."""
+    counts = (read_manifest(request.data) or {}).get("counts", {}).get("all", {})
+    return counts.get(f"{'sft' if request.kind == 'policy' else 'pairs'}_{split}", 0)
 
 
 def load_in_service(path: str, config: TrainConfig) -> Objective:

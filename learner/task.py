@@ -39,6 +39,8 @@ from learner.packing import PlannedStep, Share, plan_epoch
 from learner.pairs import PairKind
 from learner.spill import DiskList
 
+OnRead = Callable[[int], None]
+
 _TEXTS = 256
 """Tokenised at a time."""
 
@@ -72,11 +74,19 @@ class Task:
         return sum(numbers[e] for e in step.examples)
 
 
-def policy_task(tokenizer: Any, request: FitRequest, split: str, *, spill: Path) -> Task:
+def policy_task(
+    tokenizer: Any,
+    request: FitRequest,
+    split: str,
+    *,
+    spill: Path,
+    on_read: OnRead = lambda n: None,
+) -> Task:
     """The trajectories of a split ("train" or "validation").
 
     Args:
         spill: existing folder on a disk with room for all token ids.
+        on_read: told how many rows are tokenised, again and again.
     Raises:
         LearnerError: nothing to train on.
         DatasetError, ValueError: the data cannot be read or tokenised.
@@ -89,6 +99,7 @@ def policy_task(tokenizer: Any, request: FitRequest, split: str, *, spill: Path)
     examples = (example.segments for example in read_sft(request.data, split))
     while batch := list(islice(examples, _TEXTS)):
         num_read += len(batch)
+        on_read(num_read)
         for text in tokenise_texts(tokenizer, batch):
             if text.length > limit:
                 continue
@@ -110,7 +121,14 @@ def policy_task(tokenizer: Any, request: FitRequest, split: str, *, spill: Path)
     )
 
 
-def preference_task(tokenizer: Any, request: FitRequest, split: str, *, spill: Path) -> Task:
+def preference_task(
+    tokenizer: Any,
+    request: FitRequest,
+    split: str,
+    *,
+    spill: Path,
+    on_read: OnRead = lambda n: None,
+) -> Task:
     """The nodes of a split with their pairs; as `policy_task`."""
     config = request.config
     assert isinstance(config, PreferenceTrainConfig)
@@ -118,9 +136,11 @@ def preference_task(tokenizer: Any, request: FitRequest, split: str, *, spill: P
     names = ("tokens", "computed", "attended", "counts", "trained")
     numbers = {name: array("q") for name in names}
     weights = array("d")
-    num_read = num_short = 0
+    num_read = num_short = num_pairs = 0
     for group in tokenise_pairs(tokenizer, read_pairs(request.data, split)):
         num_read += 1
+        num_pairs += len(group.weights)
+        on_read(num_pairs)
         if group.length > config.max_sequence_tokens:
             continue
         num_short += 1

@@ -26,6 +26,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,9 @@ def run_fit(
             return finished
         # Before minutes are spent on data that cannot be gone on with.
         from_rank_0(lambda: _resume_folder(request, world_size).read(), request.fit_id)
-        prepared = on_all_ranks(lambda: prepare(request), request.fit_id)
-        return _Fit(request, prepared, rank, world_size, progress, started).run()
+        tell = _Teller(request.fit_id, progress if rank == 0 else None)
+        prepared = on_all_ranks(lambda: prepare(request, tell), request.fit_id)
+        return _Fit(request, prepared, rank, world_size, tell, started).run()
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RankError(_out_of_memory(request, rank, error)) from error
     except OSError as error:
@@ -132,6 +134,34 @@ def warm_up() -> None:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
+class _Teller:
+    """Tells where a fit stands, about twice a second: whoever waits takes silence for a fault."""
+
+    def __init__(self, fit_id: str, progress: ProgressCallback | None) -> None:
+        self.fit_id = fit_id
+        self.progress = progress
+        self._told_s = -math.inf
+
+    @property
+    def due(self) -> bool:
+        return time.perf_counter() - self._told_s > _PROGRESS_INTERVAL_S
+
+    def __call__(
+        self, phase: str, done: int, total: int, *, now: bool = False, **facts: float | None
+    ) -> None:
+        """Tell it if it is time, or `now`.
+
+        Args:
+            facts: fields of `FitProgress`.
+        """
+        if self.progress is None or not (now or self.due):
+            return
+        self._told_s = time.perf_counter()
+        self.progress(
+            FitProgress(fit_id=self.fit_id, step=done, num_steps=total, phase=phase, **facts)
+        )
+
+
 class _Fit:
     """One fit on one rank, after its data and model are there."""
 
@@ -141,7 +171,7 @@ class _Fit:
         prepared: Prepared,
         rank: int,
         world_size: int,
-        progress: ProgressCallback | None,
+        tell: _Teller,
         started: float,
     ) -> None:
         self.request = request
@@ -150,7 +180,7 @@ class _Fit:
         self.task = prepared.train
         self.rank = rank
         self.world_size = world_size
-        self.progress = progress
+        self.tell = tell
         self.started = started
         self.steps = plan_fit(self.task, self.config, world_size=world_size, seed=request.seed)
         self.store = CheckpointStore(request.checkpoints)
@@ -200,6 +230,7 @@ class _Fit:
                         held=result.held,
                     )
             saving = time.perf_counter()
+            self.tell("saving", 0, 0, now=True)
             result = self._publish(result, keep=broken is None)
             return replace(result, seconds_save=time.perf_counter() - saving)
         finally:
@@ -225,7 +256,7 @@ class _Fit:
         config, task, steps = self.config, self.task, self.steps
         tokens = [task.total(task.tokens, step) for step in steps]
         flops = [self._flops(step) for step in steps]
-        reported = before = begun
+        before = begun
         first = self.resumed_from
         self.engine.train()
         for number in range(first, len(steps)):
@@ -255,22 +286,19 @@ class _Fit:
                     },
                 )
             before = now
-            if self.rank == 0 and (last or now - reported > _PROGRESS_INTERVAL_S):
-                reported = now
+            if last or self.tell.due:
                 if log is not None:
                     log.flush()
-                if self.progress is not None:
-                    self.progress(
-                        FitProgress(
-                            fit_id=self.request.fit_id,
-                            step=number + 1,
-                            num_steps=len(steps),
-                            loss=loss,
-                            tokens_per_s=sum(tokens[first : number + 1]) / (now - begun),
-                            grad_norm=norm,
-                            mfu=self._mfu(sum(flops[first : number + 1]), now - begun),
-                        )
-                    )
+                self.tell(
+                    "training",
+                    number + 1,
+                    len(steps),
+                    now=True,
+                    loss=loss,
+                    tokens_per_s=sum(tokens[first : number + 1]) / (now - begun),
+                    grad_norm=norm,
+                    mfu=self._mfu(sum(flops[first : number + 1]), now - begun),
+                )
             every = config.save_every_steps
             if every is not None and (number + 1) % every == 0 and not last:
                 self._save_state(self.earlier_s + time.perf_counter() - begun)
@@ -324,7 +352,13 @@ class _Fit:
 
     def _validate(self) -> HeldOut:
         self.engine.eval()
-        return validate(self.engine, self.prepared.validation, self.config, self.engine.device)
+        return validate(
+            self.engine,
+            self.prepared.validation,
+            self.config,
+            self.engine.device,
+            on_step=partial(self.tell, "validating"),
+        )
 
     def _may_hold(self) -> bool:
         request = self.request
@@ -349,7 +383,8 @@ class _Fit:
         device = device_of(self.rank)
         objective.to(device=device, dtype=training_dtype(config)).eval()
         choose_attention(objective, config, device)
-        return validate(objective, self.prepared.validation, config, device)
+        told = partial(self.tell, "measuring")
+        return validate(objective, self.prepared.validation, config, device, on_step=told)
 
     def _result(
         self,

@@ -32,11 +32,13 @@ def validate(
     task: Task,
     config: TrainConfig,
     device: torch.device,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOut:
     """Measure an objective in evaluation mode on a split; every rank calls it and gets the result.
 
     Args:
         forward: the objective, or the engine around it.
+        on_step: told (done, total) packed steps.
     """
     if not len(task):
         return HeldOut()
@@ -52,7 +54,8 @@ def validate(
         rng=None,
     )
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-    for step in steps:
+    for number, step in enumerate(steps):
+        on_step(number, len(steps))
         for shares in step.micro:
             output = forward(task.pack(shares[rank]).to(device))
             if shares[rank].filler:

@@ -145,6 +145,9 @@ class ClusterConfig(Config):
     stalled_after_s: float = Field(
         120.0, gt=0, description="a part with work and no progress for so long is shown as stalled"
     )
+    fit_stalled_after_s: float = Field(
+        1800.0, gt=0, description="a training run that reports no progress for so long is given up"
+    )
     autoscale: dict[Literal["policy", "ppm", "sandbox"], ScalerConfig] = Field(
         default_factory=dict,
         description="pools that grow and shrink during rollouts (units: trees); others stay fixed",

@@ -168,6 +168,7 @@ class Fleet:
                 cluster.learner,
                 self.folder.root / "ray_train",
                 start_timeout_s=cluster.start_timeout_s,
+                stalled_after_s=cluster.fit_stalled_after_s,
                 why_pending=lambda: why_learner_waits(cluster, self.pools.keepers),
                 note=lambda text: self.note(text),
             )

@@ -54,9 +54,6 @@ MAX_ATTEMPTS = 3
 MAX_RESTARTS = 20
 """Lives of the group over its whole use."""
 
-STALL_S = 1800.0
-"""A fit that reports nothing for so long is an error."""
-
 COLLECTIVE_S = 1800
 """Bound of every torch.distributed operation."""
 
@@ -220,6 +217,7 @@ class LearnerGroup:
         storage_path: str | Path,
         *,
         start_timeout_s: float = 300.0,
+        stalled_after_s: float = 1800.0,
         why_pending: Callable[[], str] = lambda: "",
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -228,6 +226,7 @@ class LearnerGroup:
             settings: how many ranks, and what each reserves.
             storage_path: directory for Ray Train's own files, seen by all machines.
             start_timeout_s: a group not alive by then is an error.
+            stalled_after_s: a fit that reports nothing for so long is one, too.
             why_pending: why the ranks find no place, in words; "" if it is not known.
             note: told what a person should know now.
         """
@@ -236,6 +235,7 @@ class LearnerGroup:
         self._use_gpu = settings.num_gpus > 0
         self._storage_path = str(Path(storage_path).absolute())
         self._start_timeout_s = start_timeout_s
+        self._stalled_after_s = stalled_after_s
         self._why_pending = why_pending
         self._note = note
         self._mailbox: Any = None
@@ -310,8 +310,11 @@ class LearnerGroup:
                 on_progress(progress)
             if outcome is not None:
                 return outcome.result
-            if time.monotonic() - moved > STALL_S:
-                error = f"fit {request.fit_id!r} reported nothing for {STALL_S:.0f} s"
+            if time.monotonic() - moved > self._stalled_after_s:
+                error = (
+                    f"fit {request.fit_id!r} reported nothing for {self._stalled_after_s:.0f} s "
+                    f"(cluster.fit_stalled_after_s); last: {_standing(seen)}"
+                )
                 ray.get(self._mailbox.finish.remote(number, Outcome(error=error)))
                 raise LearnerError(error)
 
@@ -427,6 +430,13 @@ def _train_loop(config: dict[str, Any]) -> None:
         else:
             if rank == 0:
                 ray.get(mailbox.finish.remote(number, Outcome(result=result)))
+
+
+def _standing(progress: FitProgress | None) -> str:
+    """Where a fit stood last, in words."""
+    if progress is None:
+        return "nothing"
+    return f"{progress.phase} {progress.step:,} of {progress.num_steps:,}"
 
 
 def _group_is_pending() -> bool:

@@ -138,6 +138,8 @@ class Meter:
 
     def tell_fit(self, progress: FitProgress) -> None:
         """Where a training run stands; any thread."""
+        if progress.phase != "training":
+            return
         kind = progress.fit_id.rpartition("/")[2]
         told: dict[metrics.Metric, float | None] = {
             metrics.LEARNER_STEP: progress.step,

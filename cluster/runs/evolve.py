@@ -383,8 +383,9 @@ class Evolution:
         loop = asyncio.get_running_loop()
 
         def show(progress: FitProgress) -> None:
-            facts = {"loss": progress.loss, "tokens/s": progress.tokens_per_s}
-            loop.call_soon_threadsafe(self.view.update, progress.step, progress.num_steps, facts)
+            loop.call_soon_threadsafe(
+                self.view.update, progress.step, progress.num_steps, progress.facts()
+            )
 
         result = await self.fleet.fit(request, show)
         for warning in result.warnings:

@@ -223,8 +223,8 @@ async def _fit(
         raise
 
 
-def _facts(progress: FitProgress) -> dict[str, str]:
-    facts = {"loss": f"{progress.loss:.3f}", "tokens/s": f"{progress.tokens_per_s:,.0f}"}
+def _facts(progress: FitProgress) -> dict[str, str | float]:
+    facts = progress.facts()
     if progress.grad_norm is not None:
         facts["grad norm"] = f"{progress.grad_norm:.2f}"
     if progress.mfu is not None:

@@ -151,7 +151,7 @@ def test_fit_that_was_cut_off_goes_on_with_the_same_losses(fit, tmp_path):
 
     def stop(progress):
         states = list((tmp_path / "round=2" / "policy" / ".resume").glob("*/STATE.json"))
-        if states and progress.step >= 5:
+        if states and progress.phase == "training" and progress.step >= 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
