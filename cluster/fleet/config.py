@@ -145,6 +145,12 @@ class ClusterConfig(Config):
     stalled_after_s: float = Field(
         120.0, gt=0, description="a part with work and no progress for so long is shown as stalled"
     )
+    min_step_share: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="a rollout stops if fewer of its first 200 candidates end in a step; 0: never",
+    )
     fit_stalled_after_s: float = Field(
         1800.0, gt=0, description="a training run that reports no progress for so long is given up"
     )

@@ -47,6 +47,7 @@ from cluster.telemetry.progress import LEVELS_FACT, SHARE_FACT, solved_by_level
 from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
+from rollout.search import SearchError
 from rollout.store import Totals, TrajectoryStore
 from verifier import GRADER_VERSION
 
@@ -56,6 +57,9 @@ POLL_S = 0.5
 
 DRAIN_S = 20.0
 """How long a stopped rollout may take to commit what is finished."""
+
+FIRST_CANDIDATES = 200
+"""Of a round, that tell whether its policy writes steps at all."""
 
 RENEW_S = 1.0
 """Pause between two renewals of a rollout worker's leases."""
@@ -83,6 +87,8 @@ class Rollout:
     _workers: WorkerKind | None = None
     """Their kind, while there are any."""
     _endpoint_ended: bool = False
+    _steps_seen: bool = False
+    """Whether the first candidates were looked at."""
     _began_s: float = field(default_factory=time.monotonic)
 
     async def run(self) -> RolloutOutcome:
@@ -90,6 +96,7 @@ class Rollout:
 
         Raises:
             EngineError: members of a pool died too often, or the endpoint will answer no more.
+            SearchError: the policy writes no steps.
         """
         pools, round = self.pools, self.trees.round
         losses_before = pools.losses()
@@ -217,6 +224,7 @@ class Rollout:
             self.pools.load = PoolLoad(
                 waiting=max(0, unfinished - open_trees), in_service=open_trees, served=mine.trees
             )
+            self._check_candidates(everyone)
             stalls = self._stalls(detector)
             self.meter.tell_round(status, open_trees=open_trees, stalls=stalls)
             elapsed_s = max(time.monotonic() - self._began_s, 1e-9)
@@ -242,6 +250,27 @@ class Rollout:
             shown = min(max(mine.trees - before, own.totals.trees), len(plan.problem_ids))
             facts[SHARE_FACT] = time_left.share(shown, own.totals)
             self.on_progress(shown, len(plan.problem_ids), facts)
+
+    def _check_candidates(self, progress: Sequence[WorkerProgress]) -> None:
+        """Once, after the first candidates: a policy that writes no steps finds nothing all night.
+
+        Raises:
+            SearchError: too few of them ended in a step marker; shows what the policy writes.
+        """
+        candidates = sum(p.candidates for p in progress)
+        if self._steps_seen or candidates < FIRST_CANDIDATES:
+            return
+        self._steps_seen = True
+        ended = candidates - sum(p.unfinished for p in progress)
+        wanted = self.config.cluster.min_step_share
+        if self.stages[0].method is None and ended < wanted * candidates:
+            text = next((p.unfinished_text for p in progress if p.unfinished_text), "")
+            raise SearchError(
+                f"{ended} of {candidates} candidates ended in a step marker; the policy writes, "
+                f"e.g., {text[-200:]!r}. A model that was never fine-tuned on the markers is asked "
+                "with worked examples (search.template=bootstrap); longer steps need "
+                "search.max_step_tokens; cluster.min_step_share=0 goes on all the same"
+            )
 
     def _stalls(self, detector: StallDetector) -> list[Stall]:
         """Parts that have work and do not move, the causes first."""

@@ -76,6 +76,12 @@ class WorkerProgress:
     """Shards that are finished and wait for a store that fails."""
     error: str = ""
     """The last error a search or a commit ended with."""
+    candidates: int = 0
+    """Completions of trees searched to their end."""
+    unfinished: int = 0
+    """Those of them that ended in no step marker."""
+    unfinished_text: str = ""
+    """The first of these; "" if there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,7 @@ from rollout.problem import Problem
 from rollout.search import SearchError
 from rollout.store import RunStore, StoreError, Totals, TrajectoryStore
 from rollout.table import trees_to_table
-from rollout.tree import Tree
+from rollout.tree import Discard, Tree
 
 logger = logging.getLogger(__name__)
 
@@ -380,6 +380,16 @@ class RolloutWorker:
             del self._shards[job.id]
             self._changed.set()
 
+    def _count_candidates(self, tree: Tree) -> None:
+        """How many candidates ended in a step: a policy that writes no steps shows at once."""
+        progress = self._progress
+        for node in tree.nodes[1:]:
+            progress.candidates += node.multiplicity
+            if node.discard is Discard.UNFINISHED:
+                progress.unfinished += node.multiplicity
+                assert node.step is not None
+                progress.unfinished_text = progress.unfinished_text or node.step.text
+
     async def _committed_already(self, shard: _Shard) -> bool:
         """True if somebody committed the shard and died before saying so; says it for them."""
         trajectories = TrajectoryStore(self._store, shard.lease.job.round)
@@ -488,6 +498,7 @@ class RolloutWorker:
                 shard.trees.append(tree)
                 self._succeeded_s = time.monotonic()
                 self._progress.finished = Totals.sum((self._progress.finished, Totals.of([tree])))
+                self._count_candidates(tree)
                 metrics.count_tree(tree, self._succeeded_s - began_s)
                 return
             self._progress.retried_searches += 1

@@ -434,3 +434,14 @@ def test_bfloat16_trains_and_is_saved_as_such(fit):
     assert result.loss_curve[-1][1] < 0.8 * result.loss_curve[0][1]
     state = load_file(Path(result.checkpoint.path) / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+
+
+def test_a_fit_tells_what_it_does_from_its_first_row_on(fit):
+    told = []
+    fit(POLICY, round=7, progress=told.append)
+    phases = list(dict.fromkeys(report.phase for report in told))
+    assert phases[0] == "reading" and phases[-1] == "saving" and "training" in phases
+    reading = told[0]
+    assert 0 < reading.step <= reading.num_steps and reading.facts() == {"now": "reading"}
+    last = [report for report in told if report.phase == "training"][-1]
+    assert last.step == last.num_steps and last.facts().keys() == {"loss", "tokens/s"}

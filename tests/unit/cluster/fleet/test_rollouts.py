@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from cluster.fleet.config import ClusterConfig
-from cluster.fleet.rollouts import RENEW_S, _TimeLeft, queue_config
+from cluster.fleet.rollouts import RENEW_S, Rollout, _TimeLeft, queue_config
+from cluster.fleet.stages import RolloutStage
 from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.escalation import StageCost
 from cluster.jobs.queue import StagePlan
+from rollout.search import SearchConfig, SearchError
 from rollout.store import Totals
 
 
@@ -42,3 +46,38 @@ def test_time_left_leaves_out_what_an_earlier_process_did() -> None:
     assert left.share(60, Totals()) == 0.0
     assert left.share(80, Totals()) == pytest.approx(0.5)
     assert left.share(100, Totals()) == pytest.approx(1.0)
+
+
+def rollout(**cluster: Any) -> Rollout:
+    config = SimpleNamespace(cluster=ClusterConfig(**cluster))
+    stages = [RolloutStage(name="base", search=SearchConfig())]
+    unused: Any = None
+    return Rollout(
+        config=cast(Any, config),
+        pools=unused,
+        meter=unused,
+        trees=unused,
+        problems={},
+        stages=stages,
+        preference=False,
+        versions={},
+        on_progress=lambda done, total, facts: None,
+    )
+
+
+def test_a_policy_that_writes_no_steps_stops_the_rollout_with_an_example() -> None:
+    seen = rollout()
+    text = "Let me think about it step by step."
+    few = WorkerProgress(candidates=100, unfinished=100, unfinished_text=text)
+    seen._check_candidates([few])
+    with pytest.raises(SearchError, match=r"4 of 200 candidates ended .* by step.*bootstrap"):
+        seen._check_candidates([few, WorkerProgress(candidates=100, unfinished=96)])
+
+
+def test_candidates_are_looked_at_once_and_a_key_lets_the_rollout_go_on() -> None:
+    good = [WorkerProgress(candidates=200, unfinished=190)]
+    bad = [WorkerProgress(candidates=900, unfinished=900)]
+    seen = rollout()
+    seen._check_candidates(good)
+    seen._check_candidates(bad)
+    rollout(min_step_share=0)._check_candidates(bad)

@@ -632,5 +632,7 @@ async def test_progress_reaches_the_coordinator(setting: Setting) -> None:
         progress = setting.inner.stats().workers["w1"]
         assert progress.open_trees == 1
         assert progress.finished.solved == 4
+        assert progress.candidates >= 4
+        assert progress.unfinished == 0 and progress.unfinished_text == ""
         setting.searches.let_go("e")
         await setting.finish()
