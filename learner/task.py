@@ -41,7 +41,7 @@ from learner.spill import DiskList
 
 OnRead = Callable[[int], None]
 
-_TEXTS = 256
+_TEXTS = 64
 """Tokenised at a time."""
 
 

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from learner import dataset as dataset_module
 from learner import spill as spill_module
+from learner import task as task_module
 from learner.dataset import read_pairs, read_sft
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig, select_dataset
@@ -81,6 +82,7 @@ def test_memory_of_a_selection_grows_slower_than_its_trees(tmp_path, monkeypatch
 
 def test_memory_of_a_fits_data_grows_by_a_few_numbers_an_example(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(dataset_module, "_BATCH_ROWS", 8)
+    monkeypatch.setattr(task_module, "_TEXTS", 4)
     for name, count in (("small", 5), ("large", 60)):
         select(tmp_path / name, count)
     config = PolicyTrainConfig(batch_examples=4)
