@@ -10,6 +10,7 @@ None, where a function may return it, means that arithmetic cannot tell.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any, TypeGuard
 
@@ -336,12 +337,13 @@ def far_apart(one: complex | None, two: complex | None) -> bool:
 
 def rough(node: Node) -> complex | None:
     """A float approximation of a closed expression, to pair up long lists; None for anything
-    else."""
+    else, and for what no float holds."""
     percent = isinstance(node, Call) and node.name == "percent"
     if percent or not is_expression(node) or symbols(node):
         return None
     try:
         with Numeric(complex_mode=True, digits=15) as numeric:
-            return complex(numeric.value(node))
+            value = complex(numeric.value(node))
+        return value if math.isfinite(abs(value)) else None
     except (ArithmeticError, OverflowError):
         return None

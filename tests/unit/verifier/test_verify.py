@@ -259,3 +259,16 @@ def test_rationals_are_equal_exactly_when_their_values_are(one: object, two: obj
     right = f"\\frac{{{right}}}" if "}" in right else right
     right = right.replace("\\frac{-", "-\\frac{")
     assert answers_match(left, right) == (one == two)
+
+
+@pytest.mark.parametrize(
+    ("gold", "candidate"),
+    [
+        (r"2^{4027}, 3", r"2^{4028}, 4"),
+        (r"1.7\cdot10^{308}+1.7\cdot10^{308}i, 2", "3, 4"),
+        (r"\{2^{4027}, 2^{4026}\}", r"\{2^{4026}, 2^{4028}\}"),
+    ],
+)
+def test_lists_of_numbers_that_no_float_holds_are_compared(gold: str, candidate: str) -> None:
+    assert not verify_answer(gold, candidate).equal
+    assert verify_answer(gold, gold).equal
