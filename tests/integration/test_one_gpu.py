@@ -194,3 +194,42 @@ async def test_replica_of_two_ranks_spans_two_nodes_and_takes_its_group_with_it(
         states = [group["state"] for group in placement_group_table().values()]
         assert states == ["REMOVED", "REMOVED"]
     cluster.remove_node(second)
+
+
+class SeenPolicyReplica(ScriptedPolicyReplica):
+    """Says whether it was made for a tokenizer with the step markers."""
+
+    def __init__(self, path: str, config: Any = None, *, version: str, name: str) -> None:
+        super().__init__(path, config, version=version, name=name)
+        self.marked = config.step_markers
+
+    async def made_for(self) -> tuple[str, bool, int]:
+        return self.path, self.marked, os.getpid()
+
+
+async def test_replicas_start_anew_for_the_first_policy_that_knows_the_markers(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    fleet = make_fleet(tmp_path / "run", cluster)
+    fleet._policy_kind.actor = ray.remote(SeenPolicyReplica)
+    told: list[str] = []
+    fleet.note = told.append
+
+    async def made_for() -> tuple[str, bool, int]:
+        (replica,) = fleet.pools.handles("policy").values()
+        return await replica.made_for.remote()
+
+    async with stopped_at_the_end(fleet, processes=False):
+        await fleet.start(Path("general"), learner=False, marked=False)
+        general = await made_for()
+        assert general[:2] == ("general", False)
+        await fleet.serve_policy(Path("general"), None, marked=False)
+        assert await made_for() == general
+        trained = Checkpoint(kind="policy", round=1, path="trained", digest="1")
+        await fleet.serve_policy(Path("general"), trained)
+        first = await made_for()
+        assert first[:2] == ("trained", True) and first[2] != general[2]
+        assert any("another tokenizer" in line for line in told)
+        later = Checkpoint(kind="policy", round=2, path="later", digest="2")
+        await fleet.serve_policy(Path("general"), later)
+        assert (await made_for()) == ("later", True, first[2])
