@@ -24,6 +24,7 @@ from rollout.problems.rows import ProblemFileError
 from rollout.problems.synthesis import SynthesisError
 from rollout.search import SearchError
 from rollout.store import StoreError
+from rollout.worked_examples import ExampleError
 from verifier.sandbox import SandboxError
 
 KNOWN_ERRORS: tuple[type[Exception], ...] = (
@@ -33,6 +34,7 @@ KNOWN_ERRORS: tuple[type[Exception], ...] = (
     DashboardError,
     DatasetError,
     EngineError,
+    ExampleError,
     LearnerError,
     ModelCheckError,
     PlanError,

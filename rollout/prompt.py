@@ -146,7 +146,7 @@ SHORT_TEMPLATE = PromptTemplate(name="short", text=f"{USER}{{question}}{ASSISTAN
 NEXT_QUESTION = "\nQuestion:"
 """What a model that follows the examples too far writes after its answer."""
 
-_EXAMPLES = (
+EXAMPLES = (
     (
         "A bakery bakes 18 trays of 24 rolls each morning. It sells five sixths of the rolls at "
         "$0.75 each and gives the rest away. How many dollars does it take in 3 mornings?",
@@ -193,9 +193,7 @@ print(total)
 )
 """Question and solution: one of the grade-school kind, one of the competition kind with sympy."""
 
-BOOTSTRAP_TEMPLATE = PromptTemplate(
-    name="bootstrap",
-    text=f"""\
+BOOTSTRAP_INSTRUCTIONS = f"""\
 You are a careful mathematician who does every calculation in Python. A solution has three parts:
 code, output and answer.
 
@@ -208,21 +206,31 @@ the result and ends with {END_OF_CODE} instead.
 answer itself into \\boxed{{}}, without units.
 
 All reasoning stands in the comments. You may import math, sympy, scipy and numpy. Define names
-before they are used, and mind types and syntax.
+before they are used, and mind types and syntax."""
 
-The following are {len(_EXAMPLES)} demonstration examples.
 
-"""
-    + "".join(f"Question: {question}\n{solution}\n\n" for question, solution in _EXAMPLES)
-    + "Now! It's your turn.\n\nQuestion: {question}\n",
-    stop=(*STOP_STRINGS, NEXT_QUESTION),
-    trained_as="rstar",
-    repairs=True,
-)
-"""For round 1 with a general base or instruct model (the released bootstrap has the same parts).
+def bootstrap_template(instructions: str, examples: Sequence[tuple[str, str]]) -> PromptTemplate:
+    """The template of round 1 with a general base or instruct model: instructions and examples.
 
-The examples stand in one order, so that all requests of a round share their prefix. Four stop
-strings: more a completions server may refuse."""
+    The examples stand in the order given, so that all requests of a round share their prefix. Four
+    stop strings: more a completions server may refuse.
+
+    Args:
+        examples: question and solution, in the trajectory grammar.
+    """
+    shown = "".join(f"Question: {question}\n{solution}\n\n" for question, solution in examples)
+    return PromptTemplate(
+        name="bootstrap",
+        text=f"{instructions}\n\nThe following are {len(examples)} demonstration examples.\n\n"
+        f"{shown}Now! It's your turn.\n\nQuestion: {{question}}\n",
+        stop=(*STOP_STRINGS, NEXT_QUESTION),
+        trained_as="rstar",
+        repairs=True,
+    )
+
+
+BOOTSTRAP_TEMPLATE = bootstrap_template(BOOTSTRAP_INSTRUCTIONS, EXAMPLES)
+"""With the examples that are shipped (the released bootstrap has the same parts)."""
 
 TEMPLATES = {
     template.name: template for template in (RSTAR_TEMPLATE, SHORT_TEMPLATE, BOOTSTRAP_TEMPLATE)

@@ -38,9 +38,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rollout.engine import (
     EngineError,
@@ -55,6 +57,7 @@ from rollout.engine import (
 )
 from rollout.problem import Problem
 from rollout.prompt import (
+    BOOTSTRAP_TEMPLATE,
     TEMPLATES,
     PromptTemplate,
     Step,
@@ -69,6 +72,7 @@ from rollout.seeds import derive_seed
 from rollout.selection import Unvisited, select_child
 from rollout.tasks import all_of
 from rollout.tree import Discard, Node, Terminal, Tree, backup, expand, is_answer
+from rollout.worked_examples import WorkedExamples
 from verifier import GRADER_VERSION, SandboxError, Verdict, verify_answer
 from verifier.equivalence import Reason
 from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
@@ -132,6 +136,11 @@ class SearchConfig(BaseModel):
     template: Literal["rstar", "short", "bootstrap"] = Field(
         "rstar", description="prompt template; bootstrap: examples for a model never fine-tuned"
     )
+    bootstrap: WorkedExamples | None = Field(
+        None,
+        description="instructions and worked examples of template bootstrap, or a YAML file with "
+        "them; null: those that are shipped",
+    )
     unvisited: Unvisited = Field(
         Unvisited.INFINITE, description="worth of an unvisited child in UCT: infinite | zero"
     )
@@ -154,9 +163,22 @@ class SearchConfig(BaseModel):
         preset = given.get("preset") if isinstance(given, dict) else None
         return {**_PRESETS.get(preset, {}), **given} if isinstance(preset, str) else given
 
+    @field_validator("bootstrap", mode="before")
+    @classmethod
+    def _from_file(cls, given: Any) -> Any:
+        # What stands in the file goes on with the config: no other machine needs to read it.
+        if not isinstance(given, str | Path):
+            return given
+        try:
+            return yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"cannot be read: {error}") from error
+
     @property
     def prompt_template(self) -> PromptTemplate:
         """What the policy continues."""
+        if self.template == BOOTSTRAP_TEMPLATE.name and self.bootstrap is not None:
+            return self.bootstrap.template()
         return TEMPLATES[self.template]
 
     def trained(self) -> SearchConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster.engines.model_check import check_policy_checkpoint, check_untrained_policy
-from cluster.fleet.config import GivenModelsConfig
+from cluster.fleet.config import GivenModelsConfig, ServingConfig
 from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError
 from learner.checkpoint import (
@@ -17,6 +17,7 @@ from learner.checkpoint import (
     read_prompt_template,
 )
 from rollout.prompt import TEMPLATES
+from rollout.worked_examples import check_examples
 
 G = TypeVar("G", bound=GivenModelsConfig)
 
@@ -65,8 +66,19 @@ def with_policy_form(config: G) -> G:
         check_policy_checkpoint(config.policy)
         return config
     check_untrained_policy(config.policy)
+    check_own_examples(config)
     engine = config.policy_engine.model_copy(update={"step_markers": False})
     return config.model_copy(update={"policy_engine": engine})
+
+
+def check_own_examples(config: ServingConfig) -> None:
+    """Run and grade the worked examples of the config, if it has its own.
+
+    Raises:
+        ExampleError: one is wrong; names it.
+    """
+    if config.search.bootstrap is not None:
+        check_examples(config.search.bootstrap, config.sandbox.limits, config.sandbox.isolation)
 
 
 def form_note(config: GivenModelsConfig) -> str:
