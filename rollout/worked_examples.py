@@ -62,13 +62,15 @@ class WorkedExamples(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    instructions: str = Field(BOOTSTRAP_INSTRUCTIONS, description="before the examples")
+    instructions: str | None = Field(
+        None, description="before the examples; null: those that are shipped"
+    )
     examples: tuple[WorkedExample, ...] = Field(min_length=1, description="in the order shown")
 
     def template(self) -> PromptTemplate:
         """The prompt template that shows them."""
         shown = [(each.question.strip(), each.solution.strip()) for each in self.examples]
-        return bootstrap_template(self.instructions.strip(), shown)
+        return bootstrap_template((self.instructions or BOOTSTRAP_INSTRUCTIONS).strip(), shown)
 
 
 def check_examples(
