@@ -15,6 +15,7 @@ A model imitates its examples, mistakes and all, so each is run and graded befor
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -25,6 +26,7 @@ from rollout.prompt import (
     CODE,
     END_OF_CODE,
     END_OF_STEP,
+    EXAMPLES,
     PromptTemplate,
     StepKind,
     bootstrap_template,
@@ -57,6 +59,13 @@ class WorkedExample(BaseModel):
         return str(value) if isinstance(value, int | float) else value
 
 
+SHIPPED = tuple(
+    WorkedExample(question=question, solution=solution, answer=answer)
+    for (question, solution), answer in zip(EXAMPLES, ("810", "33/8"), strict=True)
+)
+"""One of the grade-school kind, one of the competition kind with sympy."""
+
+
 class WorkedExamples(BaseModel):
     """What a model that was never fine-tuned is shown before the question."""
 
@@ -65,12 +74,51 @@ class WorkedExamples(BaseModel):
     instructions: str | None = Field(
         None, description="before the examples; null: those that are shipped"
     )
-    examples: tuple[WorkedExample, ...] = Field(min_length=1, description="in the order shown")
+    examples: tuple[WorkedExample, ...] | None = Field(
+        None, min_length=1, description="in the order shown; null: those that are shipped"
+    )
+    chat: bool = Field(
+        False,
+        description="for instruct models: the same as turns of a conversation, by the chat "
+        "template of the policy's tokenizer; solutions go on inside the assistant's turn",
+    )
+    text: str | None = Field(
+        None,
+        description="the whole prompt instead, with {question} in it; null: made of the above",
+    )
+
+    @field_validator("text")
+    @classmethod
+    def _asks(cls, value: str | None) -> str | None:
+        if value is not None and "{question}" not in value:
+            raise ValueError("must contain {question}")
+        return value
 
     def template(self) -> PromptTemplate:
         """The prompt template that shows them."""
-        shown = [(each.question.strip(), each.solution.strip()) for each in self.examples]
-        return bootstrap_template((self.instructions or BOOTSTRAP_INSTRUCTIONS).strip(), shown)
+        shown = [(each.question.strip(), each.solution.strip()) for each in self.shown]
+        made = bootstrap_template(self._instructions, shown)
+        return made if self.text is None else replace(made, text=self.text)
+
+    def turns(self) -> list[dict[str, str]]:
+        """The same as a conversation whose next turn is the solution of {question}."""
+        turns = []
+        for each in self.shown:
+            turns.append({"role": "user", "content": f"Question: {each.question.strip()}"})
+            turns.append({"role": "assistant", "content": each.solution.strip()})
+        turns.append({"role": "user", "content": "Question: {question}"})
+        # Not every chat template has a place for a system's turn.
+        turns[0]["content"] = f"{self._instructions}\n\n{turns[0]['content']}"
+        return turns
+
+    @property
+    def shown(self) -> tuple[WorkedExample, ...]:
+        """The examples."""
+        return self.examples or SHIPPED
+
+    @property
+    def _instructions(self) -> str:
+        return (self.instructions or BOOTSTRAP_INSTRUCTIONS).strip()
 
 
 def check_examples(
@@ -83,10 +131,11 @@ def check_examples(
             says, or comes to another answer.
         SandboxError: nothing can be run here.
     """
-    if "{question}" in shown.template().text.replace("Question: {question}", "", 1):
+    texts = [text for each in shown.shown for text in (each.question, each.solution)]
+    if any("{question}" in text for text in (shown.instructions or "", *texts)):
         raise ExampleError("instructions and examples must not contain {question}")
     with Sandbox(limits, isolation) as sandbox:
-        for number, example in enumerate(shown.examples, start=1):
+        for number, example in enumerate(shown.shown, start=1):
             where = f"example {example.name or number}"
             try:
                 steps = parse_response(example.solution.strip())

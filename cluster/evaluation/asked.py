@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.evaluation.config import EvaluateConfig
-from cluster.fleet.given_models import with_checkpoint_directories
+from cluster.fleet.given_models import chat_prompt, with_checkpoint_directories
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from learner.checkpoint import CheckpointStore
@@ -273,10 +273,4 @@ def choose_prompting(config: EvaluateConfig, tokenizer: Any) -> Prompting:
             "--set prompt=plain or prompt=steps"
         )
     turn = {"role": "user", "content": f"{{question}}\n{config.instruction}"}
-    text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    if "{question}" not in text:
-        raise ConfigError(f"{config.policy}: its chat template does not keep the question's text")
-    begin = tokenizer.bos_token
-    if begin and text.startswith(begin) and tokenizer("x").input_ids[0] == tokenizer.bos_token_id:
-        text = text.removeprefix(begin)  # the tokenizer puts it there itself
-    return Prompting(kind=kind, text=text)
+    return Prompting(kind=kind, text=chat_prompt(tokenizer, [turn], where=config.policy))

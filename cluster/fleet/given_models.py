@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.engines.model_check import check_policy_checkpoint, check_untrained_policy
 from cluster.fleet.config import GivenModelsConfig, ServingConfig
@@ -17,6 +18,7 @@ from learner.checkpoint import (
     read_prompt_template,
 )
 from rollout.prompt import TEMPLATES
+from rollout.search import SearchConfig
 from rollout.worked_examples import check_examples
 
 G = TypeVar("G", bound=GivenModelsConfig)
@@ -68,7 +70,43 @@ def with_policy_form(config: G) -> G:
     check_untrained_policy(config.policy)
     check_own_examples(config)
     engine = config.policy_engine.model_copy(update={"step_markers": False})
-    return config.model_copy(update={"policy_engine": engine})
+    search = with_chat_turns(config.search, config.policy)
+    return config.model_copy(update={"policy_engine": engine, "search": search})
+
+
+def with_chat_turns(search: SearchConfig, policy: Path) -> SearchConfig:
+    """The search with its worked examples as turns of the policy's chat template, if it wants so.
+
+    Raises:
+        ConfigError: its tokenizer has none, or one that does not keep the text.
+    """
+    shown = search.bootstrap
+    if shown is None or not shown.chat or shown.text is not None:
+        return search
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{policy}: search.bootstrap.chat: its tokenizer has no chat template")
+    text = chat_prompt(tokenizer, shown.turns(), where=policy)
+    return search.model_copy(update={"bootstrap": shown.model_copy(update={"text": text})})
+
+
+def chat_prompt(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, where: Path) -> str:
+    """A conversation up to where the assistant begins, as the text that a completion goes on from.
+
+    Args:
+        turns: {question} stands in the last one.
+    Raises:
+        ConfigError: the chat template does not keep the text.
+    """
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    if any(turn["content"] not in text for turn in turns):
+        raise ConfigError(f"{where}: its chat template does not keep the text of the turns")
+    begin = tokenizer.bos_token
+    if begin and text.startswith(begin) and tokenizer("x").input_ids[0] == tokenizer.bos_token_id:
+        text = text.removeprefix(begin)  # the tokenizer puts it there itself
+    return text
 
 
 def check_own_examples(config: ServingConfig) -> None:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
 from cluster.evaluation.shares import problems_by_level
-from cluster.fleet.given_models import check_own_examples
+from cluster.fleet.given_models import check_own_examples, with_chat_turns
 from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
 from cluster.folder.lineage import record_lineage
@@ -130,6 +130,9 @@ class Evolution:
             ConfigError: it is not; names the round, and what would be right.
         """
         check_own_examples(self.config)
+        if self._is_untrained:
+            search = with_chat_turns(self.config.search, self.untrained)
+            self.config = self.config.model_copy(update={"search": search})
         for number, settings in enumerate(self.config.rounds, start=1):
             untrained = number == 1 and self.config.cold_start is None
             shown = settings.search(self.config.search).prompt_template.repairs

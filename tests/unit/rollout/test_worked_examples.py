@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from rollout.prompt import BOOTSTRAP_TEMPLATE, EXAMPLES, render_question
+from rollout.prompt import BOOTSTRAP_TEMPLATE, render_question
 from rollout.search import SearchConfig
 from rollout.worked_examples import ExampleError, WorkedExamples, check_examples
 from verifier import SandboxLimits
@@ -55,14 +55,23 @@ def test_right_examples_pass() -> None:
 
 
 def test_the_examples_that_are_shipped_are_right() -> None:
-    answers = ("810", "33/8")
-    examples = [
-        {"question": question, "solution": solution, "answer": answer}
-        for (question, solution), answer in zip(EXAMPLES, answers, strict=True)
-    ]
-    shipped = WorkedExamples.model_validate({"examples": examples})
+    shipped = WorkedExamples()
     check_examples(shipped, SandboxLimits())
     assert shipped.template() == BOOTSTRAP_TEMPLATE
+
+
+def test_a_whole_prompt_of_ones_own_is_taken_as_it_is() -> None:
+    template = WorkedExamples(text="Q: {question} A:").template()
+    assert render_question("1 + 1?", template) == "Q: 1 + 1? A:" and template.repairs
+    with pytest.raises(ValidationError, match="must contain"):
+        WorkedExamples(text="no place")
+
+
+def test_turns_of_a_conversation_end_with_the_question() -> None:
+    turns = shown().turns()
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns[0]["content"] == "Be brief.\n\nQuestion: How many rolls?"
+    assert turns[1]["content"] == SOLUTION and turns[2]["content"] == "Question: {question}"
 
 
 @pytest.mark.parametrize(

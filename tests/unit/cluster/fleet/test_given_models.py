@@ -8,7 +8,9 @@ import pytest
 
 from cluster.engines.model_check import ModelCheckError
 from cluster.fleet.given_models import form_note, with_policy_form
+from cluster.folder.config_file import ConfigError
 from cluster.runs.config import RolloutConfig
+from rollout.prompt import render_question
 from tests.models import write_tiny_policy
 
 
@@ -47,3 +49,23 @@ def test_a_general_model_under_a_trained_template_is_refused_with_the_remedy(gen
 def test_a_fine_tuned_policy_under_worked_examples_is_refused_with_the_remedy(tuned: Path) -> None:
     with pytest.raises(ModelCheckError, match=r"fine-tuned policy; .*search.template=rstar"):
         with_policy_form(config(tuned, "bootstrap"))
+
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_worked_examples_become_turns_of_the_policys_chat_template(tmp_path: Path) -> None:
+    policy = write_tiny_policy(tmp_path / "chat", markers=())
+    asked = config(policy, "bootstrap").model_dump(mode="json")
+    asked["search"]["bootstrap"] = {"chat": True}
+    with pytest.raises(ConfigError, match="its tokenizer has no chat template"):
+        with_policy_form(RolloutConfig.model_validate(asked))
+    (policy / "chat_template.jinja").write_text(CHAT)
+    search = with_policy_form(RolloutConfig.model_validate(asked)).search
+    prompt = render_question("How many?", search.prompt_template)
+    assert prompt.startswith("[user]You are a careful") and "[end][assistant]<code>\n" in prompt
+    assert prompt.endswith("[user]Question: How many?[end][assistant]")
+    assert search.training_template.name == "rstar"
