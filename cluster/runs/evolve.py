@@ -142,6 +142,12 @@ class Evolution:
                     f"{key}: bootstrap is for a model that was never fine-tuned; round {number} "
                     "searches with a fine-tuned policy: choose rstar or short (search.template)"
                 )
+            if shown and self.config.endpoint is None and not self._is_untrained:
+                raise ConfigError(
+                    f"{key}: bootstrap, but the tokenizer of {self.untrained} holds the step "
+                    "markers as tokens of their own, which an untrained model cannot read; give a "
+                    "base model without them, or choose rstar or short (search.template)"
+                )
             if not shown and untrained and self._is_untrained:
                 raise ConfigError(
                     f"{key}: {self.untrained} was never fine-tuned on the step markers; ask it "

@@ -38,6 +38,8 @@ def test_a_general_model_is_bootstrapped_or_gets_a_cold_start(tmp_path: Path) ->
 
 def test_a_base_whose_tokenizer_has_the_markers_needs_no_worked_examples(tmp_path: Path) -> None:
     evolution(tmp_path, "rstar", base=GENERAL)._check_templates()
+    with pytest.raises(ConfigError, match=r"bootstrap, but the tokenizer of general holds"):
+        evolution(tmp_path, "bootstrap", base=GENERAL)._check_templates()
 
 
 def test_worked_examples_are_for_the_first_round_alone(tmp_path: Path) -> None:
