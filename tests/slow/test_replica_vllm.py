@@ -24,7 +24,7 @@ import pytest
 from cluster.engines.config import EngineConfig
 from cluster.engines.lifecycle import ReplicaInfo, ReplicaStats
 from cluster.engines.model_check import ModelCheckError
-from cluster.engines.replica import PolicyReplica, PolicyReplicaActor, PreferenceReplicaActor
+from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
 from cluster.engines.weight_sync import sync_weights
 from cluster.jobs.admission import EnginePressure
 from rollout.engine import (
@@ -292,17 +292,20 @@ def test_cached_tokens_of_many_candidates_are_counted_once(served: Served) -> No
     assert first.cached_tokens < 32 and second.cached_tokens >= 96
 
 
-async def test_a_completion_that_repeats_itself_is_ended(tmp_path: Path) -> None:
+def test_a_completion_that_repeats_itself_is_ended(served: Served) -> None:
     """A greedy model of this size falls into a loop."""
+    import ray
+
     config = CONFIG.model_copy(update={"max_repeats": 4})
-    replica = PolicyReplica(str(write_tiny_policy(tmp_path / "policy", tied=True)), config)
+    path = str(served.folder / "policy0")
+    replica = PolicyReplicaActor.options(num_cpus=0).remote(path, config)
+    request = GenerationRequest(
+        prompt=PROMPTS[0], num_candidates=1, max_tokens=250, temperature=0.0
+    )
     try:
-        await replica.ready()
-        reply = await replica.generate(
-            GenerationRequest(prompt=PROMPTS[0], num_candidates=1, max_tokens=250, temperature=0.0)
-        )
+        reply = ray.get(replica.generate.remote(request), timeout=200)
     finally:
-        await replica.shutdown()
+        ray.kill(replica)
     (completion,) = reply.completions
     assert completion.finish is FinishReason.REPETITION
     assert completion.num_tokens < 250
