@@ -1,15 +1,20 @@
 # make demo   set up, then four rounds of self-evolution of the miniature on this machine
+# make demo-pretrained   the same with a real pretrained model (docs/pretrained.md)
 # make test   set up, then lint and all tests
 VENV ?= .venv
 export VENV
 
-.PHONY: install demo test lint unit docs-check format clean
+.PHONY: install demo demo-pretrained test lint unit docs-check format clean
 
 install:
 	@deploy/install.sh
 
 demo: install
 	$(VENV)/bin/rstar evolve deploy/configs/demo.yaml
+
+demo-pretrained: install
+	@deploy/pretrained.sh
+	$(VENV)/bin/rstar evolve deploy/configs/pretrained.yaml
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -57,7 +57,9 @@ from rollout.engine import (
 )
 from rollout.problem import Problem
 from rollout.prompt import (
+    ANSWER,
     BOOTSTRAP_TEMPLATE,
+    CODE,
     TEMPLATES,
     PromptTemplate,
     Step,
@@ -266,8 +268,12 @@ def discard_reason(step: Step, previous: Step | None, max_repeats: int | None) -
     if step.kind is StepKind.UNFINISHED:
         return Discard.UNFINISHED
     if step.kind is StepKind.ANSWER:
+        if not step.text.startswith(ANSWER):
+            return Discard.OUT_OF_PLACE
         return None if step.answer else Discard.NO_ANSWER
     if only_answer_follows(previous):
+        return Discard.OUT_OF_PLACE
+    if previous is None and not step.text.startswith(CODE):
         return Discard.OUT_OF_PLACE
     return None if step.code.strip() else Discard.EMPTY
 

@@ -59,7 +59,8 @@ class Discard(StrEnum):
     NO_ANSWER = "no_answer"
     """An answer step without a readable answer."""
     OUT_OF_PLACE = "out_of_place"
-    """A code step after the code was closed: only the answer can follow its output."""
+    """It does not open as the grammar asks: `<code>` the first step, `<answer>` an answer; or it is
+    code after the code was closed, where only the answer can follow."""
     REPETITIVE = "repetitive"
     """Its text ends in the same passage over and over."""
     NOT_KEPT = "not_kept"

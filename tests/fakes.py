@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from rollout.engine import (
@@ -27,6 +27,7 @@ from rollout.engine import (
     GenerationReply,
     GenerationRequest,
 )
+from rollout.prompt import CODE, END_OF_CODE, END_OF_OUTPUT, END_OF_STEP
 from verifier import SandboxLimits, StepResult, StepStatus
 
 T = TypeVar("T")
@@ -109,8 +110,18 @@ class _Gated:
             self.in_flight -= 1
 
 
+def opened(text: str, prompt: str) -> str:
+    """`text` with `<code>` before it where it is the first step of a solution."""
+    first = not prompt.endswith((END_OF_STEP, END_OF_OUTPUT + "\n"))
+    code = text.endswith((END_OF_STEP, END_OF_CODE))
+    return CODE + text if first and code and not text.startswith(CODE) else text
+
+
 class ScriptedPolicy(_Gated):
-    """A policy that answers from a script; a short entry is repeated, a long one cut."""
+    """A policy that answers from a script; a short entry is repeated, a long one cut.
+
+    A script may leave out the `<code>` of first steps, except in a `Completion`.
+    """
 
     def __init__(
         self,
@@ -136,7 +147,10 @@ class ScriptedPolicy(_Gated):
         texts = [entry[i % len(entry)] for i in range(request.num_candidates)]
         return GenerationReply(
             completions=tuple(
-                t if isinstance(t, Completion) else completion(t, request.stop) for t in texts
+                t
+                if isinstance(t, Completion)
+                else replace(completion(t, request.stop), text=opened(t, request.prompt))
+                for t in texts
             ),
             prompt_tokens=max(1, len(request.prompt) // 4),
             policy_version=self.version,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -120,6 +121,11 @@ class EndpointConfig(BaseModel):
         default="openai",
         description="vllm: says which stop string ended a completion; openai: any other server, "
         "which is streamed and cut here",
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="folder with the tokenizer of the endpoint's model, whose chat template "
+        "search.bootstrap.chat writes with; null: not needed",
     )
     max_n: int = Field(default=16, ge=1, description="candidates in one HTTP request")
     send_seed: bool = Field(

@@ -213,3 +213,8 @@ class GivenModelsConfig(ServingConfig):
         None, description="Hugging Face checkpoint directory of the policy; null: an endpoint's"
     )
     ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
+
+    @property
+    def policy_tokenizer(self) -> Path | None:
+        """Folder with the tokenizer of the policy; None: not known."""
+        return self.policy

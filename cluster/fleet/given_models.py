@@ -62,30 +62,40 @@ def with_policy_form(config: G) -> G:
     Raises:
         ModelCheckError: policy and template do not go together; says what does.
     """
-    if config.policy is None:
+    shows_examples = config.search.prompt_template.repairs
+    if config.policy is not None:
+        check = check_untrained_policy if shows_examples else check_policy_checkpoint
+        check(config.policy)
+    if not shows_examples:
         return config
-    if not config.search.prompt_template.repairs:
-        check_policy_checkpoint(config.policy)
-        return config
-    check_untrained_policy(config.policy)
     check_own_examples(config)
     engine = config.policy_engine.model_copy(update={"step_markers": False})
-    search = with_chat_turns(config.search, config.policy)
+    search = with_chat_turns(config.search, config.policy_tokenizer)
     return config.model_copy(update={"policy_engine": engine, "search": search})
 
 
-def with_chat_turns(search: SearchConfig, policy: Path) -> SearchConfig:
+def with_chat_turns(search: SearchConfig, policy: Path | None) -> SearchConfig:
     """The search with its worked examples as turns of the policy's chat template, if it wants so.
 
+    Args:
+        policy: folder with its tokenizer.
     Raises:
-        ConfigError: its tokenizer has none, or one that does not keep the text.
+        ConfigError: there is none, or none with a chat template that keeps the text.
     """
     shown = search.bootstrap
     if shown is None or not shown.chat or shown.text is not None:
         return search
+    if policy is None:
+        raise ConfigError(
+            "search.bootstrap.chat: give endpoint.tokenizer, a folder with the tokenizer of the "
+            "endpoint's model"
+        )
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(policy, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(policy, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{policy}: no tokenizer for search.bootstrap.chat: {error}") from error
     if not tokenizer.chat_template:
         raise ConfigError(f"{policy}: search.bootstrap.chat: its tokenizer has no chat template")
     text = chat_prompt(tokenizer, shown.turns(), where=policy)

@@ -134,6 +134,10 @@ class RolloutConfig(GivenModelsConfig):
             raise ValueError("give either a policy checkpoint or an endpoint section")
         return self
 
+    @property
+    def policy_tokenizer(self) -> Path | None:
+        return self.policy if self.endpoint is None else self.endpoint.tokenizer
+
 
 class RunConfig(ServingConfig):
     """A whole run of self-evolution: `rstar evolve`."""

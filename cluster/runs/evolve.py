@@ -130,8 +130,10 @@ class Evolution:
             ConfigError: it is not; names the round, and what would be right.
         """
         check_own_examples(self.config)
-        if self._is_untrained:
-            search = with_chat_turns(self.config.search, self.untrained)
+        endpoint = self.config.endpoint
+        if endpoint is not None or self._is_untrained:
+            tokenizer = self.untrained if endpoint is None else endpoint.tokenizer
+            search = with_chat_turns(self.config.search, tokenizer)
             self.config = self.config.model_copy(update={"search": search})
         for number, settings in enumerate(self.config.rounds, start=1):
             untrained = number == 1 and self.config.cold_start is None
@@ -275,6 +277,7 @@ class Evolution:
             return
         settings = self.config.rounds[number - 1]
         self.view.begin("rollout", f"round {number}: rollout", len(self.train), round=number)
+        began_s = time.monotonic()
         if number == 1 and self.config.endpoint is not None:
             await self.fleet.serve_endpoint(self.config.endpoint)
         else:
@@ -285,6 +288,7 @@ class Evolution:
         if settings.preference:
             assert ppm is not None
             await self.fleet.serve_preference(ppm)
+        serving_s = time.monotonic() - began_s
         search = settings.search(self.config.search)
         outcome = await self.fleet.rollout(
             number,
@@ -303,7 +307,8 @@ class Evolution:
         levels = await asyncio.to_thread(
             lambda: problems_by_level(trees.commits(), self.folder.problem_levels())
         )
-        self.folder.record_stage(number, "rollout", seconds, **outcome.facts(), **levels)
+        facts = outcome.facts() | levels | {"serving_s": serving_s}
+        self.folder.record_stage(number, "rollout", seconds, **facts)
         removed = await asyncio.to_thread(
             trees.remove_orphans,
             older_than_s=self.config.cluster.lease_s,
@@ -435,9 +440,11 @@ class Evolution:
             f"round {number}: evaluate" if number else "evaluate",
             round=number or None,
         )
+        began_s = time.monotonic()
         await self.fleet.serve_policy(self.base_model, policy)
         if ppm is not None:
             await self.fleet.serve_preference(ppm)
+        serving_s = time.monotonic() - began_s
         evaluation = await self.fleet.guarded(
             evaluate(
                 self.test,
@@ -456,7 +463,7 @@ class Evolution:
         greedy = evaluation.shares("greedy")
         assert greedy is not None
         seconds = self.view.end(f"greedy pass@1 {100 * (greedy['all'] or 0.0):.1f} %")
-        self.folder.record_stage(number, "evaluate", seconds)
+        self.folder.record_stage(number, "evaluate", seconds, serving_s=serving_s)
 
 
 def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> list[Problem]:

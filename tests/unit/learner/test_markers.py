@@ -33,6 +33,22 @@ def test_missing_markers_become_single_tokens_and_old_logits_stay(tmp_path, arch
     assert torch.allclose(new[..., : len(old_tokenizer)], old[..., : len(old_tokenizer)])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_marker_begins_as_the_mean_of_its_pieces(tmp_path, tied):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = write_tiny_policy(tmp_path / "source", markers=(), tied=tied)
+    made = with_markers(source, tmp_path / "made")
+    pieces = AutoTokenizer.from_pretrained(source)(MARKERS[1]).input_ids
+    marker = AutoTokenizer.from_pretrained(made).convert_tokens_to_ids(MARKERS[1])
+    old, new = (AutoModelForCausalLM.from_pretrained(path) for path in (source, made))
+    assert len(pieces) > 1
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        rows, grown = getattr(old, name)().weight, getattr(new, name)().weight
+        assert torch.allclose(grown[marker], rows[pieces].mean(0))
+
+
 def test_model_that_has_all_markers_is_used_as_it_is(tmp_path):
     source = write_tiny_policy(tmp_path / "source")
     assert with_markers(source, tmp_path / "made") == source

@@ -145,7 +145,7 @@ def test_tokens_are_those_of_programs_and_answers_and_of_the_texts_valued() -> N
         Method.BEST_OF_N, by_printed("34"), TablePreference({}, default=0.1), num_trajectories=2
     )
     each = len(program("3")) // 4 + len(answer("3")) // 4
-    text = QUESTION + program("3") + "\n<output>7<end_of_output>\n" + answer("3")
+    text = QUESTION + "<code>" + program("3") + "\n<output>7<end_of_output>\n" + answer("3")
     assert result.generated_tokens == 2 * each == sum(s.num_tokens for s in result.solutions)
     assert result.cost.scored_tokens == 2 * (len(text) // 4)
     assert result.cost.num_requests == 3
@@ -208,10 +208,10 @@ def test_beam_keeps_the_best_valued_paths_of_all_and_runs_their_code_step_by_ste
     output = "\n<output>7<end_of_output>\n"
     assert asked == [
         "",
-        "b\n<end_of_step>",
-        "a\n<end_of_step>",
-        "a\n<end_of_step>d\n<end_of_code>" + output,
-        "b\n<end_of_step>f\n<end_of_code>" + output,
+        "<code>b\n<end_of_step>",
+        "<code>a\n<end_of_step>",
+        "<code>a\n<end_of_step>d\n<end_of_code>" + output,
+        "<code>b\n<end_of_step>f\n<end_of_code>" + output,
     ]
     runs = [event[2] for event in sandbox.events if event[0] == "run"]
     assert runs == [("a", "b", "c"), ("f",), ("d", "e", "bad")]
@@ -276,7 +276,10 @@ def test_beam_whose_budget_is_spent_ends_or_goes_on_with_its_best_path_alone() -
     result = solve(
         Method.BEAM, policy, values, num_trajectories=8, beam_candidates=2, max_generated_tokens=1
     )
-    assert [r.prompt.removeprefix(QUESTION) for r in policy.requests] == ["", "b\n<end_of_step>"]
+    assert [r.prompt.removeprefix(QUESTION) for r in policy.requests] == [
+        "",
+        "<code>b\n<end_of_step>",
+    ]
     assert result.answer == "2"
     assert "token budget of 1 used up" in result.notes
 
@@ -475,7 +478,7 @@ def test_events_tell_what_is_extended_and_found_with_values_and_cost(method: Met
     events: list[Event] = []
     preference = TablePreference({answer("3"): 0.25}, default=0.5)
     result = solve(method, by_printed("3"), preference, on_event=events.append, num_trajectories=1)
-    solution = program("3") + "\n<output>7<end_of_output>\n"
+    solution = "<code>" + program("3") + "\n<output>7<end_of_output>\n"
     told = [(event.kind, event.text) for event in events]
     assert told == [
         (EventKind.EXTENDS, ""),

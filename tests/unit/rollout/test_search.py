@@ -15,7 +15,14 @@ from rollout.engine import Completion, FinishReason
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig, SearchError, run_search
 from rollout.tree import Discard, Terminal, Tree
-from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference, random_steps
+from tests.fakes import (
+    Failure,
+    ScriptedPolicy,
+    ScriptedSandbox,
+    TablePreference,
+    completion,
+    random_steps,
+)
 from verifier import Verdict, verify_answer
 
 PROBLEM = Problem(id="p", source="s", level=Level.GSM, text="How many?", answer="3")
@@ -67,7 +74,9 @@ def random_search(seed: int, *, ppm: bool, rollouts: int = 8, **config: object) 
                 **config,
             ),
             policy=ScriptedPolicy(random_steps),
-            preference=TablePreference(lambda t: math.sin(len(t))) if ppm else None,
+            preference=TablePreference(lambda t: math.sin(len(t.replace("<code>", ""))))
+            if ppm
+            else None,
             sandbox=ScriptedSandbox({"bad": Failure()}, default="3\n"),
             round=3 if ppm else 1,
             seed=seed,
@@ -210,10 +219,13 @@ def test_child_code_runs_on_the_state_its_parent_left() -> None:
         ([""], Discard.UNFINISHED),
         (["<end_of_step>"], Discard.EMPTY),
         (["<answer>I do not know<end_of_answer>"], Discard.NO_ANSWER),
+        (["It is \\boxed{3}<end_of_answer>"], Discard.OUT_OF_PLACE),
+        ([completion("x = 3\n<end_of_step>", ["<end_of_step>"])], Discard.OUT_OF_PLACE),
+        ([completion("print(3)\n<end_of_code>", ["<end_of_code>"])], Discard.OUT_OF_PLACE),
     ],
 )
 def test_garbage_ends_in_a_named_dead_end_that_costs_its_path(
-    texts: list[str], discard: Discard
+    texts: list[str | Completion], discard: Discard
 ) -> None:
     tree = search(ScriptedPolicy({"": texts}), num_candidates=2, num_rollouts=4)
     assert {n.discard for n in tree.nodes[1:]} == {discard}

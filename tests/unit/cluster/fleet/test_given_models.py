@@ -69,3 +69,21 @@ def test_worked_examples_become_turns_of_the_policys_chat_template(tmp_path: Pat
     assert prompt.startswith("[user]You are a careful") and "[end][assistant]<code>\n" in prompt
     assert prompt.endswith("[user]Question: How many?[end][assistant]")
     assert search.training_template.name == "rstar"
+
+
+def test_an_endpoint_is_asked_in_the_chat_form_of_a_named_tokenizer(tmp_path: Path) -> None:
+    tokenizer = write_tiny_policy(tmp_path / "chat", markers=())
+    (tokenizer / "chat_template.jinja").write_text(CHAT)
+    search = {"template": "bootstrap", "bootstrap": {"chat": True}}
+    endpoint = {"base_url": "http://localhost/v1", "model": "m"}
+    asked = {"problems": "p", "run_dir": "r", "search": search, "endpoint": endpoint}
+    with pytest.raises(ConfigError, match=r"give endpoint\.tokenizer"):
+        with_policy_form(RolloutConfig.model_validate(asked))
+    endpoint["tokenizer"] = str(tokenizer)
+    found = with_policy_form(RolloutConfig.model_validate(asked)).search
+    replicas = config(tokenizer, "bootstrap").model_copy(update={"search": found})
+    assert found.prompt_template.text.endswith("[user]Question: {question}[end][assistant]")
+    assert with_policy_form(replicas).search == found
+    endpoint["tokenizer"] = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"nothing: no tokenizer for search\.bootstrap\.chat"):
+        with_policy_form(RolloutConfig.model_validate(asked))

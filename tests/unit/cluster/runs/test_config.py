@@ -37,7 +37,7 @@ def test_shipped_rollout_config_needs_only_problems_and_policy() -> None:
 
 
 def test_presets_of_each_command_are_known() -> None:
-    names = ["cluster", "demo", "eight_gpus", "one_gpu", "paper", "smoke"]
+    names = ["cluster", "demo", "eight_gpus", "one_gpu", "paper", "pretrained", "smoke"]
     assert list(presets(RunConfig)) == names
     assert list(presets(RolloutConfig)) == ["rollout"]
 
@@ -59,7 +59,7 @@ def test_unknown_preset_is_told_the_nearest_and_all() -> None:
         load_config("dmeo", kind=RunConfig)
     assert str(caught.value) == (
         "dmeo: no such config file; did you mean 'demo'? "
-        "presets: cluster, demo, eight_gpus, one_gpu, paper, smoke"
+        "presets: cluster, demo, eight_gpus, one_gpu, paper, pretrained, smoke"
     )
     with pytest.raises(ConfigError, match=r"some/where\.yaml: no such config file$"):
         load_config("some/where.yaml", kind=RunConfig)
