@@ -1,4 +1,4 @@
-"""A model that nobody here made, from its first search to a fine-tuned policy that is searched with."""
+"""A model that nobody here made, from its first search to a fine-tuned policy."""
 
 from __future__ import annotations
 
@@ -117,24 +117,7 @@ def test_from_worked_examples_to_a_policy_of_its_own(
 
 # ---------------------------------------------------------------- what tokenizers do to trees
 
-PIECES = (
-    "x",
-    " = ",
-    "1",
-    "\n",
-    "\n\n",
-    "  ",
-    "\t",
-    "# ",
-    "é",
-    "数",
-    "'s",
-    "...",
-    "=",
-    "<",
-    "_",
-    "0.5",
-)
+PIECES = "x| = |1|\n|\n\n|  |\t|# |é|数|'s|...|=|<|_|0.5".split("|")
 
 
 def step_of(rng: random.Random, prompt: str) -> str:
