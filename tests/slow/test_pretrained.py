@@ -117,7 +117,24 @@ def test_from_worked_examples_to_a_policy_of_its_own(
 
 # ---------------------------------------------------------------- what tokenizers do to trees
 
-PIECES = "x| = |1|\n|\n\n|  |\t|# |é|数|'s|...|=|<|_|0.5".split("|")
+PIECES = [
+    "x",
+    " = ",
+    "1",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "# ",
+    "é",
+    "数",
+    "'s",
+    "...",
+    "=",
+    "<",
+    "_",
+    "0.5",
+]
 
 
 def step_of(rng: random.Random, prompt: str) -> str:
