@@ -1,10 +1,11 @@
 """What a general model finds in a first round, asked with worked examples.
 
-    python -m bench.base_model --model DIR --problems FILE [--limit N] [--set KEY=VALUE]
+    python -m bench.base_model --model DIR --problems FILE [--limit N] [--run-dir DIR]
+        [--set KEY=VALUE]
 
 Searches the first N problems as round 1 of a run does (template bootstrap: the model is served as
 it is, step markers are plain text), with 4 candidates x 2 rollouts at temperature 0.7 unless told
-otherwise, into a temporary folder, and prints how the steps ended and what they came to.
+otherwise, into a temporary folder unless one is named, and prints how the steps ended and what they came to.
 
 - `ended_in_step_share`: candidates that end in a step marker, of all that were generated
 - `answered_share`: problems for which some rollout reached an answer
@@ -58,20 +59,23 @@ def step_outcomes(trees: list[Tree]) -> Counter[str]:
     return outcomes
 
 
-def measure(model: Path, problems: Path, limit: int | None, overrides: list[str]) -> dict[str, Any]:
+def measure(
+    model: Path, problems: Path, limit: int | None, run_dir: Path | None, overrides: list[str]
+) -> dict[str, Any]:
     """Search and count."""
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="rstar-base-model-") as scratch:
+        folder = run_dir or Path(scratch)
         config = load_config(
             "rollout",
             [*SETTINGS, *overrides],
             kind=RolloutConfig,
-            given={"problems": problems, "policy": model, "limit": limit, "run_dir": scratch},
+            given={"problems": problems, "policy": model, "limit": limit, "run_dir": folder},
         )
         run = RolloutRun(config, ProgressView(console))
         report = asyncio.run(run.run())
         print_rollout_report(report, console)
-        trees = list(TrajectoryStore(RunStore(scratch), ROUND).trees())
+        trees = list(TrajectoryStore(RunStore(str(folder)), ROUND).trees())
     outcomes = step_outcomes(trees)
     candidates = outcomes.total()
     return {
@@ -93,11 +97,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--problems", type=Path, required=True, help="problem file")
     parser.add_argument("--limit", type=int, help="first N problems [all]")
+    parser.add_argument("--run-dir", type=Path, help="keep the run there [a temporary folder]")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     quiet_logging(verbose=False)
-    figures = measure(options.model, options.problems, options.limit, options.overrides)
+    figures = measure(
+        options.model, options.problems, options.limit, options.run_dir, options.overrides
+    )
     figures |= {"hardware": hardware(), "versions": versions()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
