@@ -52,7 +52,10 @@ def test_difficulty_is_that_of_the_first_search_and_unsolved_needs_a_further_one
 
 
 def test_answers_no_rollout_reached_do_not_count() -> None:
-    assert difficulty([tree("8", visited=False)]) is Difficulty.HARD
+    for unreached in (tree("8", visited=False), tree("7", visited=False)):
+        assert difficulty([unreached]) is Difficulty.HARD
+    rules = {"suspect": SuspectConfig()}
+    assert escalate([tree("7", visited=False)], **rules).next is Next.SEARCH
 
 
 def test_trees_that_agree_on_another_answer_make_the_label_suspect() -> None:
