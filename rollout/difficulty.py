@@ -10,7 +10,8 @@ the last round 64, then 128). Of 20 problems still unsolved at the end the autho
 another answer than the accepted one: its label is suspect, and a person should look at it.
 
 Everything here is a function of finished trees. Answers are those that rollouts reached; two are
-the same by mathematical equality, not by text.
+the same by mathematical equality, not by text. `right_share` is how often the policy itself is
+right, which says whether a made problem's own answer can be trusted.
 
 Not covered: whether the label is wrong. The policy may agree with itself on a mistake, so a suspect
 is reported, never relabelled.
@@ -115,6 +116,25 @@ def difficulty_of(trees: Iterable[tuple[int, int, int]]) -> Difficulty:
         return Difficulty.EASY if every else Difficulty.MEDIUM
     solved = any(right for _, right, _ in found)
     return Difficulty.HARD if solved or len(first) == len(found) else Difficulty.UNSOLVED
+
+
+def right_share(tree: Tree) -> float | None:
+    """Share of the policy's solutions that are right, as the tree lets it be told; None without a
+    graded answer.
+
+    Of a node it is the mean over the children that have answers at or below them, each counted as
+    often as it was sampled: a step that 14 of 16 candidates agreed on weighs 14, though it is one
+    node, and a branch weighs no more for having been searched more.
+    """
+    right, sampled = [0.0] * len(tree.nodes), [0] * len(tree.nodes)
+    for node in tree.reached_answers():
+        if node.correct is not None:
+            right[node.id], sampled[node.id] = float(node.correct), 1
+    for node in reversed(tree.nodes[1:]):
+        if sampled[node.id]:
+            right[node.parent] += node.multiplicity * right[node.id] / sampled[node.id]
+            sampled[node.parent] += node.multiplicity
+    return right[0] / sampled[0] if sampled[0] else None
 
 
 def suspect_label(trees: Sequence[Tree], config: SuspectConfig) -> SuspectLabel | None:
