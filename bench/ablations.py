@@ -51,6 +51,7 @@ from cluster.folder.config_file import ConfigError, load_config, make_config, re
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import RunConfig
+from cluster.runs.select import RoundSelection
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
     SFTExample,
@@ -519,17 +520,29 @@ class Study:
         assert policy is not None
         config = self.config.train_ppm
         own = table.train | {"objective": arm.objective or config.objective}
+        data = self.run.dataset(number)
+        if own["objective"] == "q_regression":
+            data = await asyncio.to_thread(self._with_valued_steps, number)
         request = FitRequest(
             fit_id=f"ablation/{name}/{seed}",
             kind="ppm",
             round=0,
             base=policy.path,
-            data=str(self.run.dataset(number)),
+            data=str(data),
             checkpoints=str(self.out.root / "models" / f"{name}-{seed}"),
             config=type(config).model_validate(config.model_dump() | own),
             seed=derive_seed(seed, "ablation", "ppm"),
         )
         return await _fit(request)
+
+    def _with_valued_steps(self, number: int) -> Path:
+        """The round's dataset once more, with the Q-value of every step in it."""
+        directory = self.out.dataset(number)
+        if read_manifest(directory) is None:
+            RoundSelection(self.store, number).select(
+                directory, template=self.template, config=self.config.dataset, valued_steps=True
+            )
+        return directory
 
     async def _guided(self, table: AblationConfig, name: str, seed: int) -> dict[str, Any]:
         policy = self.checkpoints.current("policy", table.round or self.last)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from learner.attention import Layout, documents, trees
-from learner.pairs import PairKind, PreferencePair
+from learner.pairs import PairKind, PreferencePair, ValuedNode
 from rollout.prompt import MARKERS, Segment
 
 
@@ -48,17 +48,19 @@ class TokenisedText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairGroup:
-    """All pairs of one node: each distinct text once, and which is preferred to which."""
+    """All pairs of one node: each distinct text once, and which is preferred to which; or the steps
+    of one node, without pairs."""
 
     texts: tuple[TokenisedText, ...]
-    """Prefix and continuation; `trained` marks the continuation of a chosen text."""
+    """Prefix and continuation; `trained` marks the continuation of a chosen text, or of a step
+    with Q > 0."""
     chosen: tuple[int, ...]
     """[R] index into `texts`."""
     rejected: tuple[int, ...]
     weights: tuple[float, ...]
     targets: tuple[float, ...]
-    """Per text, in [-1, 1]: of a step its Q-value, of a whole trajectory 1 or -1 as it is correct
-    or not."""
+    """Per text, in [-1, 1]: 1 if it is chosen in a pair, else -1; of a node without pairs the
+    Q-value of the step."""
     kind: PairKind
     num_shared: int
     """Tokens that all texts begin with; each has at least one more."""
@@ -212,9 +214,8 @@ def _group(tokenizer: Any, members: Sequence[PreferencePair]) -> PairGroup:
     chosen = {pair.chosen for pair in members}
     values: dict[str, float] = {}
     for pair in members:
-        step = kind is PairKind.STEP
-        values.setdefault(pair.chosen, pair.chosen_q if step else 1.0)
-        values.setdefault(pair.rejected, pair.rejected_q if step else -1.0)
+        values.setdefault(pair.chosen, 1.0)
+        values.setdefault(pair.rejected, -1.0)
     numbers = {text: number for number, text in enumerate(values)}
     prefix = Segment(text=members[0].prefix, trained=False)
     texts = tokenise_texts(
@@ -231,6 +232,26 @@ def _group(tokenizer: Any, members: Sequence[PreferencePair]) -> PairGroup:
         kind=kind,
         num_shared=_num_shared([text.ids for text in texts]),
     )
+
+
+def tokenise_nodes(tokenizer: Any, nodes: Iterable[ValuedNode]) -> Iterator[PairGroup]:
+    """Each node's steps as a group without pairs, their Q-values as targets; order kept."""
+    for node in nodes:
+        prefix = Segment(text=node.prefix, trained=False)
+        texts = tokenise_texts(
+            tokenizer,
+            [[prefix, Segment(text=step.text, trained=step.q > 0)] for step in node.steps],
+            end_of_sequence=False,
+        )
+        yield PairGroup(
+            texts=tuple(texts),
+            chosen=(),
+            rejected=(),
+            weights=(),
+            targets=tuple(step.q for step in node.steps),
+            kind=PairKind.STEP,
+            num_shared=_num_shared([text.ids for text in texts]),
+        )
 
 
 def _num_shared(rows: Sequence[np.ndarray]) -> int:
@@ -293,8 +314,8 @@ def pack_preference(groups: Sequence[PairGroup], *, filler: bool = False) -> Pre
         position_ids=_row(places),
         layout=trees([(group.num_shared, group.branches) for group in groups]),
         last=torch.tensor(last),
-        chosen=torch.tensor(chosen),
-        rejected=torch.tensor(rejected),
+        chosen=torch.tensor(chosen, dtype=torch.int64),
+        rejected=torch.tensor(rejected, dtype=torch.int64),
         weights=torch.tensor(weights, dtype=torch.float32),
         value_targets=torch.tensor(values, dtype=torch.float32),
         text_weights=torch.full((len(last),), 0.0 if filler else 1.0),

@@ -1,8 +1,9 @@
 """A dataset directory: what selection writes and training reads.
 
-    sft_train, sft_validation, pairs_train, pairs_validation (.parquet)    rows, by row group
+    sft_train, sft_validation, pairs_train, pairs_validation, steps_train (.parquet)
+                     rows, by row group
     manifest.json    `template`, `counts`, `excluded`, `files` (name -> rows, sha256), `digest` over
-                     all files, `info`
+                     all files, `info`; of one selected from trees also which rounds gave what
 
 Each file is written whole and the manifest last: where it is, the dataset is complete. It says how
 many were taken and, for whatever was not, why. Texts are stored rendered: what search prompts with
@@ -25,14 +26,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from learner.pairs import PairKind, PreferencePair
+from learner.pairs import PairKind, PreferencePair, ValuedNode, ValuedStep
 from learner.spill import no_room
 from rollout.files import atomic_write
 from rollout.prompt import Segment, Step, parse_response
 
 MANIFEST = "manifest.json"
 
-FILES = ("sft_train", "sft_validation", "pairs_train", "pairs_validation")
+FILES = ("sft_train", "sft_validation", "pairs_train", "pairs_validation", "steps_train")
 
 _ROW_GROUP_ROWS = 1024
 _BATCH_ROWS = 256
@@ -63,7 +64,24 @@ _PAIR_SCHEMA = pa.schema(
         ("weight", pa.float64()),
     ]
 )
-_SCHEMAS = dict(zip(FILES, (_SFT_SCHEMA, _SFT_SCHEMA, _PAIR_SCHEMA, _PAIR_SCHEMA), strict=True))
+_NODE_SCHEMA = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("level", pa.string()),
+        ("round", pa.int32()),
+        ("tree_index", pa.int32()),
+        ("node", pa.int32()),
+        ("prefix", pa.string()),
+        ("steps", pa.list_(pa.struct([("text", pa.string()), ("q", pa.float64())]))),
+    ]
+)
+_SCHEMAS = dict(
+    zip(
+        FILES,
+        (_SFT_SCHEMA, _SFT_SCHEMA, _PAIR_SCHEMA, _PAIR_SCHEMA, _NODE_SCHEMA),
+        strict=True,
+    )
+)
 
 
 class DatasetError(RuntimeError):
@@ -107,7 +125,7 @@ class DatasetWriter:
         self._held: dict[str, list[dict[str, Any]]] = {name: [] for name in FILES}
         self._rows = dict.fromkeys(FILES, 0)
 
-    def add(self, name: str, row: SFTExample | PreferencePair) -> None:
+    def add(self, name: str, row: SFTExample | PreferencePair | ValuedNode) -> None:
         """Append a row to one of `FILES`.
 
         Raises:
@@ -124,10 +142,13 @@ class DatasetWriter:
         template: str | None,
         counts: Mapping[str, Mapping[str, int]],
         excluded: Mapping[str, Mapping[str, int]],
+        rounds: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Put the files in place, the manifest last; returns the manifest.
 
+        Args:
+            rounds: what the manifest says of the rounds it was selected from, name -> value.
         Raises:
             OSError: the disk is full.
         """
@@ -144,6 +165,7 @@ class DatasetWriter:
             "template": template,
             "counts": counts,
             "excluded": excluded,
+            **(rounds or {}),
             "files": files,
             "digest": total,
             "info": dict(info or {}),
@@ -211,6 +233,12 @@ def read_pairs(directory: str | Path, split: str) -> Iterator[PreferencePair]:
     """The preference pairs of a split, those of a node together; as `read_sft`."""
     for row in _rows(directory, f"pairs_{split}"):
         yield PreferencePair(**row | {"kind": PairKind(row["kind"])})
+
+
+def read_valued_nodes(directory: str | Path) -> Iterator[ValuedNode]:
+    """The nodes whose steps have Q-values, of the training problems; as `read_sft`."""
+    for row in _rows(directory, "steps_train"):
+        yield ValuedNode(**row | {"steps": tuple(ValuedStep(**s) for s in row["steps"])})
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:

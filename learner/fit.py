@@ -160,12 +160,16 @@ class PreferenceTrainConfig(TrainConfig):
     """Training of the process preference model; defaults are the paper's."""
 
     batch_examples: int | None = Field(
-        512, ge=1, description="Most preference pairs in one optimiser step; null: no limit."
+        512,
+        ge=1,
+        description="Most preference pairs, or with q_regression steps, in one optimiser step; "
+        "null: no limit.",
     )
     objective: Literal["pairwise", "q_regression", "outcome"] = Field(
         "pairwise",
         description="pairwise: Eq. 4; q_regression: squared distance of the value to the Q-value "
-        "(PQM); outcome: cross-entropy of whole trajectories being correct (ORM).",
+        "of every step that a rollout passed through (PQM); outcome: cross-entropy of whole "
+        "trajectories being correct (ORM).",
     )
     loss_on: Literal["value", "logit"] = Field(
         "value",
@@ -179,7 +183,10 @@ class PreferenceTrainConfig(TrainConfig):
         "tanh(r / 5).",
     )
     lm_weight: float = Field(
-        0.0, ge=0.0, description="Weight of an auxiliary next-token loss on the chosen texts."
+        0.0,
+        ge=0.0,
+        description="Weight of an auxiliary next-token loss on the chosen texts; q_regression: on "
+        "steps with Q > 0.",
     )
     head_learning_rate: float | None = Field(
         None, gt=0.0, description="Peak learning rate of the scalar head; null: as the trunk."

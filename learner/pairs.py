@@ -20,6 +20,9 @@ What keeps a pair clean, beyond the paper:
 
 Not taken from the released code: four pairs where one side has a single node, and its comparison
 of best and worst continuations.
+
+A PPM that learns the Q-values themselves (PQM, Table 8) needs no pairs: `valued_nodes` gives it
+every step that a rollout passed through, of every tree.
 """
 
 from __future__ import annotations
@@ -110,6 +113,30 @@ class PreferencePair:
         return self.chosen_q - self.rejected_q
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValuedStep:
+    """A step and what the search found it to be worth."""
+
+    text: str
+    """What follows the prefix of its node."""
+    q: float
+    """In [-1, 1]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValuedNode:
+    """The steps after one prefix that rollouts passed through."""
+
+    problem_id: str
+    level: str
+    round: int
+    tree_index: int
+    node: int
+    prefix: str
+    """Rendered question and shared steps."""
+    steps: tuple[ValuedStep, ...]
+
+
 @dataclass(slots=True, kw_only=True)
 class _Outcomes:
     """What the terminals at or below a node said."""
@@ -132,6 +159,42 @@ def tree_pairs(tree: Tree, *, template: PromptTemplate, config: PairConfig) -> l
     if config.answer_pairs:
         pairs += _answer_pairs(tree, template, config)
     return pairs
+
+
+def valued_nodes(tree: Tree, *, template: PromptTemplate, config: PairConfig) -> list[ValuedNode]:
+    """Every step of a tree with at least `min_visits` outcomes at or below it, by node.
+
+    The Q-value is that of `q_source`, of an answer its reward. Empty where nothing was labelled.
+    """
+    if not tree.problem.golds:
+        return []
+    below = _outcomes(tree)
+    nodes = []
+    for node in tree.nodes:
+        steps = tuple(
+            ValuedStep(text=child.step.rendered, q=_q_value(child, below, config))
+            for child in tree.valid_children(node)
+            if child.step is not None and below[child.id].visits >= config.min_visits
+        )
+        if steps:
+            nodes.append(
+                ValuedNode(
+                    problem_id=tree.problem.id,
+                    level=tree.problem.level.value,
+                    round=tree.round,
+                    tree_index=tree.index,
+                    node=node.id,
+                    prefix=render_prompt(tree.problem.text, tree.steps(node), template),
+                    steps=steps,
+                )
+            )
+    return nodes
+
+
+def _q_value(child: Node, below: Sequence[_Outcomes], config: PairConfig) -> float:
+    if config.q_source == "search":
+        return child.q_value
+    return below[child.id].reward_sum / below[child.id].visits
 
 
 def _outcomes(tree: Tree) -> list[_Outcomes]:
@@ -163,9 +226,7 @@ def _sibling_pairs(
     config: PairConfig,
 ) -> list[PreferencePair]:
     def q(child: Node) -> float:
-        if config.q_source == "search":
-            return child.q_value
-        return below[child.id].reward_sum / below[child.id].visits
+        return _q_value(child, below, config)
 
     visited = [c for c in tree.valid_children(node) if below[c.id].visits >= config.min_visits]
     best = sorted((c for c in visited if below[c.id].correct), key=lambda c: (-q(c), c.id))

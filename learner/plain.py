@@ -4,8 +4,9 @@
     ppm      prompt, chosen, rejected    whole solutions; all rows of one prompt share it
 
 Prompts are taken as they are, or rendered as questions with a prompt template. Optional columns of
-the PPM: chosen_q and rejected_q, in [-1, 1], for the regression objective. Without a validation
-file a share of the prompts is held out, by hash: rows of one prompt never stand on both sides.
+the PPM: chosen_q and rejected_q, in [-1, 1], what the regression objective learns of each text; 1
+and -1 where there is none. Without a validation file a share of the prompts is held out, by hash:
+rows of one prompt never stand on both sides.
 
 A file is read twice, row by row: once to see that all of it can be used, once to write it. Pairs
 are sorted by prompt on the way, on disk.
@@ -23,10 +24,13 @@ from typing import Any
 
 from learner.checkpoint import Kind
 from learner.dataset import DatasetError, SFTExample, read_rows, writing_dataset
-from learner.pairs import PairKind, PreferencePair
+from learner.pairs import PairKind, PreferencePair, ValuedNode, ValuedStep
 from learner.select import DatasetConfig, is_validation
 from learner.spill import SortedSpill
 from rollout.prompt import PromptTemplate, Segment, render_question
+
+_Q_COLUMNS = {"chosen_q": 1.0, "rejected_q": -1.0}
+"""Name -> what a text counts as that has none."""
 
 COLUMNS = {"policy": ("prompt", "response"), "ppm": ("prompt", "chosen", "rejected")}
 
@@ -46,8 +50,8 @@ def write_plain_dataset(
         validation: held-out rows; None: the `validation_share` of the prompts is.
         template: renders prompts as questions; None: they are used as they are.
     Raises:
-        DatasetError: a file or column is missing, a row is empty, all texts of a pair set are of
-            one class, or the disk is full.
+        DatasetError: a file or column is missing, a row is empty or its Q-value is not in [-1, 1],
+            all texts of a pair set are of one class, or the disk is full.
     """
     counts: Counter[str] = Counter()
     name = "sft" if kind == "policy" else "pairs"
@@ -65,6 +69,11 @@ def write_plain_dataset(
                 held = held_out
                 if validation is None:
                     held = is_validation(row.problem_id, config)
+                if isinstance(row, ValuedNode):
+                    if not held:
+                        writer.add("steps_train", row)
+                        counts["steps_train"] += len(row.steps)
+                    continue
                 target = f"{name}_{'validation' if held else 'train'}"
                 writer.add(target, row)
                 counts[target] += 1
@@ -90,8 +99,11 @@ def _example(row: dict[str, Any], template: PromptTemplate | None) -> SFTExample
     )
 
 
-def _pairs(path: Path, template: PromptTemplate | None, folder: Path) -> Iterator[PreferencePair]:
-    """Pairs of whole solutions, those of a prompt together, weighted 1 / (chosen * rejected)."""
+def _pairs(
+    path: Path, template: PromptTemplate | None, folder: Path
+) -> Iterator[PreferencePair | ValuedNode]:
+    """Pairs of whole solutions, those of a prompt together, weighted 1 / (chosen * rejected), and
+    after them its solutions with their Q-values."""
     with SortedSpill[dict[str, Any]](folder) as spill:
         for number, row in enumerate(_rows(path)):
             spill.add((_problem_id(row["prompt"]), number), row)
@@ -100,9 +112,16 @@ def _pairs(path: Path, template: PromptTemplate | None, folder: Path) -> Iterato
             num_chosen, num_rejected = (
                 len({row[side] for row in rows}) for side in ("chosen", "rejected")
             )
+            values: dict[str, float] = {}
             for row in rows:
                 if row["chosen"] == row["rejected"]:
                     continue
+                chosen_q, rejected_q = (
+                    float(default if row.get(name) is None else row[name])
+                    for name, default in _Q_COLUMNS.items()
+                )
+                values.setdefault(row["chosen"], chosen_q)
+                values.setdefault(row["rejected"], rejected_q)
                 yield PreferencePair(
                     problem_id=problem_id,
                     level="unknown",
@@ -113,9 +132,19 @@ def _pairs(path: Path, template: PromptTemplate | None, folder: Path) -> Iterato
                     prefix=_prompt(row["prompt"], template),
                     chosen=row["chosen"],
                     rejected=row["rejected"],
-                    chosen_q=float(row.get("chosen_q") or 1.0),
-                    rejected_q=float(row.get("rejected_q") or -1.0),
+                    chosen_q=chosen_q,
+                    rejected_q=rejected_q,
                     weight=1.0 / (num_chosen * num_rejected),
+                )
+            if values:
+                yield ValuedNode(
+                    problem_id=problem_id,
+                    level="unknown",
+                    round=-1,
+                    tree_index=0,
+                    node=0,
+                    prefix=_prompt(rows[0]["prompt"], template),
+                    steps=tuple(ValuedStep(text=text, q=q) for text, q in values.items()),
                 )
 
 
@@ -129,6 +158,10 @@ def _prompt(prompt: str, template: PromptTemplate | None) -> str:
 
 def _rows(path: Path) -> Iterator[Any]:
     return read_rows(path, "training file", "training data")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check(path: Path, kind: Kind) -> None:
@@ -145,6 +178,10 @@ def _check(path: Path, kind: Kind) -> None:
         empty = [name for name in needed if not isinstance(row.get(name), str) or not row[name]]
         if empty and bad is None:
             bad = f"{path}, row {number}: {empty[0]} is empty or no text"
+        for name in _Q_COLUMNS if kind == "ppm" else ():
+            q = row.get(name)
+            if q is not None and bad is None and not (_is_number(q) and -1.0 <= q <= 1.0):
+                bad = f"{path}, row {number}: {name} must be a number in [-1, 1], got {q!r}"
         num_same += kind == "ppm" and row.get("chosen") == row.get("rejected")
     if not num_rows:
         raise DatasetError(f"{path} holds no rows")

@@ -112,7 +112,10 @@ def _tell_rows(tell: Tell, total: int, done: int) -> None:
 def _rows(request: FitRequest, split: str) -> int:
     """Rows of a split by the dataset's manifest; 0: it does not say."""
     counts = (read_manifest(request.data) or {}).get("counts", {}).get("all", {})
-    return counts.get(f"{'sft' if request.kind == 'policy' else 'pairs'}_{split}", 0)
+    rows = "sft" if request.kind == "policy" else "pairs"
+    if getattr(request.config, "objective", "") == "q_regression" and split == "train":
+        rows = "steps"
+    return counts.get(f"{rows}_{split}", 0)
 
 
 def load_in_service(path: str, config: TrainConfig) -> Objective:

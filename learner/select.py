@@ -1,9 +1,16 @@
 """Trees in, training files out: which trajectories and pairs a round trains on.
 
-    trees (any rounds) --> per problem: correct trajectories, one per program, best mean Q first
-                       |     --> `trajectories_per_problem` of them  --> sft_{train,validation}
-                       +-> preference pairs of each tree             --> pairs_{train,validation}
-    demonstrations     --> repeated                                  --> sft_train
+    trees of `sft_rounds`  --> per problem: correct trajectories, one per program, best mean Q first
+                             --> `trajectories_per_problem` of them  --> sft_{train,validation}
+    trees of `pair_rounds` --> preference pairs of each tree         --> pairs_{train,validation}
+    demonstrations         --> repeated                              --> sft_train
+
+Which rounds matters more than how they are ranked. Q-values of two rounds do not compare: without
+a PPM every step of a path that was tried once and was right has Q = 1, with one it is (PPM + 1) / 2
+(Eq. 3), so by mean Q alone what round 1 found would be trained on for ever. The paper's later
+rounds are better because they train on what a better search found; therefore a problem's
+trajectories are those of the newest round that solved it. Pairs are those of this round:
+they show what the present policy gets wrong, judged by as many rollouts as this round has.
 
 The split is by problem: a hash of the problem id says "validation", the same in every round. A
 validation problem is neither in the policy's nor in the PPM's training data, so a PPM whose trunk
@@ -26,17 +33,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from learner.dataset import Demonstration, SFTExample, writing_dataset
-from learner.pairs import PairConfig, PreferencePair, program_key, tree_pairs
+from learner.pairs import (
+    PairConfig,
+    PreferencePair,
+    ValuedNode,
+    program_key,
+    tree_pairs,
+    valued_nodes,
+)
 from learner.spill import SortedSpill
+from rollout.difficulty import difficulty_of, right_share
 from rollout.problem import Problem
 from rollout.prompt import PromptTemplate, render_segments
 from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Tree
+
+Rounds = Literal["all", "newest_solved", "this"]
 
 
 class DatasetConfig(BaseModel):
@@ -46,6 +63,17 @@ class DatasetConfig(BaseModel):
 
     trajectories_per_problem: int = Field(
         2, ge=1, description="Correct trajectories kept per problem, highest mean Q first."
+    )
+    sft_rounds: Rounds = Field(
+        "newest_solved",
+        description="Rounds whose trajectories the policy is trained on. newest_solved: of each "
+        "problem the newest round that solved it; this: the newest round alone; all: every round "
+        "so far, though their Q-values do not compare.",
+    )
+    pair_rounds: Rounds = Field(
+        "this",
+        description="Rounds whose trees give the PPM its pairs; as sft_rounds. all: more pairs, "
+        "of earlier policies too, where a round has few.",
     )
     validation_share: float = Field(
         0.05, ge=0.0, lt=1.0, description="Share of the problems no model is trained on."
@@ -58,8 +86,8 @@ class DatasetConfig(BaseModel):
         0.5,
         ge=0.0,
         le=1.0,
-        description="Problems of synthetic sources answered right less often than this are left "
-        "out as mislabelled.",
+        description="Problems of synthetic sources that the policy answers right less often than "
+        "this, in the newest round with an answer, are left out as mislabelled.",
     )
     demonstration_repeat: int = Field(
         1, ge=0, description="How often each demonstration enters the policy's data."
@@ -78,6 +106,8 @@ class Chosen:
     mislabelled."""
     pairs: list[PreferencePair]
     """For the PPM."""
+    nodes: list[ValuedNode]
+    """For a PPM that learns Q-values; none of a held-out problem."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +119,11 @@ class _Found:
     tree_index: int
     answered: int
     correct: int
+    right_share: float | None
     programs: dict[bytes, Trajectory]
     """Digest of a program -> the tree's best correct trajectory that holds it."""
     pairs: tuple[PreferencePair, ...]
+    nodes: tuple[ValuedNode, ...]
 
 
 def is_validation(problem_id: str, config: DatasetConfig) -> bool:
@@ -107,6 +139,7 @@ def select_dataset(
     template: PromptTemplate,
     config: DatasetConfig,
     demonstrations: Sequence[Demonstration] = (),
+    valued_steps: bool = False,
     info: Mapping[str, Any] | None = None,
     memory_bytes: int = 64 << 20,
 ) -> dict[str, Any]:
@@ -114,25 +147,33 @@ def select_dataset(
 
     Args:
         trees: finished trees of one or several rounds, each once, in any order; the files do not
-            depend on the order.
+            depend on the order. The newest round among them is "this" one.
         directory: gets the dataset; meanwhile its disk holds what all trees may give as well.
+        valued_steps: also write every step of `pair_rounds` with its Q-value, for objective
+            q_regression: about as much again as all the rest.
         memory_bytes: held at a time of what trees may give.
     Returns:
         The manifest. Its `counts` are level (and "all") -> name -> count, of problems, solved,
         trees, trajectories_correct, trajectories_kept, sft_train, sft_validation, demonstrations,
-        pairs_train, pairs_validation; its `excluded` are level -> reason -> count: of problems
-        unsolved, low_accuracy; of correct trajectories same_program, beyond_top; of pairs
+        pairs_train, pairs_validation, steps_train; its `excluded` are level -> reason -> count: of
+        problems unsolved, solved_earlier (but not in `sft_rounds`), low_accuracy; of correct
+        trajectories other_round, same_program, beyond_top; of pairs other_round_pair,
         duplicate_pair, contradicted_pair, low_accuracy_pair.
+        `origins` are file -> round -> rows that its trees gave, demonstrations left out;
+        `newest_round_share` the share of this round in those of sft_train, None if there are none;
+        `difficulty` is level -> class -> problems, as this round's trees found them.
     Raises:
         DatasetError: the disk is full.
     """
     directory = Path(directory)
-    selection = _Selection(config)
     with writing_dataset(directory) as writer:
         with SortedSpill[_Found](directory, memory_bytes=memory_bytes) as spill:
+            newest = -1
             for tree in trees:
-                found = _found(tree, template, config)
+                found = _found(tree, template, config, valued_steps=valued_steps)
+                newest = max(newest, tree.round)
                 spill.add((tree.problem.id, *_tree_order(found)), found)
+            selection = _Selection(config, newest)
             for _, members in groupby(spill, key=lambda found: found.problem.id):
                 chosen = selection.choose(list(members))
                 split = "validation" if chosen.held_out else "train"
@@ -140,12 +181,15 @@ def select_dataset(
                     writer.add(f"sft_{split}", _example(trajectory, template))
                 for pair in chosen.pairs:
                     writer.add(f"pairs_{split}", pair)
+                for node in chosen.nodes:
+                    writer.add("steps_train", node)
         for example in selection.demonstrations(demonstrations, template):
             writer.add("sft_train", example)
         return writer.commit(
             template=template.name,
             counts=_with_total(selection.counts),
             excluded=_with_total(selection.excluded),
+            rounds=selection.rounds(),
             info=info,
         )
 
@@ -154,11 +198,13 @@ def choose_of_problem(
     trees: Iterable[Tree], *, template: PromptTemplate, config: DatasetConfig
 ) -> Chosen:
     """What `select_dataset` takes of one problem, given all its trees (at least one)."""
-    found = (_found(tree, template, config) for tree in trees)
-    return _Selection(config).choose(sorted(found, key=_tree_order))
+    found = sorted((_found(tree, template, config) for tree in trees), key=_tree_order)
+    return _Selection(config, found[-1].round).choose(found)
 
 
-def _found(tree: Tree, template: PromptTemplate, config: DatasetConfig) -> _Found:
+def _found(
+    tree: Tree, template: PromptTemplate, config: DatasetConfig, *, valued_steps: bool = False
+) -> _Found:
     """What a tree may give, before the other trees of its problem are known."""
     judged = [t for t in trajectories(tree) if t.correct is not None]
     correct = [t for t in judged if t.correct]
@@ -172,8 +218,12 @@ def _found(tree: Tree, template: PromptTemplate, config: DatasetConfig) -> _Foun
         tree_index=tree.index,
         answered=len(judged),
         correct=len(correct),
+        right_share=right_share(tree),
         programs=programs,
         pairs=tuple(tree_pairs(tree, template=template, config=config.pairs)),
+        nodes=tuple(
+            valued_nodes(tree, template=template, config=config.pairs) if valued_steps else ()
+        ),
     )
 
 
@@ -184,10 +234,13 @@ def _tree_order(found: _Found) -> tuple[int, int]:
 class _Selection:
     """Chooses among what the trees of a problem may give, one problem after the other."""
 
-    def __init__(self, config: DatasetConfig) -> None:
+    def __init__(self, config: DatasetConfig, newest: int) -> None:
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.excluded: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.difficulty: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.origins: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self._config = config
+        self._newest = newest
 
     def choose(self, members: Sequence[_Found]) -> Chosen:
         """What to take of the problem of some trees, which are all it has, in `_tree_order`."""
@@ -198,27 +251,29 @@ class _Selection:
         split = "validation" if held_out else "train"
         counts["problems"] += 1
         counts["trees"] += len(members)
-        answered = sum(found.answered for found in members)
-        correct = sum(found.correct for found in members)
+        self._classify(members)
+        of_sft = self._of_rounds(members, config.sft_rounds)
+        everywhere = sum(found.correct for found in members)
+        correct = sum(found.correct for found in of_sft)
         # The best trajectory of each program over all trees.
         programs: dict[bytes, Trajectory] = {}
-        for found in members:
+        for found in of_sft:
             for key, trajectory in found.programs.items():
                 programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
-        if correct:
-            counts["trajectories_correct"] += correct
+        if everywhere:
+            counts["trajectories_correct"] += everywhere
+        if everywhere > correct:
+            excluded["other_round"] += everywhere - correct
         if correct > len(programs):
             excluded["same_program"] += correct - len(programs)
         kept: list[Trajectory] = []
         # A made problem answered right so rarely that its reference must be wrong.
         mislabelled = (
-            bool(programs)
+            everywhere > 0
             and problem.source in config.synthetic_sources
-            and correct < config.min_synthetic_accuracy * answered
+            and _accuracy(members) < config.min_synthetic_accuracy
         )
-        if not programs:
-            excluded["unsolved"] += 1
-        else:
+        if everywhere:
             counts["solved"] += 1
         if mislabelled:
             excluded["low_accuracy"] += 1
@@ -227,14 +282,61 @@ class _Selection:
             counts["trajectories_kept"] += len(kept)
             excluded["beyond_top"] += len(programs) - len(kept)
             counts[f"sft_{split}"] += len(kept)
-        pairs = []
-        for pair in _consistent([p for found in members for p in found.pairs], self.excluded):
-            if mislabelled:
-                self.excluded[pair.level]["low_accuracy_pair"] += 1
-            else:
-                pairs.append(pair)
-                self.counts[pair.level][f"pairs_{split}"] += 1
-        return Chosen(held_out=held_out, trajectories=kept, pairs=pairs)
+            self.origins[f"sft_{split}"].update(t.round for t in kept)
+        else:
+            excluded["solved_earlier" if everywhere else "unsolved"] += 1
+        of_pairs = self._of_rounds(members, config.pair_rounds)
+        found_pairs = [pair for found in of_pairs for pair in found.pairs]
+        left_out = sum(len(found.pairs) for found in members) - len(found_pairs)
+        if left_out:
+            excluded["other_round_pair"] += left_out
+        pairs = _consistent(found_pairs, excluded)
+        if pairs and mislabelled:
+            excluded["low_accuracy_pair"] += len(pairs)
+            pairs = []
+        if pairs:
+            counts[f"pairs_{split}"] += len(pairs)
+            self.origins[f"pairs_{split}"].update(pair.round for pair in pairs)
+        trains = not held_out and not mislabelled
+        nodes = [node for found in of_pairs for node in found.nodes if trains]
+        if nodes:
+            counts["steps_train"] += sum(len(node.steps) for node in nodes)
+            for node in nodes:
+                self.origins["steps_train"][node.round] += 1
+        return Chosen(held_out=held_out, trajectories=kept, pairs=pairs, nodes=nodes)
+
+    def _of_rounds(self, members: Sequence[_Found], rounds: Rounds) -> Sequence[_Found]:
+        """The trees of a problem that may be used."""
+        if rounds == "all":
+            return members
+        number = self._newest
+        if rounds == "newest_solved":
+            number = max((found.round for found in members if found.correct), default=-1)
+        return [found for found in members if found.round == number]
+
+    def _classify(self, members: Sequence[_Found]) -> None:
+        """Count how hard the problem of some trees was in the newest round."""
+        problem = members[0].problem
+        of_round = [
+            (found.tree_index, found.correct, found.answered)
+            for found in members
+            if found.round == self._newest
+        ]
+        if of_round and problem.golds:
+            self.difficulty[problem.level.value][difficulty_of(of_round).value] += 1
+
+    def rounds(self) -> dict[str, Any]:
+        """What the manifest says of the rounds."""
+        sft = self.origins["sft_train"]
+        return {
+            "newest_round_share": sft[self._newest] / sft.total() if sft.total() else None,
+            "origins": {
+                name: {str(number): count for number, count in sorted(rows.items())}
+                for name, rows in sorted(self.origins.items())
+                if rows.total()
+            },
+            "difficulty": _with_total(self.difficulty),
+        }
 
     def demonstrations(
         self, demonstrations: Iterable[Demonstration], template: PromptTemplate
@@ -255,6 +357,14 @@ class _Selection:
                 segments=tuple(segments),
             )
             yield from [example] * repeat
+
+
+def _accuracy(members: Sequence[_Found]) -> float:
+    """How often the policy is right in the newest round with an answer: the mean over its trees."""
+    graded = [(found.round, found.right_share) for found in members]
+    newest = max(number for number, share in graded if share is not None)
+    shares = [share for number, share in graded if number == newest and share is not None]
+    return sum(shares) / len(shares)
 
 
 def _rank(trajectory: Trajectory) -> tuple[float, float, int, int, int]:
@@ -279,10 +389,9 @@ def _example(trajectory: Trajectory, template: PromptTemplate) -> SFTExample:
     )
 
 
-def _consistent(
-    pairs: Sequence[PreferencePair], excluded: Mapping[str, Counter[str]]
-) -> list[PreferencePair]:
-    """Pairs in a fixed order, without repetitions and without those another tree turned round."""
+def _consistent(pairs: Sequence[PreferencePair], excluded: Counter[str]) -> list[PreferencePair]:
+    """Pairs of a problem in a fixed order, without repetitions and without those another tree
+    turned round."""
     ordered = sorted(
         pairs, key=lambda p: (p.problem_id, p.round, p.tree_index, p.kind, p.node, -p.margin)
     )
@@ -291,9 +400,9 @@ def _consistent(
     for pair in ordered:
         key = (pair.problem_id, pair.prefix, pair.chosen, pair.rejected)
         if (pair.problem_id, pair.prefix, pair.rejected, pair.chosen) in known:
-            excluded[pair.level]["contradicted_pair"] += 1
+            excluded["contradicted_pair"] += 1
         elif key in seen:
-            excluded[pair.level]["duplicate_pair"] += 1
+            excluded["duplicate_pair"] += 1
         else:
             seen.add(key)
             kept.append(pair)

@@ -30,10 +30,11 @@ from learner.batch import (
     TokenisedText,
     pack_policy,
     pack_preference,
+    tokenise_nodes,
     tokenise_pairs,
     tokenise_texts,
 )
-from learner.dataset import read_manifest, read_pairs, read_sft
+from learner.dataset import read_manifest, read_pairs, read_sft, read_valued_nodes
 from learner.fit import FitRequest, LearnerError, PreferenceTrainConfig, TrainConfig
 from learner.packing import PlannedStep, Share, plan_epoch
 from learner.pairs import PairKind
@@ -47,7 +48,7 @@ _TEXTS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One split of a fit's data; an example is a trajectory, or a node with its pairs."""
+    """One split of a fit's data; an example is a trajectory, or a node with its pairs or steps."""
 
     tokens: Sequence[int]
     """Of each example's texts, each counted whole."""
@@ -129,17 +130,28 @@ def preference_task(
     spill: Path,
     on_read: OnRead = lambda n: None,
 ) -> Task:
-    """The nodes of a split with their pairs; as `policy_task`."""
+    """The nodes of a split with their pairs; as `policy_task`.
+
+    Objective q_regression trains on all steps with a Q-value, and is judged by pairs like the
+    others.
+    """
     config = request.config
     assert isinstance(config, PreferenceTrainConfig)
+    of_steps = config.objective == "q_regression" and split == "train"
+    groups = (
+        tokenise_nodes(tokenizer, read_valued_nodes(request.data))
+        if of_steps
+        else tokenise_pairs(tokenizer, read_pairs(request.data, split))
+    )
     kept = DiskList[PairGroup](spill)
     names = ("tokens", "computed", "attended", "counts", "trained")
     numbers = {name: array("q") for name in names}
     weights = array("d")
     num_read = num_short = num_pairs = 0
-    for group in tokenise_pairs(tokenizer, read_pairs(request.data, split)):
+    for group in groups:
         num_read += 1
-        num_pairs += len(group.weights)
+        count = len(group.texts if of_steps else group.weights)
+        num_pairs += count
         on_read(num_pairs)
         if group.length > config.max_sequence_tokens:
             continue
@@ -151,13 +163,14 @@ def preference_task(
         numbers["tokens"].append(group.num_tokens)
         numbers["computed"].append(group.num_computed)
         numbers["attended"].append(trees([(group.num_shared, group.branches)]).num_attended)
-        numbers["counts"].append(len(group.weights))
+        numbers["counts"].append(count)
         auxiliary = config.lm_weight > 0.0
         numbers["trained"].append(sum(t.num_trained for t in group.texts) if auxiliary else 0)
         pairwise = config.objective == "pairwise"
         weights.append(sum(group.weights) if pairwise else float(len(group.texts)))
     if split == "train" and not num_short:
-        raise LearnerError(_nothing_to_train(request, "preference pairs", num_read))
+        what = "steps with a Q-value" if of_steps else "preference pairs"
+        raise LearnerError(_nothing_to_train(request, what, num_read))
     if split == "train" and not kept:
         raise LearnerError(
             f"no whole trajectories to train on in {request.data}: objective = outcome "
@@ -208,12 +221,17 @@ def _nothing_to_train(request: FitRequest, what: str, num_read: int) -> str:
             f"{request.config.max_sequence_tokens}"
         )
     message = f"no {what} to train on in {request.data}"
-    if request.kind == "ppm":
-        counts = (read_manifest(request.data) or {}).get("counts", {}).get("all", {})
+    if what == "steps with a Q-value":
+        message += ": its trees were selected for another objective than q_regression"
+    elif request.kind == "ppm":
+        manifest = read_manifest(request.data) or {}
+        counts = manifest.get("counts", {}).get("all", {})
         if counts.get("trees"):
             found = counts.get("trajectories_correct", 0)
             message += (
                 f": {counts['trees']} trees with {found} correct trajectories, but none with one "
                 "correct and one wrong (a PPM needs both classes)"
             )
+        if earlier := manifest.get("excluded", {}).get("all", {}).get("other_round_pair"):
+            message += f"; other rounds have {earlier} pairs (dataset.pair_rounds: all takes them)"
     return message

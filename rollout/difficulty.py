@@ -10,7 +10,8 @@ the last round 64, then 128). Of 20 problems still unsolved at the end the autho
 another answer than the accepted one: its label is suspect, and a person should look at it.
 
 Everything here is a function of finished trees. Answers are those that rollouts reached; two are
-the same by mathematical equality, not by text.
+the same by mathematical equality, not by text. `right_share` is how often the policy itself is
+right, which says whether a made problem's own answer can be trusted.
 
 Not covered: whether the label is wrong. The policy may agree with itself on a mistake, so a suspect
 is reported, never relabelled.
@@ -18,13 +19,13 @@ is reported, never relabelled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rollout.tree import Node, Tree
+from rollout.tree import Tree
 from verifier.accuracy import answer_groups
 
 
@@ -102,12 +103,38 @@ def difficulty(trees: Sequence[Tree]) -> Difficulty:
         ValueError: no tree is given, or they are not of one problem.
     """
     _check_one_problem(trees)
-    first = [tree for tree in trees if tree.index == 0]
-    verdicts = [bool(node.correct) for tree in first for node in _answers(tree)]
-    if any(verdicts):
-        return Difficulty.EASY if all(verdicts) else Difficulty.MEDIUM
-    solved = any(tree.solved for tree in trees)
-    return Difficulty.HARD if solved or len(first) == len(trees) else Difficulty.UNSOLVED
+    verdicts = {tree.index: [node.correct for node in tree.reached_answers()] for tree in trees}
+    return difficulty_of((index, sum(map(bool, of)), len(of)) for index, of in verdicts.items())
+
+
+def difficulty_of(trees: Iterable[tuple[int, int, int]]) -> Difficulty:
+    """`difficulty`, given (index, right answers, answers) of each tree."""
+    found = list(trees)
+    first = [(right, answers) for index, right, answers in found if index == 0]
+    if any(right for right, _ in first):
+        every = all(right == answers for right, answers in first)
+        return Difficulty.EASY if every else Difficulty.MEDIUM
+    solved = any(right for _, right, _ in found)
+    return Difficulty.HARD if solved or len(first) == len(found) else Difficulty.UNSOLVED
+
+
+def right_share(tree: Tree) -> float | None:
+    """Share of the policy's solutions that are right, as the tree lets it be told; None without a
+    graded answer.
+
+    Of a node it is the mean over the children that have answers at or below them, each counted as
+    often as it was sampled: a step that 14 of 16 candidates agreed on weighs 14, though it is one
+    node, and a branch weighs no more for having been searched more.
+    """
+    right, sampled = [0.0] * len(tree.nodes), [0] * len(tree.nodes)
+    for node in tree.reached_answers():
+        if node.correct is not None:
+            right[node.id], sampled[node.id] = float(node.correct), 1
+    for node in reversed(tree.nodes[1:]):
+        if sampled[node.id]:
+            right[node.parent] += node.multiplicity * right[node.id] / sampled[node.id]
+            sampled[node.parent] += node.multiplicity
+    return right[0] / sampled[0] if sampled[0] else None
 
 
 def suspect_label(trees: Sequence[Tree], config: SuspectConfig) -> SuspectLabel | None:
@@ -120,7 +147,7 @@ def suspect_label(trees: Sequence[Tree], config: SuspectConfig) -> SuspectLabel 
     problem = trees[0].problem
     if not problem.golds or any(tree.solved for tree in trees):
         return None
-    found = [(tree, node) for tree in trees for node in _answers(tree)]
+    found = [(tree, node) for tree in trees for node in tree.reached_answers()]
     if len(found) < config.min_answers:
         return None
     answers = [node.step.answer if node.step is not None else None for _, node in found]
@@ -172,11 +199,6 @@ def escalate(
     if max_generated_tokens is not None and spent >= max_generated_tokens:
         return Escalation(next=Next.OUT_OF_BUDGET, suspect=found)
     return Escalation(next=Next.SEARCH, suspect=found)
-
-
-def _answers(tree: Tree) -> list[Node]:
-    """Answers that a rollout reached."""
-    return [node for node in tree.answers() if node.visit_count]
 
 
 def _check_one_problem(trees: Sequence[Tree]) -> None:

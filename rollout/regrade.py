@@ -35,7 +35,7 @@ from rollout.commits import Commit, TreeKey
 from rollout.problem import Problem
 from rollout.search import grade_any
 from rollout.table import SCHEMA, problem_of
-from rollout.tree import Outcome, Terminal
+from rollout.tree import Outcome, Terminal, outcome_of
 from verifier import GRADER_VERSION, Verdict, verify_answer
 from verifier.equivalence import Reason
 
@@ -142,19 +142,18 @@ def regrade_table(
 
 
 def _settle_outcomes(rows: Sequence[dict[str, Any]], columns: dict[str, list[Any]]) -> None:
-    """Outcome of each labelled tree, by the new verdicts of all its answers."""
+    """Outcome of each labelled tree, by the new verdicts of the answers it reached."""
+    reached: dict[int, list[bool | None]] = {}
     root = 0
     for number, row in enumerate(rows):
         if row["node"] == 0:
             root = number
             if row["outcome"] != Outcome.UNLABELLED:
-                columns["outcome"][root] = Outcome.NO_ANSWER.value
-        if row["terminal"] != Terminal.ANSWER or columns["outcome"][root] == Outcome.UNLABELLED:
-            continue
-        if columns["correct"][number]:
-            columns["outcome"][root] = Outcome.SOLVED.value
-        elif row["visit_count"] and columns["outcome"][root] == Outcome.NO_ANSWER:
-            columns["outcome"][root] = Outcome.UNSOLVED.value
+                reached[root] = []
+        if row["terminal"] == Terminal.ANSWER and row["visit_count"] and root in reached:
+            reached[root].append(columns["correct"][number])
+    for number, verdicts in reached.items():
+        columns["outcome"][number] = outcome_of(verdicts).value
 
 
 def regraded_commit(commit: Commit, table: pa.Table, *, grader: str) -> Commit:

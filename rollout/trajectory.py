@@ -30,10 +30,10 @@ class Trajectory:
 
 
 def trajectories(tree: Tree) -> list[Trajectory]:
-    """Every visited answer of a tree, best mean Q first, ties by min Q then by creation."""
+    """Every answer a rollout reached, best mean Q first, ties by min Q then by creation."""
     found = []
-    for node in tree.answers():
-        if node.visit_count == 0 or node.step is None or node.step.answer is None:
+    for node in tree.reached_answers():
+        if node.step is None or node.step.answer is None:
             continue
         path = tree.path(node)
         found.append(

@@ -39,7 +39,7 @@ class Outcome(StrEnum):
     """What a search found, for counts and reports."""
 
     SOLVED = "solved"
-    """Some answer was judged correct."""
+    """Some answer that a rollout reached was judged correct."""
     UNSOLVED = "unsolved"
     """It reached answers, none of them correct."""
     NO_ANSWER = "no_answer"
@@ -182,20 +182,34 @@ class Tree:
         """Terminal nodes that hold an answer, in creation order."""
         return (n for n in self.nodes if n.terminal is Terminal.ANSWER)
 
+    def reached_answers(self) -> Iterator[Node]:
+        """Answers that a rollout ended at, in creation order; the others were never tried."""
+        return (n for n in self.answers() if n.visit_count)
+
     @property
     def solved(self) -> bool:
-        """True if some answer was judged correct."""
-        return any(node.correct for node in self.answers())
+        """True if the search found a right answer: what coverage, escalation, difficulty and
+        training data go by."""
+        return self.outcome is Outcome.SOLVED
 
     @property
     def outcome(self) -> Outcome:
         """What the search found."""
         if not self.problem.golds:
             return Outcome.UNLABELLED
-        if self.solved:
-            return Outcome.SOLVED
-        visited = any(node.visit_count for node in self.answers())
-        return Outcome.UNSOLVED if visited else Outcome.NO_ANSWER
+        return outcome_of(n.correct for n in self.reached_answers())
+
+
+def outcome_of(verdicts: Iterable[bool | None]) -> Outcome:
+    """What the search of a labelled problem found.
+
+    Args:
+        verdicts: on the answers that rollouts reached.
+    """
+    found = list(verdicts)
+    if any(found):
+        return Outcome.SOLVED
+    return Outcome.UNSOLVED if found else Outcome.NO_ANSWER
 
 
 def expand(tree: Tree, node: Node, candidates: Iterable[Node]) -> None:

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learner.dataset import Demonstration, SFTExample, read_pairs, read_sft
-from learner.pairs import PreferencePair
+from learner.dataset import (
+    Demonstration,
+    SFTExample,
+    read_pairs,
+    read_sft,
+    read_valued_nodes,
+)
+from learner.pairs import PreferencePair, ValuedNode
 from learner.select import DatasetConfig, select_dataset
 from rollout.prompt import SHORT_TEMPLATE, PromptTemplate
 from rollout.tree import Tree
@@ -23,6 +29,7 @@ class Rows:
     sft_validation: list[SFTExample]
     pairs_train: list[PreferencePair]
     pairs_validation: list[PreferencePair]
+    steps_train: list[ValuedNode]
     manifest: dict[str, Any]
 
 
@@ -33,6 +40,7 @@ def rows_of(directory: Path, manifest: dict[str, Any]) -> Rows:
         sft_validation=list(read_sft(directory, "validation")),
         pairs_train=list(read_pairs(directory, "train")),
         pairs_validation=list(read_pairs(directory, "validation")),
+        steps_train=list(read_valued_nodes(directory)),
         manifest=manifest,
     )
 
@@ -43,10 +51,16 @@ def selected(
     template: PromptTemplate = SHORT_TEMPLATE,
     config: DatasetConfig,
     demonstrations: Sequence[Demonstration] = (),
+    valued_steps: bool = False,
 ) -> Rows:
     """What `select_dataset` writes, by way of a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = select_dataset(
-            trees, folder, template=template, config=config, demonstrations=demonstrations
+            trees,
+            folder,
+            template=template,
+            config=config,
+            demonstrations=demonstrations,
+            valued_steps=valued_steps,
         )
         return rows_of(Path(folder), manifest)

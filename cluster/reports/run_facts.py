@@ -269,7 +269,7 @@ def sample_trees(trees: TrajectoryStore, *, max_files: int = 4) -> list[tuple[st
 
 
 def _worth_showing(tree: Tree) -> Iterator[tuple[str, float]]:
-    answers = [node for node in tree.answers() if node.visit_count]
+    answers = list(tree.reached_answers())
     right = sum(bool(node.correct) for node in answers)
     # Large enough to show something, small enough to read.
     size = 1.0 / (1.0 + abs(len(tree.nodes) - 24))

@@ -27,6 +27,7 @@ from cluster.reports.page import (
 )
 from cluster.reports.run_facts import RoundFacts, RunFacts, rate_over_time
 from cluster.telemetry.progress import duration
+from rollout.difficulty import Difficulty
 from rollout.tree import Node, Terminal, Tree
 
 if TYPE_CHECKING:
@@ -131,6 +132,23 @@ def _coverage(facts: RunFacts) -> str:
             "2501.04519, Table 2) are of 747k problems and a 7B policy; only the shape compares."
         )
         + "</div></div>"
+        + _difficulty(facts)
+    )
+
+
+def _difficulty(facts: RunFacts) -> str:
+    """How many problems each round found easy, medium, hard and unsolved."""
+    rows = []
+    for entry in facts.report["rounds"]:
+        classes = (entry.get("difficulty") or {}).get("all")
+        if classes:
+            counts = (f"{classes.get(name.value, 0):,}" for name in Difficulty)
+            rows.append([f"round {entry['round']}", *counts])
+    if not rows:
+        return ""
+    return html_table(["problems", *(name.value for name in Difficulty)], rows) + paragraph(
+        "By the first search of the round: every answer right (easy), some (medium), none (hard); "
+        "unsolved: searched again and still none."
     )
 
 
@@ -267,7 +285,29 @@ def _training(facts: RunFacts) -> str:
                 ]
             )
     header = ["", "examples", "steps", "tokens", "tokens/s", "last loss", "warnings"]
-    return f'<div class="charts">{"".join(charts)}</div>' + html_table(header, rows)
+    charts_of = f'<div class="charts">{"".join(charts)}</div>'
+    return charts_of + html_table(header, rows) + _origins(facts)
+
+
+def _origins(facts: RunFacts) -> str:
+    """Which rounds' trees each round trained on."""
+    rows = []
+    for entry in facts.report["rounds"]:
+        origins = entry.get("origins")
+        if origins:
+            share = percent(entry.get("newest_round_share"))
+            sft, pairs = (
+                ", ".join(f"{count:,} of round {n}" for n, count in origins.get(name, {}).items())
+                for name in ("sft_train", "pairs_train")
+            )
+            rows.append([f"round {entry['round']}", sft or "none", share, pairs or "none"])
+    if not rows:
+        return ""
+    header = ["training data", "trajectories", "% of this round", "preference pairs"]
+    return html_table(header, rows) + paragraph(
+        "Where what the models learned from was found; demonstrations are not counted. "
+        "dataset.sft_rounds and dataset.pair_rounds say which rounds may give any."
+    )
 
 
 def _cost(facts: RunFacts) -> str:

@@ -63,6 +63,9 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     """The table: one row for the cold start and one per round."""
     console.print(_accuracy_table(report))
     console.print(_cost_table(report))
+    own = [percent(r.get("newest_round_share"), digits=0) for r in report["rounds"]]
+    line = f"SFT trajectories that the round itself found, %: {', '.join(own)}"
+    console.print(line, markup=False, highlight=False)
     lost = sum(r["lost"] for r in report["rounds"])
     doubled = sum(r["doubled"] for r in report["rounds"])
     seconds = report.get("seconds_total")

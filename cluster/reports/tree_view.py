@@ -220,8 +220,8 @@ def _print_facts(view: TreeView, console: Console) -> None:
 def _print_answers(view: TreeView, console: Console, everything: bool) -> None:
     """The answers reached, the correct one first, then those reached most often."""
     found: defaultdict[tuple[str, bool | None], list[Node]] = defaultdict(list)
-    for node in view.tree.answers():
-        if node.visit_count and node.step is not None and node.step.answer is not None:
+    for node in view.tree.reached_answers():
+        if node.step is not None and node.step.answer is not None:
             found[node.step.answer, node.correct].append(node)
     if not found:
         return

@@ -320,7 +320,7 @@ class Evolution:
             )
 
     async def _select(self, number: int) -> None:
-        """Trees of all rounds so far -> SFT examples; trees with outcomes -> pairs."""
+        """Trees of the rounds so far -> SFT examples; trees with outcomes -> pairs."""
         directory = self.folder.dataset(number)
         if read_manifest(directory) is not None:
             self._skip(number, "select", "select")
@@ -337,6 +337,7 @@ class Evolution:
                 template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=demonstrations,
+                valued_steps=self.config.train_ppm.objective == "q_regression",
             )
         finally:
             selection.stop()

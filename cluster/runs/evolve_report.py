@@ -11,6 +11,7 @@ from cluster.evaluation.shares import shares_by_level
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RunConfig
+from learner.dataset import read_manifest
 from rollout.problem import Level
 from rollout.store import RunStore, TrajectoryStore
 
@@ -66,6 +67,7 @@ def _round_entry(
     solved_before |= solved
     stages = {name: folder.stage(trees.round, name) for name in STAGES}
     rollout, select = stages["rollout"], stages["select"]
+    dataset = read_manifest(folder.dataset(trees.round)) or {}
     evaluation = _evaluation(folder, trees.round)
     shares = {
         method: evaluation.shares(method) if evaluation is not None else None
@@ -83,6 +85,9 @@ def _round_entry(
         "trees": manifest.totals.trees,
         "trajectories": select.get("trajectories", 0),
         "correct_trajectories": select.get("correct_trajectories", 0),
+        "difficulty": dataset.get("difficulty", {}),
+        "origins": dataset.get("origins", {}),
+        "newest_round_share": dataset.get("newest_round_share"),
         "generated_tokens": manifest.totals.generated_tokens,
         "generated_tokens_per_s": rollout.get("generated_tokens_per_s", 0.0),
         "sandbox_steps_per_s": rollout.get("sandbox_steps_per_s", 0.0),

@@ -1,4 +1,4 @@
-"""Trees of all rounds so far -> the dataset of a round."""
+"""Trees of the rounds so far -> the dataset of a round."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from rollout.tree import Tree
 
 
 class RoundSelection:
-    """Selects SFT examples and preference pairs of rounds 1 to `number`; counts the last round's
-    trajectories on the way. `select` runs in a thread; `stop` ends it from another."""
+    """Selects SFT examples and preference pairs for round `number`, of the rounds its config lets;
+    counts that round's trajectories on the way. `select` runs in a thread; `stop` ends it from
+    another."""
 
     def __init__(self, store: RunStore, number: int) -> None:
         self.store = store
@@ -35,15 +36,18 @@ class RoundSelection:
         template: PromptTemplate,
         config: DatasetConfig,
         demonstrations: Sequence[Demonstration] = (),
+        valued_steps: bool = False,
     ) -> dict[str, Any]:
-        """Write the dataset whole and return its manifest."""
-        rounds = range(1, self.number + 1)
+        """Write the dataset whole and return its manifest; `valued_steps` as `select_dataset`."""
+        only_this = {config.sft_rounds, config.pair_rounds} == {"this"}
+        rounds = range(self.number if only_this else 1, self.number + 1)
         return select_dataset(
             chain.from_iterable(self._trees(number) for number in rounds),
             directory,
             template=template,
             config=config,
             demonstrations=demonstrations,
+            valued_steps=valued_steps,
             info={"rounds": list(rounds), "verdicts": verdicts_of(self.store, rounds)},
         )
 

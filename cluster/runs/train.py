@@ -139,11 +139,14 @@ def _data(kind: Kind, config: TrainRunConfig, folder: RunFolder) -> tuple[int, P
     number = source.round if source.round is not None else _last_round(run)
     newest = verdicts_of(RunStore(str(run.root)), range(1, number + 1))
     directory = folder.dataset(number)
+    valued_steps = kind == "ppm" and config.train_ppm.objective == "q_regression"
     for made in (run.dataset(number), directory):
         manifest = read_manifest(made)
-        if manifest is not None and dataset_is_current(manifest, newest):
+        if manifest is None or not dataset_is_current(manifest, newest):
+            continue
+        if not valued_steps or manifest["counts"]["all"].get("steps_train"):
             return number, made
-    _select(run, number, config, directory)
+    _select(run, number, config, directory, valued_steps=valued_steps)
     return number, directory
 
 
@@ -159,15 +162,20 @@ def _last_round(run: RunFolder) -> int:
     return max(found)
 
 
-def _select(run: RunFolder, number: int, config: TrainRunConfig, directory: Path) -> None:
-    """Build a round's dataset from the trees of all rounds up to it."""
+def _select(
+    run: RunFolder, number: int, config: TrainRunConfig, directory: Path, *, valued_steps: bool
+) -> None:
+    """Build a round's dataset from the trees of the rounds up to it."""
     store = RunStore(str(run.root))
     for r in range(1, max(number, 1) + 1):
         if TrajectoryStore(store, r).manifest() is None:
             raise RunFolderError(f"{run.root}: round {r} is not committed")
     search = SearchConfig.model_validate(read_yaml(run.root / "config.yaml").get("search", {}))
     RoundSelection(store, number).select(
-        directory, template=search.training_template, config=config.dataset
+        directory,
+        template=search.training_template,
+        config=config.dataset,
+        valued_steps=valued_steps,
     )
 
 

@@ -452,7 +452,7 @@ def count_tree(tree: Tree, seconds: float) -> None:
     if not _run and _recorder is None:
         return
     level = str(tree.problem.level)
-    answers = [node for node in tree.answers() if node.visit_count]
+    answers = list(tree.reached_answers())
     verified = sum(bool(node.correct) for node in answers)
     count(TREES, level=level, solved="true" if tree.solved else "false")
     count(TRAJECTORIES, verified, level=level, verified="true")

@@ -7,11 +7,12 @@ from learner.batch import (
     check_markers,
     pack_policy,
     pack_preference,
+    tokenise_nodes,
     tokenise_pairs,
     tokenise_segments,
     tokenise_texts,
 )
-from learner.pairs import PairConfig, tree_pairs
+from learner.pairs import PairConfig, tree_pairs, valued_nodes
 from rollout.prompt import (
     MARKERS,
     RSTAR_TEMPLATE,
@@ -157,14 +158,27 @@ def test_shared_tokens_leave_each_text_at_least_one_of_its_own(tokenizer):
     assert step.num_shared > len(prompt)
 
 
-def test_targets_are_q_values_of_steps_and_outcomes_of_trajectories(tokenizer):
+def test_targets_of_pairs_are_which_is_chosen(tokenizer):
     pairs = tree_pairs(TREE, template=SHORT_TEMPLATE, config=PairConfig())
-    step, answer = tokenise_pairs(tokenizer, pairs)
-    by_text = {p.prefix + p.chosen: p.chosen_q for p in pairs if p.kind == "step"}
-    by_text |= {p.prefix + p.rejected: p.rejected_q for p in pairs if p.kind == "step"}
-    assert [by_text[tokenizer.decode(t.ids)] for t in step.texts] == list(step.targets)
-    assert {answer.targets[i] for i in answer.chosen} == {1.0}
-    assert {answer.targets[i] for i in answer.rejected} == {-1.0}
+    for group in tokenise_pairs(tokenizer, pairs):
+        assert {group.targets[i] for i in group.chosen} == {1.0}
+        assert {group.targets[i] for i in group.rejected} == {-1.0}
+
+
+def test_targets_of_a_node_are_the_q_values_of_all_its_steps(tokenizer):
+    nodes = valued_nodes(TREE, template=SHORT_TEMPLATE, config=PairConfig())
+    values = {node.prefix + step.text: step.q for node in nodes for step in node.steps}
+    groups = list(tokenise_nodes(tokenizer, nodes))
+    found = {
+        tokenizer.decode(text.ids): target
+        for group in groups
+        for text, target in zip(group.texts, group.targets, strict=True)
+    }
+    assert found == values
+    assert len(values) == 9  # of three solutions of three steps
+    batch = pack_preference(groups)
+    assert batch.value_targets.tolist() == pytest.approx(list(values.values()))
+    assert batch.chosen.numel() == batch.rejected.numel() == batch.weights.numel() == 0
 
 
 def test_filler_has_no_weight_and_no_loss_positions(tokenizer):

@@ -12,6 +12,7 @@ from learner.dataset import (
     read_manifest,
     read_pairs,
     read_sft,
+    read_valued_nodes,
     writing_dataset,
 )
 from learner.select import DatasetConfig
@@ -29,7 +30,7 @@ def test_written_dataset_reads_back_equal(tmp_path):
         )
         for i in range(40)
     ]
-    dataset = selected(trees, config=DatasetConfig(validation_share=0.3))
+    dataset = selected(trees, config=DatasetConfig(validation_share=0.3), valued_steps=True)
 
     def write(folder):
         with writing_dataset(folder) as writer:
@@ -43,6 +44,7 @@ def test_written_dataset_reads_back_equal(tmp_path):
     assert list(read_sft(tmp_path, "validation")) == dataset.sft_validation
     assert list(read_pairs(tmp_path, "train")) == dataset.pairs_train
     assert list(read_pairs(tmp_path, "validation")) == dataset.pairs_validation
+    assert list(read_valued_nodes(tmp_path)) == dataset.steps_train != []
     assert read_manifest(tmp_path) == json.loads(json.dumps(manifest))
     assert manifest["files"]["sft_train"]["rows"] == len(dataset.sft_train)
     assert write(tmp_path / "again")["digest"] == manifest["digest"]

@@ -6,11 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.batch import pack_policy, pack_preference, tokenise_pairs, tokenise_segments
+from learner.batch import (
+    pack_policy,
+    pack_preference,
+    tokenise_nodes,
+    tokenise_pairs,
+    tokenise_segments,
+)
 from learner.fit import PreferenceTrainConfig
 from learner.losses import outcome_loss, pairwise_loss, value_regression_loss
 from learner.objectives import PolicyObjective, PreferenceObjective, untied_output
-from learner.pairs import PairConfig, tree_pairs
+from learner.pairs import PairConfig, tree_pairs, valued_nodes
 from learner.preference_model import new_preference_model
 from rollout.prompt import SHORT_TEMPLATE, render_segments
 from tests.builders import answered, code, make_problem, make_tree
@@ -97,6 +103,11 @@ def models(policy, **settings):
 @pytest.mark.parametrize("objective", ["pairwise", "q_regression", "outcome"])
 def test_packed_ppm_loss_and_gradients_equal_those_of_separate_texts(policy, groups, objective):
     ours, plain = models(policy, objective=objective)
+    if objective == "q_regression":
+        config = PairConfig()
+        nodes = [n for t in TREES for n in valued_nodes(t, template=SHORT_TEMPLATE, config=config)]
+        groups = list(tokenise_nodes(AutoTokenizer.from_pretrained(policy), nodes))
+        assert min(len(group.texts) for group in groups) == 1
     batch = pack_preference(groups)
     loss = ours.train()(batch)
     loss.backward()

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.pairs import PAIR_PRESETS, PairConfig, PairKind, edit_distance_at_least, tree_pairs
+from learner.pairs import (
+    PAIR_PRESETS,
+    PairConfig,
+    PairKind,
+    edit_distance_at_least,
+    tree_pairs,
+    valued_nodes,
+)
 from rollout.prompt import SHORT_TEMPLATE, render_question
 from tests.builders import answer, answered, code, discarded, failed, last_code, make_tree
 
@@ -44,6 +51,36 @@ def sources(pairs):
         )
         for p in pairs
     ]
+
+
+def values_of(tree, **config):
+    """Q-values of each node's steps, by node."""
+    nodes = valued_nodes(tree, template=SHORT_TEMPLATE, config=PairConfig(**config))
+    return {node.node: [round(step.q, 3) for step in node.steps] for node in nodes}
+
+
+def test_every_step_a_rollout_passed_through_has_a_value():
+    tree = golden_tree()
+    values = values_of(tree)
+    # e is open, f was discarded
+    assert values[0] == [0.333, -1.0, 1.0, -1.0]
+    # below a, b and c programs and their answers, below d a dead end
+    assert sum(map(len, values.values())) == 4 + (3 + 3) + (1 + 1) + (1 + 1) + 1
+    assert values_of(tree, min_visits=3)[0] == [0.333]
+
+
+def test_only_step_of_a_node_and_a_tree_of_one_class_have_values():
+    assert values_of(make_tree(code("a = 1", answered("7", **RIGHT)))) == {
+        0: [1.0],
+        1: [1.0],
+        2: [1.0],
+    }
+
+
+def test_value_of_a_ppm_alone_is_no_value_to_learn():
+    tree = make_tree(code("a = 1", answered("7", **RIGHT), value=0.5), code("b = 2", value=0.9))
+    assert values_of(tree)[0] == [0.75]
+    assert values_of(tree, q_source="terminal")[0] == [1.0]
 
 
 def test_two_best_siblings_meet_two_worst_of_the_golden_tree():

@@ -7,7 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from learner.dataset import DatasetError, read_manifest, read_pairs, read_sft
+from learner.dataset import (
+    DatasetError,
+    read_manifest,
+    read_pairs,
+    read_sft,
+    read_valued_nodes,
+)
 from learner.plain import write_plain_dataset
 from learner.select import DatasetConfig
 from rollout.prompt import SHORT_TEMPLATE, render_question
@@ -56,6 +62,29 @@ def test_pairs_of_one_prompt_share_a_node_and_its_weight(tmp_path):
     assert prefixes in (["q"] * 4 + ["r"], ["r"] + ["q"] * 4)
 
 
+def test_q_columns_are_what_the_regression_learns(tmp_path):
+    rows = [
+        {"prompt": "q", "chosen": "2", "rejected": "3", "chosen_q": 0.4, "rejected_q": 0.0},
+        {"prompt": "q", "chosen": "two", "rejected": "4", "chosen_q": 0.0, "rejected_q": None},
+        {"prompt": "r", "chosen": "a", "rejected": "b"},
+    ]
+    data = tmp_path / "data"
+    manifest = write_plain_dataset("ppm", jsonl(tmp_path / "s.jsonl", rows), data, config=ALL)
+    pairs = [(p.chosen_q, p.rejected_q) for p in read_pairs(data, "train") if p.prefix == "q"]
+    assert pairs == [(0.4, 0.0), (0.0, -1.0)]
+    values = {
+        node.prefix: {step.text: step.q for step in node.steps} for node in read_valued_nodes(data)
+    }
+    assert values == {
+        "q": {"2": 0.4, "3": 0.0, "two": 0.0, "4": -1.0},
+        "r": {"a": 1.0, "b": -1.0},
+    }
+    assert manifest["counts"]["all"]["steps_train"] == 6
+    held = DatasetConfig(validation_share=0.999999)
+    write_plain_dataset("ppm", tmp_path / "s.jsonl", data, config=held)
+    assert list(read_valued_nodes(data)) == []
+
+
 def test_rows_of_one_prompt_stay_on_one_side_of_the_split(tmp_path):
     rows = [{"prompt": f"q{n % 20}", "response": str(n)} for n in range(100)]
     data, config = tmp_path / "data", DatasetConfig(validation_share=0.3)
@@ -86,6 +115,14 @@ def test_own_validation_file_is_the_held_out_set(tmp_path):
         ("ppm", [{"prompt": "a", "chosen": "b"}], "only chosen texts.* needs both classes"),
         ("ppm", [{"prompt": "a", "rejected": "b"}], "only rejected texts.* needs both classes"),
         ("ppm", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "same text in all 1 rows"),
+        (
+            "ppm",
+            [
+                {"prompt": "a", "chosen": "b", "rejected": "c", "rejected_q": -1},
+                {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_q": 1.5},
+            ],
+            r"row 2: chosen_q must be a number in \[-1, 1\], got 1.5",
+        ),
     ],
 )
 def test_bad_set_is_one_clear_error(tmp_path, kind, rows, message):

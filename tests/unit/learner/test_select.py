@@ -3,7 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from learner.dataset import Demonstration, read_manifest
 from learner.select import DatasetConfig, choose_of_problem, is_validation, select_dataset
 from rollout.problem import Level
 from rollout.prompt import SHORT_TEMPLATE, parse_response
-from tests.builders import answered, code, make_problem, make_tree
+from tests.builders import answered, code, failed, make_problem, make_tree
 from tests.datasets import rows_of, selected
 
 NO_SPLIT = {"validation_share": 0.0}
@@ -64,7 +65,7 @@ def test_one_program_counts_once_over_all_rounds_and_its_best_run_stays():
         code("# think\nx = 7", answered("7", correct=True), answered("8", correct=False)), round=1
     )
     late = make_tree(right("# think again\nx  = 7"), round=2)
-    dataset = build([early, late], **NO_SPLIT)
+    dataset = build([early, late], sft_rounds="all", **NO_SPLIT)
 
     (example,) = dataset.sft_train
     assert (example.round, example.mean_q) == (2, 1.0)
@@ -78,7 +79,7 @@ def test_result_does_not_depend_on_the_order_of_trees():
         for p in range(3)
         for i in range(1, 4)
     ]
-    forward, backward = build(trees), build(trees[::-1])
+    forward, backward = (build(t, sft_rounds="all") for t in (trees, trees[::-1]))
     assert forward == backward
     assert len(forward.sft_train + forward.sft_validation) == 6
 
@@ -105,6 +106,121 @@ def test_split_is_another_one_for_another_seed():
     assert first != second
 
 
+def trees_of_three_rounds():
+    """Round 1 and 2 solve p1, and both and round 3 p2; p3 is never solved. As a search without
+    and with a PPM leaves them: the older, the higher the Q-values."""
+    found = []
+    for name, solving in (("p1", (1, 2)), ("p2", (1, 2, 3)), ("p3", ())):
+        for round in (1, 2, 3):
+            branch = right if round in solving else wrong
+            steps = [branch(f"a = {round}"), wrong(f"b = {round}")]
+            if round > 1 and round in solving:
+                steps.append(code(f"c = {round}", *steps[0].children, *steps[1].children))
+                steps.pop(0)
+            found.append(make_tree(*steps, problem=make_problem(name), round=round))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "rounds", "newest", "left_out"),
+    [
+        ("all", {"p1": [1, 2], "p2": [1, 3]}, 0.25, {"beyond_top": 1, "unsolved": 1}),
+        (
+            "newest_solved",
+            {"p1": [2], "p2": [3]},
+            0.5,
+            {"beyond_top": 0, "unsolved": 1, "other_round": 3},
+        ),
+        (
+            "this",
+            {"p2": [3]},
+            1.0,
+            {"beyond_top": 0, "unsolved": 1, "solved_earlier": 1, "other_round": 4},
+        ),
+    ],
+)
+def test_rounds_that_feed_the_policy(rule, rounds, newest, left_out):
+    dataset = build(
+        trees_of_three_rounds(), [DEMONSTRATION], sft_rounds=rule, pair_rounds="all", **NO_SPLIT
+    )
+    found = {}
+    for example in dataset.sft_train:
+        if example.origin == "tree":
+            found.setdefault(example.problem_id, []).append(example.round)
+    assert found == rounds
+    manifest = dataset.manifest
+    by_round = Counter(number for numbers in rounds.values() for number in numbers)
+    assert manifest["origins"]["sft_train"] == {str(n): by_round[n] for n in sorted(by_round)}
+    assert manifest["newest_round_share"] == newest
+    assert manifest["counts"]["all"]["solved"] == 2
+    assert manifest["excluded"]["all"] == left_out
+
+
+def test_newest_round_is_the_default_for_trajectories_and_this_one_for_pairs():
+    dataset = build(trees_of_three_rounds(), **NO_SPLIT)
+    assert [(e.problem_id, e.round) for e in dataset.sft_train] == [("p1", 2), ("p2", 3)]
+    assert {(p.problem_id, p.round) for p in dataset.pairs_train} == {("p2", 3)}
+    assert dataset.manifest["excluded"]["all"]["other_round_pair"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "rounds"),
+    [
+        ("all", {("p1", 1), ("p1", 2), ("p2", 1), ("p2", 2), ("p2", 3)}),
+        ("newest_solved", {("p1", 2), ("p2", 3)}),
+        ("this", {("p2", 3)}),
+    ],
+)
+def test_rounds_that_feed_the_ppm(rule, rounds):
+    trees = trees_of_three_rounds()
+    dataset = build(trees, pair_rounds=rule, **NO_SPLIT)
+    assert {(p.problem_id, p.round) for p in dataset.pairs_train} == rounds
+    origins = Counter(str(pair.round) for pair in dataset.pairs_train)
+    assert dataset.manifest["origins"]["pairs_train"] == dict(sorted(origins.items()))
+    every = len(build(trees, pair_rounds="all", **NO_SPLIT).pairs_train)
+    left_out = dataset.manifest["excluded"]["all"].get("other_round_pair", 0)
+    assert len(dataset.pairs_train) + left_out == every
+
+
+def test_a_round_that_gave_no_example_has_a_share_of_none_of_them():
+    first = make_tree(right("a = 1"), round=1)
+    second = make_tree(wrong("a = 1"), round=2)
+    assert build([first, second], **NO_SPLIT).manifest["newest_round_share"] == 0.0
+    assert build([second], **NO_SPLIT).manifest["newest_round_share"] is None
+
+
+def test_difficulty_is_counted_as_the_newest_round_found_it():
+    def problem(name, *branches, round=2, index=0):
+        return make_tree(*branches, problem=make_problem(name), round=round, index=index)
+
+    trees = [
+        problem("easy", right("a = 1")),
+        problem("medium", right("a = 1"), wrong("b = 2")),
+        problem("hard", wrong("a = 1")),
+        problem("hard", right("a = 1"), index=1),
+        problem("unsolved", wrong("a = 1")),
+        problem("unsolved", wrong("b = 1"), index=1),
+        problem("easy", wrong("a = 1"), round=1),
+        problem("not searched again", wrong("a = 1"), round=1),
+    ]
+    found = build(trees, **NO_SPLIT).manifest["difficulty"]
+    assert found["gsm"] == found["all"] == {"easy": 1, "hard": 1, "medium": 1, "unsolved": 1}
+
+
+def test_values_of_steps_are_written_for_training_problems_of_the_pairs_rounds():
+    def build_valued(**config):
+        return selected(trees_of_three_rounds(), config=DatasetConfig(**config), valued_steps=True)
+
+    found = build_valued(**NO_SPLIT)
+    nodes, manifest = found.steps_train, found.manifest
+    assert {(node.problem_id, node.round) for node in nodes} == {("p1", 3), ("p2", 3), ("p3", 3)}
+    assert manifest["counts"]["all"]["steps_train"] == sum(len(node.steps) for node in nodes)
+    assert manifest["origins"]["steps_train"] == {"3": len(nodes)}
+    every = build_valued(pair_rounds="all", **NO_SPLIT).steps_train
+    assert {node.round for node in every} == {1, 2, 3}
+    assert build_valued(validation_share=0.999999).steps_train == []
+
+
 def test_often_missed_synthetic_problem_is_left_out_as_mislabelled():
     def tree(source):
         problem = make_problem(source, source=source)
@@ -117,6 +233,27 @@ def test_often_missed_synthetic_problem_is_left_out_as_mislabelled():
     assert {p.problem_id for p in dataset.pairs_train} == {"real"}
     assert dataset.manifest["excluded"]["gsm"]["low_accuracy"] == 1
     assert dataset.manifest["excluded"]["gsm"]["low_accuracy_pair"] > 0
+
+
+def test_accuracy_of_a_synthetic_problem_is_the_newest_rounds():
+    problem = make_problem(source="made_up")
+    weak = make_tree(*(wrong(f"a = {n}") for n in range(8)), problem=problem, round=1)
+    strong = make_tree(
+        *(right(f"a = {n}") for n in range(7)), wrong("a = 7"), problem=problem, round=4
+    )
+    nothing = make_tree(failed(), problem=problem, round=5)
+    config = {"synthetic_sources": ("made_up",), **NO_SPLIT}
+
+    assert len(build([weak, strong, nothing], **config).sft_train) == 2
+    turned = [replace(weak, round=4), replace(strong, round=1)]
+    assert build(turned, **config).sft_train == []
+
+
+def test_identical_samples_count_each_in_the_accuracy_of_a_synthetic_problem():
+    agreed = right("a = 7")
+    agreed.extra["multiplicity"] = 14
+    tree = make_tree(agreed, wrong("a = 8"), wrong("a = 9"), problem=make_problem(source="made_up"))
+    assert len(build([tree], synthetic_sources=("made_up",), **NO_SPLIT).sft_train) == 1
 
 
 def test_pair_that_another_tree_turns_round_is_dropped_and_a_repeated_one_kept_once():
@@ -182,7 +319,11 @@ def test_selection_is_that_in_memory_whatever_the_memory_and_the_order_of_trees(
         for index in (0, 1)
     ]
     config = DatasetConfig(
-        validation_share=0.3, synthetic_sources=("made_up",), min_synthetic_accuracy=0.45
+        sft_rounds="all",
+        pair_rounds="all",
+        validation_share=0.3,
+        synthetic_sources=("made_up",),
+        min_synthetic_accuracy=0.45,
     )
 
     def select(name, memory_bytes):

@@ -37,12 +37,13 @@ def trees(count: int):
         )
 
 
-def select(folder: Path, count: int) -> None:
+def select(folder: Path, count: int, *, valued_steps: bool = False) -> None:
     select_dataset(
         trees(count),
         folder,
         template=SHORT_TEMPLATE,
         config=DatasetConfig(validation_share=0.0),
+        valued_steps=valued_steps,
         memory_bytes=1 << 14,
     )
 
@@ -113,6 +114,26 @@ def test_task_reads_back_what_it_tokenised_in_any_order(tmp_path, tokenizer):
         row = tokenizer.decode(task.pack(share).input_ids[0])
         assert row == "".join(texts[e] + tokenizer.eos_token for e in share.examples)
     assert not [path for path in tmp_path.iterdir() if path.name != "data"]
+
+
+def test_q_regression_trains_on_all_steps_and_is_judged_by_pairs(tmp_path, tokenizer):
+    select(tmp_path / "data", 4, valued_steps=True)
+    wanted = request(tmp_path / "data", PreferenceTrainConfig(objective="q_regression"))
+    task = preference_task(tokenizer, wanted, "train", spill=tmp_path)
+    # each of the three solutions has three steps, the first ones behind one prefix
+    assert sorted(task.counts) == sorted([3, 1, 1, 1, 1, 1, 1] * 4)
+    (step,) = plan_fit(task, wanted.config, world_size=1, seed=0)
+    assert task.denominator(step) == 36.0
+    assert not any(task.trained)
+    held_out = preference_task(tokenizer, wanted, "validation", spill=tmp_path)
+    assert len(held_out) == 0
+    pairs = request(tmp_path / "data", PreferenceTrainConfig())
+    assert sum(preference_task(tokenizer, pairs, "train", spill=tmp_path).counts) == 4 * 4
+    with pytest.raises(LearnerError, match=r"no steps with a Q-value .* another objective"):
+        select(tmp_path / "without", 4)
+        preference_task(
+            tokenizer, request(tmp_path / "without", wanted.config), "train", spill=tmp_path
+        )
 
 
 def test_outcome_objective_takes_whole_trajectories_only(tmp_path, tokenizer):

@@ -53,7 +53,9 @@ def data(tmp_path_factory):
     ]
     config = DatasetConfig(validation_share=0.3)
     path = tmp_path_factory.mktemp("data")
-    manifest = select_dataset(trees, path, template=SHORT_TEMPLATE, config=config)
+    manifest = select_dataset(
+        trees, path, template=SHORT_TEMPLATE, config=config, valued_steps=True
+    )
     assert all(file["rows"] for file in manifest["files"].values())
     return path
 

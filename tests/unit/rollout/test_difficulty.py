@@ -10,10 +10,11 @@ from rollout.difficulty import (
     SuspectConfig,
     difficulty,
     escalate,
+    right_share,
     suspect_label,
 )
 from rollout.tree import Tree
-from tests.builders import answer, failed, make_problem, make_tree
+from tests.builders import Branch, answer, answered, code, failed, make_problem, make_tree
 
 
 def tree(
@@ -52,7 +53,36 @@ def test_difficulty_is_that_of_the_first_search_and_unsolved_needs_a_further_one
 
 
 def test_answers_no_rollout_reached_do_not_count() -> None:
-    assert difficulty([tree("8", visited=False)]) is Difficulty.HARD
+    for unreached in (tree("8", visited=False), tree("7", visited=False)):
+        assert difficulty([unreached]) is Difficulty.HARD
+        assert right_share(unreached) is None
+    rules = {"suspect": SuspectConfig()}
+    assert escalate([tree("7", visited=False)], **rules).next is Next.SEARCH
+
+
+def sampled(branch: Branch, times: int) -> Branch:
+    """A step that so many candidates of its expansion agreed on."""
+    branch.extra["multiplicity"] = times
+    return branch
+
+
+def test_a_merged_step_counts_as_often_as_it_was_sampled() -> None:
+    found = make_tree(
+        sampled(code("a = 7", answered("7", correct=True)), 14),
+        code("a = 8", answered("8", correct=False)),
+        code("a = 9", answered("9", correct=False)),
+    )
+    assert right_share(found) == pytest.approx(14 / 16)
+
+
+def test_a_branch_counts_no_more_for_having_been_searched_more() -> None:
+    one, other = answered("8", correct=False, source="print(8)"), answered("9", correct=False)
+    found = make_tree(
+        code("a = 7", answered("7", correct=True)),
+        code("a = 8", one, other, sampled(answered("7", correct=True), 2)),
+    )
+    # the first branch is right; of the second's four samples, two are
+    assert right_share(found) == pytest.approx((1 + 2 / 4) / 2)
 
 
 def test_trees_that_agree_on_another_answer_make_the_label_suspect() -> None:

@@ -69,7 +69,10 @@ def test_values_that_the_search_took_from_a_ppm_are_no_verdicts() -> None:
 
 
 def test_outcome_follows_the_verdicts() -> None:
-    lost = make_tree(code("x = 1", answered("8", correct=True)))
+    lost = make_tree(
+        code("x = 1", answered("8", correct=True)),
+        code("x = 2", answer("7", correct=False, visited=False)),
+    )
     unlabelled = make_tree(
         code("x = 1", answered("8", correct=None)), problem=make_problem("p2", answer="")
     )

@@ -97,8 +97,9 @@ def test_discarded_candidates_stay_in_the_record_and_out_of_the_search() -> None
 @pytest.mark.parametrize(
     ("correct", "visits", "gold", "outcome"),
     [
-        ([False, True], [1, 0], "1", Outcome.SOLVED),
-        ([False, False], [1, 0], "1", Outcome.UNSOLVED),
+        ([False, True], [0, 1], "1", Outcome.SOLVED),
+        ([False, True], [1, 0], "1", Outcome.UNSOLVED),
+        ([True], [0], "1", Outcome.NO_ANSWER),
         ([False], [0], "1", Outcome.NO_ANSWER),
         ([], [], "1", Outcome.NO_ANSWER),
         ([None], [1], "", Outcome.UNLABELLED),
@@ -111,3 +112,4 @@ def test_outcome_of_a_tree_follows_from_its_answers(
     answers = zip(correct, visits, strict=True)
     expand(tree, tree.root, [child(Terminal.ANSWER, correct=c, visit_count=n) for c, n in answers])
     assert tree.outcome == outcome
+    assert tree.solved == (outcome is Outcome.SOLVED)

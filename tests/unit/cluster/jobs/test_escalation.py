@@ -13,10 +13,11 @@ WRONG = ["8"] * 4
 
 
 def committed(tmp_path, answers_by_tree):
-    """A round whose trees (problem id, index, answers, tokens) are committed, a shard each."""
+    """A round whose trees (problem id, index, answers, tokens) are committed, a shard each; no
+    rollout reached an answer in brackets."""
     trees = TrajectoryStore(RunStore(str(tmp_path)), 1)
     for number, (problem_id, index, answers, tokens) in enumerate(answers_by_tree):
-        found = [answer(a, correct=a == "7") for a in answers]
+        found = [answer(a.strip("()"), correct="7" in a, visited="(" not in a) for a in answers]
         problem = make_problem(problem_id, answer="7")
         tree = make_tree(*(found or [failed()]), problem=problem, index=index)
         tree.generated_tokens = tokens
@@ -36,6 +37,7 @@ ROUND = [
     ("costly", 0, ["9"], 600),
     ("open", 0, ["9", "10"], 10),
     ("nothing", 0, [], 10),
+    ("unreached", 0, ["9", "(7)"], 10),
     ("solved", 0, ["9"], 10),
     ("solved", 1, ["7"], 10),
 ]
@@ -44,7 +46,7 @@ ROUND = [
 def test_solved_suspect_and_costly_problems_are_not_searched_on(tmp_path):
     trees, problems = committed(tmp_path, ROUND)
     made = plan(trees, problems)
-    assert made.search == ["never-searched", "nothing", "open"]
+    assert made.search == ["never-searched", "nothing", "open", "unreached"]
     assert dict(made.ended) == {"suspect": 1, "out_of_budget": 1}
     (suspect,) = made.suspects
     assert (suspect.problem_id, suspect.gold, suspect.answer) == ("agreed", "7", "8")
@@ -55,7 +57,7 @@ def test_solved_suspect_and_costly_problems_are_not_searched_on(tmp_path):
 def test_suspects_are_searched_on_and_named_by_default(tmp_path):
     trees, problems = committed(tmp_path, ROUND)
     made = plan(trees, problems, leave_suspects=False, max_generated_tokens=None)
-    assert made.search == ["agreed", "costly", "never-searched", "nothing", "open"]
+    assert made.search == ["agreed", "costly", "never-searched", "nothing", "open", "unreached"]
     assert [s.problem_id for s in made.suspects] == ["agreed"]
     assert not made.ended
 

@@ -83,6 +83,9 @@ def write_run(root: Path) -> Path:
         "trees": 12,
         "trajectories": 30,
         "correct_trajectories": 9,
+        "difficulty": {"all": {"easy": 1234, "unsolved": 6}},
+        "origins": {"sft_train": {"2": 10, "3": 30}, "pairs_train": {"3": 50}},
+        "newest_round_share": 0.75,
         "generated_tokens": 12345,
         "generated_tokens_per_s": 1234.5,
         "sandbox_steps_per_s": 50.0,
@@ -185,6 +188,9 @@ def test_page_escapes_what_models_wrote_and_loads_nothing(tmp_path: Path) -> Non
     }
     assert "sandbox worker 2" in text
     assert "77.86" in text  # of the paper
+    assert "10 of round 2, 30 of round 3" in text and "50 of round 3" in text
+    assert "75.0" in text  # % of round 3 in its SFT set
+    assert "1,234" in text  # easy problems
     assert "0.50" in text  # 50 s at 36 dollars an hour
     assert "page " in output.getvalue()
 

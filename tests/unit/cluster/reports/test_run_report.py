@@ -26,6 +26,7 @@ def report() -> dict[str, Any]:
         "trees": 12,
         "trajectories": 30,
         "correct_trajectories": 9,
+        "newest_round_share": 0.875,
         "generated_tokens": 12345,
         "generated_tokens_per_s": 1234.5,
         "sandbox_steps_per_s": 50.0,
@@ -57,6 +58,7 @@ def test_table_fits_eighty_columns_and_adds_up_what_was_lost() -> None:
     print_report(report(), Console(file=output, width=80))
     lines = output.getvalue().splitlines()
     assert max(len(line) for line in lines) <= 80
+    assert lines[-2] == "SFT trajectories that the round itself found, %: 88, 88"
     assert lines[-1] == "lost 2, doubled 4 (leases against committed rows); 99 s in all"
     row = next(line for line in lines if line.strip().startswith("1 "))
     assert row.split() == [

@@ -80,6 +80,9 @@ async def test_both_models_train_on_a_committed_round(tmp_path, base, quiet):
     assert ppm.examples == manifest["files"]["pairs_train"]["rows"]
     with pytest.raises(RunFolderError, match="round 1 is not committed"):
         await run_train("policy", config, ["data.round=5"], console=quiet)
+    # its dataset has pairs, and no Q-values of all steps: it is to be selected again
+    with pytest.raises(RunFolderError, match="round 1 is not committed"):
+        await run_train("ppm", config, ["train_ppm.objective=q_regression"], console=quiet)
 
 
 async def test_bad_input_is_one_line(tmp_path, base, quiet):
