@@ -1,8 +1,8 @@
 """A dataset directory: what selection writes and training reads.
 
     sft_train, sft_validation, pairs_train, pairs_validation (.parquet)    rows, by row group
-    manifest.json    `template`, `counts`, `excluded`, `files` (name -> rows, sha256), `digest` over
-                     all files, `info`
+    manifest.json    `template`, `counts`, `excluded`, `shape` (what the trees were like), `files`
+                     (name -> rows, sha256), `digest` over all files, `info`
 
 Each file is written whole and the manifest last: where it is, the dataset is complete. It says how
 many were taken and, for whatever was not, why. Texts are stored rendered: what search prompts with
@@ -55,6 +55,7 @@ _PAIR_SCHEMA = pa.schema(
         ("tree_index", pa.int32()),
         ("node", pa.int32()),
         ("kind", pa.string()),
+        ("shared_steps", pa.int32()),
         ("prefix", pa.string()),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
@@ -124,6 +125,7 @@ class DatasetWriter:
         template: str | None,
         counts: Mapping[str, Mapping[str, int]],
         excluded: Mapping[str, Mapping[str, int]],
+        shape: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Put the files in place, the manifest last; returns the manifest.
@@ -144,6 +146,7 @@ class DatasetWriter:
             "template": template,
             "counts": counts,
             "excluded": excluded,
+            "shape": dict(shape or {}),
             "files": files,
             "digest": total,
             "info": dict(info or {}),

@@ -31,12 +31,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from learner.dataset import Demonstration, SFTExample, writing_dataset
-from learner.pairs import PairConfig, PreferencePair, program_key, tree_pairs
+from learner.pairs import PairConfig, PairKind, PreferencePair, program_key, tree_pairs
 from learner.spill import SortedSpill
 from rollout.problem import Problem
 from rollout.prompt import PromptTemplate, render_segments
 from rollout.trajectory import Trajectory, trajectories
-from rollout.tree import Tree
+from rollout.tree import Node, Tree
+
+_MANY_VISITS = 5
+"""Nodes with so many visits are counted together."""
 
 
 class DatasetConfig(BaseModel):
@@ -92,6 +95,8 @@ class _Found:
     programs: dict[bytes, Trajectory]
     """Digest of a program -> the tree's best correct trajectory that holds it."""
     pairs: tuple[PreferencePair, ...]
+    visits: Counter[str]
+    """Rollouts that went through an inner node ("1" to "4", or "5+") -> how many such nodes."""
 
 
 def is_validation(problem_id: str, config: DatasetConfig) -> bool:
@@ -122,7 +127,9 @@ def select_dataset(
         trees, trajectories_correct, trajectories_kept, sft_train, sft_validation, demonstrations,
         pairs_train, pairs_validation; its `excluded` are level -> reason -> count: of problems
         unsolved, low_accuracy; of correct trajectories same_program, beyond_top; of pairs
-        duplicate_pair, contradicted_pair, low_accuracy_pair.
+        duplicate_pair, contradicted_pair, low_accuracy_pair; its `shape` is `step_pairs` (round ->
+        shared steps -> step pairs taken) and `node_visits` (round -> visits -> inner nodes below
+        the root of all trees given).
     Raises:
         DatasetError: the disk is full.
     """
@@ -146,6 +153,10 @@ def select_dataset(
             template=template.name,
             counts=_with_total(selection.counts),
             excluded=_with_total(selection.excluded),
+            shape={
+                "step_pairs": _by_round(selection.step_pairs),
+                "node_visits": _by_round(selection.node_visits),
+            },
             info=info,
         )
 
@@ -174,7 +185,15 @@ def _found(tree: Tree, template: PromptTemplate, config: DatasetConfig) -> _Foun
         correct=len(correct),
         programs=programs,
         pairs=tuple(tree_pairs(tree, template=template, config=config.pairs)),
+        visits=Counter(
+            _visits(node) for node in tree.nodes[1:] if node.expanded and node.num_passes
+        ),
     )
+
+
+def _visits(node: Node) -> str:
+    count = node.num_passes
+    return str(count) if count < _MANY_VISITS else f"{_MANY_VISITS}+"
 
 
 def _tree_order(found: _Found) -> tuple[int, int]:
@@ -187,6 +206,9 @@ class _Selection:
     def __init__(self, config: DatasetConfig) -> None:
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.excluded: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.step_pairs: defaultdict[int, Counter[int]] = defaultdict(Counter)
+        """Round -> shared steps -> step pairs taken."""
+        self.node_visits: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._config = config
 
     def choose(self, members: Sequence[_Found]) -> Chosen:
@@ -198,6 +220,8 @@ class _Selection:
         split = "validation" if held_out else "train"
         counts["problems"] += 1
         counts["trees"] += len(members)
+        for found in members:
+            self.node_visits[found.round].update(found.visits)
         answered = sum(found.answered for found in members)
         correct = sum(found.correct for found in members)
         # The best trajectory of each program over all trees.
@@ -234,6 +258,8 @@ class _Selection:
             else:
                 pairs.append(pair)
                 self.counts[pair.level][f"pairs_{split}"] += 1
+                if pair.kind is PairKind.STEP:
+                    self.step_pairs[pair.round][pair.shared_steps] += 1
         return Chosen(held_out=held_out, trajectories=kept, pairs=pairs)
 
     def demonstrations(
@@ -307,4 +333,14 @@ def _with_total(counts: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]
     return {
         **{level: dict(sorted(counts[level].items())) for level in sorted(counts)},
         "all": dict(sorted(total.items())),
+    }
+
+
+def _by_round(
+    counts: Mapping[int, Counter[int]] | Mapping[int, Counter[str]],
+) -> dict[str, dict[str, int]]:
+    """As JSON has it, in order."""
+    return {
+        str(round_): {str(key): count for key, count in sorted(counts[round_].items())}
+        for round_ in sorted(counts)
     }

@@ -11,6 +11,7 @@ from cluster.evaluation.shares import shares_by_level
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RunConfig
+from learner.dataset import read_manifest
 from rollout.problem import Level
 from rollout.store import RunStore, TrajectoryStore
 
@@ -83,6 +84,7 @@ def _round_entry(
         "trees": manifest.totals.trees,
         "trajectories": select.get("trajectories", 0),
         "correct_trajectories": select.get("correct_trajectories", 0),
+        **_shape(folder, trees.round),
         "generated_tokens": manifest.totals.generated_tokens,
         "generated_tokens_per_s": rollout.get("generated_tokens_per_s", 0.0),
         "sandbox_steps_per_s": rollout.get("sandbox_steps_per_s", 0.0),
@@ -93,6 +95,14 @@ def _round_entry(
         "deaths": rollout.get("deaths", {}),
         "resumed_trees": rollout.get("resumed_trees", 0),
         "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
+    }
+
+
+def _shape(folder: RunFolder, number: int) -> dict[str, Any]:
+    """What the round's own trees were like, as its dataset says."""
+    shape = (read_manifest(folder.dataset(number)) or {}).get("shape", {})
+    return {
+        name: shape.get(name, {}).get(str(number), {}) for name in ("step_pairs", "node_visits")
     }
 
 
