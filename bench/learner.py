@@ -158,6 +158,7 @@ def write_world(folder: Path, *, examples: int, nodes: int, seed: int = 0) -> No
                 tree_index=0,
                 node=number,
                 kind=kind,
+                shared_steps=depth,
                 prefix=question + "".join(steps[:depth]),
                 chosen=chosen,
                 rejected=rejected,

@@ -4,6 +4,7 @@
                      rows, by row group
     manifest.json    `template`, `counts`, `excluded`, `files` (name -> rows, sha256), `digest` over
                      all files, `info`; of one selected from trees also which rounds gave what
+                     and `shape`, what the trees were like
 
 Each file is written whole and the manifest last: where it is, the dataset is complete. It says how
 many were taken and, for whatever was not, why. Texts are stored rendered: what search prompts with
@@ -56,6 +57,7 @@ _PAIR_SCHEMA = pa.schema(
         ("tree_index", pa.int32()),
         ("node", pa.int32()),
         ("kind", pa.string()),
+        ("shared_steps", pa.int32()),
         ("prefix", pa.string()),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
@@ -142,7 +144,7 @@ class DatasetWriter:
         template: str | None,
         counts: Mapping[str, Mapping[str, int]],
         excluded: Mapping[str, Mapping[str, int]],
-        rounds: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Put the files in place, the manifest last; returns the manifest.
@@ -165,7 +167,7 @@ class DatasetWriter:
             "template": template,
             "counts": counts,
             "excluded": excluded,
-            **(rounds or {}),
+            **(facts or {}),
             "files": files,
             "digest": total,
             "info": dict(info or {}),

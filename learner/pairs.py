@@ -28,7 +28,7 @@ every step that a rollout passed through, of every tree.
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -38,6 +38,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from rollout.prompt import PromptTemplate, Step, render_prompt
 from rollout.trajectory import trajectories
 from rollout.tree import Node, Terminal, Tree
+
+DEEP_STEPS = 2
+"""Shared steps from which a pair is deep: its texts have three steps or more."""
 
 
 class PairKind(StrEnum):
@@ -98,6 +101,8 @@ class PreferencePair:
     """Id of the node whose children are compared; 0 for whole trajectories. All pairs of one
     (problem, round, tree, kind, node) share the prefix."""
     kind: PairKind
+    shared_steps: int
+    """Steps in the prefix; 0 for whole trajectories."""
     prefix: str
     """Rendered question and shared steps."""
     chosen: str
@@ -237,6 +242,7 @@ def _sibling_pairs(
         tree,
         node=node.id,
         kind=PairKind.STEP,
+        shared_steps=len(steps),
         prefix=prefix,
         positives=[((c.step,), q(c)) for c in best[: config.best] if c.step is not None],
         negatives=[((c.step,), q(c)) for c in worst[: config.worst] if c.step is not None],
@@ -252,6 +258,7 @@ def _answer_pairs(tree: Tree, template: PromptTemplate, config: PairConfig) -> l
         tree,
         node=0,
         kind=PairKind.ANSWER,
+        shared_steps=0,
         prefix=render_prompt(tree.problem.text, (), template),
         positives=[(t.steps, t.mean_q) for t in correct[: config.best]],
         negatives=[(t.steps, t.mean_q) for t in incorrect[: config.worst]],
@@ -264,6 +271,7 @@ def _cross(
     *,
     node: int,
     kind: PairKind,
+    shared_steps: int,
     prefix: str,
     positives: Sequence[tuple[tuple[Step, ...], float]],
     negatives: Sequence[tuple[tuple[Step, ...], float]],
@@ -290,6 +298,7 @@ def _cross(
                     tree_index=tree.index,
                     node=node,
                     kind=kind,
+                    shared_steps=shared_steps,
                     prefix=prefix,
                     chosen=chosen,
                     rejected=rejected,
@@ -299,6 +308,17 @@ def _cross(
                 )
             )
     return pairs
+
+
+def deep_share(step_pairs: Mapping[str, int]) -> float | None:
+    """Share of step pairs behind two or more shared steps; None where there is no pair.
+
+    Args:
+        step_pairs: shared steps -> pairs, as a dataset's manifest counts them.
+    """
+    total = sum(step_pairs.values())
+    deep = sum(count for steps, count in step_pairs.items() if int(steps) >= DEEP_STEPS)
+    return deep / total if total else None
 
 
 def program_key(steps: Sequence[Step]) -> str:

@@ -129,6 +129,7 @@ def _pairs(
                     tree_index=0,
                     node=0,
                     kind=PairKind.ANSWER,
+                    shared_steps=0,
                     prefix=_prompt(row["prompt"], template),
                     chosen=row["chosen"],
                     rejected=row["rejected"],

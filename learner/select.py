@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from learner.dataset import Demonstration, SFTExample, writing_dataset
 from learner.pairs import (
     PairConfig,
+    PairKind,
     PreferencePair,
     ValuedNode,
     program_key,
@@ -51,7 +52,10 @@ from rollout.difficulty import difficulty_of, right_share
 from rollout.problem import Problem
 from rollout.prompt import PromptTemplate, render_segments
 from rollout.trajectory import Trajectory, trajectories
-from rollout.tree import Tree
+from rollout.tree import Node, Tree
+
+_MANY_VISITS = 5
+"""Nodes with so many visits are counted together."""
 
 Rounds = Literal["all", "newest_solved", "this"]
 
@@ -124,6 +128,8 @@ class _Found:
     """Digest of a program -> the tree's best correct trajectory that holds it."""
     pairs: tuple[PreferencePair, ...]
     nodes: tuple[ValuedNode, ...]
+    visits: Counter[str]
+    """Rollouts that went through an inner node ("1" to "4", or "5+") -> how many such nodes."""
 
 
 def is_validation(problem_id: str, config: DatasetConfig) -> bool:
@@ -161,7 +167,9 @@ def select_dataset(
         duplicate_pair, contradicted_pair, low_accuracy_pair.
         `origins` are file -> round -> rows that its trees gave, demonstrations left out;
         `newest_round_share` the share of this round in those of sft_train, None if there are none;
-        `difficulty` is level -> class -> problems, as this round's trees found them.
+        `difficulty` is level -> class -> problems, as this round's trees found them; `shape` is
+        `step_pairs` (round -> shared steps -> step pairs taken) and `node_visits` (round -> visits
+        -> inner nodes below the root of all trees given).
     Raises:
         DatasetError: the disk is full.
     """
@@ -189,7 +197,7 @@ def select_dataset(
             template=template.name,
             counts=_with_total(selection.counts),
             excluded=_with_total(selection.excluded),
-            rounds=selection.rounds(),
+            facts=selection.rounds() | {"shape": selection.shape()},
             info=info,
         )
 
@@ -224,7 +232,15 @@ def _found(
         nodes=tuple(
             valued_nodes(tree, template=template, config=config.pairs) if valued_steps else ()
         ),
+        visits=Counter(
+            _visits(node) for node in tree.nodes[1:] if node.expanded and node.num_passes
+        ),
     )
+
+
+def _visits(node: Node) -> str:
+    count = node.num_passes
+    return str(count) if count < _MANY_VISITS else f"{_MANY_VISITS}+"
 
 
 def _tree_order(found: _Found) -> tuple[int, int]:
@@ -239,6 +255,9 @@ class _Selection:
         self.excluded: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.difficulty: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.origins: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self.step_pairs: defaultdict[int, Counter[int]] = defaultdict(Counter)
+        """Round -> shared steps -> step pairs taken."""
+        self.node_visits: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._config = config
         self._newest = newest
 
@@ -252,6 +271,8 @@ class _Selection:
         counts["problems"] += 1
         counts["trees"] += len(members)
         self._classify(members)
+        for found in members:
+            self.node_visits[found.round].update(found.visits)
         of_sft = self._of_rounds(members, config.sft_rounds)
         everywhere = sum(found.correct for found in members)
         correct = sum(found.correct for found in of_sft)
@@ -297,6 +318,9 @@ class _Selection:
         if pairs:
             counts[f"pairs_{split}"] += len(pairs)
             self.origins[f"pairs_{split}"].update(pair.round for pair in pairs)
+            for pair in pairs:
+                if pair.kind is PairKind.STEP:
+                    self.step_pairs[pair.round][pair.shared_steps] += 1
         trains = not held_out and not mislabelled
         nodes = [node for found in of_pairs for node in found.nodes if trains]
         if nodes:
@@ -336,6 +360,13 @@ class _Selection:
                 if rows.total()
             },
             "difficulty": _with_total(self.difficulty),
+        }
+
+    def shape(self) -> dict[str, Any]:
+        """What the manifest says of the form of the trees."""
+        return {
+            "step_pairs": _by_round(self.step_pairs),
+            "node_visits": _by_round(self.node_visits),
         }
 
     def demonstrations(
@@ -416,4 +447,14 @@ def _with_total(counts: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]
     return {
         **{level: dict(sorted(counts[level].items())) for level in sorted(counts)},
         "all": dict(sorted(total.items())),
+    }
+
+
+def _by_round(
+    counts: Mapping[int, Counter[int]] | Mapping[int, Counter[str]],
+) -> dict[str, dict[str, int]]:
+    """As JSON has it, in order."""
+    return {
+        str(round_): {str(key): count for key, count in sorted(counts[round_].items())}
+        for round_ in sorted(counts)
     }

@@ -27,7 +27,7 @@ Votes group equivalent answers (`verifier.accuracy`); ties go to the higher PPM 
 seed. Where no solution has a PPM value, all of them vote, and the result says so.
 
 MCTS without a PPM has nothing to be guided by at test time: every answer backs up the same reward
-(the label is withheld from the search), visits spread evenly, and all answers of the tree vote.
+(the label is withheld from the search), and all answers of the tree vote.
 """
 
 from __future__ import annotations

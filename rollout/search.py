@@ -21,6 +21,7 @@ expanded at once, then each walks on; their rewards are backed up when the last 
 costs a wait for the slowest of them, and keeps the tree a function of seed and engines alone.
 
 Deviations from arXiv 2501.04519, which leaves these open:
+- a child that no rollout went through is worth its PPM value, else 0, without exploration term;
 - a visited terminal is not selected again, so a search ends early when the tree is exhausted;
 - a failure (too deep, no valid child) backs up -1 along its path (`failure_backup="path"`).
 From the released code, with the preset "released":
@@ -144,7 +145,9 @@ class SearchConfig(BaseModel):
         "them; null: those that are shipped",
     )
     unvisited: Unvisited = Field(
-        Unvisited.INFINITE, description="worth of an unvisited child in UCT: infinite | zero"
+        Unvisited.FIRST_PLAY,
+        description="worth in UCT of a child no rollout went through: first_play (its PPM value, "
+        "else 0), zero (released: 0, but a PPM value counts as a visit) or infinite",
     )
     invalid_candidates: Literal["discard", "leaf"] = Field(
         "discard", description="failing code: discard (paper) or keep as a -1 leaf (released)"
@@ -164,6 +167,25 @@ class SearchConfig(BaseModel):
     def _with_preset(cls, given: Any) -> Any:
         preset = given.get("preset") if isinstance(given, dict) else None
         return {**_PRESETS.get(preset, {}), **given} if isinstance(preset, str) else given
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> SearchConfig:
+        if self.invalid_candidates == "leaf" and self.failure_backup == "path":
+            raise ValueError(
+                "invalid_candidates: leaf needs failure_backup: leaf, as in preset: released: no "
+                "rollout goes through failing code, so there is no path to tell"
+            )
+        if self.answer_candidates == "first" and (self.num_answer_candidates or 1) > 1:
+            raise ValueError(
+                f"answer_candidates: first keeps one of num_answer_candidates: "
+                f"{self.num_answer_candidates}; give 1, or null for num_candidates (released)"
+            )
+        if self.temperature == 0 and self.num_candidates > 1:
+            raise ValueError(
+                f"temperature: 0 makes all num_candidates: {self.num_candidates} the same; give 1 "
+                "candidate or a temperature above 0"
+            )
+        return self
 
     @field_validator("bootstrap", mode="before")
     @classmethod
@@ -198,7 +220,7 @@ class SearchConfig(BaseModel):
         Args:
             num_rollouts: of the tree.
             guided: there is a PPM, whose values are backed up; without one every answer's backup
-                is the same, so visits spread evenly.
+                is the same.
         """
         value = TerminalValue.PREFERENCE if guided else TerminalValue.LABEL
         return self.model_copy(update={"num_rollouts": num_rollouts, "terminal_value": value})
@@ -577,13 +599,11 @@ class _Search:
             return
         expand(tree, node, expansion.candidates)
         self.interpreters.keep(node, expansion.states, expansion.opening)
-        leaf_rule = self.config.failure_backup == "leaf"
-        for child in expansion.candidates:
-            failed = child.terminal is Terminal.CODE_ERROR
-            if failed or (leaf_rule and child.terminal is Terminal.TOO_DEEP):
-                backup(tree, child, -1.0, leaf_only=True)
-        valid = tree.valid_children(node)
-        if not valid or (not leaf_rule and all(child.exhausted for child in valid)):
+        if self.config.failure_backup == "leaf":
+            for child in expansion.candidates:
+                if child.terminal in (Terminal.CODE_ERROR, Terminal.TOO_DEEP):
+                    backup(tree, child, -1.0, leaf_only=True)
+        if not tree.valid_children(node):
             node.terminal = Terminal.NO_VALID_CHILD
 
     # -- the stages of an expansion

@@ -10,14 +10,20 @@ from rollout.tree import Node, Tree
 
 
 class Unvisited(StrEnum):
-    """What an unvisited child (N = 0) is worth, which Eq. 1 leaves open.
+    """What a child that no rollout went through is worth, which Eq. 1 leaves open.
 
-    The released code uses ZERO. That choice changes cost and diversity more than any other: with
-    it a child that failed once soon outranks every sibling that was never tried.
+    That choice changes cost and diversity more than any other. Where a PPM gives every child a
+    first visit (Eq. 3), N = 0 happens at answers only, so INFINITE and ZERO hardly differ there
+    and rollouts spread over the first steps.
     """
 
-    INFINITE = "infinite"
+    FIRST_PLAY = "first_play"
+    """Its PPM value, 0 without one, and no exploration term: a sibling is tried when those tried
+    before are worth less (first-play urgency, Gelly and Wang 2006)."""
     ZERO = "zero"
+    """The released code: 0 where N = 0; a child with a PPM value counts as visited once."""
+    INFINITE = "infinite"
+    """As Eq. 1 says where N = 0: every child before any a second time."""
 
 
 def uct(
@@ -36,10 +42,12 @@ def uct(
         parent_visits: N_parent >= 0; below 1 the exploration term is 0, which happens on the
             first descent through a root whose children carry PPM values.
         exploration: c >= 0, unitless.
-        unvisited: what N(s) = 0 is worth.
+        unvisited: what a child is worth that no rollout went through.
         pending: rollouts of the same tree that are below the child now; each counts as a visit
             that ended in -1 (virtual loss), so that the next rollout looks elsewhere.
     """
+    if unvisited is Unvisited.FIRST_PLAY and child.num_passes + pending == 0:
+        return child.value if child.value is not None else 0.0
     visits = child.visit_count + pending
     if visits == 0:
         return math.inf if unvisited is Unvisited.INFINITE else 0.0

@@ -115,6 +115,13 @@ class Node:
         """Q = q / N; 0 for an unvisited node."""
         return self.value_sum / self.visit_count if self.visit_count else 0.0
 
+    @property
+    def num_passes(self) -> int:
+        """Rollouts that went through the node: its visits without the one a PPM value counts as."""
+        if self.value is None or self.terminal is Terminal.ANSWER:
+            return self.visit_count
+        return self.visit_count - 1
+
 
 @dataclass(slots=True, kw_only=True)
 class Tree:

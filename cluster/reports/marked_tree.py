@@ -225,12 +225,6 @@ def _pair_marks(tree: Tree, pairs: Sequence[PreferencePair]) -> tuple[PairMark, 
     return tuple(marks)
 
 
-def num_passes(node: Node) -> int:
-    """Rollouts that went through a node: its visits without the one a PPM value counts as."""
-    counted = node.value is not None and node.discard is None and node.terminal is None
-    return node.visit_count - int(counted)
-
-
 def facts(view: TreeView) -> list[str]:
     """What the search cost and what made it, in words."""
     tree = view.tree

@@ -24,9 +24,17 @@ import pyarrow as pa
 
 from cluster.evaluation.reliability import Bins, BinSums
 from cluster.evaluation.tables import read_report
+from rollout.self_correction import corrections
 from rollout.store import Commit, ManifestFile, RunStore, StoreError, TrajectoryStore
 from rollout.table import table_to_trees
+from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Outcome, Terminal, Tree
+
+MAX_SAMPLE_FILES = 4
+"""Data files of the last round whose texts are read."""
+
+MAX_CORRECTIONS = 3
+"""Self-correcting trajectories that are shown."""
 
 MAX_FILES = 64
 """Data files of a round that charts are made of."""
@@ -61,6 +69,30 @@ class RoundFacts:
 
 
 @dataclass(slots=True, kw_only=True)
+class Corrected:
+    """Trajectories with a step that takes back an earlier one, in the trees that were read."""
+
+    trajectories: int = 0
+    """All, with a right answer or a wrong one."""
+    correcting: int = 0
+    correcting_right: int = 0
+    """Of these, with a right answer."""
+    examples: list[Trajectory] = field(default_factory=list)
+    """A few, right ones first."""
+
+    def add(self, tree: Tree) -> None:
+        """Count the trajectories of a tree."""
+        for trajectory in trajectories(tree):
+            self.trajectories += 1
+            if corrections(trajectory.steps):
+                self.correcting += 1
+                self.correcting_right += bool(trajectory.correct)
+                self.examples.append(trajectory)
+        self.examples.sort(key=lambda t: (not t.correct, len(t.steps), t.problem.id, t.node))
+        del self.examples[MAX_CORRECTIONS:]
+
+
+@dataclass(slots=True, kw_only=True)
 class RunFacts:
     """Everything the page is made of."""
 
@@ -71,6 +103,8 @@ class RunFacts:
     """Kind of model -> name of the round -> (step, loss)."""
     samples: list[tuple[str, Tree]] = field(default_factory=list)
     """(why it is shown, tree)."""
+    corrected: Corrected = field(default_factory=Corrected)
+    """In the last round."""
 
 
 def read_run(run: Path, report: Mapping[str, Any]) -> RunFacts:
@@ -93,7 +127,7 @@ def read_run(run: Path, report: Mapping[str, Any]) -> RunFacts:
             if (curve := read_curve(folder / kind / "metrics.jsonl"))
         }
     if facts.rounds:
-        facts.samples = sample_trees(TrajectoryStore(store, max(facts.rounds)))
+        facts.samples, facts.corrected = sample_trees(TrajectoryStore(store, max(facts.rounds)))
     return facts
 
 
@@ -243,8 +277,9 @@ def rate_over_time(
     return [((n + 0.5) * width_s / 60, tokens[n] / width_s) for n in range(count)]
 
 
-def sample_trees(trees: TrajectoryStore, *, max_files: int = 4) -> list[tuple[str, Tree]]:
-    """A few trees that show how the search went, with the reason each is shown.
+def sample_trees(trees: TrajectoryStore) -> tuple[list[tuple[str, Tree]], Corrected]:
+    """A few trees that show how the search went, with the reason each is shown; and what was
+    corrected in those read.
 
     Raises:
         StoreError: a file cannot be read.
@@ -252,12 +287,14 @@ def sample_trees(trees: TrajectoryStore, *, max_files: int = 4) -> list[tuple[st
     manifest = trees.manifest()
     assert manifest is not None
     best: dict[str, tuple[float, Tree]] = {}
-    for file in _spread([f for f in manifest.files if f.num_rows], max_files):
+    corrected = Corrected()
+    for file in _spread([f for f in manifest.files if f.num_rows], MAX_SAMPLE_FILES):
         try:
             found = table_to_trees(trees.read_table(file))
         except ValueError as error:
             raise StoreError(f"data file {file.path} cannot be read: {error}") from error
         for tree in found:
+            corrected.add(tree)
             for why, worth in _worth_showing(tree):
                 if worth > best.get(why, (0.0, tree))[0]:
                     best[why] = (worth, tree)
@@ -265,7 +302,7 @@ def sample_trees(trees: TrajectoryStore, *, max_files: int = 4) -> list[tuple[st
     for why, (_, tree) in best.items():
         if all(tree is not other for _, other in shown):
             shown.append((why, tree))
-    return shown
+    return shown, corrected
 
 
 def _worth_showing(tree: Tree) -> Iterator[tuple[str, float]]:

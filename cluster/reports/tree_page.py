@@ -23,7 +23,6 @@ from cluster.reports.marked_tree import (
     facts,
     margin,
     node_facts,
-    num_passes,
     snippet,
 )
 from cluster.reports.page import escape, fill
@@ -100,7 +99,7 @@ def _page_node(node: Node) -> dict[str, Any]:
         "parent": node.parent,
         "q": node.q_value if node.visit_count else None,
         "visits": node.visit_count,
-        "passes": num_passes(node),
+        "passes": node.num_passes,
         "value": node.value,
         "label": snippet(node),
         "code": step.code if step else None,

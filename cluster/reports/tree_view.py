@@ -30,7 +30,6 @@ from cluster.reports.marked_tree import (
     find_trees,
     margin,
     node_facts,
-    num_passes,
     read_trees,
     snippet,
     view_tree,
@@ -126,7 +125,7 @@ class _Rows:
         self._kept = {
             n.id
             for n in view.tree.nodes
-            if everything or num_passes(n) > 0 or n.id in self.better or n.id in self.worse
+            if everything or n.num_passes > 0 or n.id in self.better or n.id in self.worse
         }
 
     def depth_that_fits(self, max_rows: int) -> int | None:
@@ -188,7 +187,7 @@ class _Rows:
         return marks
 
     def _folded(self, hidden: Sequence[Node]) -> str:
-        unvisited = sum(n.discard is None and num_passes(n) == 0 for n in hidden)
+        unvisited = sum(n.discard is None and n.num_passes == 0 for n in hidden)
         reasons = Counter(str(n.discard).replace("_", " ") for n in hidden if n.discard is not None)
         deep = len(hidden) - unvisited - sum(reasons.values())
         parts = [f"{deep} taken further, folded"] * bool(deep)

@@ -19,7 +19,7 @@ from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig
 from rollout.methods import MethodConfig
 from rollout.problem import Level
-from rollout.search import SearchConfig
+from rollout.search import SearchConfig, TerminalValue
 
 
 class MiniatureConfig(Config):
@@ -85,7 +85,8 @@ class RoundConfig(Config):
     def search(self, base: SearchConfig) -> SearchConfig:
         """The search of this round."""
         names = {"num_candidates", "num_rollouts", "temperature", "template"}
-        return base.model_copy(update=self.model_dump(include=names, exclude_none=True))
+        own = self.model_dump(include=names, exclude_none=True)
+        return SearchConfig.model_validate(base.model_dump() | own)
 
 
 class LineageConfig(Config):
@@ -169,6 +170,13 @@ class RunConfig(ServingConfig):
     def _consistent(self) -> RunConfig:
         if self.problems.miniature is None and self.models.base_model is None:
             raise ValueError("models.base_model is needed unless problems.miniature is used")
+        if self.search.terminal_value is not TerminalValue.LABEL:
+            raise ValueError(
+                "search.terminal_value must be label: what trees teach rests on verdicts; "
+                "preference is for test time, and evaluation sets it itself"
+            )
+        for settings in self.rounds:
+            settings.search(self.search)
         if self.rounds[0].preference:
             raise ValueError("rounds[0].preference must be false: no PPM exists before round 1")
         has_demonstrations = (

@@ -88,6 +88,7 @@ def _round_entry(
         "difficulty": dataset.get("difficulty", {}),
         "origins": dataset.get("origins", {}),
         "newest_round_share": dataset.get("newest_round_share"),
+        **_shape(folder, trees.round),
         "generated_tokens": manifest.totals.generated_tokens,
         "generated_tokens_per_s": rollout.get("generated_tokens_per_s", 0.0),
         "sandbox_steps_per_s": rollout.get("sandbox_steps_per_s", 0.0),
@@ -98,6 +99,14 @@ def _round_entry(
         "deaths": rollout.get("deaths", {}),
         "resumed_trees": rollout.get("resumed_trees", 0),
         "seconds": {name: stage.get("seconds") for name, stage in stages.items()},
+    }
+
+
+def _shape(folder: RunFolder, number: int) -> dict[str, Any]:
+    """What the round's own trees were like, as its dataset says."""
+    shape = (read_manifest(folder.dataset(number)) or {}).get("shape", {})
+    return {
+        name: shape.get(name, {}).get(str(number), {}) for name in ("step_pairs", "node_visits")
     }
 
 

@@ -298,8 +298,8 @@ def test_demonstrations_enter_as_often_as_asked():
 DIGESTS = {
     "sft_train": "30b02509dd38958e",
     "sft_validation": "852086cd4a8f398a",
-    "pairs_train": "172fa75070d3dbad",
-    "pairs_validation": "d49d4b61c08cfa67",
+    "pairs_train": "173be0aca399707f",
+    "pairs_validation": "5a3be9634c8069ef",
 }
 """Of the rows that a selection with everything in memory made of the trees below."""
 
@@ -370,6 +370,18 @@ def test_selection_is_that_in_memory_whatever_the_memory_and_the_order_of_trees(
         "low_accuracy_pair": 384,
         "same_program": 120,
     }
+
+
+def test_manifest_counts_step_pairs_by_depth_and_inner_nodes_by_visits():
+    def tree(round):
+        sides = answered("7", correct=True), answered("8", correct=False)
+        return make_tree(code(f"a = {round}", code("b = 2", *sides)), wrong("c = 3"), round=round)
+
+    shape = build([tree(1), tree(2)], **NO_SPLIT).manifest["shape"]
+    # behind nothing: a (+1 -1)/2 against c; behind a and b: 7 against 8
+    assert shape["step_pairs"] == {"1": {"0": 1, "2": 1}, "2": {"0": 1, "2": 1}}
+    # twice: a and b; once: c and the three last codes
+    assert shape["node_visits"] == {"1": {"1": 4, "2": 2}, "2": {"1": 4, "2": 2}}
 
 
 def test_choice_of_one_problem_is_what_the_dataset_takes():

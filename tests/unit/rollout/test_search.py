@@ -101,9 +101,10 @@ def as_table(tree: Tree) -> list[list[object]]:
     [
         ("terminal_guided", {}),
         ("ppm_augmented", {"ppm": True}),
+        ("every_child_first", {"unvisited": "infinite"}),
+        ("every_child_first_ppm", {"unvisited": "infinite", "ppm": True}),
         ("released", {"preset": "released"}),
         ("released_ppm", {"preset": "released", "ppm": True}),
-        ("failing_leaves_charged_to_their_path", {"invalid_candidates": "leaf"}),
         ("three_rollouts_at_a_time", {"parallel_rollouts": 3}),
         ("three_at_a_time_with_ppm", {"parallel_rollouts": 3, "ppm": True}),
     ],
@@ -327,19 +328,6 @@ def test_released_rollout_that_meets_only_failures_ends_without_a_reward() -> No
     assert (tree.num_rollouts, tree.note, tree.outcome) == (2, "exhausted", "no_answer")
 
 
-def test_failing_leaves_alone_below_a_node_cost_its_path_under_the_papers_rule() -> None:
-    sandbox = ScriptedSandbox({"bad": Failure()})
-    policy = ScriptedPolicy({"<|assistant|>": [step("a = 1")], "<end_of_step>": [step("bad")]})
-    tree = search(
-        policy, sandbox=sandbox, num_candidates=1, num_rollouts=8, invalid_candidates="leaf"
-    )
-    assert as_table(tree) == [
-        [0, -1, "", 1, -1.0],
-        [1, 0, "no_valid_child", 1, -1.0],
-        [2, 1, "code_error", 1, -1.0],
-    ]
-
-
 def test_first_answer_of_an_expansion_stops_its_siblings_before_they_run() -> None:
     sandbox = ScriptedSandbox(default="3\n")
     policy = ScriptedPolicy({"": [step("a = 1"), answer("3"), answer("4"), "cut"]})
@@ -360,6 +348,7 @@ def test_first_answer_of_an_expansion_stops_its_siblings_before_they_run() -> No
     [
         # after two failures the root has N = 2, so a failed child is worth -1 + 2 sqrt(ln 2) = 0.67
         ("zero", [2, 1, 0]),
+        ("first_play", [2, 1, 0]),
         ("infinite", [1, 1, 1]),
     ],
 )
@@ -387,6 +376,20 @@ def test_preset_sets_the_rules_that_are_not_given_themselves() -> None:
         SearchConfig(preset="other")
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"invalid_candidates": "leaf"}, "needs failure_backup: leaf"),
+        ({"preset": "released", "failure_backup": "path"}, "needs failure_backup: leaf"),
+        ({"answer_candidates": "first", "num_answer_candidates": 2}, "keeps one of"),
+        ({"temperature": 0}, "num_candidates: 8 the same"),
+    ],
+)
+def test_rules_that_contradict_each_other_are_refused(rules: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchConfig(**rules)
+
+
 def test_three_rollouts_at_a_time_spread_over_the_children() -> None:
     policy = ScriptedPolicy(
         {
@@ -395,7 +398,14 @@ def test_three_rollouts_at_a_time_spread_over_the_children() -> None:
         }
     )
     sandbox = ScriptedSandbox(default="3\n")
-    tree = search(policy, sandbox=sandbox, num_candidates=3, num_rollouts=3, parallel_rollouts=3)
+    tree = search(
+        policy,
+        sandbox=sandbox,
+        num_candidates=3,
+        num_rollouts=3,
+        parallel_rollouts=3,
+        unvisited="infinite",
+    )
     # one request for the root that all three wait at, then each child has one rollout of its own
     assert [n.visit_count for n in tree.nodes[:4]] == [3, 1, 1, 1]
     assert (tree.num_requests, tree.num_rollouts) == (4, 3)

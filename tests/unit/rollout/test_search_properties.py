@@ -30,17 +30,22 @@ BASE: dict[str, Any] = {
     "max_depth": 5,
 }
 
+
+def with_failures(drawn: dict[str, Any]) -> dict[str, Any]:
+    invalid, backup = drawn.pop("failures")
+    return {**drawn, "invalid_candidates": invalid, "failure_backup": backup}
+
+
 configs = st.fixed_dictionaries(
     {
-        "unvisited": st.sampled_from(["infinite", "zero"]),
-        "invalid_candidates": st.sampled_from(["discard", "leaf"]),
+        "unvisited": st.sampled_from(["infinite", "zero", "first_play"]),
         "answer_candidates": st.sampled_from(["all", "first"]),
-        "failure_backup": st.sampled_from(["path", "leaf"]),
+        "failures": st.sampled_from([("discard", "path"), ("discard", "leaf"), ("leaf", "leaf")]),
         "parallel_rollouts": st.sampled_from([1, 1, 2, 5]),
         "num_candidates": st.integers(1, 6),
         "max_depth": st.integers(1, 6),
     }
-)
+).map(with_failures)
 
 
 def problem(number: int = 0) -> Problem:

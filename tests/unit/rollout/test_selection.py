@@ -36,6 +36,32 @@ def test_first_descent_follows_the_ppm_alone() -> None:
     assert chosen is tree.nodes[2]
 
 
+def test_child_no_rollout_went_through_is_worth_its_first_value_alone() -> None:
+    rule = Unvisited.FIRST_PLAY
+    assert uct(node(0), 5, 2.0, rule) == 0.0
+    assert uct(node(1, 0.7, value=0.7), 5, 2.0, rule) == 0.7
+    assert uct(node(0, value=-0.4, terminal=Terminal.ANSWER), 5, 2.0, rule) == -0.4
+    # PPM value 0.7 and one reward of -1: Q = -0.15, N = 2, ln 5 = 1.609438
+    assert uct(node(2, -0.3, value=0.7), 5, 2.0, rule) == pytest.approx(-0.15 + 2 * 0.897062)
+    # a rollout below it now: N = 1 + 1, q = 0.7 - 1
+    assert uct(node(1, 0.7, value=0.7), 5, 2.0, rule, 1) == pytest.approx(-0.15 + 2 * 0.897062)
+
+
+def test_under_first_play_a_valued_child_is_gone_on_with_and_under_zero_left_at_once() -> None:
+    def second(unvisited: Unvisited) -> int:
+        tree = Tree(problem=PROBLEM, round=3)
+        expand(tree, tree.root, [node(value=0.9), node(value=0.8)])
+        tree.root.visit_count = 2
+        tree.nodes[1].visit_count, tree.nodes[1].value_sum = 3, 0.9 + 2.0
+        found = select_child(tree, tree.root, exploration=2.0, unvisited=unvisited)
+        assert found is not None
+        return found.id
+
+    # Q = 0.97 + 2 sqrt(ln 2 / 3) = 1.93 against 0.8, or against 0.8 + 2 sqrt(ln 2) = 2.47
+    assert second(Unvisited.FIRST_PLAY) == 1
+    assert second(Unvisited.ZERO) == second(Unvisited.INFINITE) == 2
+
+
 def test_ties_go_to_the_first_generated_and_discarded_or_exhausted_never() -> None:
     tree = Tree(problem=PROBLEM, round=1)
     candidates = [node(discard=Discard.CODE_FAILED), node(exhausted=True), node(), node()]

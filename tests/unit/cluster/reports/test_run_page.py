@@ -80,6 +80,8 @@ def write_run(root: Path) -> Path:
         "any_sample": shares(0.6),
         "ppm_pair_accuracy": 0.615,
         "ppm_metrics": {"num_pairs": 48.0, "pair_accuracy": 0.615, "pair_accuracy_step": 0.6},
+        "step_pairs": {"0": 3, "2": 1},
+        "node_visits": {"1": 9, "2": 2},
         "trees": 12,
         "trajectories": 30,
         "correct_trajectories": 9,
@@ -165,11 +167,28 @@ def test_curve_is_smoothed_and_survives_a_cut_line(tmp_path: Path) -> None:
 
 
 def test_sample_trees_show_different_outcomes(tmp_path: Path) -> None:
-    samples = sample_trees(TrajectoryStore(RunStore(write_run(tmp_path / "run")), 3))
+    samples, corrected = sample_trees(TrajectoryStore(RunStore(write_run(tmp_path / "run")), 3))
     assert {why for why, _ in samples} == {
         "solved, after wrong answers too",
         "answered, but never rightly",
     }
+    assert (corrected.trajectories, corrected.correcting) == (12, 0)  # of four files
+
+
+def test_trajectories_that_take_a_step_back_are_counted_and_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    again = code("b = 1", code("b = 2", answered("7", correct=True)))
+    trees = TrajectoryStore(RunStore(run), 4)
+    trees.commit("shard", [make_tree(again, failed(), problem=make_problem("q<1>"), round=4)])
+    trees.seal()
+    report = json.loads((run / "report.json").read_text())
+    report["rounds"].append({**report["rounds"][0], "round": 4})
+    (run / "report.json").write_text(json.dumps(report))
+    show_report(run, Console(file=io.StringIO(), width=160))
+    text = (run / "report.html").read_text()
+    assert "1 of 1 trajectories read of the last round (1 of them right)" in text
+    assert "q&lt;1&gt;, right (step 2, code: b)" in text
+    assert "25.0" in text and "0: 3, 2: 1" in text and "1: 9, 2: 2" in text
 
 
 def test_page_escapes_what_models_wrote_and_loads_nothing(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from cluster.reports.marked_tree import (
     choose_tree,
     dataset_config,
     find_trees,
-    num_passes,
     snippet,
     view_tree,
 )
@@ -198,7 +197,7 @@ def test_the_visit_of_a_ppm_value_is_no_pass_of_a_rollout() -> None:
     tree = make_tree(
         code("a = 1", answered("7", correct=True), value=0.5), code("a = 2", value=-0.25)
     )
-    assert [num_passes(n) for n in tree.nodes] == [1, 1, 0, 1, 1]
+    assert [n.num_passes for n in tree.nodes] == [1, 1, 0, 1, 1]
     assert [n.visit_count for n in tree.nodes] == [1, 2, 1, 1, 1]
 
 
