@@ -5,7 +5,8 @@
 
 Searches the first N problems as round 1 of a run does (template bootstrap: the model is served as
 it is, step markers are plain text), with 4 candidates x 2 rollouts at temperature 0.7 unless told
-otherwise, into a temporary folder unless one is named, and prints how the steps ended and what they came to.
+otherwise, into a temporary folder unless one is named, and prints how the steps ended and what they
+came to.
 
 - `ended_in_step_share`: candidates that end in a step marker, of all that were generated
 - `answered_share`: problems for which some rollout reached an answer
