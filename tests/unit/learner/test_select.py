@@ -377,7 +377,7 @@ def test_manifest_counts_step_pairs_by_depth_and_inner_nodes_by_visits():
         sides = answered("7", correct=True), answered("8", correct=False)
         return make_tree(code(f"a = {round}", code("b = 2", *sides)), wrong("c = 3"), round=round)
 
-    shape = build([tree(1), tree(2)], **NO_SPLIT).manifest["shape"]
+    shape = build([tree(1), tree(2)], pair_rounds="all", **NO_SPLIT).manifest["shape"]
     # behind nothing: a (+1 -1)/2 against c; behind a and b: 7 against 8
     assert shape["step_pairs"] == {"1": {"0": 1, "2": 1}, "2": {"0": 1, "2": 1}}
     # twice: a and b; once: c and the three last codes
