@@ -110,6 +110,8 @@ def test_paper_preset_has_the_budgets_of_the_paper() -> None:
         ("rounds=[]", "'rounds': List should have at least 1 item"),
         ("rounds.3.trees=2", "rounds is a list of 1, '3' is no index"),
         ("rounds.0.preference=true", "must be false: no PPM exists before round 1"),
+        ("search.terminal_value=preference", "search.terminal_value must be label"),
+        ("rounds.0.temperature=0", "temperature: 0 makes all num_candidates"),
         ("problems.miniature=null", "give either problems.train files or problems.miniature"),
         ("nothing", "expected KEY=VALUE"),
         ("a=[", "the value is not YAML"),
