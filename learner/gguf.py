@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rollout.files import new_folder
 
@@ -34,7 +35,7 @@ def convert(file: Path, target: Path) -> Path:
         return target
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     config = read.config
