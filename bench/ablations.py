@@ -60,12 +60,12 @@ from learner.dataset import (
     writing_dataset,
 )
 from learner.fit import FitRequest
-from learner.pairs import program_key
 from learner.select import is_validation
 from rollout.engine import GenerationRequest
 from rollout.methods import Method, MethodConfig, Solver
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
+from rollout.programs import program_of
 from rollout.prompt import (
     END_OF_ANSWER,
     Segment,
@@ -414,7 +414,7 @@ class Study:
             programs: dict[str, list[Step]] = {}
             for solution in solutions:
                 steps = [Step(**s | {"kind": StepKind(s["kind"])}) for s in solution["steps"]]
-                programs.setdefault(program_key(steps), steps)
+                programs.setdefault(program_of(steps), steps)
             for steps in list(programs.values())[: settings.trajectories_per_problem]:
                 segments = render_segments(questions[row["problem_id"]], steps, self.template)
                 examples.append(_sft(row["problem_id"], row["level"], segments))
@@ -579,7 +579,7 @@ class Study:
                 "tokens": tree.generated_tokens,
                 "requests": tree.num_requests,
                 "rollouts": tree.num_rollouts,
-                "solutions": len({program_key(t.steps) for t in right}),
+                "solutions": len({program_of(t.steps) for t in right}),
             }
 
         problems = balanced(self.train, table.num_problems)

@@ -31,9 +31,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from learner.dataset import Demonstration, SFTExample, writing_dataset
-from learner.pairs import PairConfig, PreferencePair, program_key, tree_pairs
+from learner.pairs import PairConfig, PreferencePair, tree_pairs
 from learner.spill import SortedSpill
 from rollout.problem import Problem
+from rollout.programs import program_of
 from rollout.prompt import PromptTemplate, render_segments
 from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Tree
@@ -164,7 +165,7 @@ def _found(tree: Tree, template: PromptTemplate, config: DatasetConfig) -> _Foun
     correct = [t for t in judged if t.correct]
     programs: dict[bytes, Trajectory] = {}
     for trajectory in correct:
-        key = hashlib.sha256(program_key(trajectory.steps).encode(errors="replace")).digest()
+        key = hashlib.sha256(program_of(trajectory.steps).encode(errors="replace")).digest()
         programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
     return _Found(
         problem=tree.problem,

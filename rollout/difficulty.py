@@ -10,7 +10,8 @@ the last round 64, then 128). Of 20 problems still unsolved at the end the autho
 another answer than the accepted one: its label is suspect, and a person should look at it.
 
 Everything here is a function of finished trees. Answers are those that rollouts reached; two are
-the same by mathematical equality, not by text.
+the same by mathematical equality, not by text. To an agreement each distinct program of a tree
+counts once, however it was worded.
 
 Not covered: whether the label is wrong. The policy may agree with itself on a mistake, so a suspect
 is reported, never relabelled.
@@ -18,12 +19,14 @@ is reported, never relabelled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rollout.programs import one_per_program, program_of
 from rollout.tree import Node, Tree
 from verifier.accuracy import answer_groups
 
@@ -46,7 +49,7 @@ class SuspectConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    min_answers: int = Field(8, ge=1, description="answers found, fewer say nothing")
+    min_answers: int = Field(8, ge=1, description="programs with an answer, fewer say nothing")
     min_trees: int = Field(2, ge=1, description="trees that reached the common answer")
     min_share: float = Field(0.7, gt=0, le=1, description="share of all answers it must have")
     min_value: float = Field(
@@ -63,8 +66,9 @@ class SuspectLabel:
     answer: str
     """What they agree on, as it was written first."""
     votes: int
-    """Answers equal to it."""
+    """Of `num_answers`, those equal to it."""
     num_answers: int
+    """One for each distinct program of a tree."""
     num_trees: int
     """Trees that reached it."""
     mean_value: float | None
@@ -120,7 +124,7 @@ def suspect_label(trees: Sequence[Tree], config: SuspectConfig) -> SuspectLabel 
     problem = trees[0].problem
     if not problem.golds or any(tree.solved for tree in trees):
         return None
-    found = [(tree, node) for tree in trees for node in _answers(tree)]
+    found = [(tree, node) for tree in trees for node in _votes(tree)]
     if len(found) < config.min_answers:
         return None
     answers = [node.step.answer if node.step is not None else None for _, node in found]
@@ -177,6 +181,16 @@ def escalate(
 def _answers(tree: Tree) -> list[Node]:
     """Answers that a rollout reached."""
     return [node for node in tree.answers() if node.visit_count]
+
+
+def _votes(tree: Tree) -> list[Node]:
+    """One of these for each distinct program, the best-valued."""
+
+    def value(node: Node) -> float:
+        return node.value if node.value is not None else -math.inf
+
+    best_first = sorted(_answers(tree), key=lambda node: -value(node))
+    return one_per_program(best_first, lambda node: program_of(tree.steps(node)))
 
 
 def _check_one_problem(trees: Sequence[Tree]) -> None:

@@ -24,7 +24,9 @@ All methods are charged alike: generated tokens, texts valued by the PPM in toke
 (sized by what samples cost so far), no step of a beam, no rollout; what was started ends.
 
 Votes group equivalent answers (`verifier.accuracy`); ties go to the higher PPM value, then to the
-seed. Where no solution has a PPM value, all of them vote, and the result says so.
+seed. Where no solution has a PPM value, all of them vote, and the result says so. Of one search (a
+beam, a tree, or trees that share their rollouts) each distinct program has one vote
+(`rollout.programs`); samples, beams and independent trees are drawn anew, so all of theirs count.
 
 MCTS without a PPM has nothing to be guided by at test time: every answer backs up the same reward
 (the label is withheld from the search), visits spread evenly, and all answers of the tree vote.
@@ -53,6 +55,7 @@ from rollout.engine import (
     values_of,
 )
 from rollout.problem import Problem
+from rollout.programs import one_per_program, program_of
 from rollout.prompt import END_OF_ANSWER, render_question
 from rollout.sampling import Solution, sample_solutions, sample_texts
 from rollout.search import SearchConfig, StepSandbox, run_search
@@ -232,6 +235,13 @@ def tree_solutions(tree: Tree) -> list[Solution]:
         for node in tree.answers()
         if node.visit_count > 0 and node.step is not None
     ]
+
+
+def _one_per_program(solutions: Sequence[Solution]) -> list[Solution]:
+    """The best-valued solution of each distinct program, in their order."""
+    best_first = sorted(range(len(solutions)), key=lambda n: -_known(solutions[n]))
+    kept = one_per_program(best_first, lambda n: program_of(solutions[n].steps))
+    return [solutions[n] for n in sorted(kept)]
 
 
 @dataclass
@@ -471,7 +481,7 @@ async def _beam(job: _Job) -> list[Solution]:
     width = min(config.beam_width, config.num_trajectories)
 
     async def one(number: int) -> list[Solution]:
-        return await search_beam(
+        finished = await search_beam(
             job.problem,
             width=min(width, config.num_trajectories - number * width),
             num_candidates=config.beam_candidates,
@@ -482,6 +492,7 @@ async def _beam(job: _Job) -> list[Solution]:
             seed=derive_seed(job.seed, "beam", number),
             spent=job.spent,
         )
+        return _one_per_program(finished)
 
     found = await job.repeat(math.ceil(config.num_trajectories / width), one)
     return [solution for solutions in found for solution in solutions]
@@ -502,7 +513,7 @@ async def _mcts(job: _Job) -> list[Solution]:
         left -= tree.num_rollouts
         if not tree.root.exhausted or not tree.generated_tokens:
             break
-    return [solution for tree in job.trees for solution in tree_solutions(tree)]
+    return _one_per_program([s for tree in job.trees for s in tree_solutions(tree)])
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
@@ -534,10 +545,15 @@ _RUNS: Mapping[Method, Callable[[_Job], Awaitable[list[Solution]]]] = {
 
 
 def _best(solutions: Sequence[Solution]) -> list[Solution]:
-    """The best-valued solution of a tree; all of them where none has a value."""
+    """The best-valued solution of a tree; one of each program where none has a value."""
     if not _valued(solutions):
-        return list(solutions)
-    return [max(solutions, key=lambda s: s.value if s.value is not None else -math.inf)]
+        return _one_per_program(solutions)
+    return [max(solutions, key=_known)]
+
+
+def _known(solution: Solution) -> float:
+    """PPM value, below all others where there is none."""
+    return solution.value if solution.value is not None else -math.inf
 
 
 def _valued(solutions: Sequence[Solution]) -> bool:

@@ -38,6 +38,7 @@ import pyarrow as pa
 
 from rollout.methods import Method
 from rollout.problem import Problem
+from rollout.programs import one_per_program, program_key
 from rollout.solution_tree import trajectory_of
 from rollout.tree import Discard, Terminal
 from verifier.accuracy import RankedAnswer, pass_at_k, rank_answers
@@ -175,7 +176,7 @@ class Result(Cost):
 # ------------------------------------------------------------------------- reading the trees
 
 COLUMNS = (
-    *("problem_id", "tree", "node", "parent", "rollout", "step_kind", "step_answer"),
+    *("problem_id", "tree", "node", "parent", "rollout", "step_kind", "step_code", "step_answer"),
     *("terminal", "discard", "correct", "verdict", "value", "num_tokens", "visit_count"),
     *("execution_status", "generated_tokens", "scored_tokens", "seconds", "note"),
 )
@@ -263,12 +264,17 @@ def _solutions(rows: Sequence[Mapping[str, Any]], first: int) -> list[Attempt]:
 
 
 def _answers(rows: Sequence[Mapping[str, Any]], trajectory: int) -> list[Attempt]:
-    """Of a search tree: the best-valued visited answer, or all of them where none is valued."""
+    """Of a search tree: the best-valued visited answer; one of each program if none is valued."""
     root, *nodes = rows
     answers = [n for n in nodes if n["terminal"] == Terminal.ANSWER and n["visit_count"] > 0]
     valued = [n for n in answers if n["value"] is not None]
     if valued:
         answers = [max(valued, key=lambda node: node["value"])]
+    elif answers:
+        codes: dict[int, tuple[str, ...]] = {-1: ()}
+        for row in rows:
+            codes[row["node"]] = (*codes[row["parent"]], row["step_code"] or "")
+        answers = one_per_program(answers, lambda node: program_key(codes[node["node"]]))
     tokens = root["generated_tokens"]
     if not answers:
         return [

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -55,10 +55,11 @@ def tree_of(
     problem: Problem = PROBLEM,
     count: int = 1,
     values: Callable[[str], float] | None = None,
+    outputs: Mapping[str, str] | None = None,
 ) -> Tree:
     config = MethodConfig(name=method, num_trajectories=count, rollouts_per_tree=2)
     search = SearchConfig.model_validate({"template": "short", "num_candidates": 2})
-    outputs = {f"print({n})": f"{n}\n" for n in range(10)}
+    outputs = {f"print({n})": f"{n}\n" for n in range(10)} | dict(outputs or {})
     return asyncio.run(
         answer_tree(
             Tree(problem=problem, round=1, seed=1),
@@ -158,6 +159,14 @@ def test_a_trajectory_of_mcts_is_its_best_valued_answer() -> None:
         ("mcts", 1): 1.0,
         ("mcts", 2): 1.0,
     }
+
+
+def test_without_values_every_distinct_program_of_a_tree_is_an_attempt() -> None:
+    script = says(program(4), "<code>\n# so\nprint(4)\n<end_of_code>")
+    outputs = {"print(4)": "4\n", "# so\nprint(4)": "4\n"}
+    tree = tree_of(Method.MCTS, script, problem=of_trajectory(PROBLEM, 0), outputs=outputs)
+    assert len([n for n in tree.answers() if n.visit_count]) == 2
+    assert [a.answer for a in attempts_of(Arm.MCTS, [tree]).attempts] == ["4"]
 
 
 def test_beam_has_budgets_of_whole_beams_only() -> None:
