@@ -403,10 +403,10 @@ class Study:
             return []
         record = self.record(f"sample/{seed}")
         assert record is not None
-        questions = {problem.id: problem.text for problem in self.train}
+        problems = {problem.id: problem for problem in self.train}
         examples = []
         for row in record["rows"]:
-            if is_validation(row["problem_id"], settings):
+            if is_validation(problems[row["problem_id"]].original, settings):
                 continue
             rng = random.Random(f"{seed}/{row['problem_id']}")
             solutions = [s for s in row["solutions"] if s["right"] or arm.data == "random"]
@@ -416,7 +416,7 @@ class Study:
                 steps = [Step(**s | {"kind": StepKind(s["kind"])}) for s in solution["steps"]]
                 programs.setdefault(program_of(steps), steps)
             for steps in list(programs.values())[: settings.trajectories_per_problem]:
-                segments = render_segments(questions[row["problem_id"]], steps, self.template)
+                segments = render_segments(problems[row["problem_id"]].text, steps, self.template)
                 examples.append(_sft(row["problem_id"], row["level"], segments))
         return examples
 

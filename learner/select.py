@@ -5,10 +5,11 @@
                        +-> preference pairs of each tree             --> pairs_{train,validation}
     demonstrations     --> repeated                                  --> sft_train
 
-The split is by problem: a hash of the problem id says "validation", the same in every round. A
-validation problem is neither in the policy's nor in the PPM's training data, so a PPM whose trunk
-is that policy is judged on problems its weights never met. (A trunk that was fine-tuned on the
-accepted solutions of the same problems ranks their steps by memory.)
+The split is by problem: a hash of its id says "validation", the same in every round. A variation of
+another problem (a rewording) goes where that one goes. A validation problem is neither in the
+policy's nor in the PPM's training data, so a PPM whose trunk is that policy is judged on problems
+its weights never met. (A trunk that was fine-tuned on the accepted solutions of the same problems
+ranks their steps by memory.)
 
 A round is never held in memory. `select_dataset` streams trees, keeps what each may give in a sort
 on disk (`learner.spill`) and then sees one problem after the other, all its trees together:
@@ -95,9 +96,13 @@ class _Found:
     pairs: tuple[PreferencePair, ...]
 
 
-def is_validation(problem_id: str, config: DatasetConfig) -> bool:
-    """True if a problem is held out from all training; depends on the id and `split_seed` only."""
-    digest = hashlib.sha256(f"{config.split_seed}:{problem_id}".encode()).digest()
+def is_validation(original: str, config: DatasetConfig) -> bool:
+    """True if a problem is held out from all training.
+
+    Args:
+        original: `Problem.original`; beside it the result depends on `split_seed` only.
+    """
+    digest = hashlib.sha256(f"{config.split_seed}:{original}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < config.validation_share
 
 
@@ -195,7 +200,7 @@ class _Selection:
         config, problem = self._config, members[0].problem
         level = problem.level.value
         counts, excluded = self.counts[level], self.excluded[level]
-        held_out = is_validation(problem.id, config)
+        held_out = is_validation(problem.original, config)
         split = "validation" if held_out else "train"
         counts["problems"] += 1
         counts["trees"] += len(members)
