@@ -45,6 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench.plain_reasoning import plain_solution
 from cluster.errors import explain, quiet_logging
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate
+from cluster.evaluation.shares import token_ratio
 from cluster.fleet.config import ServingConfig
 from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError, load_config, make_config, read_yaml
@@ -85,7 +86,8 @@ from verifier.verify import start_symbolic_worker
 CONFIGS = Path(__file__).parents[1] / "deploy" / "configs" / "ablations"
 DRAWS = 10_000
 _PRESET_FIELDS = {
-    "preset", "unvisited", "invalid_candidates", "answer_candidates", "failure_backup"
+    "preset", "unvisited", "num_answer_candidates", "invalid_candidates", "answer_candidates",
+    "failure_backup",
 }  # fmt: skip
 
 
@@ -655,10 +657,22 @@ class Study:
             own = {"": self._evaluated(f"guided/{first}", method)}
             rows.append([f"no head: {said}", *_cells(own, "", None)])
         rows_of = [["head", *[f"pair accuracy, seed {s}" for s in self.seeds]]]
+        rows_of[0] += [f"tokens, MCTS over samples, seed {s}" for s in self.seeds]
         for name in table.arms:
             found = [self.record(f"head/{name}/{seed}") for seed in self.seeds]
             values = [f["metrics"].get("pair_accuracy") if f else None for f in found]
-            rows_of.append([name, *("-" if v is None else f"{100 * v:.1f}" for v in values)])
+            guided = [self.record(f"guided/{name}/{seed}") for seed in self.seeds]
+            ratios = [
+                Evaluation.from_record(record).search_over_samples_tokens if record else None
+                for record in guided
+            ]
+            rows_of.append(
+                [
+                    name,
+                    *("-" if v is None else f"{100 * v:.1f}" for v in values),
+                    *(token_ratio(ratio) or "-" for ratio in ratios),
+                ]
+            )
         return _markdown(["arm", *_HEAD], rows) + "\n" + _markdown(rows_of[0], rows_of[1:])
 
     def _rounds_table(self, table: AblationConfig) -> str:

@@ -20,8 +20,10 @@
               released evaluation: 64 trees are 64 trajectories)
 
 All methods are charged alike: generated tokens, texts valued by the PPM in tokens, seconds. Under
-`max_generated_tokens` nothing new is started once so many were generated: no request for samples
-(sized by what samples cost so far), no step of a beam, no rollout; what was started ends.
+`max_generated_tokens` nothing new is started once so many were generated: no step of a beam, no
+rollout; what was started ends, so a search goes over its budget by a part of a rollout. Samples are
+drawn up to the budget, to the nearest sample: two methods that are to have the same tokens are a
+search first and then samples with its tokens as their budget.
 
 Votes group equivalent answers (`verifier.accuracy`); ties go to the higher PPM value, then to the
 seed. Where no solution has a PPM value, all of them vote, and the result says so. Of one search (a
@@ -66,9 +68,6 @@ from verifier.accuracy import RankedAnswer, rank_answers
 
 T = TypeVar("T")
 
-FIRST_WAVE = 4
-"""Samples of the first request under a token budget, when their cost is not known yet."""
-
 
 class Method(StrEnum):
     """How answers are found and chosen at test time."""
@@ -103,7 +102,10 @@ class MethodConfig(BaseModel):
         "trees, or whole trees if rollouts_per_tree is set",
     )
     max_generated_tokens: int | None = Field(
-        None, ge=1, description="nothing new starts beyond this many tokens; null: no budget"
+        None,
+        ge=1,
+        description="nothing new starts beyond this many tokens, samples come nearest to it; "
+        "null: no budget",
     )
     top_k: int = Field(
         4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
@@ -433,20 +435,30 @@ async def _greedy(job: _Job) -> list[Solution]:
 
 
 async def _samples(job: _Job) -> list[Solution]:
-    """Sampled programs: in one request, or under a budget in waves that should just fill it."""
+    """Sampled programs: in one request, or under a budget in waves until it is filled.
+
+    A wave is half of what should fill the rest, and no more than was drawn before, as few samples
+    tell little of the mean. The last sample is the one that comes nearest to
+    the budget on average: of samples x drawn until their sum passes a line, the sum is beyond it by
+    E[x^2] / 2 E[x] (renewal theory), so the line is so far below the budget.
+    """
+    wanted = job.config.num_trajectories
     solutions: list[Solution] = []
     wave = 0
-    while len(solutions) < job.config.num_trajectories and not job.spent():
-        size = job.config.num_trajectories - len(solutions)
-        if job.config.max_generated_tokens is not None:
-            spent = job.meter.cost.generated_tokens
-            mean = max(spent / len(solutions), 1.0) if solutions else 0.0
-            size = min(size, max(int(job.tokens_left / mean), 1) if solutions else FIRST_WAVE)
+    size = wanted if job.config.max_generated_tokens is None else 1
+    while size > 0:
         names = ("samples", wave) if wave else ("samples",)
         solutions += await _sample(
             job, size, temperature=job.search.temperature, seed=derive_seed(job.seed, *names)
         )
         wave += 1
+        lengths = [solution.num_tokens for solution in solutions]
+        spent = sum(lengths)
+        if len(solutions) == wanted or not spent:
+            break
+        left = job.tokens_left - sum(length**2 for length in lengths) / (2 * spent)
+        fitting = math.ceil(left * len(solutions) / spent)
+        size = min((fitting + 1) // 2, len(solutions), wanted - len(solutions))
     return solutions
 
 
@@ -544,6 +556,9 @@ _RUNS: Mapping[Method, Callable[[_Job], Awaitable[list[Solution]]]] = {
 }
 
 
+_SAMPLED = (Method.MAJORITY, Method.BEST_OF_N)
+
+
 def _best(solutions: Sequence[Solution]) -> list[Solution]:
     """The best-valued solution of a tree; one of each program where none has a value."""
     if not _valued(solutions):
@@ -572,7 +587,8 @@ def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnsw
             notes.append("the problem does not fit into the policy's context")
         else:
             notes.append("no solution reached an answer")
-    if job.spent():
+    cut_short = job.solver.config.name in _SAMPLED and len(solutions) < job.config.num_trajectories
+    if job.spent() or (cut_short and job.meter.cost.generated_tokens):
         notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
     if len(job.trees) > 1 and job.config.rollouts_per_tree is None:
         notes.append(f"{len(job.trees)} trees, {len(job.trees) - 1} of them exhausted")

@@ -482,6 +482,8 @@ class Summary:
     scored_tokens: float
     seconds: float
     gpu_seconds: float | None
+    tokens_over_samples: float | None
+    """Generated tokens over those of as many samples; None: the benchmark was not sampled so."""
 
 
 def summarise(results: Sequence[Result], *, seed: int = 0) -> list[Summary]:
@@ -490,12 +492,19 @@ def summarise(results: Sequence[Result], *, seed: int = 0) -> list[Summary]:
     for result in results:
         groups[result.benchmark, result.method, result.budget].append(result)
     order = {name: place for place, name in enumerate(dict.fromkeys(r.benchmark for r in results))}
+    sampled = {
+        (benchmark, budget): fmean(r.generated_tokens for r in group)
+        for (benchmark, method, budget), group in groups.items()
+        if method in (PASS_AT_1, PASS_AT_K)
+    }
     summaries = []
     for benchmark, method, budget in sorted(
         groups, key=lambda key: (order[key[0]], METHODS.index(key[1]), key[2])
     ):
         group = groups[benchmark, method, budget]
         gpu = [r.gpu_seconds for r in group if r.gpu_seconds is not None]
+        tokens = fmean(r.generated_tokens for r in group)
+        samples = sampled.get((benchmark, budget))
         summaries.append(
             Summary(
                 benchmark=benchmark,
@@ -503,10 +512,11 @@ def summarise(results: Sequence[Result], *, seed: int = 0) -> list[Summary]:
                 budget=budget,
                 accuracy=bootstrap_mean([r.score for r in group], seed=seed),
                 outcomes=dict(Counter(r.outcome for r in group).most_common()),
-                generated_tokens=fmean(r.generated_tokens for r in group),
+                generated_tokens=tokens,
                 scored_tokens=fmean(r.scored_tokens for r in group),
                 seconds=fmean(r.seconds for r in group),
                 gpu_seconds=fmean(gpu) if gpu else None,
+                tokens_over_samples=tokens / samples if samples else None,
             )
         )
     return summaries

@@ -158,10 +158,22 @@ def test_sampling_under_a_token_budget_asks_for_as_many_as_should_fill_it() -> N
     policy = ScriptedPolicy(by_printed("3"))
     result = solve(Method.MAJORITY, policy, num_trajectories=99, max_generated_tokens=10 * each)
     programs = [r for r in policy.requests if r.prompt == QUESTION]
-    assert [r.num_candidates for r in programs] == [4, 6]
-    assert len({r.seed for r in programs}) == 2
+    assert [r.num_candidates for r in programs] == [1, 1, 2, 3, 2, 1]
+    assert len({r.seed for r in programs}) == 6
     assert (len(result.solutions), result.generated_tokens) == (10, 10 * each)
     assert result.notes == (f"token budget of {10 * each} used up",)
+
+
+@pytest.mark.parametrize(("tokens_more", "samples"), [(-6, 10), (6, 10), (-7, 9), (7, 11)])
+def test_samples_come_nearest_to_their_token_budget(tokens_more: int, samples: int) -> None:
+    each = len(program("3")) // 4 + len(answer("3")) // 4
+    assert each == 13
+    budget = 10 * each + tokens_more
+    result = solve(
+        Method.MAJORITY, by_printed("3"), num_trajectories=99, max_generated_tokens=budget
+    )
+    assert len(result.solutions) == samples
+    assert result.notes == (f"token budget of {budget} used up",)
 
 
 def test_seconds_are_read_from_the_clock_that_was_given() -> None:

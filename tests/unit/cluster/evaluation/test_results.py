@@ -210,6 +210,25 @@ def test_summary_counts_every_problem_and_adds_up() -> None:
     assert [row["score"] for row in result_rows(results)] == [1.0, 0.0]
 
 
+def test_tokens_of_search_are_set_against_those_of_as_many_samples() -> None:
+    script = says(program(4), program(3))
+    found = attempts_of(Arm.SAMPLES, [tree_of(Method.MAJORITY, script, count=2)])
+    asked = scoring(Arm.SAMPLES, made=2, methods=[Method.MAJORITY], budgets=(1, 2))
+    results = score_problem(PROBLEM, found, asked)
+    trees = [
+        tree_of(Method.MCTS, script, problem=of_trajectory(PROBLEM, n), values=lambda text: 0.0)
+        for n in range(2)
+    ]
+    searched = attempts_of(Arm.MCTS, trees)
+    results += score_problem(PROBLEM, searched, scoring(Arm.MCTS, made=2, budgets=(1, 2)))
+    ratios = {(s.method, s.budget): s.tokens_over_samples for s in summarise(results)}
+    of_samples = sum(a.generated_tokens for a in found.attempts)
+    of_trees = sum(tree.generated_tokens for tree in trees)
+    assert ratios["majority", 2] == 1.0
+    assert ratios["mcts", 2] == pytest.approx(of_trees / of_samples)
+    assert ratios["mcts", 1] == pytest.approx(of_trees / of_samples)
+
+
 def test_reliability_counts_valued_answers_by_what_the_ppm_said() -> None:
     found = four_samples(lambda text: 0.9 if "print(4)" in text else -0.9)
     bins = reliability_bins([found])
