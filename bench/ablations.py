@@ -45,6 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench.plain_reasoning import plain_solution
 from cluster.errors import explain, quiet_logging
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate
+from cluster.evaluation.shares import token_ratio
 from cluster.fleet.config import ServingConfig
 from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError, load_config, make_config, read_yaml
@@ -61,12 +62,12 @@ from learner.dataset import (
     writing_dataset,
 )
 from learner.fit import FitRequest
-from learner.pairs import program_key
 from learner.select import is_validation
 from rollout.engine import GenerationRequest
 from rollout.methods import Method, MethodConfig, Solver
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
+from rollout.programs import program_of
 from rollout.prompt import (
     END_OF_ANSWER,
     Segment,
@@ -86,7 +87,8 @@ from verifier.verify import start_symbolic_worker
 CONFIGS = Path(__file__).parents[1] / "deploy" / "configs" / "ablations"
 DRAWS = 10_000
 _PRESET_FIELDS = {
-    "preset", "unvisited", "invalid_candidates", "answer_candidates", "failure_backup"
+    "preset", "unvisited", "num_answer_candidates", "invalid_candidates", "answer_candidates",
+    "failure_backup",
 }  # fmt: skip
 
 
@@ -404,10 +406,10 @@ class Study:
             return []
         record = self.record(f"sample/{seed}")
         assert record is not None
-        questions = {problem.id: problem.text for problem in self.train}
+        problems = {problem.id: problem for problem in self.train}
         examples = []
         for row in record["rows"]:
-            if is_validation(row["problem_id"], settings):
+            if is_validation(problems[row["problem_id"]].original, settings):
                 continue
             rng = random.Random(f"{seed}/{row['problem_id']}")
             solutions = [s for s in row["solutions"] if s["right"] or arm.data == "random"]
@@ -415,9 +417,9 @@ class Study:
             programs: dict[str, list[Step]] = {}
             for solution in solutions:
                 steps = [Step(**s | {"kind": StepKind(s["kind"])}) for s in solution["steps"]]
-                programs.setdefault(program_key(steps), steps)
+                programs.setdefault(program_of(steps), steps)
             for steps in list(programs.values())[: settings.trajectories_per_problem]:
-                segments = render_segments(questions[row["problem_id"]], steps, self.template)
+                segments = render_segments(problems[row["problem_id"]].text, steps, self.template)
                 examples.append(_sft(row["problem_id"], row["level"], segments))
         return examples
 
@@ -592,7 +594,7 @@ class Study:
                 "tokens": tree.generated_tokens,
                 "requests": tree.num_requests,
                 "rollouts": tree.num_rollouts,
-                "solutions": len({program_key(t.steps) for t in right}),
+                "solutions": len({program_of(t.steps) for t in right}),
             }
 
         problems = balanced(self.train, table.num_problems)
@@ -668,10 +670,22 @@ class Study:
             own = {"": self._evaluated(f"guided/{first}", method)}
             rows.append([f"no head: {said}", *_cells(own, "", None)])
         rows_of = [["head", *[f"pair accuracy, seed {s}" for s in self.seeds]]]
+        rows_of[0] += [f"tokens, MCTS over samples, seed {s}" for s in self.seeds]
         for name in table.arms:
             found = [self.record(f"head/{name}/{seed}") for seed in self.seeds]
             values = [f["metrics"].get("pair_accuracy") if f else None for f in found]
-            rows_of.append([name, *("-" if v is None else f"{100 * v:.1f}" for v in values)])
+            guided = [self.record(f"guided/{name}/{seed}") for seed in self.seeds]
+            ratios = [
+                Evaluation.from_record(record).search_over_samples_tokens if record else None
+                for record in guided
+            ]
+            rows_of.append(
+                [
+                    name,
+                    *("-" if v is None else f"{100 * v:.1f}" for v in values),
+                    *(token_ratio(ratio) or "-" for ratio in ratios),
+                ]
+            )
         return _markdown(["arm", *_HEAD], rows) + "\n" + _markdown(rows_of[0], rows_of[1:])
 
     def _rounds_table(self, table: AblationConfig) -> str:

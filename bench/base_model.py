@@ -41,7 +41,6 @@ SETTINGS = (
     "search.num_rollouts=2",
     "search.temperature=0.7",
     "search.max_step_tokens=200",
-    "search.num_answer_candidates=1",
     "policy_engine.max_model_len=4096",
     "policy_engine.kv_cache_gib=2",
     "cluster.start_timeout_s=900",

@@ -38,7 +38,7 @@ from typing import Any
 import yaml
 
 from learner.dataset import read_manifest, read_pairs, read_sft
-from learner.pairs import PairConfig, PairKind, PreferencePair, deep_share, program_key, tree_pairs
+from learner.pairs import PairConfig, PairKind, PreferencePair, deep_share, tree_pairs
 from rollout.engine import (
     Completion,
     EvaluationReply,
@@ -48,6 +48,7 @@ from rollout.engine import (
     GenerationRequest,
 )
 from rollout.problem import Level, Problem
+from rollout.programs import program_of
 from rollout.prompt import (
     ANSWER,
     CODE,
@@ -166,7 +167,7 @@ def distinct_program_share(pairs: Iterable[PreferencePair]) -> float | None:
         if pair.kind is PairKind.ANSWER:
             tree = sides.setdefault((pair.problem_id, pair.round, pair.tree_index), set())
             tree |= {pair.chosen, pair.rejected}
-    programs = sum(len({program_key(parse_response(t)) for t in texts}) for texts in sides.values())
+    programs = sum(len({program_of(parse_response(t)) for t in texts}) for texts in sides.values())
     total = sum(map(len, sides.values()))
     return programs / total if total else None
 

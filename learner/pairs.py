@@ -8,7 +8,7 @@ Source: rStar-Math (arXiv 2501.04519) section 3.3. At each expanded node
 
 All four share the identical prefix. For the answer step siblings rarely disagree, so it compares
 whole trajectories instead: the `best` correct ones of highest mean Q against the `worst` incorrect
-ones of lowest mean Q. A tree without both outcomes gives nothing.
+ones of lowest mean Q, one of each distinct program. A tree without both outcomes gives nothing.
 
 What keeps a pair clean, beyond the paper:
 - only siblings that a rollout passed through count (an unvisited one has Q = 0 and says nothing;
@@ -27,7 +27,6 @@ every step that a rollout passed through, of every tree.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -35,8 +34,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rollout.programs import one_per_program, program_of, same_program
 from rollout.prompt import PromptTemplate, Step, render_prompt
-from rollout.trajectory import trajectories
+from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Node, Terminal, Tree
 
 DEEP_STEPS = 2
@@ -251,9 +251,12 @@ def _sibling_pairs(
 
 
 def _answer_pairs(tree: Tree, template: PromptTemplate, config: PairConfig) -> list[PreferencePair]:
+    def program(trajectory: Trajectory) -> str:
+        return program_of(trajectory.steps)
+
     ranked = trajectories(tree)
-    correct = [t for t in ranked if t.correct]
-    incorrect = [t for t in reversed(ranked) if t.correct is False]
+    correct = one_per_program((t for t in ranked if t.correct), program)
+    incorrect = one_per_program((t for t in reversed(ranked) if t.correct is False), program)
     return _cross(
         tree,
         node=0,
@@ -319,27 +322,6 @@ def deep_share(step_pairs: Mapping[str, int]) -> float | None:
     total = sum(step_pairs.values())
     deep = sum(count for steps, count in step_pairs.items() if int(steps) >= DEEP_STEPS)
     return deep / total if total else None
-
-
-def program_key(steps: Sequence[Step]) -> str:
-    """The code of some steps without comments and layout; "" if they hold none.
-
-    Steps are parsed together; code that does not parse is compared as text without comment-only
-    and blank lines.
-    """
-    code = "\n".join(step.code for step in steps if step.code)
-    try:
-        return ast.dump(ast.parse(code)) if code else ""
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        lines = (line.strip() for line in code.splitlines())
-        return "\n".join(line for line in lines if line and not line.startswith("#"))
-
-
-def same_program(left: Sequence[Step], right: Sequence[Step]) -> bool:
-    """True if both hold code, and it differs in comments or layout only, with one final answer."""
-    key = program_key(left)
-    answers = [step.answer for step in left], [step.answer for step in right]
-    return key != "" and key == program_key(right) and answers[0] == answers[1]
 
 
 def edit_distance_at_least(left: str, right: str, bound: int) -> bool:

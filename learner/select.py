@@ -12,10 +12,11 @@ rounds are better because they train on what a better search found; therefore a 
 trajectories are those of the newest round that solved it. Pairs are those of this round:
 they show what the present policy gets wrong, judged by as many rollouts as this round has.
 
-The split is by problem: a hash of the problem id says "validation", the same in every round. A
-validation problem is neither in the policy's nor in the PPM's training data, so a PPM whose trunk
-is that policy is judged on problems its weights never met. (A trunk that was fine-tuned on the
-accepted solutions of the same problems ranks their steps by memory.)
+The split is by problem: a hash of its id says "validation", the same in every round. A variation of
+another problem (a rewording) goes where that one goes. A validation problem is neither in the
+policy's nor in the PPM's training data, so a PPM whose trunk is that policy is judged on problems
+its weights never met. (A trunk that was fine-tuned on the accepted solutions of the same problems
+ranks their steps by memory.)
 
 A round is never held in memory. `select_dataset` streams trees, keeps what each may give in a sort
 on disk (`learner.spill`) and then sees one problem after the other, all its trees together:
@@ -43,13 +44,13 @@ from learner.pairs import (
     PairKind,
     PreferencePair,
     ValuedNode,
-    program_key,
     tree_pairs,
     valued_nodes,
 )
 from learner.spill import SortedSpill
 from rollout.difficulty import difficulty_of, right_share
 from rollout.problem import Problem
+from rollout.programs import program_of
 from rollout.prompt import PromptTemplate, render_segments
 from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Node, Tree
@@ -132,9 +133,13 @@ class _Found:
     """Rollouts that went through an inner node ("1" to "4", or "5+") -> how many such nodes."""
 
 
-def is_validation(problem_id: str, config: DatasetConfig) -> bool:
-    """True if a problem is held out from all training; depends on the id and `split_seed` only."""
-    digest = hashlib.sha256(f"{config.split_seed}:{problem_id}".encode()).digest()
+def is_validation(original: str, config: DatasetConfig) -> bool:
+    """True if a problem is held out from all training.
+
+    Args:
+        original: `Problem.original`; beside it the result depends on `split_seed` only.
+    """
+    digest = hashlib.sha256(f"{config.split_seed}:{original}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64 < config.validation_share
 
 
@@ -218,7 +223,7 @@ def _found(
     correct = [t for t in judged if t.correct]
     programs: dict[bytes, Trajectory] = {}
     for trajectory in correct:
-        key = hashlib.sha256(program_key(trajectory.steps).encode(errors="replace")).digest()
+        key = hashlib.sha256(program_of(trajectory.steps).encode(errors="replace")).digest()
         programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
     return _Found(
         problem=tree.problem,
@@ -266,7 +271,7 @@ class _Selection:
         config, problem = self._config, members[0].problem
         level = problem.level.value
         counts, excluded = self.counts[level], self.excluded[level]
-        held_out = is_validation(problem.id, config)
+        held_out = is_validation(problem.original, config)
         split = "validation" if held_out else "train"
         counts["problems"] += 1
         counts["trees"] += len(members)

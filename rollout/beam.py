@@ -35,6 +35,7 @@ from rollout.search import (
     discard_reason,
     only_answer_follows,
     run_codes,
+    same_answers,
 )
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
@@ -137,7 +138,7 @@ class _Beam:
         return [replace(child, value=value) for child, value in zip(grown, values, strict=True)]
 
     async def _generate(self, path: _Path, depth: int, place: int) -> list[_Path]:
-        """Distinct candidates that can follow, not executed yet."""
+        """Candidates that can follow, not executed yet; of answers that say the same the first."""
         config, template = self.config, self.config.prompt_template
         previous = path.steps[-1] if path.steps else None
         answers_only = config.num_answer_candidates if only_answer_follows(previous) else None
@@ -163,7 +164,10 @@ class _Beam:
                     state=None,
                     num_tokens=path.num_tokens + completion.num_tokens,
                 )
-        return list(children.values())
+        answers = [child for child in children.values() if child.finished]
+        groups = await same_answers([path.steps[-1].answer or "" for path in answers])
+        repeated = {answers[n].steps[-1].text for _, *others in groups for n in others}
+        return [child for text, child in children.items() if text not in repeated]
 
     async def _execute(self, path: _Path, children: list[_Path]) -> list[_Path]:
         """The children whose code ran to its end, with state and output; answers as they are."""

@@ -10,8 +10,9 @@ the last round 64, then 128). Of 20 problems still unsolved at the end the autho
 another answer than the accepted one: its label is suspect, and a person should look at it.
 
 Everything here is a function of finished trees. Answers are those that rollouts reached; two are
-the same by mathematical equality, not by text. `right_share` is how often the policy itself is
-right, which says whether a made problem's own answer can be trusted.
+the same by mathematical equality, not by text. To an agreement each distinct program of a tree
+counts once, however it was worded. `right_share` is how often the policy itself is right, which
+says whether a made problem's own answer can be trusted.
 
 Not covered: whether the label is wrong. The policy may agree with itself on a mistake, so a suspect
 is reported, never relabelled.
@@ -19,13 +20,15 @@ is reported, never relabelled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rollout.tree import Tree
+from rollout.programs import one_per_program, program_of
+from rollout.tree import Node, Tree
 from verifier.accuracy import answer_groups
 
 
@@ -47,7 +50,7 @@ class SuspectConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    min_answers: int = Field(8, ge=1, description="answers found, fewer say nothing")
+    min_answers: int = Field(8, ge=1, description="programs with an answer, fewer say nothing")
     min_trees: int = Field(2, ge=1, description="trees that reached the common answer")
     min_share: float = Field(0.7, gt=0, le=1, description="share of all answers it must have")
     min_value: float = Field(
@@ -64,8 +67,9 @@ class SuspectLabel:
     answer: str
     """What they agree on, as it was written first."""
     votes: int
-    """Answers equal to it."""
+    """Of `num_answers`, those equal to it."""
     num_answers: int
+    """One for each distinct program of a tree."""
     num_trees: int
     """Trees that reached it."""
     mean_value: float | None
@@ -147,7 +151,7 @@ def suspect_label(trees: Sequence[Tree], config: SuspectConfig) -> SuspectLabel 
     problem = trees[0].problem
     if not problem.golds or any(tree.solved for tree in trees):
         return None
-    found = [(tree, node) for tree in trees for node in tree.reached_answers()]
+    found = [(tree, node) for tree in trees for node in _votes(tree)]
     if len(found) < config.min_answers:
         return None
     answers = [node.step.answer if node.step is not None else None for _, node in found]
@@ -199,6 +203,16 @@ def escalate(
     if max_generated_tokens is not None and spent >= max_generated_tokens:
         return Escalation(next=Next.OUT_OF_BUDGET, suspect=found)
     return Escalation(next=Next.SEARCH, suspect=found)
+
+
+def _votes(tree: Tree) -> list[Node]:
+    """Of the answers that rollouts reached one for each distinct program, the best-valued."""
+
+    def value(node: Node) -> float:
+        return node.value if node.value is not None else -math.inf
+
+    best_first = sorted(tree.reached_answers(), key=lambda node: -value(node))
+    return one_per_program(best_first, lambda node: program_of(tree.steps(node)))
 
 
 def _check_one_problem(trees: Sequence[Tree]) -> None:

@@ -20,11 +20,15 @@
               released evaluation: 64 trees are 64 trajectories)
 
 All methods are charged alike: generated tokens, texts valued by the PPM in tokens, seconds. Under
-`max_generated_tokens` nothing new is started once so many were generated: no request for samples
-(sized by what samples cost so far), no step of a beam, no rollout; what was started ends.
+`max_generated_tokens` nothing new is started once so many were generated: no step of a beam, no
+rollout; what was started ends, so a search goes over its budget by a part of a rollout. Samples are
+drawn up to the budget, to the nearest sample: two methods that are to have the same tokens are a
+search first and then samples with its tokens as their budget.
 
 Votes group equivalent answers (`verifier.accuracy`); ties go to the higher PPM value, then to the
-seed. Where no solution has a PPM value, all of them vote, and the result says so.
+seed. Where no solution has a PPM value, all of them vote, and the result says so. Of one search (a
+beam, a tree, or trees that share their rollouts) each distinct program has one vote
+(`rollout.programs`); samples, beams and independent trees are drawn anew, so all of theirs count.
 
 MCTS without a PPM has nothing to be guided by at test time: every answer backs up the same reward
 (the label is withheld from the search), and all answers of the tree vote.
@@ -53,6 +57,7 @@ from rollout.engine import (
     values_of,
 )
 from rollout.problem import Problem
+from rollout.programs import one_per_program, program_of
 from rollout.prompt import END_OF_ANSWER, render_question
 from rollout.sampling import Solution, sample_solutions, sample_texts
 from rollout.search import SearchConfig, StepSandbox, run_search
@@ -62,9 +67,6 @@ from rollout.tree import Tree, own_tokens
 from verifier.accuracy import RankedAnswer, rank_answers
 
 T = TypeVar("T")
-
-FIRST_WAVE = 4
-"""Samples of the first request under a token budget, when their cost is not known yet."""
 
 
 class Method(StrEnum):
@@ -100,7 +102,10 @@ class MethodConfig(BaseModel):
         "trees, or whole trees if rollouts_per_tree is set",
     )
     max_generated_tokens: int | None = Field(
-        None, ge=1, description="nothing new starts beyond this many tokens; null: no budget"
+        None,
+        ge=1,
+        description="nothing new starts beyond this many tokens, samples come nearest to it; "
+        "null: no budget",
     )
     top_k: int = Field(
         4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
@@ -232,6 +237,13 @@ def tree_solutions(tree: Tree) -> list[Solution]:
         for node in tree.answers()
         if node.visit_count > 0 and node.step is not None
     ]
+
+
+def _one_per_program(solutions: Sequence[Solution]) -> list[Solution]:
+    """The best-valued solution of each distinct program, in their order."""
+    best_first = sorted(range(len(solutions)), key=lambda n: -_known(solutions[n]))
+    kept = one_per_program(best_first, lambda n: program_of(solutions[n].steps))
+    return [solutions[n] for n in sorted(kept)]
 
 
 @dataclass
@@ -423,20 +435,30 @@ async def _greedy(job: _Job) -> list[Solution]:
 
 
 async def _samples(job: _Job) -> list[Solution]:
-    """Sampled programs: in one request, or under a budget in waves that should just fill it."""
+    """Sampled programs: in one request, or under a budget in waves until it is filled.
+
+    A wave is half of what should fill the rest, and no more than was drawn before, as few samples
+    tell little of the mean. The last sample is the one that comes nearest to
+    the budget on average: of samples x drawn until their sum passes a line, the sum is beyond it by
+    E[x^2] / 2 E[x] (renewal theory), so the line is so far below the budget.
+    """
+    wanted = job.config.num_trajectories
     solutions: list[Solution] = []
     wave = 0
-    while len(solutions) < job.config.num_trajectories and not job.spent():
-        size = job.config.num_trajectories - len(solutions)
-        if job.config.max_generated_tokens is not None:
-            spent = job.meter.cost.generated_tokens
-            mean = max(spent / len(solutions), 1.0) if solutions else 0.0
-            size = min(size, max(int(job.tokens_left / mean), 1) if solutions else FIRST_WAVE)
+    size = wanted if job.config.max_generated_tokens is None else 1
+    while size > 0:
         names = ("samples", wave) if wave else ("samples",)
         solutions += await _sample(
             job, size, temperature=job.search.temperature, seed=derive_seed(job.seed, *names)
         )
         wave += 1
+        lengths = [solution.num_tokens for solution in solutions]
+        spent = sum(lengths)
+        if len(solutions) == wanted or not spent:
+            break
+        left = job.tokens_left - sum(length**2 for length in lengths) / (2 * spent)
+        fitting = math.ceil(left * len(solutions) / spent)
+        size = min((fitting + 1) // 2, len(solutions), wanted - len(solutions))
     return solutions
 
 
@@ -471,7 +493,7 @@ async def _beam(job: _Job) -> list[Solution]:
     width = min(config.beam_width, config.num_trajectories)
 
     async def one(number: int) -> list[Solution]:
-        return await search_beam(
+        finished = await search_beam(
             job.problem,
             width=min(width, config.num_trajectories - number * width),
             num_candidates=config.beam_candidates,
@@ -482,6 +504,7 @@ async def _beam(job: _Job) -> list[Solution]:
             seed=derive_seed(job.seed, "beam", number),
             spent=job.spent,
         )
+        return _one_per_program(finished)
 
     found = await job.repeat(math.ceil(config.num_trajectories / width), one)
     return [solution for solutions in found for solution in solutions]
@@ -502,7 +525,7 @@ async def _mcts(job: _Job) -> list[Solution]:
         left -= tree.num_rollouts
         if not tree.root.exhausted or not tree.generated_tokens:
             break
-    return [solution for tree in job.trees for solution in tree_solutions(tree)]
+    return _one_per_program([s for tree in job.trees for s in tree_solutions(tree)])
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
@@ -533,11 +556,19 @@ _RUNS: Mapping[Method, Callable[[_Job], Awaitable[list[Solution]]]] = {
 }
 
 
+_SAMPLED = (Method.MAJORITY, Method.BEST_OF_N)
+
+
 def _best(solutions: Sequence[Solution]) -> list[Solution]:
-    """The best-valued solution of a tree; all of them where none has a value."""
+    """The best-valued solution of a tree; one of each program where none has a value."""
     if not _valued(solutions):
-        return list(solutions)
-    return [max(solutions, key=lambda s: s.value if s.value is not None else -math.inf)]
+        return _one_per_program(solutions)
+    return [max(solutions, key=_known)]
+
+
+def _known(solution: Solution) -> float:
+    """PPM value, below all others where there is none."""
+    return solution.value if solution.value is not None else -math.inf
 
 
 def _valued(solutions: Sequence[Solution]) -> bool:
@@ -556,7 +587,8 @@ def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnsw
             notes.append("the problem does not fit into the policy's context")
         else:
             notes.append("no solution reached an answer")
-    if job.spent():
+    cut_short = job.solver.config.name in _SAMPLED and len(solutions) < job.config.num_trajectories
+    if job.spent() or (cut_short and job.meter.cost.generated_tokens):
         notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
     if len(job.trees) > 1 and job.config.rollouts_per_tree is None:
         notes.append(f"{len(job.trees)} trees, {len(job.trees) - 1} of them exhausted")

@@ -35,11 +35,18 @@ class Problem:
     """The accepted final answer; "" where it is unknown (a question to be solved)."""
     answers_alt: tuple[str, ...] = ()
     """Further accepted answers; a candidate equal to any of them is correct."""
+    rewording_of: str = ""
+    """Id of the problem this is a variation of, whether that is at hand or not; "" for none."""
 
     def __post_init__(self) -> None:
         for name in ("id", "text"):
             if not getattr(self, name).strip():
                 raise ValueError(f"Problem.{name} is empty (id={self.id!r})")
+
+    @property
+    def original(self) -> str:
+        """Id of the problem it varies, else its own: what all variations have in common."""
+        return self.rewording_of or self.id
 
     @property
     def golds(self) -> tuple[str, ...]:

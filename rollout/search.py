@@ -3,7 +3,7 @@
     rollout: root -- select (UCT) --> leaf -- expand --> ... --> terminal -- backup --> root
 
     expand:  policy: n candidates in one request
-             -> parse, merge identical ones -> sandbox: run each new code on its parent's state
+             -> parse, merge equal ones     -> sandbox: run each new code on its parent's state
              -> verifier: grade answers     -> PPM: one value per valid candidate (rounds 3-4)
 
 There is no simulation phase: a rollout is one root-to-terminal path built step by step. Each search
@@ -77,6 +77,7 @@ from rollout.tasks import all_of
 from rollout.tree import Discard, Node, Terminal, Tree, backup, expand, is_answer
 from rollout.worked_examples import WorkedExamples
 from verifier import GRADER_VERSION, SandboxError, Verdict, verify_answer
+from verifier.accuracy import answer_groups
 from verifier.equivalence import Reason
 from verifier.sandbox import INFRASTRUCTURE_STATUSES, StepResult
 
@@ -96,6 +97,7 @@ class TerminalValue(StrEnum):
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {
+        "num_answer_candidates": None,
         "unvisited": Unvisited.ZERO,
         "invalid_candidates": "leaf",
         "answer_candidates": "first",
@@ -112,11 +114,15 @@ class SearchConfig(BaseModel):
     preset: Literal["paper", "released"] = Field(
         "paper",
         description="rules where the two differ, unless given themselves: unvisited, "
-        "invalid_candidates, answer_candidates, failure_backup; released: of microsoft/rStar",
+        "num_answer_candidates, invalid_candidates, answer_candidates, failure_backup; released: "
+        "of microsoft/rStar",
     )
     num_candidates: int = Field(8, ge=1, description="candidates per expansion, n")
     num_answer_candidates: int | None = Field(
-        None, ge=1, description="candidates where only the answer can follow; null: num_candidates"
+        1,
+        ge=1,
+        description="candidates where only the answer can follow (it repeats an output, so they "
+        "hardly differ); null: num_candidates",
     )
     num_rollouts: int = Field(16, ge=1, description="root-to-terminal descents per tree")
     parallel_rollouts: int = Field(
@@ -298,6 +304,17 @@ def discard_reason(step: Step, previous: Step | None, max_repeats: int | None) -
     if previous is None and not step.text.startswith(CODE):
         return Discard.OUT_OF_PLACE
     return None if step.code.strip() else Discard.EMPTY
+
+
+async def same_answers(answers: Sequence[str]) -> list[list[int]]:
+    """Places of answers that say the same, in order of first appearance.
+
+    Comparing anything but plain numbers may take a second and wait for another process, so that is
+    done off the event loop.
+    """
+    if all(_PLAIN_NUMBER.fullmatch(answer) for answer in answers):
+        return answer_groups(answers)
+    return await asyncio.to_thread(answer_groups, answers)
 
 
 def only_answer_follows(step: Step | None) -> bool:
@@ -612,6 +629,7 @@ class _Search:
         """Generate, run, grade and value what may follow `node`; the tree stays as it is."""
         expansion = await self._generate(node, rollout)
         if expansion.terminal is None:
+            await self._merge_answers(expansion)
             await self._execute(expansion)
             await self._grade_answers(expansion)
             await self._evaluate(expansion)
@@ -677,13 +695,24 @@ class _Search:
                 rollout=rollout,
                 discard=discard,
             )
-        candidates = list(merged.values())
+        return list(merged.values())
+
+    async def _merge_answers(self, expansion: _Expansion) -> None:
+        """Leave one candidate for all wordings of an answer; the released rule, one answer."""
+        answers = [c for c in expansion.candidates if c.discard is None and is_answer(c)]
+        if not answers:
+            return
+        repeated: set[int] = set()
+        for first, *others in await same_answers([c.step.answer or "" for c in answers if c.step]):
+            for other in others:
+                answers[first].multiplicity += answers[other].multiplicity
+                answers[first].num_tokens += answers[other].num_tokens
+                repeated.add(id(answers[other]))
+        expansion.candidates = [c for c in expansion.candidates if id(c) not in repeated]
         if self.config.answer_candidates == "first":
-            answer = next((c for c in candidates if c.discard is None and is_answer(c)), None)
-            for child in candidates:
-                if answer is not None and child is not answer and child.discard is None:
+            for child in expansion.candidates:
+                if child is not answers[0] and child.discard is None:
                     child.discard = Discard.NOT_KEPT
-        return candidates
 
     async def _execute(self, expansion: _Expansion) -> None:
         """Run the code of valid candidates on the state of the node and attach what came out."""

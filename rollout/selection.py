@@ -65,7 +65,10 @@ def select_child(
     unvisited: Unvisited,
     pending: Mapping[int, int] | None = None,
 ) -> Node | None:
-    """The valid, not exhausted child with the highest UCT; ties go to the first generated.
+    """The valid, not exhausted child with the highest UCT.
+
+    Ties go to the unvisited child with the highest PPM value, then to the first generated: of
+    answers that no rollout has reached, the best-valued is next.
 
     Args:
         pending: node id -> number of other rollouts below it now; a terminal that one of them is
@@ -74,7 +77,7 @@ def select_child(
         None if there is none to choose.
     """
     best: Node | None = None
-    best_score = -math.inf
+    best_rank = (-math.inf, -math.inf)
     others = pending or {}
     parent_visits = node.visit_count
     if others:
@@ -86,7 +89,8 @@ def select_child(
         below = others.get(child_id, 0)
         if below and child.terminal is not None:
             continue
-        score = uct(child, parent_visits, exploration, unvisited, below)
-        if best is None or score > best_score:
-            best, best_score = child, score
+        known = child.value if child.value is not None and not child.visit_count else -math.inf
+        rank = (uct(child, parent_visits, exploration, unvisited, below), known)
+        if best is None or rank > best_rank:
+            best, best_rank = child, rank
     return best

@@ -38,7 +38,7 @@ from rollout.problem import Level, Problem
 from rollout.prompt import Step, StepKind
 from rollout.tree import Discard, Node, Terminal, Tree
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the table's columns; readers refuse another one."""
 
 VERSION_KEY = b"rstar.schema_version"
@@ -94,6 +94,7 @@ _TREE_FIELDS = [
     pa.field("problem_text", pa.string()),
     pa.field("problem_answer", pa.string()),
     pa.field("problem_answers_alt", pa.list_(pa.string())),
+    pa.field("problem_rewording_of", pa.string()),
     pa.field("outcome", pa.string()),
     pa.field("note", pa.string()),
     pa.field("search_config", pa.string()),
@@ -129,6 +130,7 @@ _PER_TREE: dict[str, Callable[[Tree], Any]] = {
     "problem_text": lambda tree: tree.problem.text,
     "problem_answer": lambda tree: tree.problem.answer,
     "problem_answers_alt": lambda tree: list(tree.problem.answers_alt),
+    "problem_rewording_of": lambda tree: tree.problem.rewording_of,
     "num_nodes": lambda tree: len(tree.nodes),
 }
 """Columns that are not a field of `Tree` of the same name."""
@@ -322,6 +324,7 @@ def problem_of(root: Mapping[str, Any]) -> Problem:
         text=root["problem_text"],
         answer=root["problem_answer"],
         answers_alt=tuple(root["problem_answers_alt"]),
+        rewording_of=root["problem_rewording_of"],
     )
 
 

@@ -81,9 +81,10 @@ class Node:
     """Number of steps from the root; 0 for the root."""
     step: Step | None
     multiplicity: int = 1
-    """How many identical candidates of the expansion this node stands for."""
+    """How many candidates of the expansion this node stands for: identical ones, and answers that
+    say the same."""
     num_tokens: int = 0
-    """Generated tokens of all identical candidates together."""
+    """Generated tokens of all these candidates together."""
     logprob: float | None = None
     rollout: int = -1
     """Rollout (0-based) in which the node was created; -1 for the root."""
@@ -281,7 +282,7 @@ def mean_q(nodes: Sequence[Node]) -> float:
 
 
 def own_tokens(nodes: Sequence[Node]) -> int:
-    """Generated tokens of a path, a step counted once where candidates were identical."""
+    """Generated tokens of a path, a step counted once where it stands for several."""
     return sum(node.num_tokens // max(node.multiplicity, 1) for node in nodes)
 
 

@@ -19,7 +19,12 @@ class EvaluationConfig(Config):
     num_problems: int | None = Field(
         None, ge=1, description="first so many test problems, levels balanced; null: all"
     )
-    num_samples: int = Field(8, ge=1, description="samples for majority and best-of-N")
+    num_rollouts: int = Field(
+        8,
+        ge=1,
+        description="rollouts of search; majority and best-of-N choose among as many samples as "
+        "come nearest to its generated tokens",
+    )
     num_search_problems: int | None = Field(
         None, ge=1, description="problems for majority, best-of-N and search; null: all"
     )

@@ -1,8 +1,10 @@
 """Held-out accuracy of a round's policy and PPM: greedy, majority vote, best-of-N and search.
 
-All four are methods of `rollout.methods`, with its accounting. Majority and best-of-N choose among
-the same N samples; search may start rollouts until it has generated as many tokens as these took.
-A problem that yields no answer counts as wrong.
+All four are methods of `rollout.methods`, with its accounting. Search makes its rollouts, and then
+samples are drawn until they have generated as many tokens: a search cannot end within a rollout, a
+sample is small beside it. Majority and best-of-N choose among these samples. How near the tokens of
+search and samples came is measured (`Evaluation.search_over_samples_tokens`). A problem that yields
+no answer counts as wrong.
 
 This is the evaluation inside a run, after each round, small and in the driver. Benchmarks,
 intervals and curves over budgets are `rstar evaluate` (`cluster.evaluation.benchmarks`).
@@ -25,8 +27,8 @@ from rollout.seeds import derive_seed
 from rollout.solution_tree import grade_tree
 from verifier.verify import start_symbolic_worker
 
-_NO_ROLLOUT_LIMIT = 10_000
-"""Of search, which the token budget ends long before."""
+_NO_SAMPLE_LIMIT = 10_000
+"""The token budget ends long before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class ProblemEvaluation:
     any_sample: bool | None = None
     """Some sample was right: what a perfect choice among them would reach."""
     any_search: bool | None = None
+    num_samples: int = 0
     greedy_tokens: int = 0
     sample_tokens: int = 0
     search_tokens: int = 0
@@ -62,6 +65,21 @@ class Evaluation:
             if getattr(p, method) is not None
         ]
         return shares_by_level(outcomes) if outcomes else None
+
+    @property
+    def search_over_samples_tokens(self) -> float | None:
+        """Generated tokens of search over those of the samples, all problems together.
+
+        None if there were no samples.
+        """
+        samples = sum(p.sample_tokens for p in self.problems)
+        return sum(p.search_tokens for p in self.problems) / samples if samples else None
+
+    @property
+    def samples_per_problem(self) -> float | None:
+        """Mean over the problems that were sampled; None if none was."""
+        counts = [p.num_samples for p in self.problems if p.num_samples]
+        return sum(counts) / len(counts) if counts else None
 
     def as_record(self) -> dict[str, Any]:
         """Plain data; `from_record` is its inverse."""
@@ -108,7 +126,7 @@ async def evaluate(
     """Evaluate a round's models on held-out problems; greedy alone without a PPM.
 
     Args:
-        search: its template and token limits; rollouts are bounded by the token budget alone.
+        search: its template and token limits; rollouts and candidates are those of `config`.
         max_open: problems in flight.
         on_done: told (finished, total) after each problem.
     Raises:
@@ -180,13 +198,13 @@ async def _evaluate_problem(
     )
     if preference is None:
         return first
-    samples = await solve(Method.BEST_OF_N, config.num_samples)
+    searched = await solve(Method.MCTS, config.num_rollouts)
+    budget = max(searched.generated_tokens, 1)
+    samples = await solve(Method.BEST_OF_N, _NO_SAMPLE_LIMIT, budget)
     # The very samples of best-of-N, chosen among by another rule.
     voted = await asyncio.to_thread(
         choose, samples.solutions, method=Method.MAJORITY, top_k=1, seed=seed
     )
-    budget = max(samples.generated_tokens, 1)
-    searched = await solve(Method.MCTS, _NO_ROLLOUT_LIMIT, budget)
     return replace(
         first,
         majority=await _right(problem, voted[0].answer if voted else None),
@@ -194,6 +212,7 @@ async def _evaluate_problem(
         search=await _right(problem, searched.answer),
         any_sample=any([await _right(problem, s.answer) for s in samples.solutions]),
         any_search=any([(await grade_tree(tree)).solved for tree in searched.trees]),
+        num_samples=len(samples.solutions),
         sample_tokens=samples.generated_tokens,
         search_tokens=searched.generated_tokens,
     )

@@ -38,6 +38,7 @@ import pyarrow as pa
 
 from rollout.methods import Method
 from rollout.problem import Problem
+from rollout.programs import one_per_program, program_key
 from rollout.solution_tree import trajectory_of
 from rollout.tree import Discard, Terminal
 from verifier.accuracy import RankedAnswer, pass_at_k, rank_answers
@@ -175,7 +176,7 @@ class Result(Cost):
 # ------------------------------------------------------------------------- reading the trees
 
 COLUMNS = (
-    *("problem_id", "tree", "node", "parent", "rollout", "step_kind", "step_answer"),
+    *("problem_id", "tree", "node", "parent", "rollout", "step_kind", "step_code", "step_answer"),
     *("terminal", "discard", "correct", "verdict", "value", "num_tokens", "visit_count"),
     *("execution_status", "generated_tokens", "scored_tokens", "seconds", "note"),
 )
@@ -263,12 +264,17 @@ def _solutions(rows: Sequence[Mapping[str, Any]], first: int) -> list[Attempt]:
 
 
 def _answers(rows: Sequence[Mapping[str, Any]], trajectory: int) -> list[Attempt]:
-    """Of a search tree: the best-valued visited answer, or all of them where none is valued."""
+    """Of a search tree: the best-valued visited answer; one of each program if none is valued."""
     root, *nodes = rows
     answers = [n for n in nodes if n["terminal"] == Terminal.ANSWER and n["visit_count"] > 0]
     valued = [n for n in answers if n["value"] is not None]
     if valued:
         answers = [max(valued, key=lambda node: node["value"])]
+    elif answers:
+        codes: dict[int, tuple[str, ...]] = {-1: ()}
+        for row in rows:
+            codes[row["node"]] = (*codes[row["parent"]], row["step_code"] or "")
+        answers = one_per_program(answers, lambda node: program_key(codes[node["node"]]))
     tokens = root["generated_tokens"]
     if not answers:
         return [
@@ -476,6 +482,8 @@ class Summary:
     scored_tokens: float
     seconds: float
     gpu_seconds: float | None
+    tokens_over_samples: float | None
+    """Generated tokens over those of as many samples; None: the benchmark was not sampled so."""
 
 
 def summarise(results: Sequence[Result], *, seed: int = 0) -> list[Summary]:
@@ -484,12 +492,19 @@ def summarise(results: Sequence[Result], *, seed: int = 0) -> list[Summary]:
     for result in results:
         groups[result.benchmark, result.method, result.budget].append(result)
     order = {name: place for place, name in enumerate(dict.fromkeys(r.benchmark for r in results))}
+    sampled = {
+        (benchmark, budget): fmean(r.generated_tokens for r in group)
+        for (benchmark, method, budget), group in groups.items()
+        if method in (PASS_AT_1, PASS_AT_K)
+    }
     summaries = []
     for benchmark, method, budget in sorted(
         groups, key=lambda key: (order[key[0]], METHODS.index(key[1]), key[2])
     ):
         group = groups[benchmark, method, budget]
         gpu = [r.gpu_seconds for r in group if r.gpu_seconds is not None]
+        tokens = fmean(r.generated_tokens for r in group)
+        samples = sampled.get((benchmark, budget))
         summaries.append(
             Summary(
                 benchmark=benchmark,
@@ -497,10 +512,11 @@ def summarise(results: Sequence[Result], *, seed: int = 0) -> list[Summary]:
                 budget=budget,
                 accuracy=bootstrap_mean([r.score for r in group], seed=seed),
                 outcomes=dict(Counter(r.outcome for r in group).most_common()),
-                generated_tokens=fmean(r.generated_tokens for r in group),
+                generated_tokens=tokens,
                 scored_tokens=fmean(r.scored_tokens for r in group),
                 seconds=fmean(r.seconds for r in group),
                 gpu_seconds=fmean(gpu) if gpu else None,
+                tokens_over_samples=tokens / samples if samples else None,
             )
         )
     return summaries

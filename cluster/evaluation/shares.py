@@ -32,6 +32,11 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f}"
 
 
+def token_ratio(ratio: float | None) -> str:
+    """Tokens over other tokens; "" for None."""
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
 def counts_text(counts: Mapping[str, int]) -> str:
     """`unfinished 12, code failed 3`, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])

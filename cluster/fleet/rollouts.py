@@ -2,7 +2,8 @@
 
     plan a stage --> coordinator --leases--> rollout workers --> store
         status, progress, stalls --every POLL_S--> the view, the meter, the scaler's load
-    next stage: all problems again, or those that escalation searches on; then seal and audit
+    next stage: all problems again, or those that escalation searches on, asked anew before each
+                tree; then seal and audit
 
 A continued round keeps the plans it had. Cancelled, or failed, it drains: what is finished is
 committed, what is open is kept for whoever comes next, and the workers end.
@@ -172,13 +173,13 @@ class Rollout:
         behind = 0.0
         index = 0
         for stage in self.stages:
-            wanted = hardest_first(self.problems.values())
-            if stage.unsolved_only:
-                unsolved = (await self._escalation()).search
-                wanted = hardest_first(self.problems[problem_id] for problem_id in unsolved)
             for name in stage.tree_stages:
+                wanted = hardest_first(self.problems.values())
                 if name in planned:  # a continued round: what was planned stands
                     wanted = list(planned[name].problem_ids)
+                elif stage.unsolved_only:
+                    unsolved = (await self._escalation()).search
+                    wanted = hardest_first(self.problems[problem_id] for problem_id in unsolved)
                 if wanted:
                     plan = StagePlan(
                         round=self.trees.round,

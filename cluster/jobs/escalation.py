@@ -3,28 +3,32 @@
     commits of the round --answers of unsolved problems--> rollout.difficulty.escalate, per problem
                                                        --> problem ids to search, suspects, spent
 
-Only the columns about answers are read, and only of unsolved problems, so that a round of hundreds
-of thousands of problems needs megabytes here.
+Only of unsolved problems, and of their trees only the answers are kept, one of each distinct
+program, so that a round of hundreds of thousands of problems needs megabytes here.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rollout.difficulty import Next, SuspectConfig, SuspectLabel, escalate
 from rollout.problem import Problem
+from rollout.programs import one_per_program, program_key
 from rollout.prompt import Step, StepKind
 from rollout.store import TrajectoryStore
 from rollout.tree import Node, Terminal, Tree
 
 _COLUMNS = (
-    *("problem_id", "tree", "node", "terminal", "visit_count"),
-    *("step_answer", "correct", "value", "generated_tokens"),
+    *("problem_id", "tree", "node", "parent", "discard", "terminal", "visit_count"),
+    *("step_code", "step_answer", "correct", "value", "generated_tokens"),
 )
 
 
@@ -113,47 +117,58 @@ def plan_escalation(
 def _answers_of_unsolved(
     trees: TrajectoryStore, problems: Mapping[str, Problem]
 ) -> dict[str, list[Tree]]:
-    """Trees of each unsolved problem, reduced to the answers that rollouts reached."""
+    """Trees of each unsolved problem, reduced to the programs whose answer a rollout reached."""
     commits = trees.commits()
     solved = {key.problem_id for commit in commits.values() for key in commit.trees if key.solved}
     found: dict[str, list[Tree]] = {name: [] for name in problems if name not in solved}
     for commit in commits.values():
-        if not any(key.problem_id in found for key in commit.trees):
+        here = {key.problem_id for key in commit.trees if key.problem_id in found}
+        if not here:
             continue
         table = trees.read_table(commit, _COLUMNS)
-        is_tree = pc.equal(table["node"], 0)
-        is_answer = pc.and_(
-            pc.equal(table["terminal"], str(Terminal.ANSWER)), pc.greater(table["visit_count"], 0)
-        )
-        kept = table.filter(pc.or_(is_tree, pc.fill_null(is_answer, False)))
-        for tree in _reduced_trees(kept, trees.round, problems, found.keys()):
+        wanted = pc.is_in(table["problem_id"], value_set=pa.array(sorted(here), pa.string()))
+        kept = table.filter(pc.and_(wanted, pc.is_null(table["discard"])))
+        for tree in _reduced_trees(kept, trees.round, problems):
             found[tree.problem.id].append(tree)
     return found
 
 
-def _reduced_trees(
-    table: pa.Table, round: int, problems: Mapping[str, Problem], wanted: Container[str]
-) -> list[Tree]:
+def _reduced_trees(table: pa.Table, round: int, problems: Mapping[str, Problem]) -> list[Tree]:
     made: list[Tree] = []
-    for row in table.to_pylist():
-        if row["problem_id"] not in wanted:
-            continue
-        if row["node"] == 0:
-            tree = Tree(problem=problems[row["problem_id"]], round=round, index=row["tree"])
-            tree.generated_tokens = row["generated_tokens"]
-            made.append(tree)
-            continue
-        tree = made[-1]
-        tree.nodes.append(
-            Node(
-                id=len(tree.nodes),
-                parent=0,
-                depth=1,
-                step=Step(kind=StepKind.ANSWER, text="", answer=row["step_answer"]),
-                terminal=Terminal.ANSWER,
-                correct=row["correct"],
-                value=row["value"],
-                visit_count=row["visit_count"],
+    for rows in _by_tree(table.to_pylist()):
+        root = rows[0]
+        tree = Tree(problem=problems[root["problem_id"]], round=round, index=root["tree"])
+        tree.generated_tokens = root["generated_tokens"]
+        codes: dict[int, tuple[str, ...]] = {}
+        answers: list[tuple[str, Mapping[str, Any]]] = []
+        for row in rows:
+            codes[row["node"]] = (*codes.get(row["parent"], ()), row["step_code"] or "")
+            if row["terminal"] == Terminal.ANSWER and row["visit_count"] > 0:
+                answers.append((program_key(codes[row["node"]]), row))
+        answers.sort(key=lambda a: -a[1]["value"] if a[1]["value"] is not None else math.inf)
+        for _, row in one_per_program(answers, itemgetter(0)):
+            tree.nodes.append(
+                Node(
+                    id=len(tree.nodes),
+                    parent=0,
+                    depth=1,
+                    step=Step(kind=StepKind.ANSWER, text="", answer=row["step_answer"]),
+                    terminal=Terminal.ANSWER,
+                    correct=row["correct"],
+                    value=row["value"],
+                    visit_count=row["visit_count"],
+                )
             )
-        )
+        made.append(tree)
     return made
+
+
+def _by_tree(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    tree: list[Mapping[str, Any]] = []
+    for row in rows:
+        if row["node"] == 0 and tree:
+            yield tree
+            tree = []
+        tree.append(row)
+    if tree:
+        yield tree

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from cluster.evaluation import paper
 from cluster.evaluation.results import MCTS_PASS_AT_K, METHODS, PASS_AT_K, method_label
-from cluster.evaluation.shares import counts_text, percent
+from cluster.evaluation.shares import counts_text, percent, token_ratio
 from cluster.reports import plots
 from cluster.reports.page import Section, html_table, paragraph, render_report, write_page
 
@@ -144,7 +144,7 @@ def _cost_table(report: Report) -> Table:
     )
     table.add_column("", no_wrap=True)
     table.add_column("benchmark", no_wrap=True)
-    for name in ("% right", "generated", "scored", "s", "GPU-s"):
+    for name in ("% right", "generated", "/ samples", "scored", "s", "GPU-s"):
         table.add_column(name, justify="right", no_wrap=True)
     for _, label, cells in method_rows(report):
         for name in benchmark_names(report):
@@ -157,10 +157,11 @@ def _cost_table(report: Report) -> Table:
     return table
 
 
-def _costs(summary: Summary) -> tuple[str, str, str, str]:
+def _costs(summary: Summary) -> tuple[str, ...]:
     gpu = summary["gpu_seconds"]
     return (
         f"{summary['generated_tokens']:,.0f}",
+        token_ratio(summary["tokens_over_samples"]),
         f"{summary['scored_tokens']:,.0f}",
         f"{summary['seconds']:,.2f}",
         "-" if gpu is None else f"{gpu:,.2f}",
@@ -230,7 +231,7 @@ def accuracy_cells(report: Report, names: Sequence[str]) -> tuple[list[str], lis
 def long_cells(report: Report, names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of everything: a row a benchmark, method and budget."""
     header = ["benchmark", "method", "%", "95 % interval", "problems", "generated tokens"]
-    header += ["scored tokens", "s", "GPU-s", "outcomes"]
+    header += ["over as many samples", "scored tokens", "s", "GPU-s", "outcomes"]
     rows = []
     for name in names:
         for summary in report["summaries"]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.evaluation import paper
 from cluster.evaluation.reliability import Bins
-from cluster.evaluation.shares import COLUMNS, counts_text, percent
+from cluster.evaluation.shares import COLUMNS, counts_text, percent, token_ratio
 from cluster.reports import plots
 from cluster.reports.marked_tree import snippet
 from cluster.reports.page import (
@@ -169,7 +169,7 @@ def _accuracy(facts: RunFacts) -> str:
     rows = []
     cold = report.get("cold_start")
     if cold and cold.get("greedy"):
-        rows.append(["cold start", percent(cold["greedy"]["all"]), *("" for _ in range(4)), ""])
+        rows.append(["cold start", percent(cold["greedy"]["all"]), *("" for _ in range(7))])
     for entry in rounds:
         shares = [_share(entry.get(method), "all") for method in plots.HELD_OUT]
         number = entry["round"]
@@ -179,15 +179,19 @@ def _accuracy(facts: RunFacts) -> str:
         if str(number) in told and number in searched:
             math = told[str(number)].accuracy["math500"], searched[number].accuracy["math500"]
             beside = f"{math[0]} / {math[1]}"
-        rows.append([f"round {number}", *shares, beside])
-    header = ["% right", *plots.HELD_OUT.values(), "paper, MATH-500: greedy / searched"]
+        count = entry.get("samples_per_problem")
+        samples = "" if count is None else f"{count:.1f}"
+        ratio = token_ratio(entry.get("search_over_samples_tokens"))
+        rows.append([f"round {number}", *shares, samples, ratio, beside])
+    header = ["% right", *plots.HELD_OUT.values(), "samples a problem", "tokens, search / samples"]
+    header.append("paper, MATH-500: greedy / searched")
     made = report.get("evaluation") or {}
     about = ""
     if made:
         about = (
             f"Greedy on {made['num_problems']} held-out problems; the others on "
-            f"{made['num_search_problems']}, at one generated-token budget a problem "
-            f"({made['num_samples']} samples). `rstar evaluate` gives intervals."
+            f"{made['num_search_problems']}: a search of {made['num_rollouts']} rollouts, and as "
+            "many samples as its generated tokens pay for. `rstar evaluate` gives intervals."
         )
     return (
         f'<div class="charts"><figure>{plots.as_svg(figure, "accuracy by round")}</figure></div>'

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.evaluation.shares import COLUMNS, percent
+from cluster.evaluation.shares import COLUMNS, percent, token_ratio
 from cluster.evaluation.tables import REPORT as EVALUATION
 from cluster.evaluation.tables import read_evaluation, read_report
 from cluster.folder.run_folder import REPORT
@@ -79,9 +79,10 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
     caption = ""
     if evaluation:
         caption = (
-            f"held-out: greedy on {evaluation['num_problems']} problems; majority, best-of-"
-            f"{evaluation['num_samples']} and search on {evaluation['num_search_problems']} "
-            "at one generated-token budget per problem"
+            f"held-out: greedy on {evaluation['num_problems']} problems; search of "
+            f"{evaluation['num_rollouts']} rollouts on {evaluation['num_search_problems']}, "
+            "majority and best-of-N of as many samples as its tokens pay for; ratio: generated "
+            "tokens, search over samples"
         )
     table = Table(
         title=f"{report['name']}: % solved, {' '.join(COLUMNS)}",
@@ -92,9 +93,10 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
     table.add_column("round")
     for name in ("coverage", "greedy", "majority", "best-of-N", "MCTS+PPM"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("pairs", justify="right")
+    for name in ("ratio", "pairs"):
+        table.add_column(name, justify="right", no_wrap=True)
     if report.get("cold_start"):
-        table.add_row("cold", "", _cells(report["cold_start"].get("greedy")), "", "", "", "")
+        table.add_row("cold", "", _cells(report["cold_start"].get("greedy")))
     for entry in report["rounds"]:
         table.add_row(
             str(entry["round"]),
@@ -103,6 +105,7 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
                 _cells(entry.get(method))
                 for method in ("greedy", "majority", "best_of_n", "search")
             ),
+            token_ratio(entry.get("search_over_samples_tokens")),
             percent(entry.get("ppm_pair_accuracy")),
         )
     return table

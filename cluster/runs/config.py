@@ -57,7 +57,9 @@ class EscalationConfig(Config):
 
     num_rollouts: int = Field(ge=1, description="rollouts of each further tree")
     num_candidates: int | None = Field(None, ge=1, description="candidates; null: as the round's")
-    trees: int = Field(1, ge=1, description="further trees per unsolved problem, own seeds")
+    trees: int = Field(
+        1, ge=1, description="further trees of a problem, own seeds; each only if it is unsolved"
+    )
 
     def search(self, base: SearchConfig) -> SearchConfig:
         """The search of this stage, given the one of the stages before."""

@@ -80,6 +80,8 @@ def _round_entry(
             (level.value, i in solved_before) for i, level in levels.items()
         ),
         **shares,
+        "search_over_samples_tokens": evaluation and evaluation.search_over_samples_tokens,
+        "samples_per_problem": evaluation and evaluation.samples_per_problem,
         "ppm_pair_accuracy": stages["train_ppm"].get("metrics", {}).get("pair_accuracy"),
         "ppm_metrics": stages["train_ppm"].get("metrics", {}),
         "trees": manifest.totals.trees,
@@ -120,5 +122,5 @@ def _evaluation_facts(config: EvaluationConfig, num_test: int) -> dict[str, int]
     return {
         "num_problems": total,
         "num_search_problems": min(config.num_search_problems or total, total),
-        "num_samples": config.num_samples,
+        "num_rollouts": config.num_rollouts,
     }

@@ -2,7 +2,8 @@ r"""What the columns of known data sets mean: a raw row -> a `Draft` of a proble
 
     numina-cot     source, problem, solution, messages         subset in `source`, answer boxed
     numina-1.5     + answer, problem_type, question_type, problem_is_valid, solution_is_valid
-    metamath       query, response, type, original_question    boxed, `#### 5`, "The answer is: 5"
+    metamath       query, response, type, original_question    boxed, `#### 5`, "The answer is: 5";
+                                                               says which problem it varies
     gsm8k          question, answer                            answer after `####`
     math           problem, level ("Level 3"), type, solution  answer boxed
     dapo           prompt or messages, reward_model.ground_truth (or ground_truth)
@@ -34,6 +35,7 @@ from typing import Any
 
 from rollout.problem import Level
 from rollout.problems.rows import ProblemFileError
+from rollout.problems.text import problem_id, problem_key
 from verifier.answer import extract_answer
 
 PAPER_SUBSETS = ("amc_aime", "olympiads", "olympiads_ref")
@@ -85,6 +87,8 @@ class Draft:
     answers_alt: tuple[str, ...] = ()
     origin_id: str | None = None
     """What the row itself calls it."""
+    rewording_of: str | None = None
+    """Id of the problem that it varies."""
     exclusion: str | None = None
     """Why the data set's own marks set it aside; None: they do not."""
 
@@ -236,6 +240,7 @@ def _table(row: Mapping[str, Any], stem: str) -> Draft:
         difficulty=difficulty,
         answers_alt=alternatives(row.get("answers_alt")),
         origin_id=None if identifier is None else str(identifier),
+        rewording_of=_optional(row, "rewording_of"),
     )
 
 
@@ -282,13 +287,17 @@ def _metamath(row: Mapping[str, Any], stem: str) -> Draft:
     if answer is None:
         said = list(_THE_ANSWER_IS.finditer(solution))
         answer = said[-1][1] if said else None
+    problem = _problem(row, "query")
+    original = _optional(row, "original_question")
+    varied = original is not None and problem_key(original) != problem_key(problem)
     return Draft(
-        problem=_problem(row, "query"),
+        problem=problem,
         answer=None if answer is None else _without_thousands(answer),
         source="metamath",
         level=Level.GSM if kind.startswith("GSM") else Level.MATH,
         solution=solution,
         subject=kind or None,
+        rewording_of=problem_id(problem_key(original)) if original and varied else None,
     )
 
 

@@ -73,12 +73,14 @@ _BATCH = 2048
 
 
 _PROBLEM_FIELDS = columns(
-    "id source level problem answer answers_alt subject difficulty solution origin origin_id",
+    "id source level problem answer answers_alt subject difficulty solution origin origin_id "
+    "rewording_of",
     difficulty=pa.int8(),
 )
 PROBLEM_SCHEMA = pa.schema(_PROBLEM_FIELDS, metadata={VERSION_KEY: str(FORMAT_VERSION).encode()})
 """Columns of a problems table; `answers_alt` is a JSON list, `origin` is FILE:ROW, `origin_id` what
-the row called itself, `solution` filled only where asked for."""
+the row called itself, `solution` filled only where asked for, `rewording_of` the id of the problem
+it is a variation of."""
 SET_ASIDE_SCHEMA = pa.schema([*columns("reason detail"), *_PROBLEM_FIELDS[1:]])
 DUPLICATE_SCHEMA = pa.schema(
     columns(
@@ -363,6 +365,7 @@ class _Import:
             "solution": draft.solution if self.settings.keep_solutions else None,
             "origin": f"{self._name}:{row.number}",
             "origin_id": draft.origin_id,
+            "rewording_of": draft.rewording_of,
         }
 
     def _report_hit(self, hit: Hit, record: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Problem files -> `Problem` records: Parquet, JSONL, JSON list or CSV, one row a problem.
 
 Columns: `id`, `problem` (or `question`), `answer`, and optionally `source`, `level`, `answers_alt`
-(a list, or a JSON list as text). A row that cannot be used is left out and reported with its file
-and number; a file that cannot be used is an error.
+(a list, or a JSON list as text) and `rewording_of` (the id of a problem). A row that cannot be used
+is left out and reported with its file and number; a file that cannot be used is an error.
 
 Not covered: solutions, deduplication, decontamination and the readers of named data sets.
 """
@@ -115,6 +115,7 @@ def _problem(
         text=str(text),
         answer=str(answer),
         answers_alt=answers_alt,
+        rewording_of=str(row.get("rewording_of") or ""),
     )
 
 

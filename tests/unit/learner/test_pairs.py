@@ -121,6 +121,27 @@ def test_whole_trajectories_are_compared_for_the_answer():
     assert pairs[0].chosen.startswith("<code>\nc = 3") and "\\boxed{7}" in pairs[0].chosen
 
 
+def test_whole_trajectories_are_of_distinct_programs_on_each_side():
+    def program(source, value, **outcome):
+        wordings = [f"{value}", f"{value}.0"]
+        return last_code(source, *(answer(w, **outcome) for w in wordings), output=value)
+
+    tree = make_tree(
+        program("print(8)", "8", **RIGHT),
+        program("# the same\nprint(8)", "8", **RIGHT),
+        program("print(4 + 4)", "8", **RIGHT),
+        program("print(9)", "9", **WRONG),
+        program("print(7)", "7", **WRONG),
+    )
+    pairs = [p for p in pairs_of(tree) if p.kind is PairKind.ANSWER]
+    assert [(chosen, rejected) for chosen, rejected, _, _ in sources(pairs)] == [
+        ("print(8)", "print(7)"),
+        ("print(8)", "print(9)"),
+        ("print(4 + 4)", "print(7)"),
+        ("print(4 + 4)", "print(9)"),
+    ]
+
+
 def test_tree_with_one_kind_of_outcome_gives_no_pairs():
     assert pairs_of(make_tree(code("a", answered("7", **RIGHT)), code("b"))) == []
     assert pairs_of(make_tree(code("a", answered("8", **WRONG)), code("b", failed()))) == []

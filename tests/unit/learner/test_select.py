@@ -97,6 +97,19 @@ def test_validation_problem_is_in_no_training_data():
     assert not held_out & {p.problem_id for p in dataset.pairs_train}
 
 
+def test_variations_of_a_problem_are_on_the_side_of_their_original():
+    originals = [make_problem(f"p{i}") for i in range(100)]
+    problems = originals + [
+        replace(problem, id=f"{problem.id}-{n}", rewording_of=problem.id)
+        for problem in originals
+        for n in range(2)
+    ]
+    dataset = build([make_tree(right("a = 1"), problem=p) for p in problems], validation_share=0.2)
+    held_out = Counter(e.problem_id.split("-")[0] for e in dataset.sft_validation)
+    assert 10 < len(held_out) < 40
+    assert set(held_out.values()) == {3}
+
+
 def test_split_is_another_one_for_another_seed():
     ids = [f"p{i}" for i in range(200)]
     first, second = (

@@ -94,6 +94,19 @@ def test_trees_that_agree_on_another_answer_make_the_label_suspect() -> None:
     assert (found.mean_value, found.generated_tokens) == (None, 200)
 
 
+def test_wordings_of_one_program_are_one_vote_of_a_tree() -> None:
+    def agreed(index: int) -> Tree:
+        wordings = [f"# {n}\nprint(8)" for n in range(8)]
+        programs = [answered("8", correct=False, source=source) for source in wordings]
+        return make_tree(*programs, problem=make_problem(), index=index)
+
+    few = SuspectConfig(min_answers=3)
+    assert suspect_label([agreed(0), agreed(1)], few) is None
+    found = suspect_label([agreed(0), agreed(1), agreed(2)], few)
+    assert found is not None
+    assert (found.votes, found.num_answers, found.num_trees) == (3, 3, 3)
+
+
 EIGHTS = ["8"] * 4
 
 

@@ -158,10 +158,22 @@ def test_sampling_under_a_token_budget_asks_for_as_many_as_should_fill_it() -> N
     policy = ScriptedPolicy(by_printed("3"))
     result = solve(Method.MAJORITY, policy, num_trajectories=99, max_generated_tokens=10 * each)
     programs = [r for r in policy.requests if r.prompt == QUESTION]
-    assert [r.num_candidates for r in programs] == [4, 6]
-    assert len({r.seed for r in programs}) == 2
+    assert [r.num_candidates for r in programs] == [1, 1, 2, 3, 2, 1]
+    assert len({r.seed for r in programs}) == 6
     assert (len(result.solutions), result.generated_tokens) == (10, 10 * each)
     assert result.notes == (f"token budget of {10 * each} used up",)
+
+
+@pytest.mark.parametrize(("tokens_more", "samples"), [(-6, 10), (6, 10), (-7, 9), (7, 11)])
+def test_samples_come_nearest_to_their_token_budget(tokens_more: int, samples: int) -> None:
+    each = len(program("3")) // 4 + len(answer("3")) // 4
+    assert each == 13
+    budget = 10 * each + tokens_more
+    result = solve(
+        Method.MAJORITY, by_printed("3"), num_trajectories=99, max_generated_tokens=budget
+    )
+    assert len(result.solutions) == samples
+    assert result.notes == (f"token budget of {budget} used up",)
 
 
 def test_seconds_are_read_from_the_clock_that_was_given() -> None:
@@ -201,6 +213,7 @@ def test_beam_keeps_the_best_valued_paths_of_all_and_runs_their_code_step_by_ste
         policy,
         TablePreference(BEAM_VALUES),
         sandbox=sandbox,
+        search=SearchConfig(template="short", num_answer_candidates=3),
         num_trajectories=2,
         beam_candidates=3,
     )
@@ -250,11 +263,16 @@ def test_more_trajectories_than_the_beam_is_wide_are_further_beams_with_other_se
     assert len({s.seed for s in result.solutions}) == 3
 
 
-def test_beam_asks_for_fewer_candidates_where_only_the_answer_can_follow() -> None:
+def test_beam_asks_for_one_candidate_where_only_the_answer_can_follow() -> None:
     policy = ScriptedPolicy(by_printed("3"))
-    search = SearchConfig(template="short", num_answer_candidates=1)
-    solve(Method.BEAM, policy, TablePreference({}), search=search, num_trajectories=1)
+    solve(Method.BEAM, policy, TablePreference({}), num_trajectories=1)
     assert [r.num_candidates for r in policy.requests] == [8, 1]
+
+
+def test_wordings_of_one_answer_take_one_place_of_a_beam() -> None:
+    script = {"": ["<answer>So \\boxed{1.0}<end_of_answer>", answer("1"), answer("2")]}
+    result = solve(Method.BEAM, script, TablePreference({}), num_trajectories=2, beam_candidates=3)
+    assert [s.answer for s in result.solutions] == ["1.0", "2"]
 
 
 def test_beam_ends_at_the_depth_limit_without_an_answer() -> None:
@@ -306,22 +324,42 @@ def test_beam_ranks_paths_the_ppm_gave_no_value_last() -> None:
 
 
 def test_mcts_answers_with_the_vote_of_the_best_valued_answers_it_visited() -> None:
-    # Unvisited answers are taken in generation order; 5 is valued but never visited.
-    texts = [answer("1"), answer("2"), answer("2.0"), answer("5")]
-    values = {answer("1"): 0.9, answer("2"): 0.8, answer("2.0"): 0.7, answer("5"): 0.6}
+    programs = ["a", "b", "b = 0", "d"]
+    script = {f"{p}\n<end_of_step>": [answer(a)] for p, a in zip(programs, "1225", strict=True)}
+    script |= {"<|assistant|>": [f"{p}\n<end_of_step>" for p in programs]}
+    values = {answer("1"): 0.9, answer("2"): 0.8, "b = 0\n<end_of_step>" + answer("2"): 0.7}
     search = SearchConfig(template="short", num_candidates=4)
     result = solve(
         Method.MCTS,
-        {"": texts},
+        script,
         TablePreference(values),
         search=search,
         num_trajectories=3,
     )
-    assert [s.answer for s in result.solutions] == ["1", "2", "2.0"]
+    assert [s.answer for s in result.solutions] == ["1", "2", "2"]
     assert [(r.answer, r.votes, r.value) for r in result.ranked] == [("2", 2, 0.8), ("1", 1, 0.9)]
     (tree,) = result.trees
     assert (tree.num_rollouts, tree.generated_tokens) == (3, result.generated_tokens)
     assert tree.scored_tokens == result.cost.scored_tokens > 0
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_each_distinct_program_of_a_search_has_one_vote(guided: bool) -> None:
+    # Three wordings of one program say 1, two programs say 2.
+    programs = {"a # one": "1", "a # two": "1", "a": "1", "b": "2", "c": "2"}
+    script = {f"{p}\n<end_of_step>": [answer(value)] for p, value in programs.items()}
+    script |= {"<|assistant|>": [f"{p}\n<end_of_step>" for p in programs]}
+    values = {answer("1"): 0.9, "a # two\n<end_of_step>" + answer("1"): 0.95, answer("2"): 0.1}
+    result = solve(
+        Method.MCTS,
+        script,
+        TablePreference(values) if guided else None,
+        search=SearchConfig(template="short", num_candidates=5),
+        num_trajectories=10,  # an exhausted tree, and once more
+    )
+    assert len(result.trees) == 2
+    assert [(r.answer, r.votes) for r in result.ranked] == [("2", 2), ("1", 1)]
+    assert not guided or result.ranked[1].value == 0.95
 
 
 def test_exhausted_tree_is_followed_by_another_until_all_rollouts_are_done() -> None:
@@ -366,9 +404,11 @@ def test_mcts_under_a_token_budget_starts_no_rollout_beyond_it() -> None:
 
 
 def test_without_a_ppm_mcts_does_not_see_the_label_and_lets_all_answers_vote() -> None:
-    texts = [answer("3"), answer("4"), answer("4.0")]  # the label is 3
+    programs = {"a": "3", "b": "4", "c": "4.0"}  # the label is 3
+    script = {f"{p}\n<end_of_step>": [answer(value)] for p, value in programs.items()}
+    script |= {"<|assistant|>": [f"{p}\n<end_of_step>" for p in programs]}
     search = SearchConfig(template="short", num_candidates=3)
-    result = solve(Method.MCTS, {"": texts}, search=search, num_trajectories=3)
+    result = solve(Method.MCTS, script, search=search, num_trajectories=3)
     assert result.answer == "4"
     assert {node.correct for node in result.trees[0].answers()} == {None}
     assert result.notes == ("there is no PPM: majority vote over all 3 solutions",)

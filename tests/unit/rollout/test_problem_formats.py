@@ -14,6 +14,7 @@ from rollout.problems.formats import (
     parse_columns,
 )
 from rollout.problems.rows import ProblemFileError
+from rollout.problems.text import problem_id, problem_key
 
 NUMINA_COT = {
     "source": "amc_aime",
@@ -100,6 +101,15 @@ def test_format_is_told_from_the_columns_and_gives_problem_answer_level_and_sour
     if level != "1":
         assert (draft.level, draft.source) == (level, source)
     assert draft.exclusion is None
+
+
+def test_metamath_says_which_problem_a_row_varies() -> None:
+    convert = converter("metamath")
+    reworded = convert({**METAMATH, "original_question": "What is their number?"}, "file")
+    other = convert({**METAMATH, "query": "So many?", "original_question": "How many? "}, "file")
+    assert reworded.rewording_of == problem_id(problem_key("What is their number?"))
+    assert other.rewording_of == problem_id(problem_key("How many?"))
+    assert convert(METAMATH, "file").rewording_of is None
 
 
 def test_marks_of_a_data_set_are_kept() -> None:

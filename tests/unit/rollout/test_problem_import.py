@@ -118,6 +118,26 @@ def test_every_row_of_every_file_is_kept_or_named_with_its_reason(tmp_path, run)
     assert sum(count for name, count in totals.items() if name != "rows") == 10
 
 
+def test_a_problem_and_its_variations_have_one_original(tmp_path, run):
+    gsm8k = [{"question": COWS, "answer": "So many.\n#### 22"}]
+    metamath = [
+        {
+            "query": f"{beginning} how many cows are there when both herds are at the river?",
+            "response": "The answer is: 22",
+            "type": "GSM_Rephrased",
+            "original_question": COWS,
+        }
+        for beginning in ("Two herds drink in turn;", "If the farmer counts them twice a day,")
+    ]
+    _, out = run(jsonl(tmp_path / "gsm8k.jsonl", gsm8k), jsonl(tmp_path / "m.jsonl", metamath))
+    problems, _ = read_problems(out)
+    assert len({p.id for p in problems}) == 3
+    assert {p.original for p in problems} == {problem_id(problem_key(COWS))}
+    # also when the table is imported once more
+    again, _ = read_problems(run(str(out))[1])
+    assert [p.original for p in again] == [p.original for p in problems]
+
+
 def test_the_table_is_what_runs_read(tmp_path, run):
     rows = [row("What is 1+1?", 2, answers_alt=["two"]), row("What is 2+2?", 4, level="gsm")]
     _, out = run(jsonl(tmp_path / "a.jsonl", rows))

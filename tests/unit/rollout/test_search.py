@@ -75,7 +75,7 @@ def random_search(seed: int, *, ppm: bool, rollouts: int = 8, **config: object) 
                 num_candidates=4,
                 num_rollouts=rollouts,
                 max_depth=5,
-                **config,
+                **{"num_answer_candidates": None, **config},
             ),
             policy=ScriptedPolicy(random_steps),
             preference=TablePreference(lambda t: math.sin(len(t.replace("<code>", ""))))
@@ -135,7 +135,6 @@ def test_two_candidates_two_rollouts_worked_by_hand() -> None:
         [4, 2, "answer", 1, -1.0],
     ]
     assert tree.solved
-    assert tree.nodes[3].multiplicity == 2  # both candidates wrote the same answer
     assert sandbox.open_trees == []
 
 
@@ -279,10 +278,42 @@ def test_no_rollout_starts_beyond_the_token_budget() -> None:
     assert 60 <= tree.generated_tokens < 400
 
 
-def test_answer_expansion_may_ask_for_fewer_candidates() -> None:
+@pytest.mark.parametrize(
+    ("config", "asked"),
+    [({}, [8, 1]), ({"num_answer_candidates": 2}, [8, 2]), ({"preset": "released"}, [8, 8])],
+)
+def test_one_answer_is_asked_for_after_an_output_unless_more_are_wanted(
+    config: dict[str, Any], asked: list[int]
+) -> None:
     policy = ScriptedPolicy({"<|assistant|>": [last("print(3)")], "\n": [answer("3")]})
-    search(policy, num_candidates=8, num_answer_candidates=1, num_rollouts=1)
-    assert [r.num_candidates for r in policy.requests] == [8, 1]
+    search(policy, num_candidates=8, num_rollouts=1, **config)
+    assert [r.num_candidates for r in policy.requests] == asked
+
+
+def test_answers_of_an_expansion_that_say_the_same_are_one_node() -> None:
+    wordings = [
+        "<answer>\\boxed{1/2}<end_of_answer>",
+        "<answer>So \\boxed{2}<end_of_answer>",
+        "<answer>Half: \\boxed{0.5}<end_of_answer>",
+        "<answer>\\boxed{\\frac{1}{2}}<end_of_answer>",
+        "<answer>\\boxed{1/2}<end_of_answer>",
+    ]
+    tree = search(ScriptedPolicy({"": wordings}), num_candidates=5, num_rollouts=8)
+    half, two = tree.nodes[1:]
+    assert half.step is not None and half.step.answer == "1/2"
+    assert (half.multiplicity, two.multiplicity) == (4, 1)
+    assert half.num_tokens + two.num_tokens == tree.generated_tokens
+    # no rollout is spent on a further wording
+    assert (tree.num_rollouts, tree.note) == (2, "exhausted")
+
+
+def test_released_rule_keeps_the_first_answer_with_all_its_wordings() -> None:
+    script = {"": [answer("4"), answer("3"), answer("4.0")]}
+    tree = search(ScriptedPolicy(script), num_candidates=3, num_rollouts=1, preset="released")
+    assert [(n.discard, n.multiplicity) for n in tree.nodes[1:]] == [
+        (None, 2),
+        (Discard.NOT_KEPT, 1),
+    ]
 
 
 def test_preference_values_at_terminals_need_a_ppm() -> None:
@@ -501,7 +532,7 @@ def test_plain_numbers_are_graded_at_once_and_other_answers_off_the_event_loop()
         run_search(
             PROBLEM,
             config=SearchConfig(template="short", num_candidates=4, num_rollouts=4),
-            policy=ScriptedPolicy({"": [answer("3"), answer("6/2"), answer("\\sqrt{9}")]}),
+            policy=ScriptedPolicy({"": [answer("3"), answer("7/2"), answer("\\sqrt{2}")]}),
             preference=None,
             sandbox=ScriptedSandbox(),
             round=1,
@@ -509,7 +540,7 @@ def test_plain_numbers_are_graded_at_once_and_other_answers_off_the_event_loop()
             grade=grade,
         )
     )
-    assert threads == {"3": True, "6/2": True, "\\sqrt{9}": False}
+    assert threads == {"3": True, "7/2": True, "\\sqrt{2}": False}
 
 
 def test_an_answer_is_graded_once_in_a_tree() -> None:
@@ -522,7 +553,9 @@ def test_an_answer_is_graded_once_in_a_tree() -> None:
     tree = asyncio.run(
         run_search(
             PROBLEM,
-            config=SearchConfig(template="short", num_candidates=3, num_rollouts=9),
+            config=SearchConfig(
+                template="short", num_candidates=3, num_answer_candidates=2, num_rollouts=9
+            ),
             policy=ScriptedPolicy(
                 {
                     "<|assistant|>": [last("print(1)"), last("print(2)"), last("print(3)")],

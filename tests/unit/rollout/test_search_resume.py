@@ -40,6 +40,7 @@ def config_of(kind: str) -> tuple[SearchConfig, bool]:
     base: dict[str, object] = {
         "template": "short",
         "num_candidates": 4,
+        "num_answer_candidates": 4,
         "num_rollouts": 10,
         "max_depth": 5,
     }

@@ -70,6 +70,21 @@ def test_ties_go_to_the_first_generated_and_discarded_or_exhausted_never() -> No
     assert chosen is candidates[2]
 
 
+@pytest.mark.parametrize("unvisited", list(Unvisited))
+def test_of_answers_no_rollout_has_reached_the_best_valued_is_next(unvisited: Unvisited) -> None:
+    tree = Tree(problem=PROBLEM, round=3)
+    answers = [node(terminal=Terminal.ANSWER, value=v) for v in (None, -0.9, 0.99, 0.99)]
+    expand(tree, tree.root, [*answers, node(terminal=Terminal.TOO_DEEP)])
+    order = []
+    while True:
+        chosen = select_child(tree, tree.root, exploration=2.0, unvisited=unvisited)
+        if chosen is None:
+            break
+        order.append(chosen.id)
+        chosen.exhausted = True
+    assert order == [3, 4, 2, 1, 5]
+
+
 def test_nothing_left_gives_none() -> None:
     tree = Tree(problem=PROBLEM, round=1)
     expand(tree, tree.root, [node(exhausted=True), node(discard=Discard.EMPTY)])

@@ -44,6 +44,7 @@ def random_trees(draw: st.DrawFn) -> Tree:
             text=draw(word),
             answer=draw(text),
             answers_alt=tuple(draw(st.lists(text, max_size=2))),
+            rewording_of=draw(text),
         ),
         round=draw(st.integers(0, 9)),
         index=draw(st.integers(0, 9)),
@@ -116,6 +117,7 @@ def test_every_field_of_node_tree_and_problem_is_stored() -> None:
         "text": {"problem_text", "step_text"},
         "answer": {"problem_answer", "step_answer"},
         "answers_alt": {"problem_answers_alt"},
+        "rewording_of": {"problem_rewording_of"},
         "kind": {"step_kind"},
         "code": {"step_code"},
         "output": {"step_output"},
@@ -177,7 +179,7 @@ def test_a_file_gives_back_the_table_it_was_written_from() -> None:
     table = trees_to_table([tree, tree])
     back = pq.read_table(io.BytesIO(table_to_bytes(table)))
     assert back.equals(table)
-    assert back.schema.metadata[VERSION_KEY] == b"2"
+    assert back.schema.metadata[VERSION_KEY] == b"3"
     assert table_to_trees(back) == [tree, tree]
 
 
@@ -205,7 +207,7 @@ def test_duckdb_computes_q_without_code_of_ours(tmp_path: Path) -> None:
         f"select decode(value) from parquet_kv_metadata('{path}') "
         "where decode(key) = 'rstar.schema_version'"
     ).fetchall()
-    assert version == [("2",)]
+    assert version == [("3",)]
 
 
 def test_the_document_describes_every_column_with_its_type() -> None:
@@ -266,11 +268,11 @@ def test_a_table_without_a_column_is_refused_by_its_name() -> None:
         table_to_trees(table)
 
 
-@pytest.mark.parametrize("version", ["1", "3", "99"])
+@pytest.mark.parametrize("version", ["1", "2", "99"])
 def test_another_schema_version_is_refused_by_name(version: str) -> None:
     table = trees_to_table([make_tree(code("x = 1"))])
     other = table.replace_schema_metadata({VERSION_KEY: version.encode()})
-    with pytest.raises(ValueError, match=f"schema version {version}, this program reads 2"):
+    with pytest.raises(ValueError, match=f"schema version {version}, this program reads 3"):
         table_to_trees(other)
     with pytest.raises(ValueError, match="schema version none"):
         table_to_trees(table.replace_schema_metadata(None))

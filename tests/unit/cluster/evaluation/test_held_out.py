@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
@@ -28,10 +32,19 @@ def answer(value: str) -> str:
     return f"<answer>\\boxed{{{value}}}<end_of_answer>"
 
 
-def run(policy: ScriptedPolicy, preference: TablePreference | None, **config: object) -> Evaluation:
+TOKENS = ("search_tokens", "sample_tokens")
+
+
+def run(
+    policy: ScriptedPolicy,
+    preference: TablePreference | None,
+    *,
+    problems: Sequence[Problem] = PROBLEMS,
+    **config: object,
+) -> Evaluation:
     return asyncio.run(
         evaluate(
-            PROBLEMS,
+            problems,
             config=EvaluationConfig(**config),  # type: ignore[arg-type]
             search=SearchConfig(template="short"),
             round=1,
@@ -59,33 +72,72 @@ def test_without_a_ppm_only_greedy_is_measured() -> None:
         "all": pytest.approx(2 / 3),
     }
     assert evaluation.shares("majority") is None
+    assert evaluation.search_over_samples_tokens is None
 
 
-def test_search_stops_at_the_tokens_the_samples_used() -> None:
+def test_samples_are_drawn_until_they_took_the_tokens_of_search() -> None:
     policy = ScriptedPolicy(always_three)
-    evaluation = run(policy, TablePreference({}, default=0.1), num_samples=4, num_candidates=2)
+    evaluation = run(policy, TablePreference({}, default=0.1), num_rollouts=3, num_candidates=2)
+    sample = len("print(3)\n<end_of_code>") // 4 + len(answer("3")) // 4
     for result in evaluation.problems:
-        step = max(len("print(3)\n<end_of_code>") // 4, len(answer("3")) // 4)
-        assert result.search_tokens <= result.sample_tokens + 20 * 2 * step
+        assert result.sample_tokens == result.num_samples * sample
+        assert abs(result.search_tokens - result.sample_tokens) <= sample / 2
         assert result.search == (result.problem_id != "b")
+    tokens = [sum(getattr(p, n) for p in evaluation.problems) for n in TOKENS]
+    assert evaluation.search_over_samples_tokens == pytest.approx(tokens[0] / tokens[1])
+    assert evaluation.samples_per_problem == evaluation.problems[0].num_samples
+
+
+@pytest.mark.parametrize(("num_candidates", "num_rollouts"), [(4, 1), (4, 2), (8, 8), (32, 12)])
+def test_search_and_samples_of_uneven_length_have_the_same_tokens_within_five_percent(
+    num_candidates: int, num_rollouts: int
+) -> None:
+    def script(request: GenerationRequest) -> list[str]:
+        """Steps and programs whose lengths differ tenfold."""
+        rng = random.Random(request.seed)
+        if request.prompt.endswith("<end_of_output>\n"):
+            return [answer("3")]
+        whole = "<end_of_step>" not in request.stop
+        end = "<end_of_code>" if whole or rng.random() < 0.4 else "<end_of_step>"
+        return [
+            f"x = '{'y' * int(rng.lognormvariate(5, 0.5) * (3 if whole else 1))}{n}'\n{end}"
+            for n in range(request.num_candidates)
+        ]
+
+    problems = [problem(f"p{n}", Level.GSM, "3") for n in range(40)]
+    evaluation = run(
+        ScriptedPolicy(script),
+        TablePreference(lambda text: math.sin(len(text))),
+        problems=problems,
+        num_rollouts=num_rollouts,
+        num_candidates=num_candidates,
+    )
+    ratio = evaluation.search_over_samples_tokens
+    assert ratio is not None and 0.95 <= ratio <= 1.05, ratio
 
 
 def test_best_of_n_follows_the_ppm_and_majority_the_count() -> None:
+    drawn: Counter[str] = Counter()
+
     def script(request: GenerationRequest) -> list[str]:
         if request.prompt.endswith("<end_of_output>\n"):
             return [answer("3")] if "print(3)" in request.prompt else [answer("4")]
-        # three programs that print 3 and one that prints 4
-        return ["print(3)\n<end_of_code>"] * 3 + ["print(4)\n<end_of_code>"]
+        # of each four programs one prints 4
+        first = drawn[request.prompt]
+        drawn[request.prompt] += request.num_candidates
+        numbers = [4 if (first + n) % 4 == 3 else 3 for n in range(request.num_candidates)]
+        return [f"print({number})\n<end_of_code>" for number in numbers]
 
     likes_four = TablePreference(lambda text: 0.9 if "print(4)" in text else -0.9)
-    evaluation = run(ScriptedPolicy(script), likes_four, num_samples=4)
+    evaluation = run(ScriptedPolicy(script), likes_four, num_rollouts=4)
     by_id = {p.problem_id: p for p in evaluation.problems}
+    assert by_id["a"].num_samples >= 4
     assert (by_id["a"].majority, by_id["a"].best_of_n) == (True, False)
     assert (by_id["b"].majority, by_id["b"].best_of_n) == (False, True)
 
 
 def test_record_is_plain_data_and_reads_back_equal() -> None:
-    evaluation = run(ScriptedPolicy(always_three), TablePreference({}), num_samples=2)
+    evaluation = run(ScriptedPolicy(always_three), TablePreference({}), num_rollouts=2)
     record = json.loads(json.dumps(evaluation.as_record()))
     assert Evaluation.from_record(record) == evaluation
 
@@ -97,7 +149,7 @@ def test_balanced_choice_takes_levels_in_turn() -> None:
 
 def test_problem_that_does_not_fit_the_policy_is_a_wrong_answer_everywhere() -> None:
     too_long = Completion(text="", finish=FinishReason.PROMPT_TOO_LONG)
-    evaluation = run(ScriptedPolicy({"": [too_long]}), TablePreference({}), num_samples=2)
+    evaluation = run(ScriptedPolicy({"": [too_long]}), TablePreference({}), num_rollouts=2)
     for result in evaluation.problems:
         assert (result.greedy, result.majority, result.best_of_n, result.search) == (False,) * 4
         assert (result.any_sample, result.any_search, result.search_tokens) == (False, False, 0)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -55,10 +55,11 @@ def tree_of(
     problem: Problem = PROBLEM,
     count: int = 1,
     values: Callable[[str], float] | None = None,
+    outputs: Mapping[str, str] | None = None,
 ) -> Tree:
     config = MethodConfig(name=method, num_trajectories=count, rollouts_per_tree=2)
     search = SearchConfig.model_validate({"template": "short", "num_candidates": 2})
-    outputs = {f"print({n})": f"{n}\n" for n in range(10)}
+    outputs = {f"print({n})": f"{n}\n" for n in range(10)} | dict(outputs or {})
     return asyncio.run(
         answer_tree(
             Tree(problem=problem, round=1, seed=1),
@@ -160,6 +161,14 @@ def test_a_trajectory_of_mcts_is_its_best_valued_answer() -> None:
     }
 
 
+def test_without_values_every_distinct_program_of_a_tree_is_an_attempt() -> None:
+    script = says(program(4), "<code>\n# so\nprint(4)\n<end_of_code>")
+    outputs = {"print(4)": "4\n", "# so\nprint(4)": "4\n"}
+    tree = tree_of(Method.MCTS, script, problem=of_trajectory(PROBLEM, 0), outputs=outputs)
+    assert len([n for n in tree.answers() if n.visit_count]) == 2
+    assert [a.answer for a in attempts_of(Arm.MCTS, [tree]).attempts] == ["4"]
+
+
 def test_beam_has_budgets_of_whole_beams_only() -> None:
     asked = scoring(Arm.BEAM, made=4, width=2)
     assert asked.own_budgets == (2, 4)
@@ -199,6 +208,25 @@ def test_summary_counts_every_problem_and_adds_up() -> None:
     assert summary.outcomes == {"right": 1, "search failed": 1}
     assert summary.gpu_seconds is None
     assert [row["score"] for row in result_rows(results)] == [1.0, 0.0]
+
+
+def test_tokens_of_search_are_set_against_those_of_as_many_samples() -> None:
+    script = says(program(4), program(3))
+    found = attempts_of(Arm.SAMPLES, [tree_of(Method.MAJORITY, script, count=2)])
+    asked = scoring(Arm.SAMPLES, made=2, methods=[Method.MAJORITY], budgets=(1, 2))
+    results = score_problem(PROBLEM, found, asked)
+    trees = [
+        tree_of(Method.MCTS, script, problem=of_trajectory(PROBLEM, n), values=lambda text: 0.0)
+        for n in range(2)
+    ]
+    searched = attempts_of(Arm.MCTS, trees)
+    results += score_problem(PROBLEM, searched, scoring(Arm.MCTS, made=2, budgets=(1, 2)))
+    ratios = {(s.method, s.budget): s.tokens_over_samples for s in summarise(results)}
+    of_samples = sum(a.generated_tokens for a in found.attempts)
+    of_trees = sum(tree.generated_tokens for tree in trees)
+    assert ratios["majority", 2] == 1.0
+    assert ratios["mcts", 2] == pytest.approx(of_trees / of_samples)
+    assert ratios["mcts", 1] == pytest.approx(of_trees / of_samples)
 
 
 def test_reliability_counts_valued_answers_by_what_the_ppm_said() -> None:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from cluster.fleet.config import ClusterConfig
+from cluster.fleet.config import ClusterConfig, HardProblemsConfig
 from cluster.fleet.rollouts import RENEW_S, Rollout, _TimeLeft, queue_config
 from cluster.fleet.stages import RolloutStage
 from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.escalation import StageCost
 from cluster.jobs.queue import StagePlan
+from rollout.problem import Problem
 from rollout.search import SearchConfig, SearchError
-from rollout.store import Totals
+from rollout.store import RunStore, Totals, TrajectoryStore
+from tests.builders import answer, failed, make_problem, make_tree
 
 
 def test_job_in_work_is_not_granted_again_after_a_restart_of_the_coordinator(
@@ -48,21 +52,61 @@ def test_time_left_leaves_out_what_an_earlier_process_did() -> None:
     assert left.share(100, Totals()) == pytest.approx(1.0)
 
 
-def rollout(**cluster: Any) -> Rollout:
-    config = SimpleNamespace(cluster=ClusterConfig(**cluster))
-    stages = [RolloutStage(name="base", search=SearchConfig())]
+def rollout(
+    *,
+    trees: Any = None,
+    problems: dict[str, Problem] | None = None,
+    stages: Sequence[RolloutStage] = (),
+    **cluster: Any,
+) -> Rollout:
+    config = SimpleNamespace(
+        cluster=ClusterConfig(**cluster), hard_problems=HardProblemsConfig(), seed=0
+    )
     unused: Any = None
     return Rollout(
         config=cast(Any, config),
         pools=unused,
         meter=unused,
-        trees=unused,
-        problems={},
-        stages=stages,
+        trees=trees,
+        problems=problems or {},
+        stages=[RolloutStage(name="base", search=SearchConfig()), *stages],
         preference=False,
         versions={},
         on_progress=lambda done, total, facts: None,
     )
+
+
+def test_a_further_tree_is_for_what_the_one_before_left_unsolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees = TrajectoryStore(RunStore(str(tmp_path)), 1)
+    solved_in = {"easy": "base", "hard": "again-tree0", "harder": "again-tree1", "never": ""}
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    async def search(self: Rollout, plan: StagePlan, time_left: _TimeLeft) -> None:
+        asked.append((plan.stage, tuple(sorted(plan.problem_ids))))
+        made = [
+            make_tree(
+                answer("7", correct=True) if solved_in[name] == plan.stage else failed(),
+                problem=self.problems[name],
+                index=plan.tree_index,
+            )
+            for name in plan.problem_ids
+        ]
+        trees.commit(plan.stage, made, info={})
+
+    monkeypatch.setattr(Rollout, "_run_stage", search)
+    again = RolloutStage(name="again", search=SearchConfig(), trees=3, unsolved_only=True)
+    seen = rollout(
+        trees=trees, problems={name: make_problem(name) for name in solved_in}, stages=[again]
+    )
+    asyncio.run(seen._run_stages())
+    assert asked == [
+        ("base", ("easy", "hard", "harder", "never")),
+        ("again-tree0", ("hard", "harder", "never")),
+        ("again-tree1", ("harder", "never")),
+        ("again-tree2", ("never",)),
+    ]
 
 
 def test_a_policy_that_writes_no_steps_stops_the_rollout_with_an_example() -> None:

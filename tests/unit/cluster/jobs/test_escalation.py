@@ -7,7 +7,7 @@ import pytest
 from cluster.jobs.escalation import StageCost, plan_escalation, rollout_share
 from rollout.difficulty import SuspectConfig
 from rollout.store import RunStore, TrajectoryStore
-from tests.builders import answer, failed, make_problem, make_tree
+from tests.builders import answer, answered, code, failed, make_problem, make_tree
 
 WRONG = ["8"] * 4
 
@@ -60,6 +60,27 @@ def test_suspects_are_searched_on_and_named_by_default(tmp_path):
     assert made.search == ["agreed", "costly", "never-searched", "nothing", "open", "unreached"]
     assert [s.problem_id for s in made.suspects] == ["agreed"]
     assert not made.ended
+
+
+def test_wordings_of_one_program_do_not_add_up_to_a_suspect(tmp_path):
+    trees = TrajectoryStore(RunStore(str(tmp_path)), 1)
+    problem = make_problem(answer="7")
+
+    def commit(name, index, sources):
+        found = [code("a = 1", *(answered("8", correct=False, source=s) for s in sources))]
+        trees.commit(name, [make_tree(*found, problem=problem, index=index)], info={})
+
+    commit("first", 0, [f"print(8) # {n}" for n in range(8)])
+    commit("second", 1, ["print(8)", "print(4 + 4)"])
+    made = plan_escalation(
+        trees,
+        {problem.id: problem},
+        suspect=SuspectConfig(min_answers=3),
+        leave_suspects=False,
+        max_generated_tokens=None,
+    )
+    (suspect,) = made.suspects
+    assert (suspect.votes, suspect.num_answers, suspect.num_trees) == (3, 3, 2)
 
 
 def test_share_of_a_rollout_counts_the_escalation_to_come() -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cluster.reports.evaluation_page import (
     benchmark_names,
+    long_cells,
     markdown,
     notes,
     page,
@@ -27,6 +28,7 @@ def summary(benchmark: str, method: str, budget: int, mean: float, **own: Any) -
         "scored_tokens": 0.0,
         "seconds": 1.5,
         "gpu_seconds": None,
+        "tokens_over_samples": None,
     } | own
 
 
@@ -68,6 +70,7 @@ def report() -> dict[str, Any]:
             summary("math500", "greedy", 1, 0.5),
             summary("math500", "majority", 1, 0.45),
             summary("math500", "majority", 8, 0.625, gpu_seconds=2.25),
+            summary("math500", "mcts", 8, 0.6, tokens_over_samples=35.128),
         ],
         "config": {"seed": 3},
         "hardware": {"cores": 2, "cpu": "test"},
@@ -120,3 +123,10 @@ def test_page_is_one_file_without_scripts_or_requests(tmp_path: Path) -> None:
     written = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert written.keys() == {"evaluation.md", "accuracy.png", "reliability.png", "report.html"}
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tokens_of_a_method_stand_beside_those_of_as_many_samples() -> None:
+    assert "35.13" in printed(160)
+    header, rows = long_cells(report(), ["math500"])
+    at = header.index("over as many samples")
+    assert [row[at] for row in rows] == ["", "", "", "35.13"]

@@ -101,7 +101,7 @@ def write_run(root: Path) -> Path:
         "name": "small <run>",
         "cold_start": {"greedy": shares(0.1)},
         "rounds": [entry],
-        "evaluation": {"num_problems": 300, "num_search_problems": 150, "num_samples": 4},
+        "evaluation": {"num_problems": 300, "num_search_problems": 150, "num_rollouts": 4},
         "seconds_total": 99.4,
         "config": {
             "seed": 3,

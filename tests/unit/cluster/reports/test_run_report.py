@@ -22,6 +22,7 @@ def report() -> dict[str, Any]:
         "majority": None,
         "best_of_n": shares(0.3),
         "search": {**shares(0.2), "olympiad": None},
+        "search_over_samples_tokens": 1.014,
         "ppm_pair_accuracy": 0.615,
         "trees": 12,
         "trajectories": 30,
@@ -38,7 +39,7 @@ def report() -> dict[str, Any]:
         "name": "t",
         "cold_start": {"greedy": shares(0.1)},
         "rounds": [{"round": 1, **entry}, {"round": 2, **entry}],
-        "evaluation": {"num_problems": 300, "num_search_problems": 150, "num_samples": 4},
+        "evaluation": {"num_problems": 300, "num_search_problems": 150, "num_rollouts": 4},
         "seconds_total": 99.4,
         "config": {"seed": 3},
     }
@@ -65,7 +66,7 @@ def test_table_fits_eighty_columns_and_adds_up_what_was_lost() -> None:
         *("1", "100", "50", "50", "50"),
         *("40", "40", "40", "40"),
         *("30", "30", "30", "30"),
-        *("20", "20", "-", "20", "61.5"),
+        *("20", "20", "-", "20", "1.01", "61.5"),
     ]
 
 

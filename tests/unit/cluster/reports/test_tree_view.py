@@ -127,8 +127,8 @@ def test_a_file_of_another_schema_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_with(tmp_path, [solved_tree()])
-    monkeypatch.setattr("rollout.table.SCHEMA_VERSION", 3)
-    with pytest.raises(StoreError, match="schema version 2, this program reads 3"):
+    monkeypatch.setattr("rollout.table.SCHEMA_VERSION", 4)
+    with pytest.raises(StoreError, match="schema version 3, this program reads 4"):
         show_tree(run, "p1", Console(file=io.StringIO()))
 
 

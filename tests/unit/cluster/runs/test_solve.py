@@ -229,8 +229,8 @@ class FakeFleet:
     @staticmethod
     def _write(request: GenerationRequest) -> list[str]:
         if request.prompt.endswith("<end_of_output>\n"):
-            return [SEVEN, NINE]
-        return ["print(3 + 4)\n<end_of_code>"]
+            return [SEVEN if "print(3 + 4)" in request.prompt else NINE]
+        return ["print(3 + 4)\n<end_of_code>", "print(4 + 5)\n<end_of_code>"]
 
     async def start(self, policy: Path, *, version: str, learner: bool) -> None:
         print("noise of a library")
