@@ -30,11 +30,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from learner.dataset import Demonstration, SFTExample, writing_dataset
+from learner.dataset import Demonstration, SFTExample, unusable, writing_dataset
 from learner.pairs import PairConfig, PreferencePair, program_key, tree_pairs
 from learner.spill import SortedSpill
 from rollout.problem import Problem
-from rollout.prompt import PromptTemplate, render_segments
+from rollout.prompt import PromptTemplate, Step, render_segments
 from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Tree
 
@@ -92,6 +92,8 @@ class _Found:
     programs: dict[bytes, Trajectory]
     """Digest of a program -> the tree's best correct trajectory that holds it."""
     pairs: tuple[PreferencePair, ...]
+    excluded: Counter[str]
+    """Reason -> correct trajectories and pairs that no dataset can hold."""
 
 
 def is_validation(problem_id: str, config: DatasetConfig) -> bool:
@@ -121,8 +123,9 @@ def select_dataset(
         The manifest. Its `counts` are level (and "all") -> name -> count, of problems, solved,
         trees, trajectories_correct, trajectories_kept, sft_train, sft_validation, demonstrations,
         pairs_train, pairs_validation; its `excluded` are level -> reason -> count: of problems
-        unsolved, low_accuracy; of correct trajectories same_program, beyond_top; of pairs
-        duplicate_pair, contradicted_pair, low_accuracy_pair.
+        unsolved, low_accuracy; of correct trajectories and demonstrations empty, unrenderable (a
+        lone surrogate, which no file can hold), of trajectories same_program, beyond_top; of pairs
+        empty_pair, unrenderable_pair, duplicate_pair, contradicted_pair, low_accuracy_pair.
     Raises:
         DatasetError: the disk is full.
     """
@@ -162,10 +165,23 @@ def _found(tree: Tree, template: PromptTemplate, config: DatasetConfig) -> _Foun
     """What a tree may give, before the other trees of its problem are known."""
     judged = [t for t in trajectories(tree) if t.correct is not None]
     correct = [t for t in judged if t.correct]
+    excluded: Counter[str] = Counter()
     programs: dict[bytes, Trajectory] = {}
     for trajectory in correct:
+        reason = _unusable(tree.problem.text, trajectory.steps, template)
+        if reason is not None:
+            excluded[reason] += 1
+            continue
         key = hashlib.sha256(program_key(trajectory.steps).encode(errors="replace")).digest()
         programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
+    pairs = []
+    for pair in tree_pairs(tree, template=template, config=config.pairs):
+        sides = pair.chosen, pair.rejected
+        reason = unusable([pair.prefix, *sides], trained=sides)
+        if reason is None:
+            pairs.append(pair)
+        else:
+            excluded[f"{reason}_pair"] += 1
     return _Found(
         problem=tree.problem,
         round=tree.round,
@@ -173,8 +189,16 @@ def _found(tree: Tree, template: PromptTemplate, config: DatasetConfig) -> _Foun
         answered=len(judged),
         correct=len(correct),
         programs=programs,
-        pairs=tuple(tree_pairs(tree, template=template, config=config.pairs)),
+        pairs=tuple(pairs),
+        excluded=excluded,
     )
+
+
+def _unusable(question: str, steps: Sequence[Step], template: PromptTemplate) -> str | None:
+    """As `unusable`, of a solution."""
+    segments = render_segments(question, steps, template)
+    written = "".join(segment.text for segment in segments if segment.trained)
+    return unusable([segment.text for segment in segments], trained=[written])
 
 
 def _tree_order(found: _Found) -> tuple[int, int]:
@@ -203,12 +227,14 @@ class _Selection:
         # The best trajectory of each program over all trees.
         programs: dict[bytes, Trajectory] = {}
         for found in members:
+            excluded.update(found.excluded)
             for key, trajectory in found.programs.items():
                 programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
         if correct:
             counts["trajectories_correct"] += correct
-        if correct > len(programs):
-            excluded["same_program"] += correct - len(programs)
+        usable = correct - sum(f.excluded["empty"] + f.excluded["unrenderable"] for f in members)
+        if usable > len(programs):
+            excluded["same_program"] += usable - len(programs)
         kept: list[Trajectory] = []
         # A made problem answered right so rarely that its reference must be wrong.
         mislabelled = (
@@ -216,10 +242,10 @@ class _Selection:
             and problem.source in config.synthetic_sources
             and correct < config.min_synthetic_accuracy * answered
         )
-        if not programs:
-            excluded["unsolved"] += 1
-        else:
+        if correct:
             counts["solved"] += 1
+        else:
+            excluded["unsolved"] += 1
         if mislabelled:
             excluded["low_accuracy"] += 1
         elif programs:
@@ -244,6 +270,10 @@ class _Selection:
         for demonstration in demonstrations:
             counts = self.counts[demonstration.level]
             counts["demonstrations"] += 1
+            reason = _unusable(demonstration.problem, demonstration.steps, template)
+            if reason is not None:
+                self.excluded[demonstration.level][reason] += 1
+                continue
             counts["sft_train"] += repeat
             segments = render_segments(demonstration.problem, demonstration.steps, template)
             example = SFTExample(
