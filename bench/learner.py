@@ -420,7 +420,7 @@ def measure_mfu(tokens_per_step: int = 65536, steps: int = 6) -> dict[str, float
         trained=[],
         pack=pack,
         denominator=lambda step: float(tokens_per_step),
-        skipped_long=0,
+        left_out={},
     )
     engine, _ = make_engine(objective, config)
     choose_attention(objective, config, engine.device)

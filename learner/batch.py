@@ -15,9 +15,9 @@ Shapes: T tokens of a row, B texts, P positions that a loss reads, R pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Self
 
 import numpy as np
@@ -63,7 +63,7 @@ class PairGroup:
     Q-value of the step."""
     kind: PairKind
     num_shared: int
-    """Tokens that all texts begin with; each has at least one more."""
+    """Tokens that all texts begin with; each that is not empty has at least one more."""
 
     @property
     def length(self) -> int:
@@ -196,67 +196,87 @@ def _one_by_one(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int],
     return [token for ids in pieces for token in ids], trained
 
 
-def tokenise_pairs(tokenizer: Any, pairs: Iterable[PreferencePair]) -> Iterator[PairGroup]:
-    """Group pairs by node and tokenise each distinct text of a node once; order kept.
-
-    The pairs of a node follow each other, as in every dataset.
-    """
+def nodes_of(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
+    """Pairs by node, order kept: those of a node follow each other, as in every dataset."""
     for _, members in groupby(pairs, key=_node_of):
-        yield _group(tokenizer, list(members))
+        yield list(members)
 
 
 def _node_of(pair: PreferencePair) -> tuple[Any, ...]:
     return pair.problem_id, pair.round, pair.tree_index, pair.kind, pair.node, pair.prefix
 
 
-def _group(tokenizer: Any, members: Sequence[PreferencePair]) -> PairGroup:
-    kind = members[0].kind
-    chosen = {pair.chosen for pair in members}
+def tokenise_pairs(tokenizer: Any, pairs: Iterable[PreferencePair]) -> list[PairGroup]:
+    """Group pairs by node and tokenise each distinct text of a node once, all nodes together."""
+    nodes = list(nodes_of(pairs))
+    values = [_values(members) for members in nodes]
+    wanted = []
+    for members, own in zip(nodes, values, strict=True):
+        prefix = Segment(text=members[0].prefix, trained=False)
+        chosen = {pair.chosen for pair in members}
+        wanted += [[prefix, Segment(text=text, trained=text in chosen)] for text in own]
+    texts = iter(tokenise_texts(tokenizer, wanted, end_of_sequence=False))
+    return [
+        _group(members, own, tuple(islice(texts, len(own))))
+        for members, own in zip(nodes, values, strict=True)
+    ]
+
+
+def _values(members: Sequence[PreferencePair]) -> dict[str, float]:
+    """The distinct texts after the prefix of a node, and the target of each."""
     values: dict[str, float] = {}
     for pair in members:
         values.setdefault(pair.chosen, 1.0)
         values.setdefault(pair.rejected, -1.0)
+    return values
+
+
+def _group(
+    members: Sequence[PreferencePair],
+    values: Mapping[str, float],
+    texts: tuple[TokenisedText, ...],
+) -> PairGroup:
     numbers = {text: number for number, text in enumerate(values)}
-    prefix = Segment(text=members[0].prefix, trained=False)
-    texts = tokenise_texts(
-        tokenizer,
-        [[prefix, Segment(text=text, trained=text in chosen)] for text in values],
-        end_of_sequence=False,
-    )
     return PairGroup(
-        texts=tuple(texts),
+        texts=texts,
         chosen=tuple(numbers[pair.chosen] for pair in members),
         rejected=tuple(numbers[pair.rejected] for pair in members),
         weights=tuple(pair.weight for pair in members),
         targets=tuple(values.values()),
-        kind=kind,
+        kind=members[0].kind,
         num_shared=_num_shared([text.ids for text in texts]),
     )
 
 
-def tokenise_nodes(tokenizer: Any, nodes: Iterable[ValuedNode]) -> Iterator[PairGroup]:
+def tokenise_nodes(tokenizer: Any, nodes: Iterable[ValuedNode]) -> list[PairGroup]:
     """Each node's steps as a group without pairs, their Q-values as targets; order kept."""
+    nodes = list(nodes)
+    wanted = [
+        [Segment(text=node.prefix, trained=False), Segment(text=step.text, trained=step.q > 0)]
+        for node in nodes
+        for step in node.steps
+    ]
+    texts = iter(tokenise_texts(tokenizer, wanted, end_of_sequence=False))
+    groups = []
     for node in nodes:
-        prefix = Segment(text=node.prefix, trained=False)
-        texts = tokenise_texts(
-            tokenizer,
-            [[prefix, Segment(text=step.text, trained=step.q > 0)] for step in node.steps],
-            end_of_sequence=False,
+        own = tuple(islice(texts, len(node.steps)))
+        groups.append(
+            PairGroup(
+                texts=own,
+                chosen=(),
+                rejected=(),
+                weights=(),
+                targets=tuple(step.q for step in node.steps),
+                kind=PairKind.STEP,
+                num_shared=_num_shared([text.ids for text in own]),
+            )
         )
-        yield PairGroup(
-            texts=tuple(texts),
-            chosen=(),
-            rejected=(),
-            weights=(),
-            targets=tuple(step.q for step in node.steps),
-            kind=PairKind.STEP,
-            num_shared=_num_shared([text.ids for text in texts]),
-        )
+    return groups
 
 
 def _num_shared(rows: Sequence[np.ndarray]) -> int:
     """Leading ids that all rows share, at least one of each left over."""
-    limit = min(len(row) for row in rows) - 1
+    limit = max(min(len(row) for row in rows) - 1, 0)
     first = rows[0][:limit]
     for row in rows[1:]:
         differ = np.flatnonzero(first != row[: len(first)])

@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,23 @@ class Demonstration:
     level: str
     problem: str
     steps: tuple[Step, ...]
+
+
+def unusable(texts: Iterable[str], trained: Iterable[str]) -> str | None:
+    """Why an example cannot be stored and trained on: "empty" or "unrenderable"; None: it can.
+
+    Args:
+        texts: all of it; one with a lone surrogate, which no UTF-8 file can hold, is unrenderable.
+        trained: of which each must hold something.
+    """
+    if not all(trained):
+        return "empty"
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        return "unrenderable"
+    return None
 
 
 class DatasetWriter:

@@ -300,8 +300,9 @@ class FitResult:
     """CPU seconds of this rank's process while it trained, in this attempt; far below
     `seconds_train` where it waited for a peer or a busy machine."""
     seconds_save: float
-    skipped_long: int
-    """Examples over max_sequence_tokens."""
+    left_out: Mapping[str, int]
+    """Reason -> training examples: too_long (over max_sequence_tokens), empty (no token to train
+    on), untokenisable (refused by the tokenizer)."""
     metrics: dict[str, float] = field(default_factory=dict)
     """On the validation problems. Policy: loss, num_examples. PPM: pair_accuracy,
     pair_accuracy_{step,answer}, pair_margin, value_chosen, value_rejected, value_correct,

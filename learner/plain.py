@@ -8,14 +8,15 @@ the PPM: chosen_q and rejected_q, in [-1, 1], what the regression objective lear
 and -1 where there is none. Without a validation file a share of the prompts is held out, by hash:
 rows of one prompt never stand on both sides.
 
-A file is read twice, row by row: once to see that all of it can be used, once to write it. Pairs
-are sorted by prompt on the way, on disk.
+A file is read twice, row by row: once to see what of it can be used, once to write that. Rows that
+cannot be trained on are left out and counted. Pairs are sorted by prompt on the way, on disk.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from learner.checkpoint import Kind
-from learner.dataset import DatasetError, SFTExample, read_rows, writing_dataset
+from learner.dataset import DatasetError, SFTExample, read_rows, unusable, writing_dataset
 from learner.pairs import PairKind, PreferencePair, ValuedNode, ValuedStep
 from learner.select import DatasetConfig, is_validation
 from learner.spill import SortedSpill
 from rollout.prompt import PromptTemplate, Segment, render_question
+
+logger = logging.getLogger(__name__)
 
 _Q_COLUMNS = {"chosen_q": 1.0, "rejected_q": -1.0}
 """Name -> what a text counts as that has none."""
@@ -46,22 +49,29 @@ def write_plain_dataset(
 ) -> dict[str, Any]:
     """A dataset directory of one kind from files, which are read row by row; returns its manifest.
 
+    Its `excluded` counts the rows that are left out: empty (a column holds no text), unrenderable
+    (a lone surrogate, which no file can hold), same_text (chosen is rejected).
+
     Args:
         validation: held-out rows; None: the `validation_share` of the prompts is.
         template: renders prompts as questions; None: they are used as they are.
     Raises:
-        DatasetError: a file or column is missing, a row is empty or its Q-value is not in [-1, 1],
-            all texts of a pair set are of one class, or the disk is full.
+        DatasetError: a file or column is missing, a Q-value is not in [-1, 1], no row of a file can
+            be used, all texts of a pair set are of one class, or the disk is full.
     """
     counts: Counter[str] = Counter()
+    excluded: Counter[str] = Counter()
     name = "sft" if kind == "policy" else "pairs"
     with writing_dataset(directory) as writer:
         for path, held_out in ((train, False), (validation, True)):
             if path is None:
                 continue
-            _check(path, kind)
+            left_out = _check(path, kind)
+            excluded += left_out
+            if left_out:
+                logger.warning("rows are left out. file=%s %s", path, _listed(left_out))
             rows = (
-                (_example(row, template) for row in _rows(path))
+                (_example(row, template) for row in _usable_rows(path, kind))
                 if kind == "policy"
                 else _pairs(path, template, directory)
             )
@@ -80,7 +90,7 @@ def write_plain_dataset(
         return writer.commit(
             template=template.name if template is not None else None,
             counts={"all": dict(counts)},
-            excluded={"all": {}},
+            excluded={"all": dict(excluded)},
             info={"files": [str(path) for path in (train, validation) if path is not None]},
         )
 
@@ -105,7 +115,7 @@ def _pairs(
     """Pairs of whole solutions, those of a prompt together, weighted 1 / (chosen * rejected), and
     after them its solutions with their Q-values."""
     with SortedSpill[dict[str, Any]](folder) as spill:
-        for number, row in enumerate(_rows(path)):
+        for number, row in enumerate(_usable_rows(path, "ppm")):
             spill.add((_problem_id(row["prompt"]), number), row)
         for problem_id, group in groupby(spill, key=lambda row: _problem_id(row["prompt"])):
             rows = list(group)
@@ -114,8 +124,6 @@ def _pairs(
             )
             values: dict[str, float] = {}
             for row in rows:
-                if row["chosen"] == row["rejected"]:
-                    continue
                 chosen_q, rejected_q = (
                     float(default if row.get(name) is None else row[name])
                     for name, default in _Q_COLUMNS.items()
@@ -165,25 +173,44 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check(path: Path, kind: Kind) -> None:
-    """Read a file once to see that all of its rows can be used. Raises DatasetError."""
+def _usable_rows(path: Path, kind: Kind) -> Iterator[Any]:
+    return (row for row in _rows(path) if _unusable(row, kind) is None)
+
+
+def _unusable(row: dict[str, Any], kind: Kind) -> str | None:
+    """Why a row cannot be trained on; None: it can."""
+    texts: list[Any] = [row.get(name) for name in COLUMNS[kind]]
+    if not all(isinstance(text, str) for text in texts):
+        return "empty"
+    if kind == "ppm" and row["chosen"] == row["rejected"]:
+        return "same_text"
+    return unusable(texts, trained=texts)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return " ".join(f"{reason}={count}" for reason, count in counts.items())
+
+
+def _check(path: Path, kind: Kind) -> Counter[str]:
+    """Read a file once; why how many of its rows cannot be used. Raises DatasetError: none can."""
     needed = COLUMNS[kind]
     present: set[str] = set()
-    bad: str | None = None
-    num_rows = num_same = 0
+    left_out: Counter[str] = Counter()
+    num_rows = 0
     for number, row in enumerate(_rows(path), start=1):
         if not isinstance(row, dict):
             raise DatasetError(f"{path}: expected one JSON object with named columns per line")
         num_rows = number
         present |= {name for name, value in row.items() if value}
-        empty = [name for name in needed if not isinstance(row.get(name), str) or not row[name]]
-        if empty and bad is None:
-            bad = f"{path}, row {number}: {empty[0]} is empty or no text"
         for name in _Q_COLUMNS if kind == "ppm" else ():
             q = row.get(name)
-            if q is not None and bad is None and not (_is_number(q) and -1.0 <= q <= 1.0):
-                bad = f"{path}, row {number}: {name} must be a number in [-1, 1], got {q!r}"
-        num_same += kind == "ppm" and row.get("chosen") == row.get("rejected")
+            if q is not None and not (_is_number(q) and -1.0 <= q <= 1.0):
+                raise DatasetError(
+                    f"{path}, row {number}: {name} must be a number in [-1, 1], got {q!r}"
+                )
+        reason = _unusable(row, kind)
+        if reason is not None:
+            left_out[reason] += 1
     if not num_rows:
         raise DatasetError(f"{path} holds no rows")
     missing = [name for name in needed if name not in present]
@@ -198,10 +225,11 @@ def _check(path: Path, kind: Kind) -> None:
         raise DatasetError(
             f"{path}: no column {missing[0]!r} (a {kind} set has {', '.join(needed)}){hint}"
         )
-    if bad is not None:
-        raise DatasetError(bad)
-    if num_same == num_rows:
+    if left_out["same_text"] == num_rows:
         raise DatasetError(
             f"{path}: chosen and rejected are the same text in all {num_rows} rows; a PPM needs "
             "both classes"
         )
+    if left_out.total() == num_rows:
+        raise DatasetError(f"{path}: no row can be trained on: {_listed(left_out)}")
+    return left_out

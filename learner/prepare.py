@@ -2,13 +2,14 @@
 
     FitRequest --prepare--> tokenizer, tasks (train, validation), objective
 
-Every rank prepares the same. Not covered: models that do not fit into the host memory of one rank
-while they are loaded.
+Every rank prepares the same, and texts are tokenised by all of them together. Not covered: models
+that do not fit into the host memory of one rank while they are loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ import torch
 
 from learner.attention import choose_backend
 from learner.batch import check_markers
-from learner.checkpoint import CheckpointStore
 from learner.dataset import read_manifest
 from learner.fit import (
     FitRequest,
@@ -31,7 +31,7 @@ from learner.fit import (
 )
 from learner.objectives import PolicyObjective, PreferenceObjective, untied_output
 from learner.preference_model import load_preference_model, new_preference_model
-from learner.spill import disk_is_full, no_room
+from learner.ranks import on_all_ranks
 from learner.task import Task, policy_task, preference_task
 
 Objective = PolicyObjective | PreferenceObjective
@@ -49,17 +49,32 @@ class Prepared:
 
 
 def prepare(request: FitRequest, tell: Tell = lambda phase, done, total: None) -> Prepared:
-    """Read, tokenise and load.
+    """Read, tokenise and load; every rank calls it.
 
     Args:
         tell: told (phase, done, total) as it goes.
     Raises:
-        LearnerError: no checkpoint, nothing to train on, or no room for the token ids.
-        DatasetError, OSError, ValueError: something cannot be read.
+        LearnerError: no checkpoint, nothing to train on, no room for the token ids, or something
+            cannot be read; alike on all ranks.
     """
+    fit_id = request.fit_id
+    tokenizer = on_all_ranks(lambda: _load_tokenizer(request), fit_id)
+    make = policy_task if isinstance(request.config, PolicyTrainConfig) else preference_task
+    splits = ("train", "validation")
+    totals = on_all_ranks(lambda: [_rows(request, split) for split in splits], fit_id)
+    # A disk of this machine, which checkpoints need not be on.
+    spill = on_all_ranks(lambda: Path(tempfile.gettempdir()), fit_id)
+    train, validation = (
+        make(tokenizer, request, split, spill=spill, on_read=partial(_tell_rows, tell, total))
+        for split, total in zip(splits, totals, strict=True)
+    )
+    objective = on_all_ranks(lambda: _load_objective(request, len(tokenizer)), fit_id)
+    return Prepared(tokenizer=tokenizer, objective=objective, train=train, validation=validation)
+
+
+def _load_tokenizer(request: FitRequest) -> Any:
     from transformers import AutoTokenizer
 
-    config = request.config
     if not (Path(request.base) / "config.json").is_file():
         raise LearnerError(f"no checkpoint in {request.base} (config.json is missing)")
     try:
@@ -67,24 +82,12 @@ def prepare(request: FitRequest, tell: Tell = lambda phase, done, total: None) -
     except (OSError, ValueError) as error:
         raise LearnerError(f"no tokenizer in checkpoint {request.base}: {error}") from error
     check_markers(tokenizer, where=request.base)
-    task = policy_task if isinstance(config, PolicyTrainConfig) else preference_task
-    spill = CheckpointStore(request.checkpoints).folder(request.kind, request.round)
-    try:
-        spill.mkdir(parents=True, exist_ok=True)
-        train, validation = (
-            task(
-                tokenizer,
-                request,
-                split,
-                spill=spill,
-                on_read=partial(_tell_rows, tell, _rows(request, split)),
-            )
-            for split in ("train", "validation")
-        )
-    except OSError as error:
-        if disk_is_full(error):
-            raise LearnerError(no_room(error, request.checkpoints)) from error
-        raise
+    return tokenizer
+
+
+def _load_objective(request: FitRequest, num_tokens: int) -> Objective:
+    """The model to start from, for a tokenizer of so many tokens."""
+    config = request.config
     objective: Objective
     with quiet_loading():
         if isinstance(config, PolicyTrainConfig):
@@ -94,15 +97,15 @@ def prepare(request: FitRequest, tell: Tell = lambda phase, done, total: None) -
             lm_head = untied_output(request.base) if config.lm_weight else None
             objective = PreferenceObjective(model, config, lm_head)
     vocabulary = num_embeddings(objective)
-    if len(tokenizer) > vocabulary:
+    if num_tokens > vocabulary:
         raise LearnerError(
-            f"checkpoint {request.base} does not fit its tokenizer: {len(tokenizer)} tokens, "
+            f"checkpoint {request.base} does not fit its tokenizer: {num_tokens} tokens, "
             f"{vocabulary} embeddings"
         )
     if config.gradient_checkpointing:
         objective.model.gradient_checkpointing_enable()
     objective.to(dtype=training_dtype(config))
-    return Prepared(tokenizer=tokenizer, objective=objective, train=train, validation=validation)
+    return objective
 
 
 def _tell_rows(tell: Tell, total: int, done: int) -> None:

@@ -6,7 +6,8 @@ What one rank could not do is a `LearnerError` on every rank, and the group stay
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from learner.dataset import DatasetError
 from learner.fit import LearnerError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def ensure_group(rank: int, world_size: int) -> None:
@@ -48,19 +50,68 @@ def on_all_ranks(function: Callable[[], T], fit_id: str) -> T:
     Raises:
         LearnerError: it failed on a rank; alike on all ranks.
     """
-    problem: str | None = None
+    kept: list[T] = []
+    from_all_ranks(lambda: kept.append(function()), fit_id)
+    return kept[0]
+
+
+def from_all_ranks(function: Callable[[], T], fit_id: str) -> list[T]:
+    """What a function gives on each rank, on every rank.
+
+    Raises:
+        LearnerError: it failed on a rank; alike on all ranks.
+    """
+    outcome: tuple[str | None, T | None]
     try:
-        result = function()
+        outcome = None, function()
     except (DatasetError, LearnerError, OSError, ValueError) as error:
-        problem = str(error)
-    problems = [problem]
-    if dist.get_world_size() > 1:
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    first = next((p for p in problems if p is not None), None)
-    if first is not None:
-        raise LearnerError(f"fit {fit_id!r}: {first}")
-    return result
+        outcome = str(error), None
+    outcomes: list[Any] = [outcome]
+    if _num_ranks() > 1:
+        outcomes = [None] * _num_ranks()
+        dist.all_gather_object(outcomes, outcome)
+    problem = next((problem for problem, _ in outcomes if problem is not None), None)
+    if problem is not None:
+        raise LearnerError(f"fit {fit_id!r}: {problem}")
+    return [given for _, given in outcomes]
+
+
+def share_out(
+    items: Iterable[T],
+    work: Callable[[Sequence[T]], list[R]],
+    take: Callable[[R], None],
+    *,
+    size: int,
+    fit_id: str,
+) -> None:
+    """Have the ranks work on a share of the items each and every rank take all that was made.
+
+    Args:
+        items: the same on every rank, which reads all of them.
+        work: makes a result of each of at most `size` items.
+        take: given all results in the order of the items, whatever the number of ranks.
+    Raises:
+        LearnerError: items, work or take failed on a rank; alike on all ranks.
+    """
+    left = iter(items)
+    num_ranks = _num_ranks()
+    first = size * dist.get_rank() if num_ranks > 1 else 0
+    made: list[list[R]] = []
+
+    def go_on() -> list[R]:
+        for piece in made:
+            for result in piece:
+                take(result)
+        share = list(islice(left, size * num_ranks))[first : first + size]
+        return work(share) if share else []
+
+    # What all of them took is known with the next pieces, the last one empty.
+    while any(made := from_all_ranks(go_on, fit_id)):
+        pass
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def from_rank_0(function: Callable[[], T], fit_id: str) -> T:

@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from learner.dataset import Demonstration, SFTExample, writing_dataset
+from learner.dataset import Demonstration, SFTExample, unusable, writing_dataset
 from learner.pairs import (
     PairConfig,
     PairKind,
@@ -51,7 +51,7 @@ from learner.spill import SortedSpill
 from rollout.difficulty import difficulty_of, right_share
 from rollout.problem import Problem
 from rollout.programs import program_of
-from rollout.prompt import PromptTemplate, render_segments
+from rollout.prompt import PromptTemplate, Step, render_segments
 from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Node, Tree
 
@@ -131,6 +131,9 @@ class _Found:
     nodes: tuple[ValuedNode, ...]
     visits: Counter[str]
     """Rollouts that went through an inner node ("1" to "4", or "5+") -> how many such nodes."""
+    excluded: Counter[str]
+    """Reason -> correct trajectories that no dataset can hold."""
+    excluded_pairs: Counter[str]
 
 
 def is_validation(original: str, config: DatasetConfig) -> bool:
@@ -168,8 +171,9 @@ def select_dataset(
         trees, trajectories_correct, trajectories_kept, sft_train, sft_validation, demonstrations,
         pairs_train, pairs_validation, steps_train; its `excluded` are level -> reason -> count: of
         problems unsolved, solved_earlier (but not in `sft_rounds`), low_accuracy; of correct
-        trajectories other_round, same_program, beyond_top; of pairs other_round_pair,
-        duplicate_pair, contradicted_pair, low_accuracy_pair.
+        trajectories other_round, same_program, beyond_top; of these and of demonstrations empty,
+        unrenderable (a lone surrogate, which no file can hold); of pairs other_round_pair,
+        duplicate_pair, contradicted_pair, low_accuracy_pair, empty_pair, unrenderable_pair.
         `origins` are file -> round -> rows that its trees gave, demonstrations left out;
         `newest_round_share` the share of this round in those of sft_train, None if there are none;
         `difficulty` is level -> class -> problems, as this round's trees found them; `shape` is
@@ -221,10 +225,29 @@ def _found(
     """What a tree may give, before the other trees of its problem are known."""
     judged = [t for t in trajectories(tree) if t.correct is not None]
     correct = [t for t in judged if t.correct]
+    excluded: Counter[str] = Counter()
+    excluded_pairs: Counter[str] = Counter()
     programs: dict[bytes, Trajectory] = {}
     for trajectory in correct:
+        reason = _unusable(tree.problem.text, trajectory.steps, template)
+        if reason is not None:
+            excluded[reason] += 1
+            continue
         key = hashlib.sha256(program_of(trajectory.steps).encode(errors="replace")).digest()
         programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
+    pairs = []
+    for pair in tree_pairs(tree, template=template, config=config.pairs):
+        sides = pair.chosen, pair.rejected
+        reason = unusable([pair.prefix, *sides], trained=sides)
+        if reason is None:
+            pairs.append(pair)
+        else:
+            excluded_pairs[f"{reason}_pair"] += 1
+    nodes: list[ValuedNode] = []
+    for node in valued_nodes(tree, template=template, config=config.pairs) if valued_steps else ():
+        texts = [step.text for step in node.steps]
+        if unusable([node.prefix, *texts], trained=texts) is None:
+            nodes.append(node)
     return _Found(
         problem=tree.problem,
         round=tree.round,
@@ -233,19 +256,26 @@ def _found(
         correct=len(correct),
         right_share=right_share(tree),
         programs=programs,
-        pairs=tuple(tree_pairs(tree, template=template, config=config.pairs)),
-        nodes=tuple(
-            valued_nodes(tree, template=template, config=config.pairs) if valued_steps else ()
-        ),
+        pairs=tuple(pairs),
+        nodes=tuple(nodes),
         visits=Counter(
             _visits(node) for node in tree.nodes[1:] if node.expanded and node.num_passes
         ),
+        excluded=excluded,
+        excluded_pairs=excluded_pairs,
     )
 
 
 def _visits(node: Node) -> str:
     count = node.num_passes
     return str(count) if count < _MANY_VISITS else f"{_MANY_VISITS}+"
+
+
+def _unusable(question: str, steps: Sequence[Step], template: PromptTemplate) -> str | None:
+    """As `unusable`, of a solution."""
+    segments = render_segments(question, steps, template)
+    written = "".join(segment.text for segment in segments if segment.trained)
+    return unusable([segment.text for segment in segments], trained=[written])
 
 
 def _tree_order(found: _Found) -> tuple[int, int]:
@@ -284,14 +314,16 @@ class _Selection:
         # The best trajectory of each program over all trees.
         programs: dict[bytes, Trajectory] = {}
         for found in of_sft:
+            excluded.update(found.excluded)
             for key, trajectory in found.programs.items():
                 programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
         if everywhere:
             counts["trajectories_correct"] += everywhere
         if everywhere > correct:
             excluded["other_round"] += everywhere - correct
-        if correct > len(programs):
-            excluded["same_program"] += correct - len(programs)
+        usable = correct - sum(f.excluded["empty"] + f.excluded["unrenderable"] for f in of_sft)
+        if usable > len(programs):
+            excluded["same_program"] += usable - len(programs)
         kept: list[Trajectory] = []
         # A made problem answered right so rarely that its reference must be wrong.
         mislabelled = (
@@ -309,9 +341,13 @@ class _Selection:
             excluded["beyond_top"] += len(programs) - len(kept)
             counts[f"sft_{split}"] += len(kept)
             self.origins[f"sft_{split}"].update(t.round for t in kept)
-        else:
-            excluded["solved_earlier" if everywhere else "unsolved"] += 1
+        elif not everywhere:
+            excluded["unsolved"] += 1
+        elif not correct:
+            excluded["solved_earlier"] += 1
         of_pairs = self._of_rounds(members, config.pair_rounds)
+        for found in of_pairs:
+            excluded.update(found.excluded_pairs)
         found_pairs = [pair for found in of_pairs for pair in found.pairs]
         left_out = sum(len(found.pairs) for found in members) - len(found_pairs)
         if left_out:
@@ -382,6 +418,10 @@ class _Selection:
         for demonstration in demonstrations:
             counts = self.counts[demonstration.level]
             counts["demonstrations"] += 1
+            reason = _unusable(demonstration.problem, demonstration.steps, template)
+            if reason is not None:
+                self.excluded[demonstration.level][reason] += 1
+                continue
             counts["sft_train"] += repeat
             segments = render_segments(demonstration.problem, demonstration.steps, template)
             example = SFTExample(

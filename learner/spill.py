@@ -162,14 +162,22 @@ class DiskList(Generic[T]):
         self._flushed = False
         self._starts.append(self._starts[-1] + len(data))
 
+    def flush(self) -> None:
+        """Have all records in the file.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if not self._flushed:
+            self._file.flush()
+            self._flushed = True
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, number: int) -> T:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
-        if not self._flushed:
-            self._file.flush()
-            self._flushed = True
+        self.flush()
         start, stop = self._starts[number], self._starts[number + 1]
         return pickle.loads(os.pread(self._file.fileno(), stop - start, start))

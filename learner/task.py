@@ -4,12 +4,13 @@
                                                             |
                                lengths in memory, token ids in a file (`learner.spill.DiskList`)
 
-Texts are read by row group and tokenised once. What planning needs, a few numbers an example, stays
-in memory; the ids go to a file of this process beside the checkpoint that is being made, and a
-step reads back those of its own rows. Shuffling is a permutation of example numbers, drawn from
-(seed, epoch), and packing goes by the lengths: neither touches the data.
+Texts are read by row group and tokenised once, each by one of the ranks, which then tell each other
+the ids. What planning needs, a few numbers an example, stays in memory; the ids go to a file of
+each rank on a disk of its machine, and a step reads back those of its own rows. Shuffling is a
+permutation of example numbers, drawn from (seed, epoch), and packing goes by the lengths: neither
+touches the data.
 
-Each rank tokenises all of a dataset and keeps its own file: they share nothing but the plan.
+An example that cannot be trained on is left out and counted: what a search accepts stops no fit.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from __future__ import annotations
 import math
 import random
 from array import array
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from learner.attention import documents, trees
 from learner.batch import (
     PairGroup,
     PolicyBatch,
     TokenisedText,
+    nodes_of,
     pack_policy,
     pack_preference,
     tokenise_nodes,
@@ -37,13 +41,20 @@ from learner.batch import (
 from learner.dataset import read_manifest, read_pairs, read_sft, read_valued_nodes
 from learner.fit import FitRequest, LearnerError, PreferenceTrainConfig, TrainConfig
 from learner.packing import PlannedStep, Share, plan_epoch
-from learner.pairs import PairKind
-from learner.spill import DiskList
+from learner.pairs import PairKind, PreferencePair, ValuedNode
+from learner.ranks import on_all_ranks, share_out
+from learner.spill import DiskList, no_room
+from rollout.prompt import Segment
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 OnRead = Callable[[int], None]
 
 _TEXTS = 64
-"""Tokenised at a time."""
+"""Tokenised at a time by each rank."""
+_NODES = 16
+"""Likewise; of about four texts each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +74,8 @@ class Task:
     pack: Callable[[Share], PolicyBatch]
     denominator: Callable[[PlannedStep], float]
     """What the loss sum of a global batch is divided by."""
-    skipped_long: int
+    left_out: Mapping[str, int]
+    """Reason -> examples: too_long, empty, untokenisable."""
     groups: DiskList[PairGroup] | None = None
     """The nodes of a PPM; None: of a policy."""
 
@@ -83,33 +95,45 @@ def policy_task(
     spill: Path,
     on_read: OnRead = lambda n: None,
 ) -> Task:
-    """The trajectories of a split ("train" or "validation").
+    """The trajectories of a split ("train" or "validation"); every rank gets the same task.
 
     Args:
         spill: existing folder on a disk with room for all token ids.
-        on_read: told how many rows are tokenised, again and again.
+        on_read: told how many rows are read, again and again.
     Raises:
-        LearnerError: nothing to train on.
-        DatasetError, ValueError: the data cannot be read or tokenised.
-        OSError: the disk is full.
+        LearnerError: the data cannot be read, there is nothing to train on, or the disk of a rank
+            is full; alike on all ranks.
     """
     limit = request.config.max_sequence_tokens
-    kept = DiskList[TokenisedText](spill)
+    kept = on_all_ranks(lambda: DiskList[TokenisedText](spill), request.fit_id)
     lengths, attended, trained = array("q"), array("q"), array("q")
-    num_read = 0
-    examples = (example.segments for example in read_sft(request.data, split))
-    while batch := list(islice(examples, _TEXTS)):
-        num_read += len(batch)
-        on_read(num_read)
-        for text in tokenise_texts(tokenizer, batch):
-            if text.length > limit:
-                continue
-            kept.append(text)
-            lengths.append(text.length)
-            attended.append(documents([text.length]).num_attended)
-            trained.append(text.num_trained)
-    if split == "train" and not kept:
-        raise LearnerError(_nothing_to_train(request, "trajectories", num_read))
+
+    def read() -> Iterator[Sequence[Segment]]:
+        for number, example in enumerate(read_sft(request.data, split), start=1):
+            on_read(number)
+            yield example.segments
+
+    def take(text: TokenisedText) -> str | None:
+        if not text.trained[:-1].any():  # but the end of sequence
+            return "empty"
+        if text.length > limit:
+            return "too_long"
+        kept.append(text)
+        lengths.append(text.length)
+        attended.append(documents([text.length]).num_attended)
+        trained.append(text.num_trained)
+        return None
+
+    left_out = _tokenise(
+        read(),
+        partial(tokenise_texts, tokenizer),
+        take,
+        size=_TEXTS,
+        kept=kept,
+        spill=spill,
+        request=request,
+        what="trajectories" if split == "train" else None,
+    )
     return Task(
         tokens=lengths,
         computed=lengths,
@@ -118,7 +142,7 @@ def policy_task(
         trained=trained,
         pack=lambda share: pack_policy([kept[e] for e in share.examples], filler=share.filler),
         denominator=lambda step: float(max(sum(trained[e] for e in step.examples), 1)),
-        skipped_long=num_read - len(kept),
+        left_out=left_out,
     )
 
 
@@ -138,51 +162,137 @@ def preference_task(
     config = request.config
     assert isinstance(config, PreferenceTrainConfig)
     of_steps = config.objective == "q_regression" and split == "train"
-    groups = (
-        tokenise_nodes(tokenizer, read_valued_nodes(request.data))
-        if of_steps
-        else tokenise_pairs(tokenizer, read_pairs(request.data, split))
-    )
-    kept = DiskList[PairGroup](spill)
+    kept = on_all_ranks(lambda: DiskList[PairGroup](spill), request.fit_id)
     names = ("tokens", "computed", "attended", "counts", "trained")
     numbers = {name: array("q") for name in names}
     weights = array("d")
-    num_read = num_short = num_pairs = 0
-    for group in groups:
-        num_read += 1
-        count = len(group.texts if of_steps else group.weights)
-        num_pairs += count
-        on_read(num_pairs)
+
+    def read() -> Iterator[ValuedNode | list[PreferencePair]]:
+        num_read = 0
+        nodes: Iterable[ValuedNode | list[PreferencePair]]
+        if of_steps:
+            nodes = read_valued_nodes(request.data)
+        else:
+            nodes = nodes_of(read_pairs(request.data, split))
+        for node in nodes:
+            num_read += len(node.steps if isinstance(node, ValuedNode) else node)
+            on_read(num_read)
+            yield node
+
+    def tokenise(nodes: Sequence[Any]) -> list[PairGroup]:
+        if of_steps:
+            return tokenise_nodes(tokenizer, nodes)
+        return tokenise_pairs(tokenizer, chain.from_iterable(nodes))
+
+    def take(group: PairGroup) -> str | None:
+        if not all(text.length for text in group.texts):
+            return "empty"
         if group.length > config.max_sequence_tokens:
-            continue
-        num_short += 1
+            return "too_long"
         outcome = config.objective == "outcome" and split == "train"
         if outcome and group.kind is not PairKind.ANSWER:
-            continue
+            return None
         kept.append(group)
         numbers["tokens"].append(group.num_tokens)
         numbers["computed"].append(group.num_computed)
         numbers["attended"].append(trees([(group.num_shared, group.branches)]).num_attended)
-        numbers["counts"].append(count)
+        numbers["counts"].append(len(group.texts if of_steps else group.weights))
         auxiliary = config.lm_weight > 0.0
         numbers["trained"].append(sum(t.num_trained for t in group.texts) if auxiliary else 0)
         pairwise = config.objective == "pairwise"
         weights.append(sum(group.weights) if pairwise else float(len(group.texts)))
-    if split == "train" and not num_short:
-        what = "steps with a Q-value" if of_steps else "preference pairs"
-        raise LearnerError(_nothing_to_train(request, what, num_read))
+        return None
+
+    what = "steps with a Q-value" if of_steps else "preference pairs"
+    left_out = _tokenise(
+        read(),
+        tokenise,
+        take,
+        size=_NODES,
+        kept=kept,
+        spill=spill,
+        request=request,
+        what=what if split == "train" else None,
+    )
     if split == "train" and not kept:
         raise LearnerError(
-            f"no whole trajectories to train on in {request.data}: objective = outcome "
-            "needs answer pairs (dataset.pairs.answer_pairs)"
+            f"fit {request.fit_id!r}: no whole trajectories to train on in {request.data}: "
+            "objective = outcome needs answer pairs (dataset.pairs.answer_pairs)"
         )
     return Task(
         **numbers,
         pack=lambda share: pack_preference([kept[e] for e in share.examples], filler=share.filler),
         denominator=lambda step: sum(weights[e] for e in step.examples) or 1.0,
-        skipped_long=num_read - num_short,
+        left_out=left_out,
         groups=kept,
     )
+
+
+def _tokenise(
+    items: Iterable[T],
+    work: Callable[[Sequence[T]], list[R]],
+    take: Callable[[R], str | None],
+    *,
+    size: int,
+    kept: DiskList[R],
+    spill: Path,
+    request: FitRequest,
+    what: str | None,
+) -> Mapping[str, int]:
+    """Have all items tokenised, a share of them by each rank; why how many are left out.
+
+    Args:
+        work: tokenises some items; may fail for one that the tokenizer refuses.
+        take: keeps a tokenised item on this rank's disk, or says why not.
+        what: the items, of which at least one must be kept or passed over; None: none need be.
+    Raises:
+        LearnerError: as `policy_task`.
+    """
+    left_out: Counter[str] = Counter()
+    refusals: list[str] = []
+    num_read = 0
+
+    def count(result: R | str) -> None:
+        nonlocal num_read
+        num_read += 1
+        if isinstance(result, str):
+            left_out["untokenisable"] += 1
+            refusals[:] = refusals or [result]
+            return
+        try:
+            reason = take(result)
+        except OSError as error:
+            raise LearnerError(_no_room(error, spill)) from error
+        if reason is not None:
+            left_out[reason] += 1
+
+    def finish() -> None:
+        try:
+            kept.flush()
+        except OSError as error:
+            raise LearnerError(_no_room(error, spill)) from error
+        if what is not None and num_read == left_out.total():
+            raise LearnerError(_nothing_to_train(request, what, left_out, refusals))
+
+    share_out(items, partial(_each, work), count, size=size, fit_id=request.fit_id)
+    on_all_ranks(finish, request.fit_id)
+    return dict(left_out)
+
+
+def _each(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R | str]:
+    """What `work` makes of some items; of one that it fails for, the error."""
+    try:
+        return list(work(items))
+    except MemoryError:
+        raise
+    except Exception as error:  # what a tokenizer raises has no type of its own
+        if len(items) == 1:
+            return [str(error)]
+        return [result for item in items for result in _each(work, [item])]
+
+
+def _no_room(error: OSError, spill: Path) -> str:
+    return f"{no_room(error, spill)}; TMPDIR names the folder that token ids go to"
 
 
 def plan_fit(task: Task, config: TrainConfig, *, world_size: int, seed: int) -> list[PlannedStep]:
@@ -214,12 +324,17 @@ def plan_fit(task: Task, config: TrainConfig, *, world_size: int, seed: int) -> 
         epoch += 1
 
 
-def _nothing_to_train(request: FitRequest, what: str, num_read: int) -> str:
-    if num_read:
-        return (
-            f"all {num_read} {what} in {request.data} are longer than max_sequence_tokens = "
-            f"{request.config.max_sequence_tokens}"
-        )
+def _nothing_to_train(
+    request: FitRequest, what: str, left_out: Counter[str], refusals: Sequence[str]
+) -> str:
+    if left_out:
+        said = {
+            "too_long": f"longer than max_sequence_tokens = {request.config.max_sequence_tokens}",
+            "empty": "without a token to train on",
+            "untokenisable": f"refused by the tokenizer ({', '.join(refusals)})",
+        }
+        reasons = ", ".join(f"{count} {said[reason]}" for reason, count in left_out.items())
+        return f"all {left_out.total()} {what} in {request.data} are left out: {reasons}"
     message = f"no {what} to train on in {request.data}"
     if what == "steps with a Q-value":
         message += ": its trees were selected for another objective than q_regression"

@@ -110,7 +110,7 @@ def run_fit(
         # Before minutes are spent on data that cannot be gone on with.
         from_rank_0(lambda: _resume_folder(request, world_size).read(), request.fit_id)
         tell = _Teller(request.fit_id, progress if rank == 0 else None)
-        prepared = on_all_ranks(lambda: prepare(request, tell), request.fit_id)
+        prepared = prepare(request, tell)
         return _Fit(request, prepared, rank, world_size, tell, started).run()
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise RankError(_out_of_memory(request, rank, error)) from error
@@ -417,7 +417,7 @@ class _Fit:
             seconds_train=train_s,
             seconds_cpu=cpu_s,
             seconds_save=0.0,
-            skipped_long=task.skipped_long,
+            left_out=task.left_out,
             metrics=found.metrics
             | {f"previous_{name}": value for name, value in previous.metrics.items()},
             calibration=found.calibration,

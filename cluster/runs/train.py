@@ -84,8 +84,8 @@ def print_train_report(result: FitResult, console: Console) -> None:
         "MFU": "unknown" if result.mfu is None else f"{100 * result.mfu:.1f} %",
         "final training loss": f"{result.final_loss:.4f}",
     }
-    if result.skipped_long:
-        facts["left out as too long"] = result.skipped_long
+    for reason, count in result.left_out.items():
+        facts[f"left out as {reason.replace('_', ' ')}"] = count
     facts |= {f"held-out {name}": f"{value:.4f}" for name, value in result.metrics.items()}
     for name, value in facts.items():
         table.add_row(name, str(value))

@@ -172,7 +172,7 @@ def tell_fit(fleet: Fleet) -> None:
             seconds_train=1.0,
             seconds_cpu=1.0,
             seconds_save=0.0,
-            skipped_long=0,
+            left_out={},
             metrics={"pair_accuracy": 0.7, "pair_margin": 0.2},
         )
     )

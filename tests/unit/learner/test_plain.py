@@ -104,6 +104,25 @@ def test_own_validation_file_is_the_held_out_set(tmp_path):
     assert manifest["counts"]["all"] == {"sft_train": 3, "sft_validation": 1}
 
 
+def test_rows_that_cannot_be_trained_on_are_left_out_and_counted(tmp_path, caplog):
+    good = {"prompt": "a", "response": "b"}
+    bad = [{"prompt": "c"}, {"prompt": "d", "response": 7}, {"prompt": "e", "response": "\udfff"}]
+    path = jsonl(tmp_path / "set.jsonl", [*bad, good])
+    held = jsonl(tmp_path / "held.jsonl", [good, bad[0]])
+    manifest = write_plain_dataset("policy", path, tmp_path / "data", validation=held, config=ALL)
+    assert manifest["counts"]["all"] == {"sft_train": 1, "sft_validation": 1}
+    assert manifest["excluded"]["all"] == {"empty": 3, "unrenderable": 1}
+    assert f"rows are left out. file={path} empty=2 unrenderable=1" in caplog.text
+
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    rows = [pair, pair | {"rejected": "b"}, pair | {"rejected": "\ud800"}, pair | {"chosen": ""}]
+    path = jsonl(tmp_path / "pairs.jsonl", rows)
+    manifest = write_plain_dataset("ppm", path, tmp_path / "pairs", config=ALL)
+    assert manifest["excluded"]["all"] == {"same_text": 1, "unrenderable": 1, "empty": 1}
+    (kept,) = read_pairs(tmp_path / "pairs", "train")
+    assert (kept.chosen, kept.rejected, kept.weight) == ("b", "c", 1.0)
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "message"),
     [
@@ -111,7 +130,11 @@ def test_own_validation_file_is_the_held_out_set(tmp_path):
         ("policy", ["text"], "one JSON object"),
         ("ppm", [{"prompt": "a", "chosen": "b", "rejected": "c"}, 7], "one JSON object"),
         ("policy", [{"promt": "a", "response": "b"}], "no column 'prompt' .* is it 'promt'"),
-        ("policy", [{"prompt": "a", "response": "b"}, {"prompt": "c"}], "row 2: response is empty"),
+        (
+            "policy",
+            [{"prompt": "\ud800", "response": "b"}, {"prompt": "c"}],
+            "no row can be trained on: unrenderable=1 empty=1",
+        ),
         ("ppm", [{"prompt": "a", "chosen": "b"}], "only chosen texts.* needs both classes"),
         ("ppm", [{"prompt": "a", "rejected": "b"}], "only rejected texts.* needs both classes"),
         ("ppm", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "same text in all 1 rows"),

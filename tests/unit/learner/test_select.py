@@ -422,3 +422,25 @@ def test_selection_that_fails_leaves_the_dataset_before_it(tmp_path):
         select_dataset(trees(), tmp_path, template=SHORT_TEMPLATE, config=DatasetConfig())
     assert read_manifest(tmp_path) == json.loads(json.dumps(before))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_no_file_can_hold_is_left_out_and_counted():
+    tree = make_tree(
+        right("a = '\ud800'"), right("b = 2"), wrong("c = 3"), problem=make_problem("good")
+    )
+    lost = make_tree(right("a = 1"), wrong("b = 2"), problem=make_problem("lost", text="\ud800?"))
+    steps = tuple(parse_response("<answer>It is \\boxed{7}<end_of_answer>"))
+    given = [
+        Demonstration(id="d1", level="gsm", problem="1?", steps=steps),
+        Demonstration(id="d2", level="gsm", problem="\udfff?", steps=steps),
+        Demonstration(id="d3", level="gsm", problem="3?", steps=()),
+    ]
+    dataset = build([tree, lost], demonstrations=given, trajectories_per_problem=1, **NO_SPLIT)
+
+    assert [example.problem_id for example in dataset.sft_train] == ["good", "d1"]
+    assert "b = 2" in solution(dataset.sft_train[0])
+    assert {pair.problem_id for pair in dataset.pairs_train} == {"good"}
+    counts, excluded = dataset.manifest["counts"]["gsm"], dataset.manifest["excluded"]["gsm"]
+    assert (counts["solved"], counts["trajectories_correct"], counts["sft_train"]) == (2, 3, 2)
+    # one trajectory of each problem and a demonstration; a step and a whole solution of each
+    assert excluded == {"beyond_top": 0, "empty": 1, "unrenderable": 3, "unrenderable_pair": 4}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import tracemalloc
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from transformers import AutoTokenizer
 from learner import dataset as dataset_module
 from learner import spill as spill_module
 from learner import task as task_module
-from learner.dataset import read_pairs, read_sft
+from learner.dataset import SFTExample, read_pairs, read_sft, writing_dataset
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig, select_dataset
+from learner.spill import DiskList
 from learner.task import plan_fit, policy_task, preference_task
-from rollout.prompt import SHORT_TEMPLATE
+from rollout.prompt import SHORT_TEMPLATE, Segment
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_byte_tokenizer
 
@@ -147,3 +149,86 @@ def test_outcome_objective_takes_whole_trajectories_only(tmp_path, tokenizer):
     with pytest.raises(LearnerError, match="no preference pairs to train on"):
         select(tmp_path / "empty", 0)
         preference_task(tokenizer, request(tmp_path / "empty", config), "train", spill=tmp_path)
+
+
+class Refusing:
+    """A tokenizer that knows no Greek; what it raises has no type of its own."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id
+
+    def __call__(self, texts, **options):
+        if any("π" in text for text in texts):
+            raise Exception("no token for 'π'")
+        return self._tokenizer(texts, **options)
+
+
+def write_texts(folder: Path, texts: list[str]) -> None:
+    """One trajectory a text."""
+    with writing_dataset(folder) as writer:
+        for number, text in enumerate(texts):
+            segments = (Segment(text="How many?", trained=False), Segment(text=text, trained=True))
+            writer.add(
+                "sft_train",
+                SFTExample(
+                    problem_id=f"p{number}",
+                    level="gsm",
+                    origin="tree",
+                    round=1,
+                    mean_q=1.0,
+                    segments=segments,
+                ),
+            )
+        writer.commit(template="short", counts={}, excluded={})
+
+
+def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, tokenizer):
+    write_texts(tmp_path / "data", ["one", "π", "", "two", "x" * 99, "three", "2π"])
+    wanted = request(tmp_path / "data", PolicyTrainConfig(max_sequence_tokens=60))
+    task = policy_task(Refusing(tokenizer), wanted, "train", spill=tmp_path)
+    assert task.left_out == {"untokenisable": 2, "empty": 1, "too_long": 1}
+    assert task.trained.tolist() == [len(text) + 1 for text in ("one", "two", "three")]
+
+
+def test_nodes_that_cannot_be_tokenised_are_left_out_and_counted(tmp_path, tokenizer):
+    more = make_tree(
+        code("good = 'π'", answered("7", correct=True)),
+        code("bad = 1", answered("8", correct=False)),
+        problem=make_problem("greek", text="How many?"),
+    )
+    select_dataset(
+        [*trees(3), more],
+        tmp_path / "data",
+        template=SHORT_TEMPLATE,
+        config=DatasetConfig(validation_share=0.0),
+    )
+    wanted = request(tmp_path / "data", PreferenceTrainConfig())
+    task = preference_task(Refusing(tokenizer), wanted, "train", spill=tmp_path)
+    assert task.left_out == {"untokenisable": 2}
+    assert len(task) == 2 * 3
+
+
+def test_set_of_which_nothing_is_left_says_why(tmp_path, tokenizer):
+    write_texts(tmp_path / "data", ["π", "", "", "x" * 99])
+    wanted = request(tmp_path / "data", PolicyTrainConfig(max_sequence_tokens=60))
+    message = (
+        "all 4 trajectories in .* are left out: "
+        "1 refused by the tokenizer .no token for 'π'., 2 without a token to train on, "
+        "1 longer than max_sequence_tokens = 60"
+    )
+    with pytest.raises(LearnerError, match=message):
+        policy_task(Refusing(tokenizer), wanted, "train", spill=tmp_path)
+    assert len(policy_task(Refusing(tokenizer), wanted, "validation", spill=tmp_path)) == 0
+
+
+def test_full_disk_is_an_error_that_names_its_folder(tmp_path, tokenizer, monkeypatch):
+    def full(records, record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_texts(tmp_path / "data", ["one"])
+    monkeypatch.setattr(DiskList, "append", full)
+    with pytest.raises(LearnerError, match=f"cannot write {tmp_path}: .*No space left.*TMPDIR"):
+        policy_task(
+            tokenizer, request(tmp_path / "data", PolicyTrainConfig()), "train", spill=tmp_path
+        )

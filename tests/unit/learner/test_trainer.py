@@ -24,6 +24,7 @@ from learner.fit import (
 )
 from learner.preference_model import load_preference_model, values
 from learner.select import DatasetConfig, select_dataset
+from learner.spill import DiskList
 from learner.trainer import run_fit
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
@@ -330,12 +331,26 @@ def test_long_examples_are_left_out_and_counted(fit, policy, data):
     assert shortest < max(lengths)
 
     result = fit(POLICY.model_copy(update={"max_sequence_tokens": shortest}))
-    assert (result.examples, result.skipped_long) == (
-        lengths.count(shortest),
-        len(lengths) - lengths.count(shortest),
-    )
+    assert result.examples == lengths.count(shortest)
+    assert result.left_out == {"too_long": len(lengths) - lengths.count(shortest)}
     with pytest.raises(LearnerError, match="longer than max_sequence_tokens = 8"):
         fit(POLICY.model_copy(update={"max_sequence_tokens": 8}), round=2)
+
+
+def test_token_ids_go_to_a_folder_of_the_machine(fit, monkeypatch, tmp_path):
+    folders = []
+    make = DiskList.__init__
+
+    def noted(records, folder):
+        folders.append(folder)
+        make(records, folder)
+
+    monkeypatch.setattr(DiskList, "__init__", noted)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "local"))
+    (tmp_path / "local").mkdir()
+    fit(POLICY)
+    assert folders == [tmp_path / "local"] * 2
+    assert not list((tmp_path / "local").iterdir())
 
 
 def test_loss_that_is_not_finite_is_an_error_that_says_what_to_lower(fit, policy, tmp_path):
