@@ -81,8 +81,10 @@ async def test_both_models_train_on_a_committed_round(tmp_path, base, quiet):
     with pytest.raises(RunFolderError, match="round 1 is not committed"):
         await run_train("policy", config, ["data.round=5"], console=quiet)
     # its dataset has pairs, and no Q-values of all steps: it is to be selected again
+    head = {**TRAIN, "objective": "q_regression"}
+    config = write_config(tmp_path / "q.yaml", base=str(base), data=data, train_ppm=head)
     with pytest.raises(RunFolderError, match="round 1 is not committed"):
-        await run_train("ppm", config, ["train_ppm.objective=q_regression"], console=quiet)
+        await run_train("ppm", config, console=quiet)
 
 
 async def test_bad_input_is_one_line(tmp_path, base, quiet):
