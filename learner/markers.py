@@ -12,6 +12,7 @@ rows, as is usual, a fit of a few dozen steps learns everything but to write a m
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rollout.files import new_folder
 from rollout.prompt import MARKERS
@@ -41,7 +42,8 @@ def with_markers(source: Path, target: Path) -> Path:
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     added = tokenizer.convert_tokens_to_ids(missing)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for layer in layers:
         rows = layer.weight.data  # of a tied model the same, twice
         means = [rows[ids].float().mean(0).to(rows.dtype) for ids in pieces]
         rows[added] = torch.stack(means)
