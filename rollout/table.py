@@ -39,7 +39,7 @@ from rollout.prompt import Step, StepKind
 from rollout.tree import Discard, Node, Terminal, Tree
 
 SCHEMA_VERSION = 3
-"""Version of the table's columns; readers refuse another one."""
+"""Version of the table's columns; 2 is read too, others are refused."""
 
 VERSION_KEY = b"rstar.schema_version"
 """Where the version stands: the schema's metadata, which Parquet keeps as file metadata."""
@@ -182,7 +182,7 @@ def table_to_trees(table: pa.Table) -> list[Tree]:
         ValueError: another schema version, a missing column, an incomplete tree, or a word (step
             kind, discard, terminal, level) that this version does not know.
     """
-    _check_schema(table.schema)
+    table = _current(table)
     bounds = _tree_bounds(table)
     nodes = _nodes(table)
     names = [field.name for field in (*_VERSION_FIELDS, *_TREE_FIELDS)]
@@ -250,16 +250,25 @@ def _children(tree: Tree) -> list[list[int]]:
     return children
 
 
-def _check_schema(schema: pa.Schema) -> None:
-    found = (schema.metadata or {}).get(VERSION_KEY)
-    if found != str(SCHEMA_VERSION).encode():
+def _current(table: pa.Table) -> pa.Table:
+    """The table with the columns of this version.
+
+    Raises:
+        ValueError: it is of a version that is not read, or lacks columns.
+    """
+    found = (table.schema.metadata or {}).get(VERSION_KEY)
+    if found == b"2" and "problem_rewording_of" not in table.schema.names:
+        # All that 2 lacks: of which problem another is a rewording.
+        table = table.append_column("problem_rewording_of", pa.repeat("", len(table)))
+    elif found != str(SCHEMA_VERSION).encode():
         raise ValueError(
             f"trajectory table has schema version {found.decode() if found else 'none'}, "
             f"this program reads {SCHEMA_VERSION}"
         )
-    missing = [name for name in SCHEMA.names if name not in schema.names]
+    missing = [name for name in SCHEMA.names if name not in table.schema.names]
     if missing:
         raise ValueError(f"trajectory table lacks the columns {', '.join(missing)}")
+    return table
 
 
 def _tree_bounds(table: pa.Table) -> list[tuple[int, int]]:

@@ -268,7 +268,13 @@ def test_a_table_without_a_column_is_refused_by_its_name() -> None:
         table_to_trees(table)
 
 
-@pytest.mark.parametrize("version", ["1", "2", "99"])
+def test_trees_of_the_version_before_are_read() -> None:
+    trees = [make_tree(code("x = 1"))]
+    older = trees_to_table(trees).drop_columns(["problem_rewording_of"])
+    assert table_to_trees(older.replace_schema_metadata({VERSION_KEY: b"2"})) == trees
+
+
+@pytest.mark.parametrize("version", ["1", "99"])
 def test_another_schema_version_is_refused_by_name(version: str) -> None:
     table = trees_to_table([make_tree(code("x = 1"))])
     other = table.replace_schema_metadata({VERSION_KEY: version.encode()})
