@@ -333,7 +333,7 @@ def problem_of(root: Mapping[str, Any]) -> Problem:
         text=root["problem_text"],
         answer=root["problem_answer"],
         answers_alt=tuple(root["problem_answers_alt"]),
-        rewording_of=root["problem_rewording_of"],
+        rewording_of=root.get("problem_rewording_of", ""),
     )
 
 

@@ -27,7 +27,7 @@ SEED = 7
 KINDS: dict[str, dict[str, object]] = {
     "terminal-guided": {},
     "ppm": {"ppm": True},
-    "released": {"preset": "released"},
+    "released": {"preset": "released", "num_answer_candidates": None},
     "token budget": {"max_generated_tokens": 150},
     "three at a time": {"parallel_rollouts": 3},
     "three at a time, ppm": {"parallel_rollouts": 3, "ppm": True},
