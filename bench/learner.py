@@ -2,6 +2,7 @@
 
     python -m bench.learner [--examples N] [--nodes N] [--json FILE]
     python -m bench.learner --memory [--trajectories N] [--json FILE]
+    python -m bench.learner --tokenizer DIR [--examples N] [--json FILE]
 
 A small Llama is trained from one start for one epoch on made-up solutions whose lengths are spread
 as those of MATH are (100 to 2,000 tokens, most a few hundred), one CPU thread a process:
@@ -22,6 +23,10 @@ a machine that is shared.
 a fit on it, at N/4 and at N trajectories, each in a process of its own: `streamed` is what runs do,
 `held` the same with all token ids in memory.
 
+`--tokenizer` measures how many such texts a second a fit reads, tokenises and keeps, by one rank
+and by two on this machine, with the tokenizer of a checkpoint and one thread a rank
+(`tokenised_texts_per_s`; the lengths are those in tokens of the bench's own small vocabulary).
+
 With a GPU, MFU of fine-tuning at the shape of Qwen2.5-Math-1.5B, 4,096-token examples, is measured
 too. Prints a table, then one JSON object on the last line.
 """
@@ -32,6 +37,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import random
 import tempfile
 import time
@@ -64,7 +70,7 @@ from learner.task import plan_fit, policy_task, preference_task
 from learner.trainer import run_fit
 from rollout.problem import Level, Problem
 from rollout.problems.miniature import generate
-from rollout.prompt import SHORT_TEMPLATE, Segment, parse_response, render_question
+from rollout.prompt import MARKERS, SHORT_TEMPLATE, Segment, parse_response, render_question
 from rollout.tree import Node, Terminal, Tree, backup, expand
 
 BATCH_EXAMPLES = 8
@@ -216,6 +222,41 @@ def _rank(rank: int, folder: Path, answer: Any) -> None:
     result = run_fit(request(folder, POLICY, 2), rank=rank, world_size=2)
     if rank == 0:
         answer.put(result)
+    dist.destroy_process_group()
+
+
+def measure_tokenising(path: Path, examples: int) -> dict[str, Any]:
+    """Texts per second of one rank and of two, with the tokenizer of a checkpoint."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.SimpleQueue()
+    rates = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_world(folder, examples=examples, nodes=1)
+        for num_ranks in (1, 2):
+            arguments = (num_ranks, folder, path, answer)
+            multiprocessing.spawn(_tokenise, args=arguments, nprocs=num_ranks)
+            rates[num_ranks], tokens = answer.get()
+            print(f"{num_ranks} ranks: {rates[num_ranks]:,.0f} texts/s", flush=True)
+    return {"examples": examples, "tokens": tokens, "tokenised_texts_per_s": rates}
+
+
+def _tokenise(rank: int, num_ranks: int, folder: Path, path: Path, answer: Any) -> None:
+    from transformers import AutoTokenizer
+
+    _be_quiet()
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / f'{num_ranks}'}", rank=rank, world_size=num_ranks
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    wanted = request(folder, POLICY, 1)
+    policy_task(tokenizer, wanted, "validation", spill=folder)  # what is loaded late is there
+    begun = time.perf_counter()
+    task = policy_task(tokenizer, wanted, "train", spill=folder)
+    if rank == 0:
+        answer.put((len(task) / (time.perf_counter() - begun), sum(task.tokens)))
     dist.destroy_process_group()
 
 
@@ -610,13 +651,20 @@ def main() -> None:
         "--memory", action="store_true", help="measure the memory of large sets instead"
     )
     parser.add_argument(
+        "--tokenizer", type=Path, help="measure tokenising with that of a checkpoint instead"
+    )
+    parser.add_argument(
         "--trajectories", type=int, default=20_000, help="right solutions of --memory"
     )
     options = parser.parse_args()
     _be_quiet()
     begun = time.perf_counter()
-    if options.memory:
-        found = measure_memory(options.trajectories)
+    if options.memory or options.tokenizer:
+        found = (
+            measure_memory(options.trajectories)
+            if options.memory
+            else measure_tokenising(options.tokenizer, options.examples)
+        )
         finish(found | {"seconds": time.perf_counter() - begun}, options.json)
         return
     with tempfile.TemporaryDirectory() as name:
