@@ -455,7 +455,11 @@ class Simulation:
     def _tree(self, number: int) -> Tree:
         tree = Tree(
             problem=Problem(
-                id=self._ids[number], source="simulated", level=Level.MATH, text="simulated"
+                id=self._ids[number],
+                source="simulated",
+                level=Level.MATH,
+                text="simulated",
+                answer="1",
             ),
             round=ROUND,
             generated_tokens=round(self._tokens[number]),

@@ -147,7 +147,7 @@ async def test_requests_of_one_tree_go_to_one_replica() -> None:
     pool = PolicyPool({"a": a, "b": b})
     for _ in range(10):
         reply = await pool.generate(request("tree-1"))
-        assert reply.completions[0].text == "step<end_of_step>"
+        assert reply.completions[0].text == "<code>step<end_of_step>"
     assert sorted(calls(a=a, b=b).values()) == [0, 10]
 
 
