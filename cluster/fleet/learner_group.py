@@ -389,6 +389,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
+    from learner.ranks import release_memory
     from learner.trainer import run_fit, warm_up
 
     # DeepSpeed calls functions that newer torch renamed; nothing a user of ours can change.
@@ -430,6 +431,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         else:
             if rank == 0:
                 ray.get(mailbox.finish.remote(number, Outcome(result=result)))
+        release_memory()
 
 
 def _standing(progress: FitProgress | None) -> str:
