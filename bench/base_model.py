@@ -1,12 +1,12 @@
 """What a general model finds in a first round, asked with worked examples.
 
-    python -m bench.base_model --model DIR --problems FILE [--limit N] [--run-dir DIR]
-        [--set KEY=VALUE]
+    python -m bench.base_model (--model DIR | --endpoint URL --model NAME) --problems FILE
+        [--limit N] [--run-dir DIR] [--set KEY=VALUE]
 
 Searches the first N problems as round 1 of a run does (template bootstrap: the model is served as
-it is, step markers are plain text), with 4 candidates x 2 rollouts at temperature 0.7 unless told
-otherwise, into a temporary folder unless one is named, and prints how the steps ended and what they
-came to.
+it is, on a replica or behind a vLLM endpoint, and step markers are plain text), with 4 candidates x
+2 rollouts at temperature 0.7 unless told otherwise, into a temporary folder unless one is named,
+and prints how the steps ended and what they came to.
 
 - `ended_in_step_share`: candidates that end in a step marker, of all that were generated
 - `answered_share`: problems for which some rollout reached an answer
@@ -60,9 +60,13 @@ def step_outcomes(trees: list[Tree]) -> Counter[str]:
 
 
 def measure(
-    model: Path, problems: Path, limit: int | None, run_dir: Path | None, overrides: list[str]
+    policy: dict[str, Any],
+    problems: Path,
+    limit: int | None,
+    run_dir: Path | None,
+    overrides: list[str],
 ) -> dict[str, Any]:
-    """Search and count."""
+    """Search and count; `policy` is the key `policy` or `endpoint` of a rollout's config."""
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="rstar-base-model-") as scratch:
         folder = run_dir or Path(scratch)
@@ -70,7 +74,7 @@ def measure(
             "rollout",
             [*SETTINGS, *overrides],
             kind=RolloutConfig,
-            given={"problems": problems, "policy": model, "limit": limit, "run_dir": folder},
+            given={**policy, "problems": problems, "limit": limit, "run_dir": folder},
         )
         run = RolloutRun(config, ProgressView(console))
         report = asyncio.run(run.run())
@@ -94,7 +98,12 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face directory, or the model's name at the endpoint"
+    )
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="vLLM server, up to and with /v1 [a replica]"
+    )
     parser.add_argument("--problems", type=Path, required=True, help="problem file")
     parser.add_argument("--limit", type=int, help="first N problems [all]")
     parser.add_argument("--run-dir", type=Path, help="keep the run there [a temporary folder]")
@@ -102,9 +111,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     quiet_logging(verbose=False)
-    figures = measure(
-        options.model, options.problems, options.limit, options.run_dir, options.overrides
+    policy = (
+        {"policy": Path(options.model)}
+        if options.endpoint is None
+        else {"endpoint": {"base_url": options.endpoint, "model": options.model, "dialect": "vllm"}}
     )
+    figures = measure(policy, options.problems, options.limit, options.run_dir, options.overrides)
     figures |= {"hardware": hardware(), "versions": versions()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
