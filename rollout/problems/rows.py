@@ -44,6 +44,14 @@ class ProblemFileError(ValueError):
     """A problem file as a whole cannot be used."""
 
 
+class RowError(ValueError):
+    """A row is not what its format says; the message says how."""
+
+
+class WholeFileError(RowError):
+    """A row shows that its file would be read wrongly, so that nothing of it may be kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row: its data, or why it cannot be read."""
@@ -53,6 +61,12 @@ class Row:
     data: Any
     """None for a row that cannot be read."""
     error: str | None = None
+
+
+def kind_of_value(value: Any) -> str:
+    """What a value of a row is, for people."""
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
 def columns(names: str, **types: pa.DataType) -> list[tuple[str, pa.DataType]]:
@@ -125,6 +139,10 @@ class RowFile:
         self.size = 0 if self.on_hub else Path(name).stat().st_size
         self.position = 0
         self.place = "line" if kind_of(Path(name)) in (".jsonl", ".csv") else "row"
+
+    def at(self, row: Row) -> str:
+        """Where a row stands, for people."""
+        return f"{self.name}, {self.place} {row.number}"
 
     def rows(self) -> Iterator[Row]:
         """Every row in order.
