@@ -242,12 +242,9 @@ def refuse_losses(row: Mapping[str, Any], used: Collection[str], format: str) ->
         if is_blank(value) or isinstance(value, bool | int | float) or value in ([], {}, "[]"):
             continue
         asked = next((key for key in ("problem", "question") if key in row), "question")
-        joined = "+".join((asked, name) if isinstance(value, list | Mapping) else (name, asked))
-        use = (
-            ""
-            if _PICTURE.search(name)
-            else f"use it with --columns problem={joined},answer=... or "
-        )
+        joined = f"{asked}+{name}" if _OFFERED.search(name) else f"{name}+{asked}"
+        use = f"use it with --columns problem={joined},answer=... or "
+        use = "" if _PICTURE.search(name) else use
         raise WholeFileError(
             f"column {name} ({str(value)[:40]!r}) looks like a part of the problem, and format "
             f"{format} would leave it out; {use}allow that with --drop {name}"
@@ -268,6 +265,7 @@ def _looks_like_content(name: str) -> bool:
 
 
 _PICTURE = re.compile(r"image|figure|diagram|picture", re.IGNORECASE)
+_OFFERED = re.compile(r"choice|option", re.IGNORECASE)
 
 
 def _in_lower_case(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -612,13 +610,20 @@ def _at(row: Any, column: str) -> Any:
         return row[column]
     for key in column.split("."):
         row = _structure(row)
-        if isinstance(row, Mapping) and key in row:
-            row = row[key]
+        if isinstance(row, Mapping) and (name := _name_in(row, key)) is not None:
+            row = row[name]
         elif isinstance(row, list) and key.isdigit() and int(key) < len(row):
             row = row[int(key)]
         else:
             raise RowError(f"no column {column!r}")
     return row
+
+
+def _name_in(row: Mapping[str, Any], key: str) -> str | None:
+    """A column by its name, or else by its name in another case; None: there is none."""
+    if key in row:
+        return key
+    return next((name for name in row if str(name).lower() == key.lower()), None)
 
 
 def _structure(value: Any) -> Any:

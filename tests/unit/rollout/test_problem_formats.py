@@ -312,6 +312,7 @@ def test_a_column_map_joins_columns_and_reads_options() -> None:
     convert = converter("columns", columns=parse_columns("problem=body+question,answer=answer"))
     assert convert(ASDIV, "file").problem == "Two reds.\nHow many?"
     assert convert({**ASDIV, "body": None}, "file").problem == "How many?"
+    assert convert(SVAMP, "file").problem == "Two reds\nHow many?"
     columns = parse_columns("problem=question+choices,answer=answer")
     draft = converter("columns", columns=columns)(MMLU, "file")
     assert (draft.answer, draft.problem[-5:]) == ("C", "(D) 8")
