@@ -4,10 +4,10 @@ r"""The boxes of a solution, and which of them are its answer.
           stated        `--------- stated together ------`  -> the last statement is the answer
 
 Boxes with nothing between them but a comma, a semicolon, "and" or "or" are stated together: layout
-does not count, the sign or unit behind a box is passed over, and the next box may have its name
-before it (`y = \boxed{3}`). Whatever else stands between two boxes ("no:", "so", an equals sign, a
-full stop) makes the later one a statement of its own, which replaces the earlier. So boxes of two
-sentences are never one answer.
+does not count, a unit is passed over where it stands behind each, and the next box may have a name
+or a minus sign before it (`x = \boxed{1}, y = \boxed{3}`). Whatever else stands between two boxes
+("no:", "so", an equals sign, a full stop, a name where the box before has none) makes the later one
+a statement of its own, which replaces the earlier. So boxes of two sentences are never one answer.
 
 A last box that is never closed says that the text was cut off while its answer was being given, or
 given anew: then there is none.
@@ -25,7 +25,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verifier.answer_words import UNIT_NAMES
+from verifier.answer_words import GREEK, TRIGONOMETRIC, UNIT_NAMES
 
 BOX_COMMANDS = ("\\boxed", "\\fbox", "\\framebox")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
@@ -33,18 +33,26 @@ _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
 _BEGUN_BOX = re.compile(r"\\(?:box(?:ed?)?|fbox|framebox)\s*$")
 """Cut off before its brace."""
 _MAX_JOINT = 100
-_TEXT = re.compile(r"\\(?:text(?:rm|bf|it)?|mathrm|mbox|hbox)\s*\{([^{}]*)\}")
 _LAYOUT = re.compile(
-    r"\\\\|\\[()\[\],;:!$ ]|\\(?:q?quad|left|right|displaystyle)(?![A-Za-z])|[\s$&~*]"
+    r"\\\\|\\[()\[\],;:!$ ]|\\(?:text)?color\s*\{\w+\}"
+    r"|\\(?:q?quad|left|right|displaystyle|text(?:rm|bf|it)?|math(?:rm|bf)|mbox|hbox)(?![A-Za-z])"
+    r"|(?<!\\)[{}]|[\s$&~*]"
 )
 _UNITS = "|".join(sorted({word for names in UNIT_NAMES.values() for word in names.split()}))
-_NAME = r"(?:[A-Za-z]{1,2}|\\[A-Za-z]+)(?: ?_ ?(?:\w|\{ ?\w+ ?\}))?(?: ?\( ?\w+ ?\))? ?="
-_JOINT = re.compile(
-    rf"(?:(?:\^? ?\{{? ?(?:\\circ|°) ?\}}?|\\?%|(?:{_UNITS})s?(?![A-Za-z])) ?)?"
-    rf"(?P<joins>(?:(?:[,;，；、和或]|(?i:and|or)(?![A-Za-z])) ?)+)(?P<name>{_NAME})?"
+_VARIABLE = r"[A-Za-z]{1,2}(?: ?_ ?\w)? ?="
+_COMMANDS = "|".join(sorted({*GREEK, *TRIGONOMETRIC, "angle"}))
+_NAMED = (
+    rf"[A-Za-z](?: ?\( ?\w+ ?\))?|\\(?:{_COMMANDS})(?: [A-Za-z]{{1,3}})?|\( ?\w+(?: ?, ?\w+)+ ?\)"
 )
-"""Perhaps a unit, then what joins, then perhaps a name."""
-_NAME_BEFORE = re.compile(rf"(?:^|(?<=[ ,;(]))({_NAME})$")
+_NAME = rf"(?:{_VARIABLE}|(?:{_NAMED}) ?(?:=|\\in(?![A-Za-z])))"
+_JOINT = re.compile(
+    rf"(?:(?P<unit>\^? ?(?:\\circ|°)|\\?%|(?:{_UNITS})s?(?![A-Za-z])) ?)?"
+    r"(?:(?:[,;，；、和或]|(?i:and|or)(?![A-Za-z])(?: also)?) ?)+"
+    rf"(?P<name>{_NAME})? ?(?P<sign>-)?"
+)
+"""Perhaps a unit, then what joins, then perhaps a name and a sign."""
+_BEFORE = re.compile(rf"(?:^|(?<=[ ,;(]))(?P<name>{_NAME})? ?(?P<sign>-)?$")
+_VARIABLES = re.compile(_VARIABLE)
 _OPENING = re.compile(r"(?:[(\[]|\\\{)$")
 _CLOSING = re.compile(r"[)\]]|\\\}")
 
@@ -99,7 +107,7 @@ def read_statements(text: str | None) -> list[Statement]:
     groups: list[list[tuple[int, int, str]]] = []
     joints: list[list[re.Match[str]]] = []
     for box in outer:
-        joint = _joint(text[groups[-1][-1][1] : box[0]]) if groups else None
+        joint = _joint(text, groups[-1][-1], box) if groups else None
         if joint is None:
             groups.append([box])
             joints.append([])
@@ -153,12 +161,29 @@ def inside(text: str, box: int, boxes: dict[int, tuple[int, int]]) -> str:
 
 def _plain(text: str) -> str:
     """Some text without layout, every run of it a blank."""
-    return " ".join(_LAYOUT.sub(" ", _TEXT.sub(r" \1 ", text)).split())
+    return " ".join(_LAYOUT.sub(" ", text).split())
 
 
-def _joint(between: str) -> re.Match[str] | None:
-    """How the text between two boxes joins them; None: it does not."""
-    return _JOINT.fullmatch(_plain(between)) if len(between) <= _MAX_JOINT else None
+def _joint(
+    text: str, before: tuple[int, int, str], box: tuple[int, int, str]
+) -> re.Match[str] | None:
+    """How the text between two boxes joins them; None: it does not.
+
+    A unit behind the first must stand behind the second too: 3 hours and 20 minutes are no list.
+    Where only the second has a name the first may be a step to it: `2x = 4, x = 2`.
+    """
+    if box[0] - before[1] > _MAX_JOINT:
+        return None
+    joint = _JOINT.fullmatch(_plain(text[before[1] : box[0]]))
+    if joint is None:
+        return None
+    if joint["name"] and "=" not in before[2]:
+        lead = _BEFORE.search(_plain(text[max(0, before[0] - _MAX_JOINT) : before[0]]))
+        if lead is None or not lead["name"]:
+            return None
+    unit = (joint["unit"] or "").replace(" ", "").removesuffix("s")
+    behind = _plain(text[box[1] : box[1] + _MAX_JOINT]).replace(" ", "")
+    return joint if behind.startswith(unit) else None
 
 
 def _statement(
@@ -168,19 +193,27 @@ def _statement(
     parts = tuple(box[2] for box in boxes)
     if not joints:
         return Statement(start, end, parts, parts[0])
-    parts = tuple(part.rstrip(" ,;.") for part in parts)
-    before, behind = _plain(text[max(0, start - _MAX_JOINT) : start]), text[end : end + 20]
-    opening, closing = _OPENING.search(before), _CLOSING.match(_plain(behind))
-    if opening and closing and all("," in joint["joins"] for joint in joints):
+    before = _plain(text[max(0, start - _MAX_JOINT) : start])
+    first = _BEFORE.search(before)
+    leads = [(first["name"], first["sign"]) if first else (None, None)]
+    leads += [(joint["name"], joint["sign"]) for joint in joints]
+    parts = tuple(
+        f"-({part})" if sign and re.search(r"[-+]", part) else f"{sign or ''}{part}"
+        for part, (_, sign) in zip((part.rstrip(" ,;.") for part in parts), leads, strict=True)
+    )
+    opening, closing = _OPENING.search(before), _CLOSING.match(_plain(text[end : end + 20]))
+    if opening and closing and not any(re.search("[a-z]", joint[0]) for joint in joints):
         return Statement(start, end, parts, f"{opening[0]}{', '.join(parts)}{closing[0]}")
-    first = _NAME_BEFORE.search(before)
-    names = [first[1] if first else None, *(joint["name"] for joint in joints)]
-    if all(names) and len(set(names)) > 1 and not any("=" in part for part in parts):
-        parts = tuple(f"{name} {part}" for name, part in zip(names, parts, strict=True))
+    names = [name for name, _ in leads]
+    if len(set(names)) > 1 and all(name and _VARIABLES.fullmatch(name) for name in names):
+        parts = tuple(
+            part if "=" in part else f"{name} {part}"
+            for name, part in zip(names, parts, strict=True)
+        )
     distinct: dict[str, str] = {}
-    for part in parts:
+    for part in filter(None, parts):
         distinct.setdefault(_key(part), part)
-    parts = tuple(distinct.values())
+    parts = tuple(distinct.values()) or ("",)
     return Statement(start, end, parts, join_answers(parts))
 
 
