@@ -322,8 +322,6 @@ _ASKED_FORM = re.compile(
 
 def _table(row: Mapping[str, Any], stem: str) -> Draft:
     gold = given(row.get("answer"))
-    if gold.answer is not None and "####" in gold.answer:
-        gold = Gold(after_hashes(gold.answer))
     solution = _optional(row, "solution")
     if "answer" not in row and solution is not None:
         gold = answer_of_solution(solution)

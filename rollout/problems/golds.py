@@ -1,6 +1,7 @@
 r"""Ground truths as data sets give them: an answer column, or a solution that ends in one.
 
-    given      text, a number (145.0 is 145), a list of one; `9 (apples)` is 9
+    given      text, a number (145.0 is 145), a list of one; `9 (apples)` is 9; of a solution what
+               stands behind its last `####`
     solution   its boxes, else what stands behind its last `####`
 
 An answer that is wrong punishes right solutions for ever, so where it is not clear which text is
@@ -129,6 +130,8 @@ def given(value: Any) -> Gold:
     if isinstance(value, float):
         value = int(value) if value.is_integer() else value
     text = str(value).strip()
+    if "####" in text:
+        return Gold(after_hashes(text))
     if text.startswith("\\boxed") and len(stated := read_statements(text)) == 1:
         rest = text[stated[0].end :].strip(" .")
         text = text if rest else stated[0].answer

@@ -86,6 +86,7 @@ def test_other_solutions_with_several_boxes_are_in_doubt(solution: str) -> None:
         (r"\boxed{1}, \boxed{-2}", "1, -2"),
         (r"\boxed{(a,1)} \text{ and permutations}", r"\boxed{(a,1)} \text{ and permutations}"),
         (r"\boxed{3}^2", r"\boxed{3}^2"),
+        ("He has 9.\n#### 1,009", "1009"),
         ("9 (apples)", "9"),
         ("1/2 (square feet)", "1/2"),
         ("24 (apples); 30 (pears)", "24; 30"),
