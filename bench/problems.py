@@ -2,6 +2,7 @@
 
     python -m bench.problems [--rows 747000] [--json FILE]
     python -m bench.problems --data DIR              real tables, each against all others
+    python -m bench.problems --files DIR             other people's files, each by itself
     python -m bench.problems --compare [--rows N]    our MinHash beside datasketch's
 
 A set of the paper's size (747,000 rows) is made in three files, a quarter NuminaMath-CoT JSONL, a
@@ -46,7 +47,7 @@ from cluster.folder.machine import hardware
 from rollout.problems.duplicates import MIN_SIMILARITY
 from rollout.problems.import_report import ImportSettings
 from rollout.problems.importer import import_problems
-from rollout.problems.rows import stem_of
+from rollout.problems.rows import ProblemFileError, expand, stem_of
 from rollout.problems.text import bands, shingle_sets, similarity, tokenise
 
 PAPER_ROWS = 747_000
@@ -356,6 +357,27 @@ def print_cross(data: Path) -> dict[str, Any]:
     return found
 
 
+def print_files(folder: Path) -> dict[str, Any]:
+    """Import each file of a folder as it is; the table of formats in docs/problems.md."""
+    print("| file | format | rows | kept | aside | bad | why |")
+    print("|---|---|---:|---:|---:|---:|---|")
+    found: dict[str, Any] = {}
+    for path in expand([str(folder)]):
+        try:
+            (file,) = import_problems(ImportSettings(inputs=(path,)), None).files
+        except ProblemFileError as error:
+            print(f"| {stem_of(path)} | | | 0 | | | stops: {error} |")
+            found[stem_of(path)] = str(error)
+            continue
+        why = ", ".join(f"{count} {reason}" for reason, count in file.set_aside.items())
+        counts = {"rows": file.rows, "kept": file.kept, "aside": file.set_aside.total()}
+        counts["bad"] = file.bad
+        shown = " | ".join(map(str, counts.values()))
+        print(f"| {stem_of(path)} | `{file.format}` | {shown} | {why} |")
+        found[stem_of(path)] = counts
+    return found
+
+
 def compare(rows: int) -> dict[str, float]:
     """CPU microseconds of the MinHash of a text: ours, and datasketch's of as many functions."""
     writer = Writer(3)
@@ -389,17 +411,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=PAPER_ROWS, help="rows of the made set")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--data", type=Path, help="instead: cross real tables of this folder")
+    parser.add_argument("--files", type=Path, help="instead: import each file of this folder")
     parser.add_argument("--compare", action="store_true", help="instead: MinHash beside datasketch")
     parser.add_argument("--folder", type=Path, help="where the made set goes [a temporary one]")
     parser.add_argument("--json", type=Path, help="also write the JSON object to this file")
     options = parser.parse_args(arguments)
     if options.data is not None:
         figures: dict[str, Any] = print_cross(options.data)
+    elif options.files is not None:
+        figures = print_files(options.files)
     elif options.compare:
         figures = dict(compare(min(options.rows, 20_000)))
     else:
         figures = measure(options.rows, options.seed, options.folder)
-    if options.data is None:
+    if options.data is None and options.files is None:
         for name, value in figures.items():
             shown = f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.4f}"
             print(f"{name:32} {shown:>12}   {GOALS.get(name, '')}")

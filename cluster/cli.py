@@ -481,11 +481,17 @@ def problems_import(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="table, rstar, gsm8k, math, metamath, numina-cot, numina-1.5, dapo, orz"),
+        typer.Option(help="One of those in docs/problems.md; else told from the columns."),
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(metavar="NAME=COLUMN,...", help="As problem=question,answer=label.value."),
+        typer.Option(
+            metavar="NAME=COLUMN,...", help="As problem=body+question,answer=label.value."
+        ),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Read as if it were not there; may be repeated."),
     ] = None,
     source: Annotated[str | None, typer.Option(help="Source of every row.")] = None,
     level: Annotated[Level | None, typer.Option(help="Level of every row.")] = None,
@@ -512,6 +518,7 @@ def problems_import(
         against=tuple(against or ()),
         format=format,
         columns=parse_columns(columns) if columns else None,
+        drop=tuple(drop or ()),
         source=source,
         level=level,
         subsets=None if kept == ("all",) else kept,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verifier.answer import extract_answer
+from verifier.boxes import extract_answer
 from verifier.sandbox import (
     AsyncSandbox,
     Sandbox,

@@ -1,77 +1,11 @@
-r"""Finding the final answer in a solution, and the cheap text work done before parsing.
-
-A policy ends a solution with `\boxed{...}`; `extract_answer` returns the inside of the last
-balanced one. Everything here is a single pass over the text with no regular expression that can
-backtrack, so 100,000 characters of `\boxed{` cost milliseconds.
-
-Not covered: answers announced in prose ("the answer is 5") are not searched for. A solution without
-a box has no answer.
-"""
+"""The cheap text work done on an answer before it is parsed."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+)")
-
-
-def extract_answer(text: str | None) -> str | None:
-    r"""The inside of the last balanced `\boxed{}` of a solution, stripped and unwrapped.
-
-    A box inside a box yields the inner text when the outer holds nothing else. An unbalanced last
-    box is passed over in favour of an earlier balanced one, because generation may have been cut
-    off inside it. `\boxed 7` (no braces) counts only when no braced box is balanced.
-
-    Returns:
-        The answer text, possibly empty for `\boxed{}`; None when there is no box or `text` is not a
-        string.
-    """
-    if not isinstance(text, str) or "\\" not in text:
-        return None
-    boxes = _balanced_boxes(text)
-    if not boxes:
-        bare = _BARE_BOX.findall(text)
-        return bare[-1] if bare else None
-    return _inside(text, max(boxes, key=lambda start: boxes[start][1]), boxes)
-
-
-def _balanced_boxes(text: str) -> dict[int, tuple[int, int]]:
-    """Where each balanced box begins -> (start, end) of what it holds; one pass."""
-    begins = {match.end() - 1: match.start() for match in _BOX.finditer(text)}
-    boxes: dict[int, tuple[int, int]] = {}
-    if not begins:
-        return boxes
-    stack: list[int] = []
-    position, size = min(begins), len(text)
-    while position < size:
-        char = text[position]
-        if char == "\\":
-            position += 2
-            continue
-        if char == "{":
-            stack.append(position)
-        elif char == "}" and stack:
-            opened = stack.pop()
-            if opened in begins:
-                boxes[begins[opened]] = (opened + 1, position)
-        position += 1
-    return boxes
-
-
-def _inside(text: str, box: int, boxes: dict[int, tuple[int, int]]) -> str:
-    """What a box holds, going inwards while that is another box and nothing else."""
-    start, end = boxes[box]
-    while True:
-        while start < end and text[start].isspace():
-            start += 1
-        while start < end and text[end - 1].isspace():
-            end -= 1
-        if start not in boxes or boxes[start][1] != end - 1:
-            return text[start:end]
-        start, end = boxes[start]
-
+from verifier.boxes import BOX_COMMANDS, balanced_boxes, inside
 
 _COMMAND_OF = (
     "× times ≠ ne ≈ approx ∞ infty ∪ cup ∩ cap ∖ setminus ∅ emptyset ∈ in √ sqrt ± pm ∓ mp "
@@ -179,8 +113,8 @@ def _strip_delimiters(text: str) -> str:
         count = len(_UNESCAPED_DOLLAR.findall(text))
         if count and count % 2 == 0:
             return _UNESCAPED_DOLLAR.sub(" ", text)
-    if text.startswith(("\\boxed", "\\fbox")):
-        boxes = _balanced_boxes(text)
+    if text.startswith(BOX_COMMANDS):
+        boxes = balanced_boxes(text)
         if 0 in boxes and boxes[0][1] == len(text) - 1:
-            return _inside(text, 0, boxes)
+            return inside(text, 0, boxes)
     return text

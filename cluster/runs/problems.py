@@ -118,6 +118,8 @@ def print_import(report: ImportReport, console: Console) -> None:
             console,
             f"{report.other_answers:,} duplicates have another answer than the problem kept",
         )
+    if joined := report.total("joined_answers"):
+        say(console, f"{joined:,} rows have as answer several boxes of their solution, joined")
     if assumed := report.total("assumed_levels"):
         say(console, f"{assumed:,} rows say no level, taken as math; --level says another")
 

@@ -34,6 +34,8 @@ class ImportSettings:
     format: str | None = None
     """None: told from the columns, file by file."""
     columns: Mapping[str, str] | None = None
+    drop: tuple[str, ...] = ()
+    """Columns that are taken as not there, in benchmarks too."""
     source: str | None = None
     """Source of every row; None: as the rows say."""
     level: Level | None = None
@@ -63,6 +65,8 @@ class FileReport:
     bad: int = 0
     assumed_levels: int = 0
     """Rows of which nothing said the level, so that "math" was taken."""
+    joined_answers: int = 0
+    """Rows whose answer was put together from several boxes of the solution, kept or not."""
 
     @property
     def duplicates(self) -> int:
@@ -128,6 +132,7 @@ def report_to_json(report: ImportReport) -> dict[str, Any]:
         "settings": _fields(report.settings),
         "totals": {name: report.total(name) for name in totals}
         | {"set_aside": report.total("set_aside")},
+        "joined_answers": report.total("joined_answers"),
         "set_aside": dict(report.set_aside()),
         "duplicates_with_another_answer": report.other_answers,
         "common_ngrams": report.common_ngrams,
@@ -170,6 +175,8 @@ def report_to_markdown(report: ImportReport, folder: Path) -> str:
             "the two is wrong (`duplicates.parquet`, `same_answer`).",
             "",
         ]
+    if joined := report.total("joined_answers"):
+        lines += [f"{joined} rows have as answer several boxes of their solution, joined.", ""]
     if aside := report.set_aside():
         lines += ["## Set aside", "", "| reason | rows |", "|---|---:|"]
         lines += [f"| {reason} | {count} |" for reason, count in aside.most_common()] + [""]

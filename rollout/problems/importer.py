@@ -23,7 +23,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from rollout.problems.decontamination import (
     beginning,
 )
 from rollout.problems.duplicates import Duplicate, DuplicateFinder
-from rollout.problems.formats import Convert, Draft, RowError, converter, detect
+from rollout.problems.formats import Convert, Draft, converter, detect
 from rollout.problems.import_report import (
     FORMAT_VERSION,
     BenchmarkReport,
@@ -53,7 +53,16 @@ from rollout.problems.import_report import (
     report_to_json,
     report_to_markdown,
 )
-from rollout.problems.rows import ProblemFileError, Row, RowFile, columns, expand, stem_of
+from rollout.problems.rows import (
+    ProblemFileError,
+    Row,
+    RowError,
+    RowFile,
+    WholeFileError,
+    columns,
+    expand,
+    stem_of,
+)
 from rollout.problems.screening import Reason, screen
 from rollout.problems.text import (
     Places,
@@ -240,14 +249,17 @@ class _Import:
             row = _first_readable(name)
             if row is None:
                 return None, None
-            chosen = detect(row.data, f"{name}, row {row.number}")
-        return chosen, converter(chosen, columns=settings.columns, subsets=settings.subsets)
+            chosen = detect(row.data, f"{name}, row {row.number}", settings.drop)
+        convert = converter(
+            chosen, columns=settings.columns, subsets=settings.subsets, drop=settings.drop
+        )
+        return chosen, convert
 
     def _read_benchmarks(self) -> BenchmarkIndex:
         problems: list[BenchmarkProblem] = []
         for done, name in enumerate(self.benchmarks):
             self.progress("benchmarks", done, len(self.benchmarks))
-            read, bad = read_benchmark(name)
+            read, bad = read_benchmark(name, self.settings.drop)
             if not read:
                 raise ProblemFileError(f"{name}: no problem in this benchmark file")
             problems += read
@@ -290,16 +302,19 @@ class _Import:
             try:
                 draft = convert(row.data, self._stem)
                 _check_unicode(draft)
+            except WholeFileError as wrong:
+                raise ProblemFileError(f"{source.at(row)}: {wrong}") from wrong
             except RowError as wrong:
                 error = str(wrong)
             else:
                 draft.source = self.settings.source or draft.source
                 draft.level = self.settings.level or draft.level
+                self._file.joined_answers += draft.gold.joined
                 return draft
         self._file.bad += 1
         self._bad({"file": source.name, "row": row.number, "error": error})
         if len(self.report.bad_examples) < 10:
-            self.report.bad_examples.append(f"{source.name}, {source.place} {row.number}: {error}")
+            self.report.bad_examples.append(f"{source.at(row)}: {error}")
         return None
 
     def _judge(self, file: int, batch: Sequence[tuple[Row, Draft]]) -> None:
@@ -307,11 +322,12 @@ class _Import:
         waiting: list[dict[str, Any]] = []
         for row, draft in batch:
             record = self._record(row, draft)
-            marked = Reason.MARKED if draft.exclusion else None
+            detail = draft.exclusion or draft.gold.doubt
+            marked = Reason.MARKED if draft.exclusion else Reason.UNCLEAR if detail else None
             reason = marked or screen(draft.problem, draft.answer)
             if reason is not None:
-                self._file.set_aside[draft.exclusion or reason.value] += 1
-                self._aside({"reason": reason.value, "detail": draft.exclusion, **record})
+                self._file.set_aside[detail or reason.value] += 1
+                self._aside({"reason": reason.value, "detail": detail, **record})
                 continue
             if draft.level is None:
                 self._file.assumed_levels += 1
@@ -497,22 +513,27 @@ class _Import:
         (folder / "report.md").write_text(report_to_markdown(self.report, folder), encoding="utf-8")
 
 
-def read_benchmark(name: str) -> tuple[list[BenchmarkProblem], int]:
+def read_benchmark(name: str, drop: Collection[str] = ()) -> tuple[list[BenchmarkProblem], int]:
     """The problems of a benchmark file, and how many rows could not be read.
 
+    Args:
+        drop: columns that are taken as not there.
     Raises:
-        ProblemFileError: unknown columns, or nothing readable.
+        ProblemFileError: unknown columns, content that would be left out, or nothing readable.
     """
     first = _first_readable(name)
     if first is None:
         return [], 0
-    convert = converter(detect(first.data, f"{name}, row {first.number}"), subsets=None)
-    problems, bad = [], 0
-    for row in RowFile(name).rows():
+    format = detect(first.data, f"{name}, row {first.number}", drop)
+    convert = converter(format, subsets=None, drop=drop)
+    problems, bad, source = [], 0, RowFile(name)
+    for row in source.rows():
         try:
             if row.error is not None:
                 raise RowError(row.error)
             draft = convert(row.data, stem_of(name))
+        except WholeFileError as wrong:
+            raise ProblemFileError(f"{source.at(row)}: {wrong}") from wrong
         except RowError:
             bad += 1
             continue

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rollout.problem import Level, Problem
-from rollout.problems.formats import RowError, alternatives
-from rollout.problems.rows import SUFFIXES, ProblemFileError, RowFile
+from rollout.problems.formats import refuse_losses
+from rollout.problems.golds import alternatives, given
+from rollout.problems.rows import SUFFIXES, ProblemFileError, RowError, RowFile
 
 _LEVELS = ", ".join(level.value for level in Level)
 
@@ -57,8 +58,9 @@ def read_problems(
     Args:
         default_level: level of rows that name none; None makes a row without level an error.
     Raises:
-        ProblemFileError: missing, unreadable or empty file, unknown format, missing column,
-            unknown level, or two rows with one id; the message names file, row and what is right.
+        ProblemFileError: missing, unreadable or empty file, unknown format, missing column, content
+            in a column that is not read, unknown level, or two rows with one id; the message names
+            file, row and what is right.
     """
     path = Path(path)
     report = ReadReport(path=str(path))
@@ -98,22 +100,25 @@ def _problem(
     if not str(text or "").strip():
         report.skip(number, "without problem text")
         return None
-    answer = row.get("answer")
-    if answer is None or not str(answer).strip():
-        report.skip(number, "without answer", f" (id {row.get('id')!r})")
-        return None
-    level = _level(row.get("level"), path, number, default_level)
     try:
+        refuse_losses(row, (), "of runs")
+        gold = given(row.get("answer"))
         answers_alt = alternatives(row.get("answers_alt"))
     except RowError as error:
-        raise ProblemFileError(f"{path}, row {number}: {error}") from error
+        raise ProblemFileError(
+            f"{path}, row {number}: {error}; `rstar problems import` reads more kinds of files"
+        ) from error
+    if gold.answer is None:
+        report.skip(number, gold.doubt or "without answer", f" (id {row.get('id')!r})")
+        return None
+    level = _level(row.get("level"), path, number, default_level)
     identifier = row.get("id", row.get("index"))
     return Problem(
         id=str(identifier) if identifier is not None else f"{path.stem}-{number}",
         source=str(row.get("source") or path.stem),
         level=level,
         text=str(text),
-        answer=str(answer),
+        answer=gold.answer,
         answers_alt=answers_alt,
         rewording_of=str(row.get("rewording_of") or ""),
     )

@@ -33,6 +33,8 @@ COMPRESSIONS = (".gz", ".zst")
 HUB = "hf://"
 LIST_KEYS = ("example", "examples", "data", "rows")
 """Under which of its keys a JSON object may hold the list of rows."""
+_ASKED = {"problem", "question", "prompt", "messages", "conversations", "query", "input", "content"}
+"""Keys that say that an object is a row."""
 _BATCH_ROWS = 2048
 _CHUNK = 1 << 20
 _MAX_FIELD = 1 << 27
@@ -44,6 +46,14 @@ class ProblemFileError(ValueError):
     """A problem file as a whole cannot be used."""
 
 
+class RowError(ValueError):
+    """A row is not what its format says; the message says how."""
+
+
+class WholeFileError(RowError):
+    """A row shows that its file would be read wrongly, so that nothing of it may be kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row: its data, or why it cannot be read."""
@@ -53,6 +63,12 @@ class Row:
     data: Any
     """None for a row that cannot be read."""
     error: str | None = None
+
+
+def kind_of_value(value: Any) -> str:
+    """What a value of a row is, for people."""
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
 def columns(names: str, **types: pa.DataType) -> list[tuple[str, pa.DataType]]:
@@ -125,6 +141,10 @@ class RowFile:
         self.size = 0 if self.on_hub else Path(name).stat().st_size
         self.position = 0
         self.place = "line" if kind_of(Path(name)) in (".jsonl", ".csv") else "row"
+
+    def at(self, row: Row) -> str:
+        """Where a row stands, for people."""
+        return f"{self.name}, {self.place} {row.number}"
 
     def rows(self) -> Iterator[Row]:
         """Every row in order.
@@ -246,9 +266,28 @@ class RowFile:
                 f"{self.name}: expected a list of rows, one row, or an object with the list under "
                 f"one of {', '.join(LIST_KEYS)}"
             )
-        lists = (data[key] for key in LIST_KEYS if isinstance(data.get(key), list))
-        for number, row in enumerate(next(lists, [data]), start=1):
+        for number, row in enumerate(self._rows_in(data), start=1):
             yield Row(number, row)
+
+    def _rows_in(self, data: dict[str, Any]) -> list[Any]:
+        """The rows of a JSON object: under a key that is known for it, or as its only list of
+        objects; its values, if all of them are objects; else it is a row itself."""
+        known = [data[key] for key in LIST_KEYS if isinstance(data.get(key), list)]
+        if known or _ASKED & {key.lower() for key in data}:
+            return known[0] if known else [data]
+        if len(data) > 1 and all(isinstance(value, dict) for value in data.values()):
+            return list(data.values())
+        lists = {
+            key: value
+            for key, value in data.items()
+            if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        }
+        if len(lists) > 1:
+            raise ProblemFileError(
+                f"{self.name}: holds several lists of rows ({', '.join(lists)}); expected one list "
+                "to a file"
+            )
+        return next(iter(lists.values()), [data])
 
     def _hub_rows(self) -> Iterator[Row]:
         try:

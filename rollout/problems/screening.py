@@ -7,6 +7,7 @@ text, so that a reason can be checked by eye:
     figure missing the text points to a figure that is not there
     proof          it asks to prove or show and asks for nothing else
     no answer      nothing was given, and none stands in the solution
+    unclear        several texts may be the answer (`rollout.problems.golds`)
     answer         longer than a final answer, a sentence, or a letter of choices that are not there
 
 Not covered: an answer that is wrong; a question whose answer is a drawing but reads like a number.
@@ -35,6 +36,7 @@ class Reason(StrEnum):
     FIGURE = "figure missing"
     PROOF = "proof"
     NO_ANSWER = "no answer"
+    UNCLEAR = "answer is not clear"
     LONG_ANSWER = "answer is too long to be checked"
     SENTENCE = "answer is a sentence"
     CHOICES = "answer is a choice that the text does not offer"
@@ -42,7 +44,7 @@ class Reason(StrEnum):
 
 
 _IMAGE = re.compile(
-    r"!\[[^\]]*\]\(|<img\b|\\includegraphics|data:image/|<image>|\[image[^\]]*\]"
+    r"!\[[^\]]*\]\(|<img(?:\b|_)|\\includegraphics|data:image/|<image(?:_?\d+)?>|\[image[^\]]*\]"
     r"|https?://\S+\.(?:png|jpe?g|gif|svg|webp)",
     re.IGNORECASE,
 )

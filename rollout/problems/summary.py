@@ -15,10 +15,18 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rollout.problem import Level
-from rollout.problems.formats import RowError, converter, detect
+from rollout.problems.formats import converter, detect
 from rollout.problems.import_report import ImportReport, ImportSettings
 from rollout.problems.importer import PROBLEM_SCHEMA, VERSION_KEY, Progress, import_problems
-from rollout.problems.rows import RowFile, expand, kind_of, stem_of
+from rollout.problems.rows import (
+    ProblemFileError,
+    RowError,
+    RowFile,
+    WholeFileError,
+    expand,
+    kind_of,
+    stem_of,
+)
 from rollout.problems.text import problem_id, problem_key
 
 _KINDS = (
@@ -50,7 +58,7 @@ def problem_stats(name: str, progress: Progress = lambda stage, done, total: Non
     """Read a problem file of any known format and count.
 
     Raises:
-        ProblemFileError: the file is missing or of no known format.
+        ProblemFileError: the file is missing, of no known format, or would be read wrongly.
     """
     (name,) = expand([name])
     source, convert = RowFile(name), None
@@ -64,9 +72,11 @@ def problem_stats(name: str, progress: Progress = lambda stage, done, total: Non
             if row.error is not None:
                 raise RowError(row.error)
             if convert is None:
-                stats.format = detect(row.data, f"{name}, {source.place} {row.number}")
+                stats.format = detect(row.data, source.at(row))
                 convert = converter(stats.format, subsets=None)
             draft = convert(row.data, stem_of(name))
+        except WholeFileError as wrong:
+            raise ProblemFileError(f"{source.at(row)}: {wrong}") from wrong
         except RowError:
             stats.unreadable += 1
             continue

@@ -1,25 +1,26 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from rollout.problem import Level
 from rollout.problems.formats import (
-    RowError,
-    answer_of_solution,
     converter,
     detect,
     level_of_source,
     parse_columns,
+    refuse_losses,
 )
-from rollout.problems.rows import ProblemFileError
+from rollout.problems.golds import SEVERAL_ANSWERS
+from rollout.problems.rows import ProblemFileError, RowError, WholeFileError
 from rollout.problems.text import problem_id, problem_key
 
 NUMINA_COT = {
     "source": "amc_aime",
     "problem": "How many?",
-    "solution": r"First \boxed{3}, no: \boxed{\frac{1}{2}}.",
+    "solution": r"There are \boxed{3}. So the answer is \boxed{\frac{1}{2}}.",
     "messages": [],
 }
 NUMINA_15 = {
@@ -174,6 +175,171 @@ def test_unknown_columns_are_named() -> None:
         detect({"b": 1, "a": 2}, "f.csv, row 1")
 
 
+OLYMPIADBENCH = {
+    "id": 7,
+    "subfield": "Algebra",
+    "context": None,
+    "question": "How many?",
+    "solution": ["One way.", "Another."],
+    "final_answer": ["$12$"],
+    "is_multiple_answer": False,
+    "unit": None,
+    "answer_type": "Numerical",
+    "error": None,
+}
+GAOKAO = {
+    "passage": None,
+    "question": "Which?",
+    "options": {"A": "$-1$", "B": "$x$", "C": "$2$", "D": "$3$"},
+    "label": "C",
+    "answer": None,
+    "other": {"source": "a paper"},
+}
+MMLU = {"question": "Which?", "type": "algebra", "choices": ["red", "2", "4", "8"], "answer": 2}
+AQUA = {
+    "question": "Which?",
+    "options": ["A)$6", "B)$7", "C)None"],
+    "rationale": "",
+    "correct": "B",
+}
+SAT = {"id": "0", "question": "Which?", "options": "A) $f(B)=0$ B) -10 and 10", "Answer": "B"}
+ASDIV = {"body": "Two reds.", "question": "How many?", "answer": "2 (balls)", "formula": "1+1=2"}
+SVAMP = {"Body": "Two reds", "Question": "How many?", "Answer": 145.0, "Type": "Sum", "ID": "c-1"}
+MAWPS = {"input": "How many?", "target": 43.0, "type": "singleeq", "idx": 0}
+CARP = {"content": "How many?", "answer": "x < - 2", "steps": "...", "exprs": ["x < - 2"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "problem", "answer", "also"),
+    [
+        (OLYMPIADBENCH, "olympiadbench", "How many?", "$12$", ()),
+        (
+            {**OLYMPIADBENCH, "context": "Let x=1.", "unit": "km"},
+            "olympiadbench",
+            "Let x=1.\nHow many?",
+            "$12$",
+            ("$12$ km",),
+        ),
+        (
+            {**OLYMPIADBENCH, "is_multiple_answer": True, "final_answer": ["$1$", "$-2$"]},
+            "olympiadbench",
+            "How many?",
+            "$1$, $-2$",
+            (),
+        ),
+        (GAOKAO, "agieval", "Which?\n(A) $-1$\n(B) $x$\n(C) $2$\n(D) $3$", "C", ("$2$",)),
+        (
+            {**GAOKAO, "options": None, "label": None, "answer": "$5$;$10$", "passage": "Read."},
+            "agieval",
+            "Read.\nWhich?",
+            "$5$;$10$",
+            (),
+        ),
+        (MMLU, "choices", "Which?\n(A) red\n(B) 2\n(C) 4\n(D) 8", "C", ("4",)),
+        (AQUA, "choices", "Which?\n(A) $6\n(B) $7\n(C) None", "B", ("$7",)),
+        (SAT, "choices", "Which?\n(A) $f(B)=0$\n(B) -10 and 10", "B", ("-10 and 10",)),
+        (ASDIV, "story", "Two reds.\nHow many?", "2", ()),
+        (SVAMP, "story", "Two reds\nHow many?", "145", ()),
+        (MAWPS, "mawps", "How many?", "43", ()),
+        (CARP, "carp", "How many?", "x < - 2", ()),
+        ({"Question": "How many?", "Answer": 3}, "rstar", "How many?", "3", ()),
+        ({"problem": 1, "question": "How many?", "answer": "7"}, "table", "How many?", "7", ()),
+    ],
+)
+def test_files_as_people_have_them(
+    row: Any, format: str, problem: str, answer: str, also: tuple[str, ...]
+) -> None:
+    assert detect(row, "file, row 1") == format
+    draft = converter(format)(row, "file")
+    assert (draft.problem, draft.answer, draft.answers_alt) == (problem, answer, also)
+    assert (draft.exclusion, draft.gold.doubt) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "exclusion", "doubt"),
+    [
+        (
+            {"error": "0.01"},
+            "answer counts within a tolerance, which the check does not know",
+            None,
+        ),
+        ({"answer_type": "Need_human_evaluate"}, "answer needs a person to judge it", None),
+        ({"final_answer": ["1", "2"]}, None, SEVERAL_ANSWERS),
+    ],
+)
+def test_olympiadbench_rows_that_cannot_be_graded_say_so(
+    change: dict[str, Any], exclusion: str | None, doubt: str | None
+) -> None:
+    draft = converter("olympiadbench")({**OLYMPIADBENCH, **change}, "file")
+    assert (draft.exclusion, draft.gold.doubt) == (exclusion, doubt)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {**ASDIV, "context": "At noon."},
+            r"column context \('At noon.'\) looks like a part of the problem, and format story "
+            r"would leave it out; use it with --columns problem=context\+question,answer=... or "
+            "allow that with --drop context",
+        ),
+        ({**RSTAR, "Passage": "Read."}, r"column passage .*problem=passage\+question"),
+        ({**RSTAR, "images": ["a.png"]}, "leave it out; allow that with --drop images"),
+        ({**TABLE, "image_2": {"bytes": b"1"}}, "column image_2"),
+        ({**CARP, "choices": ["1", "2"]}, r"problem=question\+choices"),
+        ({**MAWPS, "instruction": "How many?"}, "column instruction"),
+        ({**METAMATH, "options": "A) 1 B) 2"}, "column options"),
+        ({**TABLE, "question": "Another?"}, "columns problem and question hold different texts"),
+    ],
+)
+def test_content_that_a_format_would_leave_out_stops_the_import(row: Any, message: str) -> None:
+    with pytest.raises(WholeFileError, match=message):
+        converter(detect(row, "file"))(row, "file")
+
+
+def test_empty_columns_and_those_dropped_stop_nothing() -> None:
+    row = {**RSTAR, "context": None, "image": "", "choices": [], "has_image": True, "options": {}}
+    assert converter("rstar")(row, "file").answer == "5"
+    story = {**RSTAR, "body": "Two reds."}
+    assert detect(story, "file", ["Body"]) == "rstar"
+    assert converter("rstar", drop=["Body"])(story, "file").problem == "How many?"
+    same = converter("table")({**TABLE, "question": "How  many?"}, "file")
+    assert same.problem == "How many?"
+    refuse_losses({"num_choices": 4, "context_length": 9, "answer": "body"}, (), "x")
+
+
+def test_a_column_map_joins_columns_and_reads_options() -> None:
+    convert = converter("columns", columns=parse_columns("problem=body+question,answer=answer"))
+    assert convert(ASDIV, "file").problem == "Two reds.\nHow many?"
+    assert convert({**ASDIV, "body": None}, "file").problem == "How many?"
+    assert convert(SVAMP, "file").problem == "Two reds\nHow many?"
+    columns = parse_columns("problem=question+choices,answer=answer")
+    draft = converter("columns", columns=columns)(MMLU, "file")
+    assert (draft.answer, draft.problem[-5:]) == ("C", "(D) 8")
+    whole = converter("columns", columns=parse_columns("problem=a+b,answer=answer"))
+    assert whole({"a+b": "How many?", "answer": "1"}, "file").problem == "How many?"
+    with pytest.raises(WholeFileError, match=r"column body .*format columns would leave it out"):
+        converter("columns", columns=parse_columns("problem=question,answer=answer"))(ASDIV, "f")
+    with pytest.raises(RowError, match="question\\+idx is text, a number; expected texts"):
+        converter("columns", columns=parse_columns("problem=question+idx,answer=a"))(
+            {"question": "q", "idx": 3, "a": 1}, "f"
+        )
+
+
+def test_rows_inside_rows_are_read_by_a_column_map_that_the_message_says() -> None:
+    inner = {"problem": "How many?", "answer": "7", "options": None}
+    for nested in (inner, json.dumps(inner)):
+        row = {"row_idx": 0, "row": nested}
+        with pytest.raises(ProblemFileError, match=r"--columns problem=row.problem,answer=row.ans"):
+            detect(row, "file, row 1")
+        convert = converter(
+            "columns", columns=parse_columns("problem=row.problem,answer=row.answer")
+        )
+        assert (convert(row, "f").problem, convert(row, "f").answer) == ("How many?", "7")
+    with pytest.raises(WholeFileError, match="column options"):
+        convert({"row": {**inner, "options": ["1", "2"]}}, "f")
+
+
 @pytest.mark.parametrize(
     ("format", "row", "message"),
     [
@@ -192,23 +358,6 @@ def test_rows_that_are_not_what_the_format_says_are_named(
 ) -> None:
     with pytest.raises(RowError, match=message):
         converter(format)(row, "file")
-
-
-@pytest.mark.parametrize(
-    ("solution", "answer"),
-    [
-        (r"a \boxed{1} b \boxed{\frac{2}{3}}", r"\frac{2}{3}"),
-        (r"cut off \boxed{\frac{2}{3}", None),
-        ("so\n#### -1,234,567", "-1234567"),
-        ("so\n#### (1,234)\nDone", "(1,234)"),
-        (r"\boxed{} #### 5", "5"),
-        ("nothing", None),
-    ],
-)
-def test_answer_of_a_solution_is_its_last_box_or_what_follows_hashes(
-    solution: str, answer: str | None
-) -> None:
-    assert answer_of_solution(solution) == answer
 
 
 @pytest.mark.parametrize(

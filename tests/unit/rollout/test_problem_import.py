@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rollout.problem import DecontaminationRule, Level
+from rollout.problems.golds import SEVERAL_BOXES
 from rollout.problems.import_report import ImportReport, ImportSettings, report_folder
 from rollout.problems.importer import PROBLEM_SCHEMA, import_problems
 from rollout.problems.reader import read_problems
@@ -186,6 +187,58 @@ def test_what_the_user_says_of_source_level_and_solutions_goes_before_the_rows(t
 def test_text_that_is_no_unicode_is_a_bad_row(tmp_path, run):
     own = jsonl(tmp_path / "a.jsonl", ['{"problem": "What \\ud800?", "answer": "1"}', row("Why?")])
     assert run(own)[0].files[0].bad == 1
+
+
+def test_golds_of_several_boxes_are_joined_or_set_aside_and_both_are_counted(tmp_path, run):
+    def numina(problem: str, solution: str) -> dict[str, Any]:
+        return {"source": "olympiads", "problem": problem, "solution": solution, "messages": []}
+
+    rows = [
+        numina("What is x?", r"We get $\boxed{x=1}$ and $\boxed{x=3}$."),
+        numina("What is y?", r"If y>0, \boxed{y=1}. Else \boxed{y=-2}."),
+        numina("What is z?", r"So \boxed{7}. Wait, redo: \boxed{"),
+        numina("What is t?", r"So \boxed{7}."),
+    ]
+    report, out = run(jsonl(tmp_path / "a.jsonl", rows))
+    assert [(r["problem"], r["answer"]) for r in table(out)] == [
+        ("What is x?", "x=1, x=3"),
+        ("What is t?", "7"),
+    ]
+    assert report.files[0].joined_answers == 1
+    assert report.set_aside() == {SEVERAL_BOXES: 1, "no answer": 1}
+    aside = table(report_folder(out) / "set_aside.parquet")
+    assert [(r["reason"], r["detail"]) for r in aside] == [
+        ("answer is not clear", SEVERAL_BOXES),
+        ("no answer", None),
+    ]
+    page = (report_folder(out) / "report.md").read_text(encoding="utf-8")
+    assert "1 rows have as answer several boxes of their solution, joined." in page
+    assert f"| {SEVERAL_BOXES} | 1 |" in page
+    assert json.loads((report_folder(out) / "report.json").read_text())["joined_answers"] == 1
+
+
+def test_content_that_would_be_lost_stops_the_import_in_whichever_row_it_is(tmp_path, run):
+    plain = {"question": "What is 1+1?", "answer": "2", "context": None}
+    lost = {"question": "How many are left?", "answer": "3", "context": "Of seven four go."}
+    own = jsonl(tmp_path / "a.jsonl", [plain, lost])
+    message = r"a.jsonl, line 2: column context .*problem=context\+question,answer=.*--drop context"
+    with pytest.raises(ProblemFileError, match=message):
+        run(own)
+    assert not (tmp_path / "out" / "problems.parquet").exists()
+    assert [r["problem"] for r in table(run(own, drop=("context",))[1])] == [
+        "What is 1+1?",
+        "How many are left?",
+    ]
+    columns = {"problem": "context+question", "answer": "answer"}
+    assert table(run(own, columns=columns)[1])[1]["problem"] == (
+        "Of seven four go.\nHow many are left?"
+    )
+    other = jsonl(tmp_path / "b.jsonl", [row("What is 2+2?")])
+    with pytest.raises(ProblemFileError, match=message):
+        run(other, against=(own,))
+    assert run(other, against=(own,), drop=("context",))[0].benchmarks[0].problems == 2
+    with pytest.raises(ProblemFileError, match=message):
+        problem_stats(own)
 
 
 def test_an_interrupted_import_leaves_nothing_and_the_old_output_untouched(tmp_path, run):

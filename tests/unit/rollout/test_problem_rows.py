@@ -53,6 +53,29 @@ def test_a_json_list_longer_than_the_buffer_is_read_element_by_element(
     assert [row.data for row in rows_of(path)] == ROWS[:9]
 
 
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [
+        ({"version": 2, "problems": ROWS[:2]}, ROWS[:2]),
+        ({"2024-I-1": ROWS[0], "2024-I-2": ROWS[1]}, ROWS[:2]),
+        ({"Problem": "Why?", "parts": [{"a": 1}]}, [{"Problem": "Why?", "parts": [{"a": 1}]}]),
+        ({"row": ROWS[0]}, [{"row": ROWS[0]}]),
+        (ROWS[0], ROWS[:1]),
+    ],
+)
+def test_rows_in_a_json_object(tmp_path: Path, data: dict, rows: list[dict]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert [row.data for row in rows_of(path)] == rows
+
+
+def test_a_json_object_with_several_lists_of_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": ROWS[:2], "test": ROWS[2:3]}), encoding="utf-8")
+    with pytest.raises(ProblemFileError, match=r"several lists of rows \(train, test\)"):
+        rows_of(path)
+
+
 def test_broken_rows_are_values_with_their_line_and_reading_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": \n\n{"a": "\xff"}\n[2]\n')

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rollout.problem import Level
+from rollout.problems.golds import SEVERAL_ANSWERS
 from rollout.problems.reader import read_problems
 from rollout.problems.rows import ProblemFileError
 
@@ -86,3 +87,14 @@ def test_default_level_fills_rows_that_name_none(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "2"}])
     problems, _ = read_problems(path, default_level=Level.MATH)
     assert (problems[0].id, problems[0].level) == ("p-1", Level.MATH)
+
+
+def test_rows_that_hold_more_than_is_read_are_refused(tmp_path: Path) -> None:
+    story = write_jsonl(tmp_path / "p.jsonl", [ROW, {**ROW, "id": "b", "body": "Two reds."}])
+    message = r"row 2: column body .*--drop body; `rstar problems import` reads more kinds"
+    with pytest.raises(ProblemFileError, match=message):
+        read_problems(story)
+    lists = write_jsonl(tmp_path / "q.jsonl", [{**ROW, "answer": a} for a in (["7"], ["7", "8"])])
+    problems, report = read_problems(lists)
+    assert [p.answer for p in problems] == ["7"]
+    assert list(report.skipped) == [SEVERAL_ANSWERS]

@@ -61,6 +61,18 @@ def test_import_shows_where_every_row_went(monkeypatch, capsys, folder):
     assert "p.parquet: 1 rows, format table" in out
 
 
+def test_a_column_with_content_is_named_and_joined_or_dropped(monkeypatch, capsys, folder):
+    rows = [{"context": "Of seven four go.", "question": "How many are left?", "answer": "3"}]
+    (folder / "own.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+    given = ("import", "own.jsonl", "--out", "p.parquet")
+    status, _, err = rstar(monkeypatch, capsys, *given)
+    assert status == 1
+    assert "own.jsonl, line 1: column context ('Of seven four go.')" in " ".join(err.split())
+    assert rstar(monkeypatch, capsys, *given, "--drop", "context")[0] == 0
+    joined = "problem=context+question,answer=answer"
+    assert rstar(monkeypatch, capsys, *given, "--force", "--columns", joined)[0] == 0
+
+
 def test_check_of_a_file_with_faults_ends_with_status_1(monkeypatch, capsys, folder):
     rows = [{"problem": "What is it?", "answer": "1", "level": "gsm"}] * 2
     (folder / "twice.json").write_text(json.dumps(rows), encoding="utf-8")
