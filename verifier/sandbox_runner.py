@@ -380,6 +380,8 @@ def main() -> None:
     parent = os.getppid()
     isolation.die_with_parent(parent)
     sys.dont_write_bytecode = True
+    # a step's own limits bound long conversions; the guard of 4,300 digits would end honest ones
+    sys.set_int_max_str_digits(0)
     # an editable install puts its project folder here; states read only the interpreter's own
     homes = (sys.prefix, sys.base_prefix, sys.exec_prefix, "/usr/lib", "/usr/local/lib")
     sys.path[:] = [path for path in sys.path if path.startswith(tuple(f"{h}/" for h in homes))]
