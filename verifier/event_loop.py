@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from verifier.sandbox_wire import frame, take_frames
+from verifier.sandbox_wire import RECEIVE_BYTES, frame, take_frames
 
 
 class EventLoop:
@@ -47,6 +47,7 @@ class ClientLine:
         self.client, self.loop = client, loop
         self.on_message, self.on_end = on_message, on_end
         self.incoming, self.outgoing = bytearray(), bytearray()
+        self.waits_to_send = False
         client.setblocking(False)
         loop.register(client.fileno(), self._on_event)
 
@@ -60,7 +61,7 @@ class ClientLine:
         if not mask & ~select.EPOLLOUT:
             return
         try:
-            data = self.client.recv(1 << 18)
+            data = self.client.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -81,6 +82,8 @@ class ClientLine:
         except OSError:
             self.on_end()
             return
-        wanted = select.EPOLLIN | (select.EPOLLOUT if self.outgoing else 0)
-        with contextlib.suppress(OSError):
-            self.loop.epoll.modify(self.client.fileno(), wanted)
+        if self.waits_to_send != bool(self.outgoing):
+            self.waits_to_send = bool(self.outgoing)
+            wanted = select.EPOLLIN | (select.EPOLLOUT if self.outgoing else 0)
+            with contextlib.suppress(OSError):
+                self.loop.epoll.modify(self.client.fileno(), wanted)

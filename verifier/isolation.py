@@ -12,7 +12,7 @@ Two moments, both before user code:
 Nothing is done per step: Landlock stacks 16 layers at most, and seccomp programs add up.
 
 The seccomp program is an allow-list. Processes can be made only by `clone` with exactly the flags
-of `fork_sibling`, and that call is held by the kernel until the supervisor permits it (user
+of `sibling_fork`, and that call is held by the kernel until the supervisor permits it (user
 notification); every other form of fork, vfork, clone, clone3 and every thread is refused in the
 kernel. CLONE_PARENT makes each state a child of the supervisor, so its exit status, CPU time
 and memory come from `wait4` in the supervisor, and no state can have children of its own.
@@ -28,12 +28,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import platform
 import resource
 import struct
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ REQUIRED_LAYERS = (
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # PyDLL keeps the interpreter lock over the call, so that a fork never copies a released one
-HELD_SYSCALL = ctypes.PyDLL(None, use_errno=True).syscall
+HELD_SYSCALL = ctypes.PyDLL(None).syscall
 HELD_SYSCALL.restype = ctypes.c_long
 
 _SYS_CLONE = 56
@@ -113,30 +114,55 @@ def _prctl(option: int, *arguments: int) -> int:
 # --------------------------------------------------------------------------- fork
 
 
-class SiblingFork:
-    """Forks this single-threaded process into a sibling: the child of our parent, not of us.
+_DEAD_CELL = ctypes.c_int(0)
+
+
+def sibling_fork() -> Callable[[], int]:
+    """What forks this single-threaded process into a sibling: the child of our parent, not of us.
 
     The raw call skips CPython's at-fork hooks on purpose: with one thread there is nothing to
     repair, the `random` module is not reseeded (a seed set in step 1 still holds in step 2), and
     hooks registered by user code do not run. The kernel writes the child's thread id to where glibc
     keeps it, as glibc's own fork does.
+
+    Returns:
+        To be called for the child's pid in the parent, 0 in the child, -1 when the kernel refused.
     """
+    tid_address = ctypes.c_ulong(0)
+    with contextlib.suppress(LayerError):
+        _call("prctl", _PR_GET_TID_ADDRESS, ctypes.byref(tid_address))
+    if not tid_address.value:
+        # without CONFIG_CHECKPOINT_RESTORE the address is unknown: write it to a dead cell
+        tid_address.value = ctypes.addressof(_DEAD_CELL)
+    return functools.partial(HELD_SYSCALL, _SYS_CLONE, FORK_FLAGS, 0, 0, tid_address, 0)
 
-    def __init__(self) -> None:
-        tid_address = ctypes.c_ulong(0)
-        with contextlib.suppress(LayerError):
-            _call("prctl", _PR_GET_TID_ADDRESS, ctypes.byref(tid_address))
-        if not tid_address.value:
-            # without CONFIG_CHECKPOINT_RESTORE the address is unknown: write it to a dead cell
-            self._cell = ctypes.c_int(0)
-            tid_address.value = ctypes.addressof(self._cell)
-        zero = ctypes.c_ulong(0)
-        clone, flags = ctypes.c_long(_SYS_CLONE), ctypes.c_ulong(FORK_FLAGS)
-        self._arguments = (clone, flags, zero, zero, tid_address, zero)
 
-    def __call__(self, _syscall=HELD_SYSCALL) -> int:
-        """The child's pid in the parent, 0 in the child, -1 when the kernel refused."""
-        return _syscall(*self._arguments)
+_OPEN_CALL, _DUP_CALL, _GETPPID_CALL, _PRCTL_CALL, _DUP3_CALL = 2, 32, 110, 157, 292
+_CLOSE_RANGE_CALL = 436
+_NULL_DEVICE = ctypes.c_char_p(b"/dev/null")
+
+
+def leave_parent(descriptor: int, null_flags: int, parent: int, _call=HELD_SYSCALL) -> bool:
+    """In a new state, before any user code: give up what it has of the state it was forked from.
+
+    Its own channel and /dev/null stay open, nothing else, and it ends when the supervisor does.
+    Raw calls on whole numbers, because every Python object that is touched here costs every step
+    the copy of a page.
+    Args:
+        descriptor: the state's channel, to become `CHANNEL_FD`.
+        null_flags: /dev/null is opened with these. parent: pid of the supervisor.
+    Returns:
+        Whether all of it was done; if not, the state must end.
+    """
+    return (
+        _call(_DUP3_CALL, descriptor, CHANNEL_FD, os.O_CLOEXEC) == CHANNEL_FD
+        and _call(_CLOSE_RANGE_CALL, 0, CHANNEL_FD - 1, 0) == 0
+        and _call(_OPEN_CALL, _NULL_DEVICE, null_flags) == 0
+        and _call(_DUP_CALL, 0) == 1
+        and _call(_DUP_CALL, 0) == 2
+        and _call(_PRCTL_CALL, _PR_SET_PDEATHSIG, 9, 0, 0, 0) == 0
+        and _call(_GETPPID_CALL) == parent
+    )
 
 
 def die_with_parent(expected_parent: int) -> None:
@@ -150,29 +176,32 @@ def die_with_parent(expected_parent: int) -> None:
         os._exit(1)
 
 
-def join_library_data() -> int:
-    """Undo the libraries' read-only relocation pages, so that each library's data is one mapping.
+def join_library_mappings() -> None:
+    """Leave each library two mappings where it can be: one to write, one to read and execute.
 
-    A fork pays for every private mapping, and again for every living ancestor; this halves their
-    number. The pages protect against overwriting by a bug, which means nothing where the code may
-    do as it likes with its own memory. Returns the number of mappings joined.
+    A fork pays for every mapping, and again for every living ancestor. What the libraries protect
+    beyond that (relocations from being overwritten, constants from being executed) is protection
+    from a bug, which means nothing where the code may do as it likes with its own memory.
     """
-    joined = 0
-    previous: tuple[str, str, str] | None = None
+    _join_mappings(("r--p",), ("rw-p",), 3)
+    _join_mappings(("r--p", "r-xp"), ("r--p", "r-xp"), 5)
+
+
+def _join_mappings(left: Sequence[str], right: Sequence[str], protection: int) -> None:
+    """Protect neighbours of one file alike, so that the kernel makes them one mapping."""
+    previous = None
     with Path("/proc/self/maps").open(encoding="utf-8", errors="replace") as maps:
         rows = [line.split(maxsplit=5) for line in maps]
     for row in rows:
-        if len(row) < 6:
-            previous = None
-            continue
-        span, protection, name = row[0], row[1], row[5]
-        start, end = span.split("-")
-        if previous and previous[1:] == (start, name) and protection == "rw-p":
-            first, last = int(previous[0], 16), int(start, 16)
-            _call("mprotect", first, last - first, 3)
-            joined += 1
-        previous = (start, end, name) if protection == "r--p" else None
-    return joined
+        start, end = (int(address, 16) for address in row[0].split("-"))
+        name = row[5] if len(row) == 6 else ""
+        if previous and name.startswith("/") and row[1] in right:
+            first, last, kind, neighbour = previous
+            if (last, neighbour) == (start, name) and kind in left:
+                # a host may forbid it: then it stays as it is
+                with contextlib.suppress(LayerError):
+                    _call("mprotect", first, end - first, protection)
+        previous = start, end, row[1], name
 
 
 def fixed_addresses() -> bool:

@@ -72,7 +72,7 @@ class StepStatus(StrEnum):
     POOL_OVERLOADED = "pool_overloaded"
     """Too many requests are waiting; nothing was run."""
     INFRA_ERROR = "infra_error"
-    """The sandbox failed, not the code; already retried."""
+    """The sandbox failed, not the code, and was tried again; or the machine had no core for it."""
 
 
 INFRASTRUCTURE_STATUSES = frozenset(
@@ -87,6 +87,9 @@ class SandboxLimits:
 
     wall_s: float = 10.0
     """Seconds from the start of the step to its answer."""
+    wall_stretch: float = 3.0
+    """A step that stood ready without a core gets that time back, up to this many times wall_s in
+    all; 1 gives none back."""
     cpu_s: float | None = None
     """CPU seconds of the step; None means wall_s + 1."""
     memory_mib: int = 1024
@@ -111,12 +114,16 @@ class SandboxLimits:
             value = getattr(self, field.name)
             if field.name == "cpu_s" and value is None:
                 continue
-            whole = field.name not in ("wall_s", "cpu_s")
+            whole = field.name not in ("wall_s", "wall_stretch", "cpu_s")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 kind = "a whole number" if whole else "a number"
                 raise TypeError(f"SandboxLimits.{field.name} must be {kind}, got {value!r}")
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"SandboxLimits.{field.name} must be above 0, got {value!r}")
+        if self.wall_stretch < 1:
+            raise ValueError(
+                f"SandboxLimits.wall_stretch must be at least 1, got {self.wall_stretch}"
+            )
         for name, most in (
             ("output_kib", 1024),
             ("error_kib", 64),

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verifier.sandbox_interpreter import SUPERVISOR, start_interpreter
-from verifier.sandbox_wire import frame, take_frames
+from verifier.sandbox_wire import RECEIVE_BYTES, frame, take_frames
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class SupervisorClient:
     def _receive(self) -> bool:
         """Take in what has come; False when the supervisor is gone."""
         try:
-            data = self._socket.recv(1 << 18)
+            data = self._socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return True
         except OSError:

@@ -51,6 +51,8 @@ def start_interpreter(modules: Sequence[str], channel: socket.socket) -> subproc
     options = ["-s", "-P", "-B", "-c", _BOOTSTRAP, folder, ",".join(modules)]
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     fixed = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"}
+    # symbols bound at the start: a lazy one would be bound again in each state that calls it
+    fixed["LD_BIND_NOW"] = "1"
     return subprocess.Popen(
         [sys.executable, *options, str(channel.fileno())],
         pass_fds=[channel.fileno()],

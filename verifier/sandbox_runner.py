@@ -14,7 +14,7 @@ Care taken so that honest programs behave as one long program would:
   author;
 * one writer object serves a whole lineage, so a reference to `sys.stdout` kept from an earlier step
   works;
-* no at-fork hook runs (see `isolation.SiblingFork`): random state carries over, siblings start
+* no at-fork hook runs (see `isolation.sibling_fork`): random state carries over, siblings start
   equal.
 
 Open files do not outlive a step: descriptors are closed in each new state, because siblings would
@@ -59,6 +59,9 @@ from verifier.sandbox_wire import (
     ROOT_HELLO,
     SPAWN,
 )
+
+REHEARSALS = 40
+"""CPython 3.11 specialises a function after 8 calls, and its instructions after a few more."""
 
 
 class _Bytes(io.RawIOBase):
@@ -119,38 +122,28 @@ class BoundedWriter(io.TextIOBase):
 class _Runner:
     """The loop of one process in the tree; a fork of it is the next state."""
 
-    def __init__(self, channel: socket.socket, parent: int, order: dict, may_write: bool) -> None:
+    def __init__(
+        self, channel: socket.socket, parent: int, namespace: dict, may_write: bool
+    ) -> None:
         self.channel = channel
         self.parent = parent
+        self.namespace = namespace
         # where seccomp alone guards files, it refuses every open for writing, this one too
         self.null_flags = os.O_RDWR if may_write else os.O_RDONLY
-        problem_id, seed = order["problem_id"], order["seed"]
-        self.fork = isolation.SiblingFork()
+        self.fork = isolation.sibling_fork()
         self.writer = BoundedWriter(self._flood)
         self.errors = BoundedWriter(self._flood)
         self.nonce = 0
         self.started = 0.0
         self.kept = self.error_bytes = 0
         self.soft_limits = (0, 0)
-        module = types.ModuleType("__main__")
-        self.namespace = module.__dict__
-        self.namespace["__builtins__"] = sys.modules["builtins"]
-        sys.modules["__main__"] = module
-        random.seed(f"{problem_id}/{seed}")
-        numpy_seed = random.Random(f"numpy/{problem_id}/{seed}").getrandbits(32)
-        if "numpy.random" in sys.modules:
-            sys.modules["numpy.random"].seed(numpy_seed)
-        else:
-            sys.meta_path.insert(0, _SeededNumpyRandom(numpy_seed))
         # bound now: user code may replace them in their modules
         self._exit = os._exit
-        self._close_range = _close_range
-        self._dup2, self._dup, self._open = os.dup2, os.dup, os.open
+        self._leave_parent = isolation.leave_parent
         self._clock = time.perf_counter
         self._freeze = gc.freeze
         self._setitimer = signal.setitimer
         self._settrace, self._setprofile = sys.settrace, sys.setprofile
-        self._die_with_parent = isolation.die_with_parent
         self._set_soft_limits = isolation.set_soft_limits
         self._sys = sys
         self._linecache = linecache.cache
@@ -159,32 +152,26 @@ class _Runner:
     def serve(self) -> None:
         """Answer spawn orders for ever; a child returns here as a state of its own."""
         channel, fork, exit_now = self.channel, self.fork, self._exit
-        rights_space = self._rights_space
+        leave_parent, run_step = self._leave_parent, self.run_step
+        null_flags, parent, rights_space = self.null_flags, self.parent, self._rights_space
         while True:
             order, ancillary, _, _ = channel.recvmsg(16, rights_space)
             if not order:
                 exit_now(0)
             if order != SPAWN or not ancillary:
                 exit_now(3)
-            descriptor = int.from_bytes(ancillary[0][2][:4], "little")
+            descriptor = ancillary[0][2][0]  # below the limit of descriptors, which is one byte
             pid = fork()
             if pid == 0:
-                self._become_child(descriptor)
-                self._run_step()
+                # the parent's channel goes first of all
+                if not leave_parent(descriptor, null_flags, parent):
+                    exit_now(1)
+                channel.send(HELLO)
+                run_step()
             else:
                 if pid < 0:
                     channel.send(NO_FORK)
                 os.close(descriptor)
-
-    def _become_child(self, descriptor: int) -> None:
-        """Give up everything of the parent's before any user code: its channel first."""
-        self._dup2(descriptor, isolation.CHANNEL_FD, False)
-        self._close_range(0, isolation.CHANNEL_FD)
-        self._open("/dev/null", self.null_flags)
-        self._dup(0)
-        self._dup(0)
-        self._die_with_parent(self.parent)
-        self.channel.send(HELLO)
 
     def _read_request(self) -> tuple[tuple, str]:
         request = self.channel.recv(FRAME_BYTES + 4096)
@@ -193,7 +180,7 @@ class _Runner:
             request += self.channel.recv(FRAME_BYTES + 4096)
         return header, request[REQUEST.size :].decode("utf-8", "surrogatepass")
 
-    def _run_step(self) -> None:
+    def run_step(self) -> None:
         header, text = self._read_request()
         _, self.nonce, number, self.kept, accepted, self.error_bytes, cpu_s, space, _ = header
         if (cpu_s, space) != self.soft_limits:
@@ -279,6 +266,23 @@ def _describe(error: BaseException, error_bytes: int) -> tuple[int, str, str]:
     return ERROR, kind, message
 
 
+def _new_main() -> dict:
+    """The namespace of a fresh `__main__`."""
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = sys.modules["builtins"]
+    sys.modules["__main__"] = module
+    return module.__dict__
+
+
+def _seed_random(problem_id: str, seed: int) -> None:
+    random.seed(f"{problem_id}/{seed}")
+    numpy_seed = random.Random(f"numpy/{problem_id}/{seed}").getrandbits(32)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(numpy_seed)
+    else:
+        sys.meta_path.insert(0, _SeededNumpyRandom(numpy_seed))
+
+
 _close_range_call = isolation.HELD_SYSCALL
 
 
@@ -338,6 +342,27 @@ def _preload(flavour: str) -> tuple[list[str], list[str]]:
     return missing, failed
 
 
+def _rehearse() -> None:
+    """Run the way of a step in the zygote, until nothing about it is new.
+
+    The interpreter notes in its own memory what it learns of code that it runs: specialised
+    instructions, attribute caches, bound symbols. States find that in the image instead of
+    learning it again, each on a copied page.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    code = b"x = 6 * 7\nprint(x)"
+    request = REQUEST.pack(b"", 0, 0, 1024, 1024, 1024, 0, 0, len(code)) + code
+    standard = sys.stdout, sys.stderr
+    with ours, theirs:
+        runner = _Runner(theirs, 0, {"__builtins__": sys.modules["builtins"]}, may_write=True)
+        for _ in range(REHEARSALS):
+            ours.send(request)
+            runner.run_step()
+            ours.recv(FRAME_BYTES)
+    sys.stdout, sys.stderr = standard
+    linecache.cache.clear()
+
+
 def _become_root(order: dict, locks: isolation.Locks, channel_fd: int, parent: int) -> None:
     """Turn a fork of the zygote into a locked tree root and serve; never returns."""
     os.dup2(channel_fd, isolation.CHANNEL_FD, False)
@@ -349,7 +374,8 @@ def _become_root(order: dict, locks: isolation.Locks, channel_fd: int, parent: i
     os.close(null)
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, isolation.CHANNEL_FD)
     # everything the states need is made before the lock; most of it could not be made after
-    runner = _Runner(channel, parent, order, may_write=bool(locks.landlock_abi))
+    runner = _Runner(channel, parent, _new_main(), may_write=bool(locks.landlock_abi))
+    _seed_random(order["problem_id"], order["seed"])
     runner.soft_limits = (order["cpu_s"], order["address_space"])
     report, listener = isolation.lock_process(
         locks,
@@ -380,11 +406,13 @@ def main() -> None:
     parent = os.getppid()
     isolation.die_with_parent(parent)
     sys.dont_write_bytecode = True
+    # a step's own limits bound long conversions; the guard of 4,300 digits would end honest ones
+    sys.set_int_max_str_digits(0)
     # an editable install puts its project folder here; states read only the interpreter's own
     homes = (sys.prefix, sys.base_prefix, sys.exec_prefix, "/usr/lib", "/usr/local/lib")
     sys.path[:] = [path for path in sys.path if path.startswith(tuple(f"{h}/" for h in homes))]
     missing, failed = _preload(config["flavour"])
-    isolation.join_library_data()
+    isolation.join_library_mappings()
     paths = isolation.readable_paths(sys.path)
     # opened now: the file system view to come has no /proc
     threads_fd = os.open("/proc/self/task", os.O_RDONLY)
@@ -403,8 +431,9 @@ def main() -> None:
     os.environ.update(isolation.SINGLE_THREADED)
     for name in [name for name in sys.modules if name.split(".")[0] == "verifier"]:
         del sys.modules[name]
-    fork = isolation.SiblingFork()
+    fork = isolation.sibling_fork()
     gc.collect()
+    _rehearse()
     gc.freeze()
     image_bytes = 0
     if "memory_image" not in config["withheld"]:

@@ -25,6 +25,8 @@ REQUEST_MAGIC, REPLY_MAGIC = b"RSQ1", b"RSA1"
 HELLO, ROOT_HELLO, SPAWN, NO_FORK, READY = b"H", b"L", b"S", b"N", b"READY"
 FRAME_BYTES = 60_000
 """Larger messages travel as several packets of at most this size."""
+RECEIVE_BYTES = 1 << 16
+"""Read at once between client and supervisor; for more than 128 KiB memory is mapped each time."""
 OK, ERROR, MEMORY, OUTPUT_LIMIT, DENIED = range(5)
 REPLY_STATUSES = ("ok", "error", "memory", "output_limit", "denied")
 """Names of the five codes above."""

@@ -13,7 +13,8 @@ that pid; the kernel holds each clone of a tree until the supervisor answers. Th
 carries its pid by kernel credentials. Where notification is missing (`best_effort`) a watchdog
 kills every child of the supervisor that it did not order.
 
-A step at its deadline that stood ready without a core for most of its time gets that time back.
+A step at its deadline that stood ready without a core for most of its time gets that time back,
+up to the limit's own `wall_stretch`; what it could not finish by then says nothing about its code.
 
 What comes of it is told to `Outcomes`: nothing here knows requests, queues or replay.
 """
@@ -31,6 +32,7 @@ import socket
 import struct
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,8 +66,23 @@ TICK_S = 0.05
 EOF_GRACE_S = 0.25
 FOREIGN_WINDOW_S = 2.0
 """After a kill from outside, children lost before their first word count as victims this long."""
-MAX_STRETCH = 10
 _HELLO_SPACE = socket.CMSG_SPACE(12) + socket.CMSG_SPACE(4)
+
+
+def starved(age_s: float, cpu_s: float, waited_s: float) -> bool:
+    """Whether the machine, not the step, used up its time: it stood ready without a core."""
+    return cpu_s < 0.3 * age_s and waited_s > 0.3 * age_s
+
+
+def due_seconds(age_s: float, cpu_s: float, waited_s: float, limits: Mapping[str, Any]) -> float:
+    """The age at which a step has to have answered.
+
+    That is `wall_s`, and for a starved step what it waited more, up to `wall_stretch` times that.
+    """
+    wall_s = limits["wall_s"]
+    if not starved(age_s, cpu_s, waited_s):
+        return wall_s
+    return min(wall_s + waited_s, wall_s * limits["wall_stretch"])
 
 
 class Outcomes(Protocol):
@@ -482,29 +499,22 @@ class Processes:
         usage = {"wall_s": age, "cpu_s": cpu_s, "memory_mib": resident / 2**20}
         if now >= process.deadline:
             waited = run_delay_seconds(process.pid)
-            if cpu_s < 0.3 * age and waited > 0.3 * age:
-                self._extend(process, job, age, waited)
-                return
-            message = f"no answer within {limits['wall_s']:g} s"
-            self._give_up(process, "timeout", "WallLimit", message, **usage)
+            due_s = due_seconds(age, cpu_s, waited, limits)
+            if age < due_s:
+                self.counts["contended_extensions"] += 1
+                process.deadline = process.running_since + due_s
+            elif starved(age, cpu_s, waited) and age - waited < limits["wall_s"]:
+                message = f"no core was free for it in {waited:.1f} of {age:.1f} s"
+                self._give_up(process, "infra_error", "Contended", message, **usage)
+            else:
+                message = f"no answer within {limits['wall_s']:g} s"
+                self._give_up(process, "timeout", "WallLimit", message, **usage)
         elif cpu_s > limits["cpu_s"]:
             message = f"used more than {limits['cpu_s']:g} s of CPU"
             self._give_up(process, "timeout", "CpuLimit", message, **usage)
         elif resident > process.tree.base_resident + limits["memory_mib"] * 2**20:
             message = f"used more than {limits['memory_mib']} MiB"
             self._give_up(process, "memory", "MemoryLimit", message, **usage)
-
-    def _extend(self, process: Process, job: Job, age: float, waited: float) -> None:
-        """The machine, not the step, used up the time: give it back, up to ten times the limit."""
-        if age < MAX_STRETCH * job.limits["wall_s"]:
-            self.counts["contended_extensions"] += 1
-            due_s = max(job.limits["wall_s"] + waited, age + FAST_S)
-            process.deadline = process.running_since + due_s
-            return
-        self.kill(process)
-        process.job = None
-        job.blameless = True
-        self.outcomes.retry(job, f"no core was free for it within {age:.1f} s")
 
     def _kill_unordered(self) -> None:
         """Without fork supervision: end every child that no order of ours explains."""

@@ -38,7 +38,7 @@ MAX_RUNNING = 64
 MAX_QUEUE = 20_000
 
 _STEP_LIMITS = (
-    *("wall_s", "cpu_s", "memory_mib"),
+    *("wall_s", "wall_stretch", "cpu_s", "memory_mib"),
     *("output_kib", "output_accepted_kib", "error_kib", "code_kib"),
 )
 _POISONED = "the parent state broke the protocol while it waited"

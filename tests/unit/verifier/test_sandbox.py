@@ -37,6 +37,9 @@ def test_unknown_and_closed_names_are_value_errors(strict_sandbox):
         ({"memory_mib": 1.5}, TypeError, "memory_mib must be a whole number"),
         ({"output_kib": 5000}, ValueError, "output_kib must be at most 1024"),
         ({"depth": -1}, ValueError, "depth"),
+        ({"wall_stretch": 0.5}, ValueError, "wall_stretch must be at least 1, got 0.5"),
+        ({"wall_stretch": float("inf")}, ValueError, "wall_stretch"),
+        ({"wall_stretch": "3"}, TypeError, "wall_stretch must be a number, got '3'"),
         ({"live_states": True}, TypeError, "live_states"),
     ],
 )

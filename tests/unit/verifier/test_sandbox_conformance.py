@@ -105,6 +105,43 @@ def test_steps_behave_as_one_program(tree, codes, expected):
     assert tree.path(*codes).stdout == expected
 
 
+@pytest.mark.parametrize("flavour", ["base", "scipy"])
+def test_integers_of_any_length_are_written_and_read_in_every_flavour(strict_sandbox, flavour):
+    root = strict_sandbox.open(f"long-{flavour}", flavour=flavour)
+    codes = [
+        "x = 2**20000\nprint(x)",
+        "print(str(3**20000) == f'{3**20000}' == '%d' % 3**20000 == repr(3**20000))",
+        "print(int(str(7**9000)) == 7**9000, int('9' * 5000) + 1 == 10**5000)",
+        f"print({'9' * 5000} + 1 == 10**5000)",
+    ]
+    results = strict_sandbox.run(root, codes)
+    assert [r.status for r in results] == ["ok"] * 4, results
+    digits = results[0].stdout.strip()
+    assert len(digits) == 6021 and digits[:6] == "398027" and digits[-6:] == "309376"
+    assert [r.stdout for r in results[1:]] == ["True\n", "True True\n", "True\n"]
+    strict_sandbox.evict(results[0].state)
+    again = strict_sandbox.run(results[0].state, ["print(x)"])[0]
+    assert (again.stdout, again.replayed) == (results[0].stdout, 1)
+    strict_sandbox.close(f"long-{flavour}")
+
+
+def test_long_integer_is_cut_like_other_output_and_a_longer_one_meets_the_limits(tree):
+    limits = SandboxLimits(wall_s=60.0, output_kib=1, memory_mib=512)
+    cut = tree.one("print(2**20000)", limits=limits)
+    assert cut.status == "ok" and cut.truncated
+    assert cut.stdout.startswith("398027") and cut.stdout.endswith("309376\n")
+    # minutes of work in one call of C code: the guard is gone, the limits are not
+    endless = tree.one("print(2**(10**9))", limits=QUICK)
+    assert endless.status in ("timeout", "infra_error")
+
+
+def test_step_may_set_the_guard_of_digits_for_itself_and_its_children(tree):
+    guarded = tree.one("import sys\nsys.set_int_max_str_digits(4300)")
+    refused, free = tree.one("print(2**20000)", guarded.state), tree.one("print(2**20000)")
+    assert (refused.status, refused.error_type) == ("error", "ValueError")
+    assert free.status == "ok"
+
+
 def test_random_state_is_shared_by_siblings_and_continues_in_children(tree):
     parent = tree.one("import random\nrandom.seed(7)\na = random.random()")
     left, right = tree.run(
