@@ -34,7 +34,7 @@ from verifier.answer_words import ARITIES
 from verifier.evaluation import exact_value
 
 MAX_EXPONENT_DIGITS = 4
-MAX_CELL_PRODUCTS = 512
+MAX_CELL_PRODUCTS = 216
 MAX_CELL_NODES = 400
 MAX_MATRIX_POWER = 10
 _SET_OPERATORS = {"Union": "union", "Intersection": "intersection", "Complement": "difference"}

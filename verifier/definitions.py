@@ -47,6 +47,7 @@ Definition = tuple[Node, Node]
 """What is named, and its value. A name is a `Symbol`, a tuple of them that was written as one, a
 list of them that were named one by one, or `Label("")` for none."""
 
+MAX_CHAIN = 12
 _POINT = re.compile(r"[A-Z](?:_\w+|')*")
 _CAPITAL_OR_INDEXED = re.compile(r"[A-Z](?:_\w+|')*|[a-z]_\w+")
 _LETTERS_OF_A_FUNCTION = re.compile(r"(.+)\(([A-Za-z]\w*(?:,[A-Za-z]\w*)*)\)")
@@ -174,10 +175,13 @@ def _is_of_letters(name: Node) -> bool:
 
 
 def _chain_holds(operands: list[Node]) -> bool:
-    """Whether nothing in a chain of equalities contradicts another part of it."""
+    """Whether nothing in a chain of equalities contradicts another part of it; a chain of more than
+    12 values is not followed."""
     if len(operands) == 1:
         return True
-    if not all(is_expression(one) or isinstance(one, Quantity) for one in operands):
+    if len(operands) > MAX_CHAIN or not all(
+        is_expression(one) or isinstance(one, Quantity) for one in operands
+    ):
         return False
     closed = [one for one in operands if not symbols(one)]
     lettered = [
@@ -215,7 +219,7 @@ def without_rounded(relation: Relation) -> Node | None:
     `x \approx 11` gives x the value 11.
     """
     operators, operands = list(relation.operators), list(relation.operands)
-    if set(operators) - {"=", "≈"}:
+    if set(operators) - {"=", "≈"} or len(operands) > MAX_CHAIN:
         return None
     place = operators.index("≈")
     if place == 0 and name_text(operands[0]) is not None:

@@ -275,7 +275,7 @@ def rounds_to(exact: Node, rounded: Node) -> bool:
             if gap <= unit * numeric.ctx.mpf("0.5000001"):
                 return True
             cut_off = number.significant_digits > 0 and abs(value) >= abs(printed)
-            return bool(cut_off and gap < unit)
+            return bool(cut_off and gap < unit * numeric.ctx.mpf("0.9999999"))
     except ArithmeticError:
         return False
 

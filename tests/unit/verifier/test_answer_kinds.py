@@ -7,6 +7,8 @@ difference.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from verifier import verify_answer
@@ -687,12 +689,146 @@ KINDS = {
 ! f'(x) = 2x | f(x) = 2x
 ! f(x)=a x | f(a)=x a
 """,
+    "neighbours": r"""
+! 5:00 | 5
+! 1:1 | 2:1
+= 3 : 4 | 3:4
+! 12:34:56 | 12:34
+! x=1:2 | 2:1
+! 9/15 | 9:15
+= P = (1,2) | (1,2)
+! M(1,2) = 5 | (1,2)
+= (x, y) = (1, 2) | x = 1, y = 2
+! (y,x) = (1,2) | (x,y) = (1,2)
+= (y,x) = (1,2) | (x,y) = (2,1)
+! x = 1, 2 | (1,2,3)
+! f(1) = 2, f(2) = 3 | 3, 2
+= f(1) = 2, f(2) = 3 | 2, 3
+= f(1) = 2, f(2) = 3 | f(2) = 3, f(1) = 2
+! f(1) = 2, f(2) = 3 | f(1)=3, f(2)=2
+! x \in \{1,2\} | 1
+= x \in \{1,2,2\} | \{2,1\}
+! x^2 = 9 = 3^2 | 9
+! y = 3x = 6 = 7 | 7
+! 4 = 2 + 3 | 4
+! 1 = 1 = 2 | 2
+! 0 = 1 | 0
+= 1 = 1 | 1
+! x = y | 3
+! e = 2.7 | 2.8
+! \pi = 3 | 3
+! \pi = 3.14 | 3.14
+! \pi = 3.14 | \pi
+! i = 1 | i
+! e \approx 2.718 | e
+! \infty = 1 | 1
+! 2AB = 6 | AB = 6
+= 2AB = 6 | AB = 3
+= 2x = 6 | x = 3
+! ABC = 100 | 101
+= x = 5 \text{ or } x = 5 | 5
+= \{5, 5.0\} | 5
+! \{5, 6\} | 5
+! \{\} | \{1\}
+= \emptyset | \{\}
+! 1,1,2,3 | 1,2,2,4
+= 1,1,2,3 | 1,2,2,3
+! [1,1,2,3] | [1,2,2,3]
+! (1,1,2,3) | 1,2,3
+! (1,2),(3,4),(1,2) | (1,2)
+= (1,2),(3,4),(1,2) | (3,4),(1,2)
+! (1,2),(1,2) | (1,2,1,2)
+! ((1,2),(1,2)) | ((1,2),)
+! \begin{pmatrix}1&1\end{pmatrix} | 1
+= 7\% | 7 pct
+! 7 pct | 8 pct
+! 7\% | 7 pct, 8 pct
+= \text{28 percent} | 28\%
+= 28 \text{ percentage point} | 28\%
+= twenty | twenty
+! 'twenty' | 20
+! "it's 5" | 5
+! “5” or “6” | 5
+! '5', '6' | 5
+! "5" and "6" | 56
+! `5` `6` | 5
+= `5` | 5
+! 32,\!349 | 32.349
+! 32,\!3490 | 323490
+! 3,\!2349 | 32349
+! ,\!349 | 349
+! 32,\!34,\!900 | 3234900
+! \frac{1}{3} = 0.3333333 | 0.3333333
+! x \approx \frac13 | 0.333
+= x \approx \frac13 | \frac13
+! \approx 0.333 | \frac13
+! \frac{1}{3} \approx | \frac13
+! \approx | 5
+! \frac13 \approx 0.333 \text{ or } 0.334 | \frac13
+! \frac13 (\approx 0.334) | \frac13
+! \frac13 (\approx 0.333 | \frac13
+! (\approx 0.333) | 0.333
+! 1/3 \approx 0.333 < 1 | 1/3
+! \frac{x}{3} \approx 0.333 x | \frac{x}{3}
+! \frac{1}{3} \ne 0.333 | \frac13
+! 100 \approx 99.9 | 100
+! 0.3 \approx 0.333 | 0.3
+! 0.3 \approx 0.333 | 0.333
+! |\vec a| = -3 | 3
+! |AB| = |CD| | 5
+! \frac{AB}{CD} = 2 | \frac{CD}{AB} = 2
+! \angle ABC = 60^\circ | 30^\circ
+! \angle ABC = \angle DEF | 60
+! \text{Area} > 5 | 5
+! \text{Answer: } 5 = 6 | 6
+! x = \text{five} | 6
+! S = \{1,2\} | \{1\}
+= |BC| = 2\sqrt{3} | \sqrt{12}
+! BC^2 = 12 | \sqrt{12}
+! x+1 = 6 | 6
+! AB+1 = 6 | 6
+! \sqrt{AB} = 6 | 6
+! \det A = 5 | 6
+! P(x) = 2x | Q(x) = 2x
+! f(x) = 2x | f(x,y) = 2x
+! f(x,y) = x+2y | f(y,x) = x+2y
+= f(x,y) = x+2y | f(y,x) = y+2x
+! g(t) = t | t^2
+! \begin{pmatrix}1&2\\3&4\end{pmatrix} \times 0 | 0
+= \begin{pmatrix}1&2\end{pmatrix} \begin{pmatrix}3\\4\end{pmatrix} | \begin{pmatrix}11\end{pmatrix}
+! \begin{pmatrix}1&2\\3&4\end{pmatrix}/\begin{pmatrix}1&0\\0&1\end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+! \begin{pmatrix}1&2\\3&4\end{pmatrix}\begin{pmatrix}1&2&3\end{pmatrix} | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+! \begin{pmatrix}1&0\\0&1\end{pmatrix}\begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix}1&0\\0&1\end{pmatrix}
+! \begin{pmatrix}1&2\\3&4\end{pmatrix}^T | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+! \begin{pmatrix}1&2\\3&4\end{pmatrix}^0 | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+! 2^{\begin{pmatrix}1&2\\3&4\end{pmatrix}} | 2
+! array([1, 2]) + array([3, 4]) | (4,7)
+""",
 }
 ROWS = [
     pytest.param(*row[2:].split(" | "), row[0] == "=", id=f"{kind}: {row}")
     for kind, table in KINDS.items()
     for row in table.strip().splitlines()
 ]
+
+
+HOSTILE = {
+    "chain": "x=" + "=".join([r"\sum_{n=1}^{300}\sqrt{n}"] * 70),
+    "rounded": "1/3" + r"\approx 0.333" * 150,
+    "tower": "x=" + "=".join(["9^{9^9}"] * 100),
+    "matrices": r"\begin{pmatrix}9&8\\7&6\end{pmatrix}^{10}" * 40,
+    "letters": r"\begin{pmatrix}a&b\\c&d\end{pmatrix}^{10}" * 40,
+    "colons": ":".join([r"\sqrt{2}"] * 150),
+    "cases": ";".join(f"p={place},q=2" for place in range(150)),
+    "brackets": r"(\approx " * 60 + "1" + ")" * 60,
+}
+
+
+@pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE)
+def test_no_chain_or_product_costs_more_than_a_moment(answer: str) -> None:
+    before = time.thread_time()
+    assert not verify_answer("5", answer[:2000]).equal
+    assert time.thread_time() - before < 0.5
 
 
 @pytest.mark.parametrize(("gold", "candidate", "equal"), ROWS)
