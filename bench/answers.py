@@ -1,13 +1,18 @@
 r"""The answer check against labelled pairs, side by side with math-verify in the same run, no
 cache.
 
-    python -m bench.answers [--pairs FILE] [--data DIR] [--made N] [--json FILE]
+    python -m bench.answers [--pairs FILE] [--public FILE] [--data DIR] [--made N] [--json FILE]
 
-Pairs come from two places: a labelled JSON-lines file (`gold`, `candidate`, `equal`, `category`),
-and pairs made here from the answers of the benchmark tables: for each sampled gold a few true
-variants of notation and a few near misses. Adversarial pairs (category `adversarial`) are run off
-the main thread in an empty folder, which must stay empty; math-verify is not run on them, because
-its own limit needs the main thread and five seconds each.
+Pairs come from four places: a labelled JSON-lines file (`gold`, `candidate`, `equal`, `category`);
+another such file of pairs out of public bug reports; the test cases of math-verify that
+`tests/data` keeps (gold, prediction, expected; a text with a box counts as what the box holds); and
+pairs made here from the answers of the benchmark tables: for each sampled gold a few true variants
+of notation and a few near misses. Public pairs and math-verify's cases are judged by this grader
+alone: some of the pairs are memory bombs, and math-verify passes its own tests.
+
+Adversarial pairs (category `adversarial`) are run off the main thread in an empty folder, which
+must stay empty; math-verify is not run on them, because its own limit needs the main thread and
+five seconds each.
 
 Prints tables for people, then one JSON object on the last line. Times are wall milliseconds of one
 check with both caches cleared before it, and CPU milliseconds of the calling thread beside them for
@@ -38,10 +43,11 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 
-from verifier import GRADER_VERSION, verify_answer
+from verifier import GRADER_VERSION, extract_answer, verify_answer
 from verifier.verify import clear_caches, start_symbolic_worker, stop_symbolic_worker
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+PEER_CASES = Path(__file__).resolve().parents[1] / "tests" / "data" / "math_verify_cases.jsonl"
 TABLES = ("gsm8k_test", "math_test", "aime2024", "amc23", "olympiadbench", "omni", "collegemath")
 HANG_S = 2.0
 _INTEGER = re.compile(r"-?\d{1,12}")
@@ -85,14 +91,17 @@ class Result:
         }
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def read_pairs(path: Path, category: str | None = None, option: str = "--pairs") -> list[Pair]:
     """Labelled pairs of a JSON-lines file.
+
+    Args:
+        category: of every pair, for files that name none; None reads it from the file.
 
     Raises:
         SystemExit: the file is absent, empty or a line lacks a field.
     """
     if not path.is_file():
-        sys.exit(f"no labelled pairs at {path}; give a JSON-lines file with --pairs FILE")
+        sys.exit(f"no labelled pairs at {path}; give a JSON-lines file with {option} FILE")
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -102,7 +111,7 @@ def read_pairs(path: Path) -> list[Pair]:
                     gold=row["gold"],
                     candidate=row["candidate"],
                     equal=bool(row["equal"]),
-                    category=row["category"],
+                    category=row["category"] if category is None else category,
                 )
             )
         except (ValueError, KeyError, TypeError) as error:
@@ -281,6 +290,39 @@ def compare(name: str, pairs: list[Pair]) -> dict[str, Any]:
     }
 
 
+def judge_public(pairs: list[Pair]) -> dict[str, Any]:
+    """This grader on pairs out of bug reports; prints what it gets wrong, on either side."""
+    result = run_ours(pairs)
+    summary = result.summary(pairs)
+    wrong = [pair for said, pair in zip(result.said, pairs, strict=True) if said != pair.equal]
+    print(f"\npublic: {len(pairs)} pairs, {len(wrong)} wrong, slowest {summary['max_ms']:.1f} ms")
+    for pair in wrong:
+        word = "missed" if pair.equal else "wrongly accepted"
+        print(f"  {word}: {pair.gold!r} / {pair.candidate!r}")
+    return {
+        "public_pairs": len(pairs),
+        "public_accuracy": summary["accuracy"],
+        "public_false_positives": sum(not pair.equal for pair in wrong),
+        "public_max_ms": summary["max_ms"],
+    }
+
+
+def judge_peer_cases(path: Path) -> dict[str, Any]:
+    """How far this grader agrees with math-verify's own test cases; counts the reasons noted."""
+    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    agreed, reasons = 0, Counter[str]()
+    for case in cases:
+        gold, said = (extract_answer(case[side]) or case[side] for side in ("gold", "prediction"))
+        if verify_answer(gold, said).equal == case["expected"]:
+            agreed += 1
+        else:
+            reasons[case.get("differs", "no reason noted")] += 1
+    print(f"\nmath-verify's own {len(cases)} test cases: {agreed} agree; the others by reason:")
+    for reason, count in reasons.most_common():
+        print(f"    {reason:<22}{count:>6}")
+    return {"peer_cases": len(cases), "peer_cases_agreed": agreed, "peer_cases_differ": reasons}
+
+
 def cached_rate(pairs: list[Pair], check: Callable[..., Any] = verify_answer) -> float:
     """Checks per second when every pair has been seen before."""
     for pair in pairs:
@@ -305,6 +347,7 @@ def hardware() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=Path, default=DEFAULT_DATA / "answers_dev.jsonl")
+    parser.add_argument("--public", type=Path, default=DEFAULT_DATA / "answers_public.jsonl")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of problem tables")
     parser.add_argument(
         "--made", type=int, default=150, help="golds to make pairs from; 0 for none"
@@ -314,6 +357,7 @@ def main() -> None:
     pairs = read_pairs(options.pairs)
     ordinary = [pair for pair in pairs if pair.category != "adversarial"]
     hostile = [pair for pair in pairs if pair.category == "adversarial"]
+    public = read_pairs(options.public, category="public", option="--public")
     start_symbolic_worker()
     run_ours(ordinary[:5])
     report = compare(options.pairs.name, ordinary)
@@ -322,6 +366,7 @@ def main() -> None:
         report["made"] = compare("made from the benchmark tables", made)
     elif options.made:
         print(f"\nno problem tables in {options.data}; no pairs made from them")
+    report |= judge_public(public) | judge_peer_cases(PEER_CASES)
     report |= run_adversarial(hostile)
     report["cached_checks_per_s"] = cached_rate(ordinary)
     stop_symbolic_worker()

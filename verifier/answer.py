@@ -66,9 +66,9 @@ _LEADING_SPACE = re.compile(r"^(?:\\\\|\\[,;:! ]|\\q?quad(?![A-Za-z])|\s)+")
 def normalise(text: str) -> str:
     """Strip what decorates an answer without changing its meaning.
 
-    Unicode symbols become their LaTeX names; box, dollar and display delimiters, lead-ins ("The
-    answer is"), a trailing full stop, and a trailing "for all x" go. Brackets, subscripts, percent
-    and plus-minus signs carry meaning and stay.
+    Unicode symbols become their LaTeX names; box, dollar and display delimiters, quotation marks,
+    lead-ins ("The answer is"), a trailing full stop, and a trailing "for all x" go. Brackets,
+    subscripts, percent and plus-minus signs carry meaning and stay.
     """
     if not text.isascii():
         text = _RAISED_RUN.sub(lambda run: "^{" + run[0].translate(_UNRAISE) + "}", text)
@@ -103,8 +103,14 @@ def _strip_ends(text: str) -> str:
     return text
 
 
+_ENCLOSING = (
+    *((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")),
+    *(("``", "''"), ("`", "`"), ("`", "'"), ('"', '"'), ("'", "'")),
+)
+
+
 def _strip_delimiters(text: str) -> str:
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"')):
+    for opening, closing in _ENCLOSING:
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening):
             inner = text[len(opening) : -len(closing)]
             if opening not in inner:

@@ -28,10 +28,15 @@ from verifier.answer_tree import (
     Sequence,
     SetOperation,
     is_expression,
+    walk,
 )
 from verifier.answer_words import ARITIES
+from verifier.evaluation import exact_value
 
 MAX_EXPONENT_DIGITS = 4
+MAX_CELL_PRODUCTS = 216
+MAX_CELL_NODES = 400
+MAX_MATRIX_POWER = 10
 _SET_OPERATORS = {"Union": "union", "Intersection": "intersection", "Complement": "difference"}
 _RELATIONS = {"Eq": "=", "Ne": "!=", "Lt": "<", "Le": "<=", "Gt": ">", "Ge": ">="}
 
@@ -47,15 +52,16 @@ def decimal_number(text: str) -> Number:
 
 
 def product(factors: Iterable[Node]) -> Node:
-    """Product of parsed factors; a number times a matrix scales it."""
+    """Product of parsed factors; matrices are multiplied in their order, and scaled by numbers."""
     factors = list(factors)
     if len(factors) == 1:
         return factors[0]
     factors = [ungroup(factor) for factor in factors]
     matrices = [factor for factor in factors if isinstance(factor, Matrix)]
-    if len(matrices) == 1:
+    if matrices:
         others = [factor for factor in factors if not isinstance(factor, Matrix)]
-        return scale(product(others), matrices[0])
+        result = reduce(_matrix_product, matrices)
+        return scale(product(others), result) if others else result
     if not all(is_expression(factor) for factor in factors):
         raise AnswerSyntaxError("a product of things that are not numbers")
     parts = (factor.factors if isinstance(factor, Mul) else (factor,) for factor in factors)
@@ -73,6 +79,59 @@ def scale(factor: Node, matrix: Matrix) -> Matrix:
     if not is_expression(factor):
         raise AnswerSyntaxError("a matrix times something that is not a number")
     return Matrix(tuple(tuple(product([factor, cell]) for cell in row) for row in matrix.rows))
+
+
+def add(terms: list[Node]) -> Node:
+    """Sum of parsed terms; matrices of one shape are added cell by cell."""
+    if not all(isinstance(term, Matrix) for term in terms):
+        if not all(is_expression(term) for term in terms):
+            raise AnswerSyntaxError("a sum of things that are not numbers")
+        return Add(tuple(terms))
+    matrices = [term for term in terms if isinstance(term, Matrix)]
+    if len({(len(matrix.rows), len(matrix.rows[0])) for matrix in matrices}) != 1:
+        raise AnswerSyntaxError("a sum of matrices of different shapes")
+    rows = zip(*(matrix.rows for matrix in matrices), strict=True)
+    return Matrix(tuple(tuple(_sum(cells) for cells in zip(*row, strict=True)) for row in rows))
+
+
+def _matrix_product(left: Matrix, right: Matrix) -> Matrix:
+    if len(left.rows[0]) != len(right.rows):
+        raise AnswerSyntaxError("a product of matrices whose shapes do not fit")
+    if len(left.rows) * len(right.rows) * len(right.rows[0]) > MAX_CELL_PRODUCTS:
+        raise AnswerTooLarge(f"a product of matrices takes over {MAX_CELL_PRODUCTS} products")
+    columns = list(zip(*right.rows, strict=True))
+    return Matrix(
+        tuple(
+            tuple(_sum(map(_cell_product, row, column)) for column in columns) for row in left.rows
+        )
+    )
+
+
+def _cell_product(left: Node, right: Node) -> Node:
+    return _folded(product([left, right]))
+
+
+def _sum(cells: Iterable[Node]) -> Node:
+    return _folded(Add(tuple(cells)))
+
+
+def _folded(cell: Node) -> Node:
+    """One number where plain arithmetic reaches it, so that sums of products stay small."""
+    try:
+        return Number(exact_value(cell))
+    except ArithmeticError:
+        pass
+    if sum(1 for _ in walk(cell)) > MAX_CELL_NODES:
+        raise AnswerTooLarge(f"a cell of a matrix has over {MAX_CELL_NODES} parts")
+    return cell
+
+
+def matrix_power(matrix: Matrix, exponent: Node) -> Matrix:
+    """A matrix to a small positive power."""
+    power = exponent.value if isinstance(exponent, Number) else None
+    if power is None or power.denominator != 1 or not 1 <= power <= MAX_MATRIX_POWER:
+        raise AnswerSyntaxError("a power of a matrix that is not a small whole number")
+    return reduce(_matrix_product, [matrix] * int(power))
 
 
 def divide(top: Node, bottom: Node) -> Node:

@@ -13,10 +13,12 @@ from abc import ABC, abstractmethod
 from fractions import Fraction
 
 from verifier.answer_build import (
+    add,
     decimal_number,
     divide,
     make_call,
     make_matrix,
+    matrix_power,
     product,
     scale,
     ungroup,
@@ -32,7 +34,6 @@ from verifier.answer_tokens import (
 from verifier.answer_tree import (
     INFINITY,
     MINUS_ONE,
-    Add,
     BaseNumeral,
     Call,
     Constant,
@@ -135,13 +136,9 @@ class ExpressionParser(ABC):
                 continue
             inner = self.parse_signs()
             term = self.apply_sign(inner, self.parse_product())
-            terms.append(negate(term) if mark == "-" else term)
+            terms.append(self.apply_sign("-", term) if mark == "-" else term)
         self.depth -= 1
-        if len(terms) == 1:
-            return terms[0]
-        if not all(is_expression(term) for term in terms):
-            raise AnswerSyntaxError("a sum of things that are not numbers")
-        return Add(tuple(terms))
+        return terms[0] if len(terms) == 1 else add(terms)
 
     def parse_signs(self) -> str:
         sign = "+"
@@ -241,6 +238,8 @@ class ExpressionParser(ABC):
             case "number":
                 return not token.spaced and self.peek(-1).value in ("!", ")", "}")
             case "operator":
+                if self.starts_rounded():
+                    return False
                 if token.value in ("(", "{", "lbar", "⌊", "⌈"):
                     return True
                 if token.value == "[":
@@ -253,6 +252,10 @@ class ExpressionParser(ABC):
                 )
             case _:
                 return False
+
+    def starts_rounded(self) -> bool:
+        r"""Whether a rounded value in parentheses comes next: `\frac{1}{3} (\approx 0.333)`."""
+        return self.at("(") and self.peek().value == "≈"
 
     def parse_signed_power(self) -> Node:
         sign = self.parse_signs()
@@ -272,6 +275,9 @@ class ExpressionParser(ABC):
             if exponent is None:
                 continue
             base = ungroup(base)
+            if isinstance(base, Matrix):
+                base = matrix_power(base, exponent)
+                continue
             if not is_expression(base) or not is_expression(exponent):
                 raise AnswerSyntaxError("a power of something that is not a number")
             base = self.postfix(Power(base, exponent, python))

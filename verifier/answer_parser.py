@@ -9,6 +9,9 @@ accepted.
     text -> tokens -> list of statements -> relation -> set operation -> quantity -> sum -> product
     -> power
 
+What an answer only names (`f(2) =`, `P(A|B) =`, `AB/CD =`, words) is read as one name, and
+arithmetic on matrices is done at once.
+
 Some notation has two honest readings: `1,625` is a number or a list, `1/2x` is x/2 or 1/(2x),
 `2e-1` is 0.2 or 2e - 1, `abc` is a word or a product. `parse_answer` returns a tree for each, most
 likely first.
@@ -24,7 +27,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TypeGuard
 
-from verifier.answer_build import construct, decimal_number
+from verifier.answer_build import construct, decimal_number, divide
 from verifier.answer_expressions import ExpressionParser
 from verifier.answer_tokens import (
     END,
@@ -33,15 +36,18 @@ from verifier.answer_tokens import (
     AnswerSyntaxError,
     AnswerTooLarge,
     Reading,
+    Token,
     tokenize,
 )
 from verifier.answer_tree import (
     REALS,
     BaseNumeral,
     Call,
+    Clock,
     Interval,
     Label,
     Matrix,
+    Mul,
     Node,
     Number,
     Quantity,
@@ -69,8 +75,9 @@ _AMBIGUOUS_SCIENTIFIC = re.compile(r"(?<![\d.])\d+e-\d(?!\d)")
 _WIDE_SLASH = re.compile(
     r"/\s*\d+(?:\.\d+)?(?:[A-Za-z(]|\\(?!c?dot|times|cup|text|mathrm|%|,|right|pm|le|ge))|[A-Za-z)}]\s*/\s*\d"
 )
+_PADDED_GROUP = re.compile(r"\d,0\d\d(?!\d)")
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_NUMBER_DIGITS + 1}}}")
-_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?([ap])m")
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\(?([ap]m)\)?")
 _TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm)\{(\w+)\}")
 _BASE_PHRASE = re.compile(r"(-?[0-9a-f]+)\(?(?:in)?base-?(\d{1,2}|[a-z]+)\)?")
 _HEX_NUMERAL = re.compile(r"([0-9A-Fa-f]*[A-Fa-f][0-9A-Fa-f]*)_\{?(?:\\text\{)?(1[1-6])\}{0,2}")
@@ -104,6 +111,8 @@ def parse_answer(text: str) -> tuple[Node, ...]:
             raise
         except AnswerSyntaxError:
             continue
+        if not reading.thousands and _repeats(node):
+            continue
         if node not in readings:
             readings.append(node)
     if not readings or (len(label) > 1 and label.isalpha() and _is_wordlike(text)):
@@ -119,7 +128,7 @@ def squash(text: str) -> str:
         " ",
         text,
     )
-    text = re.sub(r"\\[,;:! ]|[\s~{}$.\"'`]|\\\\", " ", text).casefold()
+    text = re.sub(r"\\[,;:! ]|[\s~{}$.]|(?<![\d'\"])[\"'`]|\\\\", " ", text).casefold()
     words = text.split()
     if len(words) > 1 and all(word.isalpha() for word in words) and len(words[-1]) > 2:
         words = [word for word in words if word not in ("the", "a", "an")]
@@ -140,13 +149,18 @@ def _simple_number(text: str) -> Node | None:
 
 def _readings(text: str) -> list[Reading]:
     readings = [Reading()]
-    if THOUSANDS.search(text):
+    if THOUSANDS.search(text) and not _PADDED_GROUP.search(text):
         readings += [replace(reading, thousands=False) for reading in readings]
     if "/" in text and _WIDE_SLASH.search(text):
         readings += [replace(reading, wide_slash=True) for reading in readings]
     if "e-" in text and _AMBIGUOUS_SCIENTIFIC.search(text):
         readings += [replace(reading, scientific=False) for reading in readings]
     return readings
+
+
+def _repeats(node: Node) -> bool:
+    """Whether a list names a member twice: then `111,111` is a number and no list."""
+    return isinstance(node, Sequence) and len(set(node.items)) < len(node.items)
 
 
 def _whole_text(text: str, label: str) -> Node | None:
@@ -165,8 +179,10 @@ def _whole_text(text: str, label: str) -> Node | None:
     if label in NUMBER_WORDS:
         return Number(Fraction(NUMBER_WORDS[label]))
     if match := _CLOCK.fullmatch(label):
-        hour, minute, half = match.groups()
-        return Label(f"{int(hour)}:{minute or '00'}{half}m")
+        hour, minute, second = (int(part or 0) for part in match.groups()[:3])
+        if 1 <= hour <= 12 and max(minute, second) < 60:
+            return Clock(hour, minute, second, match[4])
+        return Label(label)
     if (match := _HEX_NUMERAL.fullmatch(_TEXT_WRAPPER.sub(r"\1", text.replace(" ", "")))) and int(
         match[2]
     ) >= 11:
@@ -178,9 +194,13 @@ def _is_wordlike(text: str) -> bool:
     return all(char.isalpha() or char in " {}\\.-,'~" for char in text)
 
 
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "in"}
+_RELATIONS = {"=", "≈", "<", ">", "<=", ">=", "!=", "in"}
 _CLOSERS = frozenset([")", "]", "}", "\\}", "⟩", "rbar", "⌋", "⌉"])
 _SEPARATORS = {",", ";", "and", "or"}
+MAX_NAME_WORDS = 4
+MAX_NAME_CHARACTERS = 12
+_FUNCTION_LETTERS = frozenset("fghFGHpq")
+_PROBABILITIES = frozenset("PE")
 
 
 class _Parser(ExpressionParser):
@@ -239,12 +259,20 @@ class _Parser(ExpressionParser):
         return Label(squash(" ".join(token.value for token in words)))
 
     def parse_statement(self) -> Node:
-        left: Node = self.function_head() or self.parse_set()
+        left: Node = self.name_head() or self.parse_set()
         operators: list[str] = []
         operands = [left]
-        while self.token.kind == "operator" and self.token.value in _RELATIONS:
-            operators.append(self.take().value)
-            operands.append(self.parse_set())
+        while True:
+            if self.token.kind == "operator" and self.token.value in _RELATIONS:
+                operators.append(self.take().value)
+                operands.append(self.parse_set())
+            elif self.starts_rounded():
+                self.position += 2
+                operators.append("≈")
+                operands.append(self.parse_set())
+                self.expect(")")
+            else:
+                break
         node = Relation(tuple(operators), tuple(operands)) if operators else left
         while isinstance(node, Relation) and not self.bars and self.accept("&"):
             node = Sequence("list", (node, self.parse_statement()), "and")
@@ -252,28 +280,31 @@ class _Parser(ExpressionParser):
             node = Sequence("list", (node, self.parse_statement()), "or")
         return node
 
-    def function_head(self) -> Symbol | None:
-        """`f(x) =` names a function; it is not the product of f and x."""
-        if self.token.kind != "symbol":
+    def name_head(self) -> Node | None:
+        r"""What stands left of `=` and only names: `f(x)`, `f(2)`, `P(A|B)`, `\angle ABC`,
+        `AB/CD`, words; it is not the product of its letters."""
+        head = self.tokens[self.position : self.end_of_name()]
+        if not head:
             return None
-        start = self.position
-        name = self.take().value
-        while self.accept("'"):
-            name += "'"
-        following = self.tokens[self.position : self.position + 5]
-        if [token.value for token in following] == ["^", "{", "-", "1", "}"]:
-            name += "^-1"
-            self.position += 5
-        arguments = []
-        if self.accept("("):
-            while self.token.kind == "symbol":
-                arguments.append(self.take().value)
-                if not self.accept(","):
+        name = _name_of(head) or _function_name(head) or _quotient_name(head)
+        if name is not None:
+            self.position += len(head)
+        return name
+
+    def end_of_name(self) -> int:
+        """Where the next `=` stands outside brackets, if that comes before the statement ends."""
+        depth = 0
+        for place in range(self.position, len(self.tokens)):
+            value = self.tokens[place].value
+            if value in ("(", "[", "{"):
+                depth += 1
+            elif value in _CLOSERS or (depth == 0 and value in _SEPARATORS):
+                depth -= 1
+                if depth < 0:
                     break
-            if arguments and self.accept(")") and self.at("="):
-                return Symbol(f"{name}({','.join(arguments)})")
-        self.position = start
-        return None
+            elif depth == 0 and value in ("=", "≈"):
+                return place
+        return self.position
 
     def parse_set(self) -> Node:
         left = self.parse_quantity()
@@ -300,12 +331,13 @@ class _Parser(ExpressionParser):
         if (currency := UNIT_OF.get(self.word(), "")) in ("dollar", "euro"):
             self.position += 1
             return Quantity(self.parse_sum(), ((currency, 1),))
+        start = self.position
         node = self.parse_sum()
         if self.at(":") and not self.colon_stops and is_expression(node):
             parts = [node]
             while self.accept(":"):
                 parts.append(self.parse_sum())
-            return Ratio(tuple(parts))
+            return _time_of_day(self.tokens[start : self.position]) or Ratio(tuple(parts))
         if self.accept("$", "€", "£", "¥"):
             return Quantity(node, ((CURRENCIES[self.tokens[self.position - 1].value], 1),))
         if isinstance(node, Call) and node.name == "degree":
@@ -552,6 +584,76 @@ class _Parser(ExpressionParser):
 def _is_real(node: Node) -> TypeGuard[Relation]:
     """Whether a node says no more than that something is a real number."""
     return isinstance(node, Relation) and node.operators == ("in",) and node.operands[1] == REALS
+
+
+def _time_of_day(tokens: list[Token]) -> Clock | None:
+    """`7:05` and `7:05:30`: an hour up to 24, and two digits below 60 behind each colon."""
+    hour, *rest = (token.value for token in tokens[::2])
+    if len(rest) > 2 or len(tokens) != 2 * len(rest) + 1 or len(hour) > 2:
+        return None
+    digits = hour.isdigit() and all(len(part) == 2 and part.isdigit() for part in rest)
+    if not digits or int(hour) > 24 or any(int(part) > 59 for part in rest):
+        return None
+    minute, second = int(rest[0]), int(rest[1]) if len(rest) == 2 else 0
+    return Clock(int(hour), minute, second)
+
+
+def _name_of(head: list[Token]) -> Node | None:
+    r"""A name in words or by a mark: `\text{Area}`, `\overline{AB}`, `m\angle ABC`."""
+    values = [token.value for token in head]
+    marked = head[1:] if values[0] == "m" else head
+    if len(marked) > 1 and marked[0].value in ("angle", "triangle"):
+        if all(token.kind in ("symbol", "constant", "word", "number") for token in marked[1:]):
+            return Symbol("".join(token.value for token in marked))
+        return None
+    if values[0] == "overline" and len(head) > 4 and all(map(_is_point, values[2:-1])):
+        return Mul(tuple(map(Symbol, values[2:-1])))
+    if len(head) > MAX_NAME_WORDS or any(token.kind != "word" for token in head):
+        return None
+    if len(head) == 1 and 1 < len(values[0]) < 4 and values[0].isupper():
+        return Mul(tuple(map(Symbol, values[0])))
+    if any(value.lower() in NOT_UNITS or len(value) > MAX_NAME_CHARACTERS for value in values):
+        return None
+    return Symbol(" ".join(values).lower())
+
+
+def _function_name(head: list[Token]) -> Symbol | None:
+    """A function at letters or at a number, or a probability of anything."""
+    values = [token.value for token in head]
+    if head[0].kind not in ("symbol", "constant") or "(" not in values or values[-1] != ")":
+        return None
+    opened = values.index("(")
+    name = "".join(value for value in values[:opened] if value not in "{}")
+    inside = head[opened + 1 : -1]
+    if not inside or name.rstrip("'").removesuffix("^-1") != values[0]:
+        return None
+    if any(token.value == ")" for token in inside):
+        return None
+    letters = inside[::2]
+    lettered = all(token.kind == "symbol" for token in letters) and all(
+        token.value == "," for token in inside[1::2]
+    )
+    closed = values[0] in _FUNCTION_LETTERS and all(
+        token.kind in ("number", "constant", "operator", "command") for token in inside
+    )
+    if (lettered and head[0].kind == "symbol") or closed or name in _PROBABILITIES:
+        return Symbol(f"{name}({''.join(token.value for token in inside)})")
+    return None
+
+
+def _quotient_name(head: list[Token]) -> Node | None:
+    """`AB/CD` written with a slash: one segment over another."""
+    values = [token.value for token in head]
+    if values.count("/") != 1 or not all(value == "/" or _is_point(value) for value in values):
+        return None
+    top, bottom = values[: values.index("/")], values[values.index("/") + 1 :]
+    if len(top) < 2 or len(bottom) < 2:
+        return None
+    return divide(Mul(tuple(map(Symbol, top))), Mul(tuple(map(Symbol, bottom))))
+
+
+def _is_point(value: str) -> bool:
+    return len(value) == 1 and value.isupper()
 
 
 def _unit_of(word: str) -> str:

@@ -23,7 +23,7 @@ from verifier.answer_words import (
     LATEX_IGNORED,
     LATEX_KNOWN,
     LATEX_TEXT,
-    SEPARATOR_WORDS,
+    OPERATOR_WORDS,
     UNIT_OF,
 )
 
@@ -48,14 +48,22 @@ _TOKEN = re.compile(
 )
 _QUOTED = re.compile(
     r"(?<=Decimal\()'([-+]?[\d.]+(?:[eE][+-]?\d+)?)'(?=\))|(?<=mpf\()'([-+]?[\d.]+(?:[eE][+-]?\d+)?)'(?=\))"
-    r"|(?<=[\[{( ])'([A-Za-z]\w{0,20})'(?=[:,\])}])"
+    r"|(?:(?<=[\[{( ,])|^)(['\"])([A-Za-z]\w{0,20}|[-+]?\d+(?:[./]\d+)?)\3(?=[:,\])}]|$)"
 )
 _DOTTED = re.compile(
     r"\b(?:np|numpy|sp|sympy|sym|math|S|fractions|decimal|mp|mpmath)\.(?=[A-Za-z])"
 )
 _NUMPY_SCALAR = re.compile(r"\b(float|int)(?:32|64)\(")
 _INTERVAL_KIND = re.compile(r"\bInterval\.(open|Lopen|Ropen)\b")
-_GROUPED = re.compile(r"\d{1,3}(?:(?:\{,\}|\\,|\\!|,\\!|\\ |\\;)\d{3})+(?!\d)")
+_GROUPED = re.compile(
+    r"(?<![\d.])\d{1,3}"
+    r"(?:(?:\s?\{\s*,\s*\}\s*(?:\\!)?|,\s*\\!|\\!\s*,\s*|\\!|\\[,; ])\s*\d{3})+(?!\d)"
+)
+r"""Thousands parted by what LaTeX has for it: `1{,}000`, `1,\! 000`, `1\,000`."""
+_PERCENT_WORDS = re.compile(
+    r"(?<![A-Za-z])(?:per[\s~-]*cents?|pct|percentage)(?:[\s~]+points?)?(?![A-Za-z])\.?",
+    re.IGNORECASE,
+)
 THOUSANDS = re.compile(r"(?<![\d.])(?<!\d,)\d{1,3}(?:,\d{3})+(?![\d])(?!,\d)")
 _GROUPED_NUMBER = re.compile(THOUSANDS.pattern + r"(?:\.\d+)?")
 _UNIT_FRACTION = re.compile(
@@ -69,6 +77,8 @@ _LOG_CALL = re.compile(r"log(?:2|10)(?=\()")
 _POWER_OF_TEN = re.compile(r"\s*10\s*(?:\^|\*\*)")
 _DIGITS = re.compile(r"\d+(?![\d.])")
 _ROW_GAP = re.compile(r"\s*\[-?[\d.]+\s*(?:pt|em|ex|mm|cm)\]")
+_BEFORE_A_NAME = frozenset(("{", "(", "|", "lbar", "/", ":", ",", ";", "=", "≈", "and", "or"))
+"""Behind these, `CM` is a segment; behind a number it is a unit."""
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
 
@@ -114,7 +124,9 @@ def tokenize(text: str, reading: Reading) -> list[Token]:
         text = _PLAIN_SPEED.sub(lambda match: "\\text{ " + match[0].strip() + "}", text)
     text = _REPEATING.sub(_repeating_decimal, text)
     if "'" in text or '"' in text:
-        text = _QUOTED.sub(lambda match: match[1] or match[2] or match[3], text)
+        text = _QUOTED.sub(lambda match: match[1] or match[2] or match[4], text)
+    if "p" in text or "P" in text:
+        text = _PERCENT_WORDS.sub("percent", text)
     return _Tokenizer(text, reading).run()
 
 
@@ -199,8 +211,8 @@ class _Tokenizer:
         return position
 
     def _text_word(self, word: str) -> None:
-        if word.lower() in SEPARATOR_WORDS:
-            self._add("operator", word.lower())
+        if operator := self._operator_word(word):
+            self._add("operator", operator)
         elif word in ("i", "e", "pi") or (
             len(word) == 1 and word.isupper() and not self._after_number()
         ):
@@ -209,6 +221,11 @@ class _Tokenizer:
             self._add("function", word)
         else:
             self._add("word", word)
+
+    def _operator_word(self, word: str) -> str | None:
+        """What a word joins; "approximately" joins only what stands on both its sides."""
+        operator = OPERATOR_WORDS.get(word.lower())
+        return None if operator == "≈" and not self.tokens else operator
 
     def _after_number(self) -> bool:
         return bool(self.tokens) and self.tokens[-1].kind == "number"
@@ -223,8 +240,8 @@ class _Tokenizer:
             self._add("constructor", run)
         elif run in ("EmptySet", "Reals"):
             self._add("set", "empty" if run == "EmptySet" else "R")
-        elif lowered in SEPARATOR_WORDS:
-            self._add("operator", lowered)
+        elif operator := self._operator_word(run):
+            self._add("operator", operator)
         elif (
             run in ("U", "u", "union")
             and before.value in (")", "]", "}", "\\}")
@@ -256,7 +273,7 @@ class _Tokenizer:
                 self._add("symbol", f"{run}_{match[0]}")
                 return match.end()
             self._add("symbol", run)
-        elif self.tokens and (
+        elif (self.tokens and not (run.isupper() and before.value in _BEFORE_A_NAME)) and (
             run in ("per", "square", "sq", "cubic", "squared", "cubed")
             or (
                 not called

@@ -100,7 +100,7 @@ class Matrix:
 @dataclass(frozen=True, slots=True)
 class Relation:
     operators: tuple[str, ...]
-    """Each of = < > <= >= != in; one fewer than operands."""
+    """Each of = ≈ < > <= >= != in; one fewer than operands."""
     operands: tuple[Node, ...]
 
     def links(self) -> Iterator[tuple[str, tuple[Node, Node]]]:
@@ -127,6 +127,17 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
+class Clock:
+    """What may be a time of day: `7:05`, `7:05:30`, `7:05 PM`."""
+
+    hour: int
+    minute: int
+    second: int = 0
+    half: str = ""
+    """am, pm, or nothing where it is not said."""
+
+
+@dataclass(frozen=True, slots=True)
 class Label:
     text: str
     """Lower case, without spaces and punctuation."""
@@ -149,10 +160,12 @@ Node: TypeAlias = (
     | Quantity
     | BaseNumeral
     | Ratio
+    | Clock
     | Label
 )
 
 _EXPRESSIONS = (Number, Constant, Symbol, Add, Mul, Power, Call, PlusMinus)
+ZERO = Number(Fraction(0))
 MINUS_ONE = Number(Fraction(-1))
 INFINITY = Constant("oo")
 REALS = Interval(Mul((MINUS_ONE, INFINITY)), INFINITY, True, True)

@@ -80,8 +80,8 @@ LATEX_OPERATORS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "le": "<=",
     "leq": "<=", "leqslant": "<=", "leqq": "<=", "lt": "<", "ge": ">=", "geq": ">=",
     "geqslant": ">=", "geqq": ">=", "gt": ">", "ne": "!=", "neq": "!=", "in": "in", "cup": "∪",
-    "cap": "∩", "setminus": "∖", "backslash": "∖", "approx": "=", "equiv": "=", "mid": "|",
-    "colon": ":", "lor": "or", "vee": "or", "land": "and", "wedge": "and", "prime": "'",
+    "cap": "∩", "setminus": "∖", "backslash": "∖", "approx": "≈", "simeq": "≈", "equiv": "=",
+    "mid": "|", "colon": ":", "lor": "or", "vee": "or", "land": "and", "wedge": "and", "prime": "'",
     "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "⟨", "rangle": "⟩",
     "lvert": "lbar", "rvert": "rbar", "vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈",
     "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→", "euro": "€",
@@ -162,7 +162,7 @@ NOT_UNITS = words(
     "think thus to true undefined under unknown until unless was we when where whether which "
     "whose with without wrong yes you"
 )
-SEPARATOR_WORDS = {"and", "or"}
+OPERATOR_WORDS = {"and": "and", "or": "or", "approx": "≈", "approximately": "≈"}
 _ZERO_TO_SIXTEEN = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen"

@@ -257,6 +257,43 @@ def _irrationals(left: Node, right: Node, values: list[Fraction | None]) -> Find
                 raise BeyondBudget
 
 
+def rounds_to(exact: Node, rounded: Node) -> bool:
+    """Whether a closed value agrees with a rounded number in all its printed digits, rounded or,
+    for a decimal, cut off; a number without printed digits has to be equal."""
+    found = _printed(rounded)
+    try:
+        if found is None:
+            finding = closed_values(exact, rounded)
+            return finding is not None and finding.equal
+        number, scale = found
+        place = scale * (_last_place(number) if number.significant_digits else Fraction(1))
+        with Numeric() as numeric:
+            value, printed = numeric.value(exact), numeric.rational(number.value * scale)
+            if not isinstance(value, numeric.ctx.mpf):
+                return False
+            gap, unit = abs(value - printed), numeric.rational(place)
+            if gap <= unit * numeric.ctx.mpf("0.5000001"):
+                return True
+            cut_off = number.significant_digits > 0 and abs(value) >= abs(printed)
+            return bool(cut_off and gap < unit * numeric.ctx.mpf("0.9999999"))
+    except ArithmeticError:
+        return False
+
+
+def _printed(node: Node) -> tuple[Number, Any] | None:
+    """A decimal or whole number and the factor it is written with: a percent or degree sign, a
+    power of ten."""
+    match node:
+        case Number(value=value, significant_digits=digits) if digits or value.denominator == 1:
+            return node, Fraction(1)
+        case Call(name="percent", args=(Number() as number,)):
+            return number, Fraction(1, 100)
+        case Mul(factors=(Number() as number, Power(base=Number(value=ten), exponent=exponent))):
+            if ten == 10 and isinstance(exponent, Number) and abs(exponent.value) < 1000:
+                return number, exact_value(node) / number.value if number.value else Fraction(1)
+    return None
+
+
 def _decimal_agrees(node: Node, value: Fraction, other: Any, numeric: Numeric) -> bool:
     """Whether a printed decimal agrees in all its digits, at least seven, with an irrational
     value."""

@@ -29,7 +29,7 @@ from verifier.equivalence import compare_readings
 from verifier.finding import Finding, Reason, different, equal
 from verifier.symbolic import SymbolicWorker, Timeout
 
-GRADER_VERSION = "answers-1"
+GRADER_VERSION = "answers-2"
 MAX_CHARACTERS = 2_000
 MAX_NESTING = 64
 CACHED_PAIRS = 16_384

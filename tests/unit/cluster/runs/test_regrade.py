@@ -266,7 +266,7 @@ def test_what_changed_is_printed(run: Path) -> None:
     console = Console(record=True, width=130)
     run_regrade(run, console)
     text = console.export_text()
-    assert "graded by answers-0, now by answers-1; 0 more answers" in text
+    assert f"graded by answers-0, now by {GRADER_VERSION}; 0 more answers" in text
     assert "+2 -3" in text and "4 -> 3" in text
     assert "round 1 p1 tree 0 node 4: '7' for '7': wrong (different) -> right (exact)" in text
     console = Console(record=True, width=130)
