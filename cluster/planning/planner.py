@@ -192,4 +192,6 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     console.print(table)
     console.print("assumed:", markup=False)
     for name, info in PlanConfig.model_fields.items():
-        console.out(f"  {name} = {getattr(config, name):,}: {info.description}", highlight=False)
+        value = getattr(config, name)
+        shown = "null" if value is None else f"{value:,}"
+        console.out(f"  {name} = {shown}: {info.description}", highlight=False)

@@ -100,9 +100,10 @@ def test_wrong_table_is_refused_by_row_and_field(tmp_path: Path) -> None:
         read_gpu_kinds(tmp_path / "absent.yaml")
 
 
-def test_printed_plan_names_every_figure_and_assumption() -> None:
+@pytest.mark.parametrize("checkpoint_s", [60, None])
+def test_printed_plan_names_every_figure_and_assumption(checkpoint_s: float | None) -> None:
     console = Console(file=io.StringIO(), width=160)
-    settings = config()
+    settings = config(checkpoint_s=checkpoint_s)
     print_plan(make_plan(settings), settings, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     for name in ("total_s", "dollars_per_solved", *PlanConfig.model_fields):
