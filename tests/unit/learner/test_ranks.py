@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import os
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
@@ -16,7 +19,7 @@ from learner.batch import tokenise_texts
 from learner.dataset import DatasetError, read_sft
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
 from learner.packing import Share
-from learner.ranks import from_all_ranks, share_out
+from learner.ranks import from_all_ranks, release_memory, share_out
 from learner.select import DatasetConfig, select_dataset
 from learner.spill import DiskList
 from learner.task import Task, policy_task, preference_task
@@ -185,3 +188,20 @@ def test_items_are_worked_on_few_at_a_time_and_taken_in_order():
 
     share_out(iter(range(7)), work, taken.append, size=3, fit_id="f")
     assert (sizes, taken) == ([3, 3, 1], [0, 10, 20, 30, 40, 50, 60])
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc gives its heap back on demand"
+)
+def test_what_a_fit_held_goes_back_to_the_machine():
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    # too small to be mapped one by one, and the last one keeps the heap from shrinking by itself
+    blocks = [torch.ones(16_000) for _ in range(4_000)]
+    size = len(blocks) * blocks[0].nbytes
+    del blocks[:-1]
+    held = resident()
+    release_memory()
+    assert held - resident() > 0.5 * size
