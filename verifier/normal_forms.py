@@ -116,6 +116,8 @@ def _merge_solutions(items: tuple[Node, ...], joiner: str) -> Node | None:
     if merged is None:
         return None
     name, value = merged
+    if joiner == "or" and isinstance(name, Sequence) and value.kind == "tuple":
+        return None
     if isinstance(name, Symbol) and isinstance(value, Sequence):
         values = _flat(value.items)
         value = Sequence("list", values) if len(values) > 1 else values[0]
