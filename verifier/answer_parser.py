@@ -658,7 +658,8 @@ def _is_naming(word: str) -> bool:
 def _function_name(head: list[Token]) -> Symbol | None:
     """A function at letters, at a number or at another's value, or a probability of anything."""
     values = [token.value for token in head]
-    if values[-4:-2] == ["_", "{"] and values[-2] in ("max", "min"):
+    extreme = values[-2] if values[-4:-2] == ["_", "{"] and values[-2] in ("max", "min") else ""
+    if extreme:
         head, values = head[:-4], values[:-4]
     opened = next((place for place, value in enumerate(values) if value in ("(", "[")), 0)
     first, inside = head[0], head[opened + 1 : -1]
@@ -670,7 +671,7 @@ def _function_name(head: list[Token]) -> Symbol | None:
         if depth < 0:
             return None
     name = "".join(value for value in values[:opened] if value not in ("{", "}"))
-    text = Symbol(f"{name}({''.join(token.value for token in inside)})")
+    text = Symbol(f"{extreme}{name}({''.join(token.value for token in inside)})")
     if name in _PROBABILITIES or (first.kind == "word" and opened == 1 and _is_naming(name)):
         return text
     plain = name.rstrip("'").removesuffix("^-1")

@@ -62,7 +62,7 @@ _GROUPED = re.compile(
 )
 r"""Thousands parted by what LaTeX has for it: `1{,}000`, `1,\! 000`, `1\,000`."""
 _SYSTEM = re.compile(
-    r"(?<![=\s])\s*(?:\\left\s*\\\{\s*)?\\begin\{(cases|array|aligned)\}(?:\s*\{[lcr]+\})?"
+    r"(?<![=\s])\s*(?:\\left\s*\\\{\s*)?\\begin\{(cases|array|aligned|matrix)\}(?:\s*\{[lcr]+\})?"
     r"((?:(?!\\begin).)*?)\\end\{\1\}(?:\s*\\right\s*\.)?",
     re.DOTALL,
 )
@@ -144,7 +144,7 @@ def _rows_of_system(match: re.Match[str]) -> str:
     rows = [row.strip(" ,;.\n") for row in re.sub(r"&\s*=", "=", match[2]).split("\\\\")]
     rows = [row for row in rows if row]
     systems = all("=" in row and "&" not in row for row in rows)
-    return ", ".join(rows) if rows and systems else match[0]
+    return ", ".join([*rows, ""]) if rows and systems else match[0]
 
 
 def _repeating_decimal(match: re.Match[str]) -> str:
