@@ -629,11 +629,12 @@ def _name_of(head: list[Token]) -> Node | None:
     `\min f(x)`."""
     values = [token.value for token in head]
     marked = [token for token in head if token.value not in ("{", "}", "(", ")")]
-    if values[0] == "m" or values[0] in TRIGONOMETRIC:
+    prefix = values[0] if values[0] in TRIGONOMETRIC else ""
+    if values[0] == "m" or prefix:
         marked = marked[1:]
     if len(marked) > 1 and marked[0].value in ("angle", "triangle"):
         if all(token.kind in ("symbol", "constant", "word", "number") for token in marked[1:]):
-            return Symbol("".join(token.value for token in (*head[:1], *marked)))
+            return Symbol(prefix + "".join(token.value for token in marked))
         return None
     if values[0] == "overline" and len(head) > 4 and all(map(_is_point, values[2:-1])):
         return Mul(tuple(map(Symbol, values[2:-1])))

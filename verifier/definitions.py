@@ -415,7 +415,7 @@ def cases_of(definitions: Iterable[Definition]) -> Definition | None:
         return None
     if len(letters) == 1:
         distinct = dict.fromkeys(case[letters[0]] for case in cases)
-        return Symbol(letters[0]), Sequence("list", tuple(distinct), "or")
+        return Symbol(letters[0]), Sequence("list", tuple(distinct))
     pairs = [Sequence("tuple", tuple(map(case.__getitem__, letters))) for case in cases]
     in_order = tuple(map(Symbol, letters))
     if len(pairs) == 1:

@@ -120,7 +120,7 @@ def _merge_solutions(items: tuple[Node, ...], joiner: str) -> Node | None:
         return None
     if isinstance(name, Symbol) and isinstance(value, Sequence):
         values = _flat(value.items)
-        value = Sequence("list", values, value.joiner) if len(values) > 1 else values[0]
+        value = Sequence("list", values, joiner) if len(values) > 1 else values[0]
     return Relation(("=",), (name, value))
 
 

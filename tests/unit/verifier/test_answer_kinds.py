@@ -838,6 +838,129 @@ KINDS = {
 ! f(x) = \begin{cases}x=1\\y=2\end{cases} | (1,2)
 ! f(x) = \begin{cases}1 & x=1\\2 & x=2\end{cases} | 1, 2
 """,
+    "neighbours of names, systems and alternatives": r"""
+! \text{boys: } 5, \text{girls: } 6 | 6, 5
+! \text{Answer: no} | yes
+! \text{Case 1: } 5 | 6
+! \text{Proof: } 5 = 6 | 6
+! \text{False: } 5 | 5
+! \text{Incorrect: } 5 | 5
+! \text{Wrong: } 5 | 5
+! \text{Not possible: } 5 | 5
+! \text{Nothing} = 5 | 6
+! \text{never} = 5 | 6
+! f(3)=5 | f(4) = 5
+! f(5) = 2 | 5
+! N(5) = 2 | N = \frac25
+! T(5) = 10 | 2
+! P(5) = 10 | T(5) = 10
+! C(5,2) = 10 | (5,2)
+! f(a)=b | b = a
+! f(a) = b | f(b) = a
+! S(x) = 2x | T(x) = 2x
+! \phi(x) = 2 | x = 2
+! \max(a,b) = 5 | 5,6
+! \max(x,y) = 5 | x = 5
+! \min f(x) = 3 | \min g(x) = 3
+! f(x)_{\max} = 7 | f(x) = 7
+! f(x)_{\max} = 7 | f(x)_{\min} = 7
+! f_{\max} = 7 | f = 7
+! [ABC] = 5 | [ABD] = 5
+! [A,B,C] = 5 | 5
+! \frac{[ABC]}{[DEF]} = 4 | \frac14
+! A \cap B = \{1\} | 1 = A
+! A\cap B = \emptyset | A \cup B = \emptyset
+! A + B = \begin{pmatrix}1\\2\end{pmatrix} | A B = \begin{pmatrix}1\\2\end{pmatrix}
+! A^T = \begin{pmatrix}1&2\end{pmatrix} | A = \begin{pmatrix}1&2\end{pmatrix}
+! A X = \begin{pmatrix}1\\2\end{pmatrix} | X = \begin{pmatrix}1\\2\end{pmatrix}
+! \cos 2A = \frac12 | \cos A = \frac12
+! \cos^2 A = \frac12 | \frac14
+! \cos^2 A = \frac12 | \cos A = \frac12
+! \cos A + \cos B = 1 | 1 = \cos A
+! \cos A = \frac12 | A = \frac12
+! \cos A = \frac12 | A = 60^\circ
+! \tan(A) = 1 | \tan(B) = 1
+! \sin A = \frac12, \cos A = \frac12 | \cos A = \frac12
+= \sin A = \frac35, \cos A = \frac45 | \frac35, \frac45
+! \sin A = \frac35, \cos A = \frac45 | \frac45, \frac35
+! x = 2 \text{ or } y = 3 | y = 2 \text{ or } x = 3
+! x = 2 \text{ or } 3 | (2,3)
+! 2 \text{ or } 2 \text{ or } 3 | 2
+! A \text{ or } A \text{ or } B | A
+! 1,234,\!56 | 123456
+! 1,\! 2345 | 12345
+! 1,\!\!23 | 123
+! 12,345,\!678 | 12, 345678
+! 1,234,5678 | 12345678
+! \frac12, \approx 0.6 | \frac12
+! 0.5, \approx 0.6 | 0.5
+! 5, 6 \approx 6.1 | 6
+= 5, 6 \approx 6 | 5, 6
+! \frac12 about \frac13 | \frac12
+! a about 5 | 6
+! about 5 | 5.2
+! 5 about | 6
+! roughly half | 0.6
+! 3 \text{ or roughly } \pi | \pi
+! 22/7 \text{ or roughly } 3.14 | 3.14
+! \begin{cases}x+y=3\\x-y=1\end{cases} | (3,1)
+! \begin{cases}x=1\\y>2\end{cases} | (1,2)
+! \begin{cases}x=1\\y=2\\z=3\end{cases} | (1,2)
+= \begin{cases}x=1\\y=2\\z=3\end{cases} | (1,2,3)
+= \begin{cases}x=1,\\y=2;\end{cases} \begin{cases}x=3,\\y=4.\end{cases} | (1,2),(3,4)
+= \begin{cases}x=1\\y=2\end{cases},\quad\begin{cases}x=3\\y=4\end{cases} | (1,2),(3,4)
+= \left\{\begin{array}{l}{x=1} \\ {y=2}\end{array}\right. | (1,2)
+= \left\{\begin{matrix}x=1\\y=2\end{matrix}\right. | (1,2)
+! y = \begin{cases}x=1\\x=2\end{cases} | 1,2
+! f(x)=\begin{cases}x+1 & x>0\\ -x & x\le0\end{cases} | x+1
+! x_1=1,y_1=2;x_2=3,y_2=4 | x_1=1,y_1=2;x_2=4,y_2=3
+= x_1=1,y_1=2;x_2=3,y_2=4 | x_2=3,y_2=4,x_1=1,y_1=2
+! x_1=1,y_1=2,x_2=3 | (1,2),(3,2)
+= a_1=1,a_2=2,b_1=3,b_2=4 | a_1=1,a_2=2,b_1=3,b_2=4
+! 12:00 noon | 12:00 midnight
+! 20% increase | 0.8
+! 20\% \text{ off} | 80\%
+! 20\% \text{ of } 50 | 20\%
+! -20\% \text{ change} | 20\% \text{ change}
+! x^2 = 9 | x = 3
+! x|x| = 4 | x^2 = 4
+= x + y = 5 | y = 5 - x
+= 2x+2y = 10 | x+y=5
+= \frac{x}{2} + \frac{y}{3} = 1 | 3x+2y = 6
+= y^2 = 4x | x = \frac{y^2}{4}
+= \frac{x^2}{4}+\frac{y^2}{3}=1 | 3x^2+4y^2=12
+= x^2+y^2-2x=0 | (x-1)^2+y^2=1
+! x^2+y^2-2x=0 | (x+1)^2+y^2=1
+= \sqrt{x}+\sqrt{y}=1 | \sqrt{y} = 1-\sqrt{x}
+= x^{2/3}+y^{2/3} = 1 | y^{2/3} = 1-x^{2/3}
+= x^{1/3}+y = 1 | y = 1-\sqrt[3]{x}
+! x \in \{1,2\} | x \in (1,2)
+! x \in \{1,2\} | (1,2)
+= x \in \{-2, 2\} | x = \pm 2
+= n \in \{1,2\} | \{2,1\}
+= x \in \{ \frac12 \} | 0.5
+! \{x \in \{1,2\}\} | 1
+! x = \{1,2\} | x = 1
+! S = \{1,2\}, T = \{3\} | \{1,2,3\}
+= (x, y) \in \{(1,2)\} | (1,2)
+= x = y = \frac12 | (\frac12, \frac12)
+= a=b=c=1 | (1,1,1)
+= a = b = c = 1 | 1
+= y = f(x) = x^2 | x^2
+= a_n = S_n - S_{n-1} = 2n-1 | 2n-1
+= x = 1, x = 2 | 1, 2
+= x = 1, x = 2 | \{1, 2\}
+= (x,y)=(1,2),(3,4) | \{(1,2),(3,4)\}
+= m\angle ABC = 60 | \angle ABC = 60
+! \tan\angle ABC = 1 | \angle ABC = 1
+= x = 2 \text{ or } 3 | 2, 3
+= n = 2 \text{ or } n = 2 | 2
+= x = 2, 3 | [2, 3]
+! x = 2 \text{ or } x = 3 | (2,3)
+= f(x) = 0 \text{ or } f(x) = x | 0, x
+= [ABD]/[CDE] = \frac13 | \frac13
+= \frac{[ABD]}{[CDE]} = \frac{1}{3} | \frac{[ABD]}{[CDE]} = 1/3
+""",
     "conventions": r"""
 ! 1,22 | 1.22
 = f(x)=x+1 | f(t)=t+1
