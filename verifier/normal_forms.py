@@ -116,7 +116,7 @@ def _merge_solutions(items: tuple[Node, ...], joiner: str) -> Node | None:
     if merged is None:
         return None
     name, value = merged
-    if joiner == "or" and isinstance(name, Sequence) and value.kind == "tuple":
+    if joiner == "or" and isinstance(name, Sequence) and name.kind == "list":
         return None
     if isinstance(name, Symbol) and isinstance(value, Sequence):
         values = _flat(value.items)
