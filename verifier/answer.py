@@ -20,7 +20,7 @@ _CHARACTERS = {
     **dict.fromkeys("≥⩾≧", r"\ge "),
     **dict.fromkeys("°º˚", r"^{\circ}"),
     **dict.fromkeys("′’‘", "'"),
-    **dict.fromkeys("“”", '"'),
+    **dict.fromkeys("“”«»", '"'),
     **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2061\u2062\u2064", ""),
     **dict.fromkeys("\u00a0\u2009\u202f\u2002\u2003\u2005\u3000", " "),
     **{char: rf"\{name} " for char, name in zip(_COMMANDS[::2], _COMMANDS[1::2], strict=True)},
@@ -76,6 +76,8 @@ def normalise(text: str) -> str:
         text = text.translate(_TRANSLATION)
         if not text.isascii():
             text = unicodedata.normalize("NFKC", text)
+    if "``" in text:
+        text = text.replace("``", '"').replace("''", '"')
     if "frac" in text:
         text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     for _ in range(8):
@@ -105,7 +107,7 @@ def _strip_ends(text: str) -> str:
 
 _ENCLOSING = (
     *((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")),
-    *(("``", "''"), ("`", "`"), ("`", "'"), ('"', '"'), ("'", "'")),
+    *(("`", "`"), ("`", "'"), ('"', '"'), ("'", "'")),
 )
 
 

@@ -64,9 +64,11 @@ from verifier.answer_words import (
     BASE_WORDS,
     CURRENCIES,
     EMPTY_SET,
+    GREEK,
     NOT_UNITS,
     NUMBER_WORDS,
     SPEEDS,
+    TRIGONOMETRIC,
     UNIT_OF,
     words,
 )
@@ -78,6 +80,7 @@ _WIDE_SLASH = re.compile(
 _PADDED_GROUP = re.compile(r"\d,0\d\d(?!\d)")
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_NUMBER_DIGITS + 1}}}")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\(?([ap]m)\)?")
+_TIMES = {"noon": Clock(12, 0, 0, "pm"), "midnight": Clock(12, 0, 0, "am")}
 _TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm)\{(\w+)\}")
 _BASE_PHRASE = re.compile(r"(-?[0-9a-f]+)\(?(?:in)?base-?(\d{1,2}|[a-z]+)\)?")
 _HEX_NUMERAL = re.compile(r"([0-9A-Fa-f]*[A-Fa-f][0-9A-Fa-f]*)_\{?(?:\\text\{)?(1[1-6])\}{0,2}")
@@ -95,7 +98,7 @@ def parse_answer(text: str) -> tuple[Node, ...]:
     Raises:
         AnswerTooLarge: nesting over 40 levels or a number over 1,000 digits.
     """
-    if (simple := _simple_number(text)) is not None:
+    if (simple := simple_number(text)) is not None:
         return (simple,)
     if _LONG_NUMBER.search(text):
         raise AnswerTooLarge(f"a number has more than {MAX_NUMBER_DIGITS} digits")
@@ -135,7 +138,8 @@ def squash(text: str) -> str:
     return "".join(words).strip(",;:!?*")
 
 
-def _simple_number(text: str) -> Node | None:
+def simple_number(text: str) -> Node | None:
+    """An integer, a decimal or a fraction of integers; None for any other text."""
     if _SIMPLE_NUMBER.match(text):
         return decimal_number(text)
     if match := _SIMPLE_FRACTION.match(text):
@@ -178,6 +182,8 @@ def _whole_text(text: str, label: str) -> Node | None:
             return BaseNumeral(match[1].upper().lstrip("0") or "0", base)
     if label in NUMBER_WORDS:
         return Number(Fraction(NUMBER_WORDS[label]))
+    if (time := label.removeprefix("12").removeprefix(":00")) in _TIMES:
+        return _TIMES[time]
     if match := _CLOCK.fullmatch(label):
         hour, minute, second = (int(part or 0) for part in match.groups()[:3])
         if 1 <= hour <= 12 and max(minute, second) < 60:
@@ -200,7 +206,9 @@ _SEPARATORS = {",", ";", "and", "or"}
 MAX_NAME_WORDS = 4
 MAX_NAME_CHARACTERS = 12
 _FUNCTION_LETTERS = frozenset("fghFGHpq")
-_PROBABILITIES = frozenset("PE")
+_PROBABILITIES = frozenset(("P", "E", "Var"))
+_NAMING_WORDS = words("of the for in number numbers with least greatest possible")
+"""Words that are no units, but may be in a name: `number of ways = 24`."""
 
 
 class _Parser(ExpressionParser):
@@ -259,9 +267,13 @@ class _Parser(ExpressionParser):
         return Label(squash(" ".join(token.value for token in words)))
 
     def parse_statement(self) -> Node:
-        left: Node = self.name_head() or self.parse_set()
+        name = self.name_head()
+        left: Node = name or self.parse_set()
         operators: list[str] = []
         operands = [left]
+        if name and self.accept(":"):
+            operators.append("=")
+            operands.append(self.parse_set())
         while True:
             if self.token.kind == "operator" and self.token.value in _RELATIONS:
                 operators.append(self.take().value)
@@ -271,6 +283,8 @@ class _Parser(ExpressionParser):
                 operators.append("≈")
                 operands.append(self.parse_set())
                 self.expect(")")
+            elif self.at(",", "or") and (place := self.place_of_rounded()):
+                self.position += place
             else:
                 break
         node = Relation(tuple(operators), tuple(operands)) if operators else left
@@ -279,6 +293,13 @@ class _Parser(ExpressionParser):
         if isinstance(node, Relation) and not (self.bars or self.bar_stops) and self.accept("|"):
             node = Sequence("list", (node, self.parse_statement()), "or")
         return node
+
+    def place_of_rounded(self) -> int:
+        """How far `≈` is behind a comma or "or" that says the same once more, rounded; else 0."""
+        place = 1
+        while self.peek(place).value in (",", "or"):
+            place += 1
+        return place if self.peek(place).value == "≈" else 0
 
     def name_head(self) -> Node | None:
         r"""What stands left of `=` and only names: `f(x)`, `f(2)`, `P(A|B)`, `\angle ABC`,
@@ -302,9 +323,14 @@ class _Parser(ExpressionParser):
                 depth -= 1
                 if depth < 0:
                     break
-            elif depth == 0 and value in ("=", "≈"):
+            elif depth == 0 and (value in ("=", "≈") or (value == ":" and self.is_heading(place))):
                 return place
         return self.position
+
+    def is_heading(self, end: int) -> bool:
+        """Whether words with a colon behind them say what follows: `Area: 5`."""
+        heading = self.tokens[self.position : end]
+        return not self.colon_stops and all(token.kind == "word" for token in heading)
 
     def parse_set(self) -> Node:
         left = self.parse_quantity()
@@ -599,46 +625,69 @@ def _time_of_day(tokens: list[Token]) -> Clock | None:
 
 
 def _name_of(head: list[Token]) -> Node | None:
-    r"""A name in words or by a mark: `\text{Area}`, `\overline{AB}`, `m\angle ABC`."""
+    r"""A name in words or by a mark: `\text{Area}`, `\overline{AB}`, `m\angle ABC`, `[ABC]/[DEF]`,
+    `\min f(x)`."""
     values = [token.value for token in head]
-    marked = head[1:] if values[0] == "m" else head
+    marked = [token for token in head if token.value not in ("{", "}", "(", ")")]
+    prefix = values[0] if values[0] in TRIGONOMETRIC else ""
+    if values[0] == "m" or prefix:
+        marked = marked[1:]
     if len(marked) > 1 and marked[0].value in ("angle", "triangle"):
         if all(token.kind in ("symbol", "constant", "word", "number") for token in marked[1:]):
-            return Symbol("".join(token.value for token in marked))
+            return Symbol(prefix + "".join(token.value for token in marked))
         return None
     if values[0] == "overline" and len(head) > 4 and all(map(_is_point, values[2:-1])):
         return Mul(tuple(map(Symbol, values[2:-1])))
+    if values[0] in ("max", "min") and values[1:2] not in (["("], ["\\{"]):
+        return Symbol("".join(values))
+    if "[" in values and len([*filter(_is_point, values)]) > 2:
+        marks = ("[", "]", "{", "}", "/", ":", "frac", "triangle")
+        areas = all(_is_point(value) or value in marks for value in values)
+        return Symbol("".join(values)) if areas else None
     if len(head) > MAX_NAME_WORDS or any(token.kind != "word" for token in head):
         return None
     if len(head) == 1 and 1 < len(values[0]) < 4 and values[0].isupper():
         return Mul(tuple(map(Symbol, values[0])))
-    if any(value.lower() in NOT_UNITS or len(value) > MAX_NAME_CHARACTERS for value in values):
-        return None
-    return Symbol(" ".join(values).lower())
+    return Symbol(" ".join(values).lower()) if all(map(_is_naming, values)) else None
+
+
+def _is_naming(word: str) -> bool:
+    """Whether a word may be in a name: it denies nothing, and no sentence was run together."""
+    return word.lower() not in NOT_UNITS - _NAMING_WORDS and len(word) <= MAX_NAME_CHARACTERS
 
 
 def _function_name(head: list[Token]) -> Symbol | None:
-    """A function at letters or at a number, or a probability of anything."""
+    """A function at letters, at a number or at another's value, or a probability of anything."""
     values = [token.value for token in head]
-    if head[0].kind not in ("symbol", "constant") or "(" not in values or values[-1] != ")":
+    extreme = values[-2] if values[-4:-2] == ["_", "{"] and values[-2] in ("max", "min") else ""
+    if extreme:
+        head, values = head[:-4], values[:-4]
+    opened = next((place for place, value in enumerate(values) if value in ("(", "[")), 0)
+    first, inside = head[0], head[opened + 1 : -1]
+    if not opened or not inside or values[-1] not in (")", "]"):
         return None
-    opened = values.index("(")
-    name = "".join(value for value in values[:opened] if value not in "{}")
-    inside = head[opened + 1 : -1]
-    if not inside or name.rstrip("'").removesuffix("^-1") != values[0]:
+    depth = 0
+    for token in inside:
+        depth += (token.value in ("(", "[")) - (token.value in (")", "]"))
+        if depth < 0:
+            return None
+    name = "".join(value for value in values[:opened] if value not in ("{", "}"))
+    text = Symbol(f"{extreme}{name}({''.join(token.value for token in inside)})")
+    if name in _PROBABILITIES or (first.kind == "word" and opened == 1 and _is_naming(name)):
+        return text
+    plain = name.rstrip("'").removesuffix("^-1")
+    if values[opened] != "(" or (plain != first.value and not plain.startswith(f"{first.value}_")):
         return None
-    if any(token.value == ")" for token in inside):
-        return None
-    letters = inside[::2]
-    lettered = all(token.kind == "symbol" for token in letters) and all(
+    lettered = all(token.kind == "symbol" for token in inside[::2]) and all(
         token.value == "," for token in inside[1::2]
     )
-    closed = values[0] in _FUNCTION_LETTERS and all(
-        token.kind in ("number", "constant", "operator", "command") for token in inside
-    )
-    if (lettered and head[0].kind == "symbol") or closed or name in _PROBABILITIES:
-        return Symbol(f"{name}({''.join(token.value for token in inside)})")
-    return None
+    if first.kind == "symbol" and lettered:
+        return text
+    named = first.value in _FUNCTION_LETTERS
+    inner = inside[0].value in _FUNCTION_LETTERS and inside[1].value == "(" if inside[1:] else False
+    kinds = {"number", "constant", "operator", "command", *(("symbol",) if inner else ())}
+    named = named or (first.kind == "symbol" and not first.value.islower()) or first.value in GREEK
+    return text if named and all(token.kind in kinds for token in inside) else None
 
 
 def _quotient_name(head: list[Token]) -> Node | None:

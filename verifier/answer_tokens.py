@@ -57,9 +57,16 @@ _NUMPY_SCALAR = re.compile(r"\b(float|int)(?:32|64)\(")
 _INTERVAL_KIND = re.compile(r"\bInterval\.(open|Lopen|Ropen)\b")
 _GROUPED = re.compile(
     r"(?<![\d.])\d{1,3}"
-    r"(?:(?:\s?\{\s*,\s*\}\s*(?:\\!)?|,\s*\\!|\\!\s*,\s*|\\!|\\[,; ])\s*\d{3})+(?!\d)"
+    r"(?:(?:\s?\{\s*,\s*\}\s*(?:\\!)?|,\s*\\!|\\!\s*,\s*|\\!|\\[,; ])(?:\s|\\!)*\d{3}"
+    r"|,\d{3}(?=,\\!))+(?!\d)"
 )
 r"""Thousands parted by what LaTeX has for it: `1{,}000`, `1,\! 000`, `1\,000`."""
+_SYSTEM = re.compile(
+    r"(?<![=\s])\s*(?:\\left\s*\\\{\s*)?\\begin\{(cases|array|aligned|matrix)\}(?:\s*\{[lcr]+\})?"
+    r"((?:(?!\\begin).)*?)\\end\{\1\}(?:\s*\\right\s*\.)?",
+    re.DOTALL,
+)
+"""Rows under a brace, unless an equals sign before it makes them a definition by cases."""
 _PERCENT_WORDS = re.compile(
     r"(?<![A-Za-z])(?:per[\s~-]*cents?|pct|percentage)(?:[\s~]+points?)?(?![A-Za-z])\.?",
     re.IGNORECASE,
@@ -116,6 +123,8 @@ def tokenize(text: str, reading: Reading) -> list[Token]:
     text = _NUMPY_SCALAR.sub(
         lambda match: "Float(" if match[1] == "float" else "Integer(", _DOTTED.sub("", text)
     )
+    if "\\begin" in text:
+        text = _SYSTEM.sub(_rows_of_system, text)
     text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     if " " in text and "[" not in text:
         text = _SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
@@ -128,6 +137,14 @@ def tokenize(text: str, reading: Reading) -> list[Token]:
     if "p" in text or "P" in text:
         text = _PERCENT_WORDS.sub("percent", text)
     return _Tokenizer(text, reading).run()
+
+
+def _rows_of_system(match: re.Match[str]) -> str:
+    """Equations one below the other as equations in a row."""
+    rows = [row.strip(" ,;.\n") for row in re.sub(r"&\s*=", "=", match[2]).split("\\\\")]
+    rows = [row for row in rows if row]
+    systems = all("=" in row and "&" not in row for row in rows)
+    return ", ".join([*rows, ""]) if rows and systems else match[0]
 
 
 def _repeating_decimal(match: re.Match[str]) -> str:

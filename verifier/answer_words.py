@@ -80,12 +80,14 @@ LATEX_OPERATORS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "pm": "±", "mp": "∓", "le": "<=",
     "leq": "<=", "leqslant": "<=", "leqq": "<=", "lt": "<", "ge": ">=", "geq": ">=",
     "geqslant": ">=", "geqq": ">=", "gt": ">", "ne": "!=", "neq": "!=", "in": "in", "cup": "∪",
-    "cap": "∩", "setminus": "∖", "backslash": "∖", "approx": "≈", "simeq": "≈", "equiv": "=",
+    "cap": "∩", "setminus": "∖", "backslash": "∖", "approx": "≈", "simeq": "≈", "approxeq": "≈",
+    "doteq": "≈", "equiv": "=",
     "mid": "|", "colon": ":", "lor": "or", "vee": "or", "land": "and", "wedge": "and", "prime": "'",
     "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "langle": "⟨", "rangle": "⟩",
     "lvert": "lbar", "rvert": "rbar", "vert": "|", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈",
     "rceil": "⌉", "circ": "°", "degree": "°", "percent": "%", "to": "→", "euro": "€",
-    "pounds": "£", "textdollar": "$", "yen": "¥",
+    "pounds": "£", "textdollar": "$", "yen": "¥", "lVert": "lbar",
+    "rVert": "rbar", "Vert": "|",
 }  # fmt: skip
 LATEX_IGNORED = words(
     "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle "
@@ -102,7 +104,8 @@ LATEX_ATOMS = words(
     "emptyset varnothing hspace phantom pmod dot mathbf sin R Re Im lg cosec arccot "
     "arcsec arccsc arsinh arcosh artanh stackrel overset underset forall exists ldots dots cdots "
     "int lim iff implies Rightarrow Leftrightarrow rightarrow equiv sim perp parallel angle "
-    "triangle subset subseteq notin nabla partial oplus otimes bmod mod gcd max min det exp tan cos"
+    "triangle measuredangle Pr subset subseteq notin nabla partial oplus otimes bmod mod gcd max "
+    "min det exp tan cos"
 )
 _NOT_COMMANDS = words("re im sign root pow tg lg binomial comb abs floor ceil sqrt cbrt")
 """Functions whose names, behind a backslash, mean nothing or stand in another table."""
@@ -122,6 +125,7 @@ COMMAND_TOKENS = {
     **{name: ("symbol", VARIANTS.get(name, name)) for name in (*GREEK, *VARIANTS)},
     **{name: ("constant", name) for name in ("pi", "infty")},
     **{name: ("operator", value) for name, value in LATEX_OPERATORS.items()},
+    **{"Pr": ("symbol", "P"), "measuredangle": ("command", "angle")},
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), ("command", "frac")),
     **dict.fromkeys(("dbinom", "tbinom"), ("command", "binom")),
 }
@@ -162,7 +166,10 @@ NOT_UNITS = words(
     "think thus to true undefined under unknown until unless was we when where whether which "
     "whose with without wrong yes you"
 )
-OPERATOR_WORDS = {"and": "and", "or": "or", "approx": "≈", "approximately": "≈"}
+OPERATOR_WORDS = {"and": "and", "or": "or", "approx": "≈", "approximately": "≈"} | {
+    "about": "≈",
+    "roughly": "≈",
+}
 _ZERO_TO_SIXTEEN = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen"

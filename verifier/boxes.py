@@ -25,6 +25,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from verifier.answer_parser import simple_number
 from verifier.answer_words import GREEK, TRIGONOMETRIC, UNIT_NAMES
 
 BOX_COMMANDS = ("\\boxed", "\\fbox", "\\framebox")
@@ -210,12 +211,15 @@ def _statement(
             part if "=" in part else f"{name} {part}"
             for name, part in zip(names, parts, strict=True)
         )
-    distinct: dict[str, str] = {}
+    distinct: dict[object, str] = {}
     for part in filter(None, parts):
         distinct.setdefault(_key(part), part)
     parts = tuple(distinct.values()) or ("",)
     return Statement(start, end, parts, join_answers(parts))
 
 
-def _key(part: str) -> str:
-    return "".join(part.split()).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+def _key(part: str) -> object:
+    """What equal boxes have in common: a number's value, or the text without layout."""
+    text = "".join(part.split()).replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+    return text if (number := simple_number(text)) is None else number

@@ -26,6 +26,7 @@ from verifier.answer_tree import (
     Clock,
     Constant,
     Label,
+    Matrix,
     Mul,
     Node,
     Number,
@@ -34,11 +35,14 @@ from verifier.answer_tree import (
     Ratio,
     Relation,
     Sequence,
+    SetOperation,
     Symbol,
+    children,
     is_expression,
     map_children,
     symbols,
 )
+from verifier.answer_words import TRIGONOMETRIC
 from verifier.finding import Finding
 from verifier.numeric_equality import closed_values, open_values, rounds_to
 from verifier.units import DEGREES, in_one_unit
@@ -48,18 +52,25 @@ Definition = tuple[Node, Node]
 list of them that were named one by one, or `Label("")` for none."""
 
 MAX_CHAIN = 12
+MAX_CELLS = 16
 _POINT = re.compile(r"[A-Z](?:_\w+|')*")
 _CAPITAL_OR_INDEXED = re.compile(r"[A-Z](?:_\w+|')*|[a-z]_\w+")
+_INDEXED = re.compile(r"([A-Za-z])_(\d+)")
 _LETTERS_OF_A_FUNCTION = re.compile(r"(.+)\(([A-Za-z]\w*(?:,[A-Za-z]\w*)*)\)")
 
 
 def definition(relation: Relation) -> Definition | None:
-    """The name and the value of an equation that gives one; None for any other relation, and for a
+    r"""The name and the value of an equation that gives one; None for any other relation, and for a
     chain that does not hold.
 
-    `x = y = 3` names two; a closed chain such as `5 + 6 = 11` names nothing.
+    `x = y = 3` names two; a closed chain such as `5 + 6 = 11` names nothing. `x \in \{1, 2\}` gives
+    x the set.
     """
-    if set(relation.operators) != {"="}:
+    if relation.operators == ("in",):
+        value = relation.operands[1]
+        if not isinstance(value, Sequence) or value.kind != "set":
+            return None
+    elif set(relation.operators) != {"="}:
         return None
     operands = list(relation.operands)
     names: list[Node] = []
@@ -73,12 +84,16 @@ def definition(relation: Relation) -> Definition | None:
         name: Node = written
     else:
         names, operands = _names_and_values(operands)
+        if not names and isinstance(operands[-1], Matrix) and _is_of_matrices(operands[0]):
+            names, operands = [Symbol(str(operands[0]))], operands[1:]
         if not names and any(map(symbols, operands)):
             return None
         name = _one_name(names)
     if not _chain_holds(operands):
         return None
     value = operands[-1]
+    if isinstance(name, Sequence) and name is not written and symbols(value):
+        return None
     for one in names:
         if _is_derivative(one):
             continue
@@ -128,6 +143,10 @@ def name_text(node: Node) -> str | None:
         case Sequence(kind="bracket", items=(inner,)):
             points = _points(inner)
             return f"[{points}]" if points and len(points) > 2 else None
+        case SetOperation(operator=operator, left=Symbol(name=left), right=Symbol(name=right)):
+            return f"{left} {operator} {right}"
+        case Call(name=name, args=(Symbol(name=letter),)) if name in TRIGONOMETRIC:
+            return f"{name} {letter}" if _POINT.fullmatch(letter) else None
         case Mul(factors=(Symbol(name="Delta"), Symbol(name=name))):
             return f"Delta {name}"
         case Mul(factors=(top, Power(base=bottom, exponent=exponent))) if exponent == MINUS_ONE:
@@ -174,11 +193,22 @@ def _is_of_letters(name: Node) -> bool:
     return not isinstance(name, Symbol | Constant | Sequence)
 
 
+def _is_of_matrices(node: Node) -> bool:
+    """Whether an expression in capital letters says what was worked out: `A + B`, `A^{-1}`; of `2A
+    = M`, A is the unknown."""
+    letters = symbols(node)
+    multiple = isinstance(node, Mul) and isinstance(node.factors[0], Number)
+    return bool(letters) and not multiple and all(map(_POINT.fullmatch, letters))
+
+
 def _chain_holds(operands: list[Node]) -> bool:
     """Whether nothing in a chain of equalities contradicts another part of it; a chain of more than
     12 values is not followed."""
     if len(operands) == 1:
         return True
+    objects = [one for one in operands if isinstance(one, Matrix | Sequence)]
+    if len(objects) == len(operands) <= MAX_CHAIN:
+        return all(_equal_members(one, two) for one, two in pairwise(objects))
     if len(operands) > MAX_CHAIN or not all(
         is_expression(one) or isinstance(one, Quantity) for one in operands
     ):
@@ -190,6 +220,18 @@ def _chain_holds(operands: list[Node]) -> bool:
         if symbols(one) and symbols(one) == symbols(two)
     ]
     return all(_equal_values(one, two) for one, two in [*pairwise(closed), *lettered])
+
+
+def _equal_members(one: Matrix | Sequence, two: Matrix | Sequence) -> bool:
+    """Whether two matrices, tuples or lists of one form agree place by place."""
+    forms = [
+        [*map(len, node.rows)] if isinstance(node, Matrix) else [node.kind, len(node.items)]
+        for node in (one, two)
+    ]
+    members = children(one)
+    if forms[0] != forms[1] or len(members) > MAX_CELLS or not all(map(is_expression, members)):
+        return False
+    return all(map(_equal_values, members, children(two)))
 
 
 def _equal_values(one: Node, two: Node) -> bool:
@@ -351,7 +393,7 @@ def cases_of(definitions: Iterable[Definition]) -> Definition | None:
     7, q = 2` a list of pairs. A letter that comes again begins a new case; pairs are in the order
     in which the first case has its letters.
     """
-    cases: list[dict[str, Node]] = [{}]
+    flat: list[tuple[str, Node]] = []
     for named, given in definitions:
         names: tuple[Node, ...] = (named,)
         values: tuple[Node, ...] = (given,)
@@ -362,9 +404,12 @@ def cases_of(definitions: Iterable[Definition]) -> Definition | None:
         for name, value in zip(names, values, strict=True):
             if not isinstance(name, Symbol):
                 return None
-            if name.name in cases[-1]:
-                cases.append({})
-            cases[-1][name.name] = value
+            flat.append((name.name, value))
+    cases: list[dict[str, Node]] = [{}]
+    for letter, value in _without_indices(flat):
+        if letter in cases[-1]:
+            cases.append({})
+        cases[-1][letter] = value
     letters = list(cases[0])
     if any(set(case) != set(letters) for case in cases):
         return None
@@ -376,3 +421,16 @@ def cases_of(definitions: Iterable[Definition]) -> Definition | None:
     if len(pairs) == 1:
         return Sequence("list", in_order), pairs[0]
     return Sequence("tuple", in_order), Sequence("list", tuple(pairs))
+
+
+def _without_indices(named: list[tuple[str, Node]]) -> list[tuple[str, Node]]:
+    """`x_1 = 1, y_1 = 2, x_2 = 3, y_2 = 4` as two cases of x and y; anything else as it is."""
+    matches = [_INDEXED.fullmatch(name) for name, _ in named]
+    pairs = [(match[2], match[1]) for match in matches if match]
+    letters, indices = {letter for _, letter in pairs}, {index for index, _ in pairs}
+    complete = len(letters) * len(indices) == len(set(pairs)) == len(named)
+    if not complete or len(letters) < 2 or len(indices) < 2:
+        return named
+    order = list(dict.fromkeys(index for index, _ in pairs))
+    by_case = sorted(zip(pairs, named, strict=True), key=lambda item: order.index(item[0][0]))
+    return [(letter, value) for (_, letter), (_, value) in by_case]

@@ -258,17 +258,17 @@ class _Comparison:
                 return self.all_members(members, one)
         if len(left.items) != len(right.items):
             return different("length")
-        if "tuple" in kinds and kinds & {"set", "bracket"}:
+        if "tuple" in kinds and (kinds & {"set", "bracket"} or "or" in (left.joiner, right.joiner)):
             return different("brackets")
         if "tuple" in kinds or (kinds == {"bracket"} and len(left.items) == 2):
             return self.in_order(left.items, right.items, "tuple")
         return self.in_any_order(list(left.items), list(right.items))
 
     def all_members(self, members: Sequence, one: Node) -> Finding:
-        """A set of one thing, or a list of one point, written more than once; `2, 2` may as well
-        be a pair."""
+        """A set of one thing, or a list of one point, written more than once, or one thing `or` the
+        same; `2, 2` may as well be a pair."""
         points = members.kind == "list" and all(isinstance(one, Sequence) for one in members.items)
-        if not members.items or not (points or members.kind == "set"):
+        if not members.items or not (points or members.kind == "set" or members.joiner == "or"):
             return different("type")
         findings = []
         for member in members.items:
@@ -371,7 +371,8 @@ class _Comparison:
             if quantity.unit == ((letter, 1),):
                 factors = other.factors[:-1]
                 other = factors[0] if len(factors) == 1 else Mul(factors)
-        if has_unit(quantity) and _without_percent(other) is not other:
+        percents = [_without_percent(node) is not node for node in (quantity.number, other)]
+        if has_unit(quantity) and percents == [False, True]:
             return different("unit")
         if quantity.unit == DEGREES and is_expression(other) and holds(other, _is_pi):
             return self.compare(angle(quantity), other)

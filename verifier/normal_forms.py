@@ -116,9 +116,11 @@ def _merge_solutions(items: tuple[Node, ...], joiner: str) -> Node | None:
     if merged is None:
         return None
     name, value = merged
+    if joiner == "or" and isinstance(name, Sequence) and name.kind == "list":
+        return None
     if isinstance(name, Symbol) and isinstance(value, Sequence):
         values = _flat(value.items)
-        value = Sequence("list", values) if len(values) > 1 else values[0]
+        value = Sequence("list", values, joiner) if len(values) > 1 else values[0]
     return Relation(("=",), (name, value))
 
 

@@ -68,8 +68,8 @@ def open_values(left: Node, right: Node, letters: frozenset[str]) -> Finding | N
 
 
 def constant_ratio_sign(left: Node, right: Node) -> int | None:
-    """1 or -1, the sign of the constant c with left = c * right at every test point; None when
-    there is none or it is zero."""
+    """1 or -1, the sign of the constant c with left = c * right at every test point, of which every
+    second one is negative; None when there is none or it is zero."""
     letters = symbols(left) | symbols(right)
     if not letters:
         return None
@@ -77,7 +77,8 @@ def constant_ratio_sign(left: Node, right: Node) -> int | None:
     tops: list[Any] = []
     with Numeric(complex_mode=is_complex(left) or is_complex(right)) as numeric:
         for place in range(8):
-            environment = {name: sample_point(name, place, False) for name in letters}
+            sign = -1 if place % 2 else 1
+            environment = {name: sign * sample_point(name, place, False) for name in letters}
             try:
                 top = numeric.value(left, environment)
                 bottom = numeric.value(right, environment)

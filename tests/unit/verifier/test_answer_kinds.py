@@ -652,6 +652,315 @@ KINDS = {
 = Matrix([[0.5, 0.25]]) | \begin{pmatrix}\frac12 & \frac14\end{pmatrix}
 = \begin{pmatrix}1.7320508 & 1\end{pmatrix} | \begin{pmatrix}\sqrt3 & 1\end{pmatrix}
 """,
+    "equations that hold for positive letters only": r"""
+! |x| = 3 | x = 3
+! \sqrt{x^2} = 3 | x = 3
+! |y| = 2x | y = 2x
+= \sqrt{x} = 3 | \sqrt{x} - 3 = 0
+= \ln x + y = 3 | \ln x = 3 - y
+= 2|x| = 6 | |x| = 3
+""",
+    "alternatives and memberships": r"""
+! x = 2 \text{ or } y = 3 | (2,3)
+! x = 2 \text{ or } y = 3 | x=2, y=3
+= x = 2 \text{ or } y = 3 | x=2 \text{ or } y=3
+= x \in \{1,2\} | x = 1 \text{ or } x = 2
+= x \in \{1,2\} | x = 1, 2
+= x \in \{1,2\} | 1, 2
+= (x,y) \in \{(1,2),(3,4)\} | (x,y) = (1,2), (3,4)
+! x \in \{1,2\} | y \in \{1,2\}
+! x \in \{1,2\} | x = 1
+= x \in \{1\} | x = 1
+! x \notin \{1,2\} | \{1,2\}
+! 2 \text{ or } 3 | (2,3)
+= 2 \text{ or } 3 | 2, 3
+= \max_{x \in [0,1]} f(x) = 7 | 7
+""",
+    "rounded in words, chains of tuples": r"""
+= \frac12 \text{ or } 0.5 | \frac12
+= \frac12 \text{ or } 0.5 | 0.5
+! \frac12 \text{ or } 0.6 | 0.5
+= \frac{2}{7} \doteq 0.286 | 2/7
+= x = \pm\sqrt{9} = \pm 3 | \pm 3
+= x = \pm\sqrt{9} = \pm 3 | 3, -3
+! x = \pm\sqrt{9} = \pm 4 | \pm 4
+= (x,y) = (1+1, 3) = (2,3) | (2,3)
+! (x,y) = (1+1, 3) = (2,4) | (2,4)
+= \frac27 \text{ or approximately } 0.286 | 2/7
+= \frac27 \text{ or about } 0.286 | 2/7
+= \frac27 \text{ (about 0.286)} | 2/7
+= \frac27, \text{ or approximately } 0.286 | 2/7
+= \frac27 \text{ or about } 0.29 | 2/7
+! \text{about } 5 | 6
+! 5 \text{ or about } 6 | 5
+! \frac27 \text{ or } 0.286 | 2/7
+""",
+    "names, more of them": r"""
+! 2 \text{ and } 2 | 2
+! a = b = c | c
+! a=b=2c | 2c
+= y = f(x) = 2x+1 | 2x+1
+= A\cap B = \{1,2\} | \{1,2\}
+! A\cap B = \{1,2\} | \{1,3\}
+! A\cap B = \{1,2\} | A \cup B = \{1,2\}
+= A \cup B = (1,2] | (1,2]
+= \cos A = \frac12 | \frac12
+! \cos A = \frac12 | \sin A = \frac12
+! \cos x = \frac12 | \frac12
+! \cos A = \frac12 | \cos B = \frac12
+= \cos A = \frac12 | 2\cos A = 1
+= \text{Number of ways} = 24 | 24
+= \text{number of ways} = 24 | 24
+! \text{not} = 24 | 24
+! \text{Number of ways} > 24 | 24
+= \text{least possible value} = 24 | 24
+! \text{number of boys} = 3 | \text{number of girls} = 3
+= T(5)=12 | 12
+= N(5)=12 | 12
+! x(3) = 12 | 12
+= \varphi(12) = 4 | 4
+= Q(-1) = 12 | 12
+= C(5,2) = 10 | 10
+= f(f(2)) = 3 | 3
+= g(f(1)) = 7 | 7
+= f(g(x)) = 2x+1 | 2x+1
+! f(g(x)) = 2x+1 | g(f(x)) = 2x+1
+! f(2)f(3) = 5 | 5
+! f(x)g(x) = 5 | 5
+! f(x)+g(x) = 5 | 5
+= \angle{BAC} = 45^{\circ} | 45
+= \measuredangle ABC = 45^\circ | 45
+= \measuredangle ABC = 45^\circ | \angle ABC = 45^\circ
+= \tan\angle ABC = 2 | 2
+= \cos(\angle ABC) = \frac12 | 0.5
+! \cos\angle ABC = \frac12 | \sin\angle ABC = \frac12
+! \angle ABC = 45 | \tan \angle ABC = 45
+! m\angle A = 5 | m\angle B = 5
+= \Pr(A) = \frac14 | \frac14
+= \mathbb{P}(A) = \frac14 | \frac14
+= \mathbb{E}[X] = 3 | 3
+= E[X] = 3 | 3
+= \text{Var}(X) = 3 | 3
+= \text{area}(ABC) = 24 | 24
+= \operatorname{Area}(ABC) = 24 | 24
+= [\triangle ABC] = 24 | 24
+= \frac{[ABC]}{[DEF]} = 4 | 4
+= [ABC]/[DEF] = 4 | 4
+= [ABC]:[DEF] = 4:1 | 4:1
+! \frac{[ABC]}{[DEF]} = 4 | \frac{[DEF]}{[ABC]} = 4
+= [ABCD] = 24 | 24
+= \text{Area: } 4 | 4
+= \text{Area: } 4, \text{Perimeter: } 5 | 4, 5
+! \text{Area: } 4 | \text{Perimeter: } 4
+= \text{Domain: } (1,2] | (1,2]
+= \text{slope: } \frac12 | \frac12
+! \text{not: } 5 | 5
+! \text{boys} : \text{girls} = 2:3 | 3:2
+= \text{boys} : \text{girls} = 2:3 | \text{boys} : \text{girls} = 2:3
+= \min f(x) = 7 | 7
+= \min_{x} f(x) = 7 | 7
+= f(x)_{\max} = 7 | 7
+= f_{\max}(x) = 7 | 7
+! \min f(x) = 7 | \max f(x) = 7
+= \lVert v \rVert = 5 | |v| = 5
+= f^{-1}(3) = 2 | 2
+= f'(1) = 4 | 4
+! f'(1) = 4 | f(1) = 4
+= P_3(x) = x^3 | x^3
+! f(x+1) = x^2 | f(x) = x^2
+! \text{set: } x | 5
+! \sin(3) = 5 | 5
+! \ln(3) = 5 | 5
+! \pi(3) = 5 | 5
+! \gamma(3) = 5 | \beta(3) = 5
+! e(3) = 5 | 5
+! A = [1,2,3] | [A,B,C]
+""",
+    "percent with a word": r"""
+= 20\% \text{ increase} | 20\%
+! 20\% \text{ increase} | 20\% \text{ decrease}
+! 20 \text{ cm} | 20\%
+""",
+    "matrices, named and in chains": r"""
+= \begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}3\\4\end{pmatrix}=\begin{pmatrix}4\\6\end{pmatrix} | \begin{pmatrix}4\\6\end{pmatrix}
+! \begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}3\\4\end{pmatrix}=\begin{pmatrix}4\\7\end{pmatrix} | \begin{pmatrix}4\\7\end{pmatrix}
+! \begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}3\\4\end{pmatrix}=\begin{pmatrix}4&6\end{pmatrix} | \begin{pmatrix}4\\6\end{pmatrix}
+! \begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}3\\4\end{pmatrix}=\begin{pmatrix}4&6\end{pmatrix} | \begin{pmatrix}4&6\end{pmatrix}
+= A+B = \begin{pmatrix} 4 \\ 6 \end{pmatrix} | \begin{pmatrix} 4 \\ 6 \end{pmatrix}
+= A^2 = \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix} | \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix}
+= A^{-1} = \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix} | \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix}
+= A^{-1} = \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix} | A^{-1} = \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix}
+! A^{-1} = \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix} | A = \begin{pmatrix} 4 & 1\\ 6 & 2 \end{pmatrix}
+! A+B = \begin{pmatrix} 4 \\ 6 \end{pmatrix} | A-B = \begin{pmatrix} 4 \\ 6 \end{pmatrix}
+! 2A = \begin{pmatrix} 4 \\ 6 \end{pmatrix} | \begin{pmatrix} 4 \\ 6 \end{pmatrix}
+! x+y = \begin{pmatrix} 4 \\ 6 \end{pmatrix} | \begin{pmatrix} 4 \\ 6 \end{pmatrix}
+= A + B = \begin{pmatrix}1\\2\end{pmatrix}+\begin{pmatrix}3\\4\end{pmatrix}=\begin{pmatrix}4\\6\end{pmatrix} | \begin{pmatrix}4\\6\end{pmatrix}
+= \begin{pmatrix}1&2\\3&4\end{pmatrix} | \left(\begin{array}{cc}1&2\\3&4\end{array}\right)
+""",
+    "thousands, more signs": r"""
+= 1,\!\!234 | 1234
+= 1,\! \! 234 | 1234
+= 1,234,\!567 | 1234567
+! 1,234,5 | 12345
+""",
+    "quotation marks of texts": r"""
+= \text{``42''} | 42
+= «42» | 42
+= \text{``even''} | even
+= ``42'' | 42
+! 5'' | 5'
+""",
+    "times in words": r"""
+= 12:00\text{ noon} | 12:00 PM
+= \text{noon} | 12:00 PM
+= 12 \text{ noon} | \text{noon}
+= \text{midnight} | 12:00 AM
+! noon | midnight
+! noon | 12
+! 12:30 noon | 12:30 PM
+""",
+    "cases by index and under a brace": r"""
+= x_1=1,y_1=2;x_2=3,y_2=4 | (1,2),(3,4)
+= x_{1}=2; y_{1}=3; x_{2}=3; y_{2}=2 | (2,3),(3,2)
+= x_{1}=2; x_{2}=3; y_{1}=3; y_{2}=2 | (2,3),(3,2)
+= (x_1,y_1)=(2,3), (x_2,y_2)=(3,2) | (2,3),(3,2)
+! x_1=1,y_1=2;x_2=3,y_2=4 | (1,3),(2,4)
+! x_1=1,y_1=2;x_2=3,y_2=4 | (1,2)
+! x_1=2,x_2=3 | (3,2)
+= x_1=2,x_2=3 | (2,3)
+! x_1=1,y_2=2;x_2=3,y_1=4 | (1,2),(3,4)
+= \begin{cases}x=1\\y=2\end{cases} | (1,2)
+= \begin{cases} x = 1, \\ y = 2 \end{cases} | x=1,y=2
+= \left\{\begin{array}{l}x=1\\y=2\end{array}\right. | (1,2)
+= \left\{\begin{array}{l}x=1\\y=2\end{array}\right. \text{ or } \left\{\begin{array}{l}x=3\\y=4\end{array}\right. | (1,2),(3,4)
+= \begin{cases}x&=1\\y&=2\end{cases} | (1,2)
+! \begin{cases}x=1\\y=2\end{cases} | (2,1)
+! f(x) = \begin{cases}x=1\\y=2\end{cases} | (1,2)
+! f(x) = \begin{cases}1 & x=1\\2 & x=2\end{cases} | 1, 2
+""",
+    "neighbours of names, systems and alternatives": r"""
+! \text{boys: } 5, \text{girls: } 6 | 6, 5
+! \text{Answer: no} | yes
+! \text{Case 1: } 5 | 6
+! \text{Proof: } 5 = 6 | 6
+! \text{False: } 5 | 5
+! \text{Incorrect: } 5 | 5
+! \text{Wrong: } 5 | 5
+! \text{Not possible: } 5 | 5
+! \text{Nothing} = 5 | 6
+! \text{never} = 5 | 6
+! f(3)=5 | f(4) = 5
+! f(5) = 2 | 5
+! N(5) = 2 | N = \frac25
+! T(5) = 10 | 2
+! P(5) = 10 | T(5) = 10
+! C(5,2) = 10 | (5,2)
+! f(a)=b | b = a
+! f(a) = b | f(b) = a
+! S(x) = 2x | T(x) = 2x
+! \phi(x) = 2 | x = 2
+! \max(a,b) = 5 | 5,6
+! \max(x,y) = 5 | x = 5
+! \min f(x) = 3 | \min g(x) = 3
+! f(x)_{\max} = 7 | f(x) = 7
+! f(x)_{\max} = 7 | f(x)_{\min} = 7
+! f_{\max} = 7 | f = 7
+! [ABC] = 5 | [ABD] = 5
+! [A,B,C] = 5 | 5
+! \frac{[ABC]}{[DEF]} = 4 | \frac14
+! A \cap B = \{1\} | 1 = A
+! A\cap B = \emptyset | A \cup B = \emptyset
+! A + B = \begin{pmatrix}1\\2\end{pmatrix} | A B = \begin{pmatrix}1\\2\end{pmatrix}
+! A^T = \begin{pmatrix}1&2\end{pmatrix} | A = \begin{pmatrix}1&2\end{pmatrix}
+! A X = \begin{pmatrix}1\\2\end{pmatrix} | X = \begin{pmatrix}1\\2\end{pmatrix}
+! \cos 2A = \frac12 | \cos A = \frac12
+! \cos^2 A = \frac12 | \frac14
+! \cos^2 A = \frac12 | \cos A = \frac12
+! \cos A + \cos B = 1 | 1 = \cos A
+! \cos A = \frac12 | A = \frac12
+! \cos A = \frac12 | A = 60^\circ
+! \tan(A) = 1 | \tan(B) = 1
+! \sin A = \frac12, \cos A = \frac12 | \cos A = \frac12
+= \sin A = \frac35, \cos A = \frac45 | \frac35, \frac45
+! \sin A = \frac35, \cos A = \frac45 | \frac45, \frac35
+! x = 2 \text{ or } y = 3 | y = 2 \text{ or } x = 3
+! x = 2 \text{ or } 3 | (2,3)
+! 2 \text{ or } 2 \text{ or } 3 | 2
+! A \text{ or } A \text{ or } B | A
+! 1,234,\!56 | 123456
+! 1,\! 2345 | 12345
+! 1,\!\!23 | 123
+! 12,345,\!678 | 12, 345678
+! 1,234,5678 | 12345678
+! \frac12, \approx 0.6 | \frac12
+! 0.5, \approx 0.6 | 0.5
+! 5, 6 \approx 6.1 | 6
+= 5, 6 \approx 6 | 5, 6
+! \frac12 about \frac13 | \frac12
+! a about 5 | 6
+! about 5 | 5.2
+! 5 about | 6
+! roughly half | 0.6
+! 3 \text{ or roughly } \pi | \pi
+! 22/7 \text{ or roughly } 3.14 | 3.14
+! \begin{cases}x+y=3\\x-y=1\end{cases} | (3,1)
+! \begin{cases}x=1\\y>2\end{cases} | (1,2)
+! \begin{cases}x=1\\y=2\\z=3\end{cases} | (1,2)
+= \begin{cases}x=1\\y=2\\z=3\end{cases} | (1,2,3)
+= \begin{cases}x=1,\\y=2;\end{cases} \begin{cases}x=3,\\y=4.\end{cases} | (1,2),(3,4)
+= \begin{cases}x=1\\y=2\end{cases},\quad\begin{cases}x=3\\y=4\end{cases} | (1,2),(3,4)
+= \left\{\begin{array}{l}{x=1} \\ {y=2}\end{array}\right. | (1,2)
+= \left\{\begin{matrix}x=1\\y=2\end{matrix}\right. | (1,2)
+! y = \begin{cases}x=1\\x=2\end{cases} | 1,2
+! f(x)=\begin{cases}x+1 & x>0\\ -x & x\le0\end{cases} | x+1
+! x_1=1,y_1=2;x_2=3,y_2=4 | x_1=1,y_1=2;x_2=4,y_2=3
+= x_1=1,y_1=2;x_2=3,y_2=4 | x_2=3,y_2=4,x_1=1,y_1=2
+! x_1=1,y_1=2,x_2=3 | (1,2),(3,2)
+= a_1=1,a_2=2,b_1=3,b_2=4 | a_1=1,a_2=2,b_1=3,b_2=4
+! 12:00 noon | 12:00 midnight
+! 20% increase | 0.8
+! 20\% \text{ off} | 80\%
+! 20\% \text{ of } 50 | 20\%
+! -20\% \text{ change} | 20\% \text{ change}
+! x^2 = 9 | x = 3
+! x|x| = 4 | x^2 = 4
+= x + y = 5 | y = 5 - x
+= 2x+2y = 10 | x+y=5
+= \frac{x}{2} + \frac{y}{3} = 1 | 3x+2y = 6
+= y^2 = 4x | x = \frac{y^2}{4}
+= \frac{x^2}{4}+\frac{y^2}{3}=1 | 3x^2+4y^2=12
+= x^2+y^2-2x=0 | (x-1)^2+y^2=1
+! x^2+y^2-2x=0 | (x+1)^2+y^2=1
+= \sqrt{x}+\sqrt{y}=1 | \sqrt{y} = 1-\sqrt{x}
+= x^{2/3}+y^{2/3} = 1 | y^{2/3} = 1-x^{2/3}
+= x^{1/3}+y = 1 | y = 1-\sqrt[3]{x}
+! x \in \{1,2\} | x \in (1,2)
+! x \in \{1,2\} | (1,2)
+= x \in \{-2, 2\} | x = \pm 2
+= n \in \{1,2\} | \{2,1\}
+= x \in \{ \frac12 \} | 0.5
+! \{x \in \{1,2\}\} | 1
+! x = \{1,2\} | x = 1
+! S = \{1,2\}, T = \{3\} | \{1,2,3\}
+= (x, y) \in \{(1,2)\} | (1,2)
+= x = y = \frac12 | (\frac12, \frac12)
+= a=b=c=1 | (1,1,1)
+= a = b = c = 1 | 1
+= y = f(x) = x^2 | x^2
+= a_n = S_n - S_{n-1} = 2n-1 | 2n-1
+= x = 1, x = 2 | 1, 2
+= x = 1, x = 2 | \{1, 2\}
+= (x,y)=(1,2),(3,4) | \{(1,2),(3,4)\}
+= m\angle ABC = 60 | \angle ABC = 60
+! \tan\angle ABC = 1 | \angle ABC = 1
+= x = 2 \text{ or } 3 | 2, 3
+= n = 2 \text{ or } n = 2 | 2
+= x = 2, 3 | [2, 3]
+! x = 2 \text{ or } x = 3 | (2,3)
+= f(x) = 0 \text{ or } f(x) = x | 0, x
+= [ABD]/[CDE] = \frac13 | \frac13
+= \frac{[ABD]}{[CDE]} = \frac{1}{3} | \frac{[ABD]}{[CDE]} = 1/3
+""",
     "conventions": r"""
 ! 1,22 | 1.22
 = f(x)=x+1 | f(t)=t+1

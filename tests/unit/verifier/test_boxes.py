@@ -87,6 +87,8 @@ def test_joined_boxes_are_not_one_of_them_nor_another_order(text: str, gold: str
         (r"\boxed{7} and \boxed{7}", "7"),
         (r"\boxed{\dfrac{1}{2}}, \boxed{\frac{1}{2}}", r"\dfrac{1}{2}"),
         (r"So $\boxed{3}$. The answer is $\boxed{5}$.", "5"),
+        (r"$\boxed{\frac12}$ or $\boxed{0.5}$", r"\frac12"),
+        (r"\boxed{\frac12} or \boxed{0.6}", r"\frac12, 0.6"),
         (r"\boxed{3}, no, \boxed{5}", "5"),
         (r"\boxed{1} and \boxed{2}, so the sum is \boxed{3}", "3"),
         (r"The roots are \boxed{1} and \boxed{2}. Their sum: \boxed{3}", "3"),
