@@ -554,7 +554,6 @@ _FORMATS: dict[str, tuple[Convert, frozenset[str]]] = {
     "carp": (_carp, frozenset()),
 }
 """How rows are read, and which columns that look like content are used."""
-FORMAT_NAMES = (*_FORMATS,)
 
 
 def _by_columns(columns: Mapping[str, str], drop: Collection[str]) -> Convert:
