@@ -123,6 +123,7 @@ def made_row(row: int) -> dict[Key, float]:
         (m.CLUSTER_CPUS, 32.0),
         (m.CLUSTER_GPUS, 4.0),
         (m.SAMPLE_SECONDS, 0.03),
+        (m.LOOP_LAG, 0.01),
     ):
         put(metric, value)
     put(m.STAGE, 1, stage="rollout", round="2")

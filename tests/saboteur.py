@@ -14,7 +14,14 @@ from typing import Any
 import psutil
 
 from cluster.fleet.fleet import Fleet
+from rollout.problem import Problem
+from rollout.search import SearchConfig, run_search
+from rollout.seeds import derive_seed
+from rollout.tasks import all_of
 from rollout.tree import Tree
+from tests.fakes import ScriptedPolicy, TablePreference, random_steps
+from tests.scripted_replicas import hash_value
+from verifier import AsyncSandbox
 
 KINDS = (
     "coordinator",
@@ -113,3 +120,27 @@ async def stopped_at_the_end(fleet: Fleet, *, processes: bool = True) -> AsyncIt
 def shape(tree: Tree) -> list[tuple[Any, ...]]:
     """All that a search decided."""
     return [(n.parent, n.step, n.stdout, n.visit_count, n.value_sum) for n in tree.nodes]
+
+
+async def undisturbed(
+    problems: Sequence[Problem], search: SearchConfig, seed: int, *, preference: bool
+) -> dict[str, Tree]:
+    """The trees of round 1 of a run on scripted replicas that nothing happens to."""
+    sandbox = AsyncSandbox(isolation="best_effort", cores=1)
+
+    async def searched(problem: Problem) -> Tree:
+        return await run_search(
+            problem,
+            config=search,
+            policy=ScriptedPolicy(random_steps),
+            preference=TablePreference(hash_value) if preference else None,
+            sandbox=sandbox,
+            round=1,
+            seed=derive_seed(seed, 1, problem.id, 0),
+        )
+
+    try:
+        trees = await all_of(searched(problem) for problem in problems)
+        return {tree.problem.id: tree for tree in trees}
+    finally:
+        sandbox.shutdown()

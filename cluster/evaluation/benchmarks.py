@@ -226,7 +226,7 @@ class EvaluationRun:
             "kind": "evaluation",
             "name": self.folder.root.name,
             "models": {
-                kind: {"path": str(path), "version": given_checkpoint(kind, path).version}
+                kind: {"path": str(path), "version": (await given_checkpoint(kind, path)).version}
                 for kind in ("policy", "ppm")
                 if (path := getattr(self.config, kind)) is not None
             },

@@ -35,8 +35,8 @@ from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.engines.endpoint import EndpointActor, EndpointStats
 from cluster.engines.lifecycle import ReplicaStats
 from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
-from cluster.engines.weight_sync import Answer, Finding, judge, sync_weights
-from cluster.fleet.config import ActorConfig
+from cluster.engines.weight_sync import Fingerprint, odd_ones, take_weights
+from cluster.fleet.config import MembersConfig
 from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
@@ -45,12 +45,8 @@ from cluster.jobs.ray_errors import cause, plain
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
-from rollout.engine import EngineError
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
-
-FINGERPRINT_TOLERANCE = 0.05
-"""Largest difference between replicas of one version; half precision passes."""
 
 
 def near_driver(*, soft: bool = True) -> dict[str, Any]:
@@ -67,7 +63,7 @@ class RayKind(ActorKind):
     home: Home | None = None
     """Where its actors are found when their driver is gone; None: they end with it."""
 
-    def __init__(self, settings: ActorConfig, *arguments: Any) -> None:
+    def __init__(self, settings: MembersConfig, *arguments: Any) -> None:
         """
         Args:
             arguments: that each actor is made with.
@@ -107,7 +103,7 @@ class BesideDriver(RayKind):
     """One actor on the machine of the driver, if there is room."""
 
     def __init__(self, *arguments: Any) -> None:
-        super().__init__(ActorConfig(), *arguments)
+        super().__init__(MembersConfig(), *arguments)
 
     def options(self, name: str) -> dict[str, Any]:
         return super().options(name) | near_driver()
@@ -116,9 +112,10 @@ class BesideDriver(RayKind):
 class EngineKind(RayKind):
     """Replicas that serve a checkpoint."""
 
-    def __init__(self, settings: ActorConfig, engine: EngineConfig) -> None:
+    def __init__(self, settings: MembersConfig, engine: EngineConfig) -> None:
         super().__init__(settings)
         self.engine = engine
+        self.take_s = engine.load_timeout_s
         self.path = ""
         self._groups: dict[str, PlacementGroup] = {}
 
@@ -185,29 +182,11 @@ class EngineKind(RayKind):
             open=stats.running_requests,
         )
 
-    async def sync(self, handle: Any, siblings: Mapping[str, Any]) -> str:
-        path, version = self.path, self.version
-        await sync_weights({"it": handle}, path, version)
-        fingerprints = await asyncio.gather(
-            *(one.fingerprint.remote() for one in (handle, *siblings.values())),
-            return_exceptions=True,
-        )
-        own, *others = fingerprints
-        if isinstance(own, BaseException):
-            raise EngineError(cause(own)) from own
-        answers = {"it": Answer(version=version, fingerprint=tuple(own))}
-        answers |= {
-            name: Answer(version=version, fingerprint=tuple(found))
-            for name, found in zip(siblings, others, strict=True)
-            if not isinstance(found, BaseException)
-        }
-        finding, reason = judge(answers, version, tolerance=FINGERPRINT_TOLERANCE)["it"]
-        if finding is not Finding.SERVES:
-            raise EngineError(reason)
-        return version
+    async def take(self, handle: Any, *, again: bool) -> Fingerprint:
+        return await take_weights(handle, self.path, self.version, again=again)
 
-    async def sync_all(self, handles: Mapping[str, Any]) -> None:
-        await sync_weights(handles, self.path, self.version, tolerance=FINGERPRINT_TOLERANCE)
+    def odd_ones(self, said: Mapping[str, Fingerprint]) -> dict[str, str]:
+        return odd_ones(said)
 
     async def leave(self, handle: Any) -> None:
         await handle.shutdown.remote()
@@ -236,7 +215,9 @@ class SandboxKind(RayKind):
     prefix = "sandbox"
     actor = SandboxWorkerActor
 
-    def __init__(self, settings: ActorConfig, limits: SandboxLimits, isolation: Isolation) -> None:
+    def __init__(
+        self, settings: MembersConfig, limits: SandboxLimits, isolation: Isolation
+    ) -> None:
         super().__init__(settings, limits, isolation)
         self.supervisor_restarts: dict[str, int] = {}
         """Of each sandbox worker there ever was, as last heard."""
@@ -341,7 +322,7 @@ class WorkerKind(RayKind):
 
     def __init__(
         self,
-        settings: ActorConfig,
+        settings: MembersConfig,
         make: Callable[[str, Mapping[str, Any]], Any],
         *,
         incarnation: str,

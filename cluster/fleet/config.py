@@ -82,6 +82,18 @@ class ActorConfig(Config):
         return {**self.resources, **gpus, "CPU": self.num_cpus or 1.0}
 
 
+class MembersConfig(ActorConfig):
+    """Actors that serve, each for itself: some may be missing."""
+
+    min_ready: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of them, rounded up, that is enough to start and to go on with new "
+        "weights; the others join when they come",
+    )
+
+
 class CostConfig(Config):
     """What the machines cost, for the progress view and `rstar status`."""
 
@@ -106,10 +118,10 @@ class ClusterConfig(Config):
         None, ge=1024, le=65535, description="Ray dashboard of an embedded Ray; null: none"
     )
     object_store_mib: int = Field(256, ge=80, description="object store of an embedded Ray")
-    policy: ActorConfig = Field(default_factory=ActorConfig, description="policy replicas")
-    ppm: ActorConfig = Field(default_factory=ActorConfig, description="PPM replicas")
-    sandbox: ActorConfig = Field(default_factory=ActorConfig, description="sandbox workers")
-    workers: ActorConfig = Field(default_factory=ActorConfig, description="rollout workers")
+    policy: MembersConfig = Field(default_factory=MembersConfig, description="policy replicas")
+    ppm: MembersConfig = Field(default_factory=MembersConfig, description="PPM replicas")
+    sandbox: MembersConfig = Field(default_factory=MembersConfig, description="sandbox workers")
+    workers: MembersConfig = Field(default_factory=MembersConfig, description="rollout workers")
     learner: ActorConfig = Field(
         default_factory=lambda: ActorConfig(replicas=2), description="learner ranks"
     )

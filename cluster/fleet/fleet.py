@@ -120,17 +120,17 @@ class Fleet:
 
     def describe(self) -> str:
         """For people: what runs."""
-        count = {name: len(self.pools.handles(name)) for name in StageSearch.POOLS}
-        parts = [f"{count[name]} {name}" for name in ("policy", "sandbox")]
-        if self.pools.endpoint is not None:
-            parts.insert(0, self.pools.endpoint.endpoint.version)
-        if count["ppm"]:
-            parts.append(f"{count['ppm']} PPM")
+        parts = [] if self.pools.endpoint is None else [self.pools.endpoint.endpoint.version]
+        for name, shown in (("policy", "policy"), ("sandbox", "sandbox"), ("ppm", "PPM")):
+            if name in self.pools.keepers:
+                members = self.pools.keepers[name].members
+                ready, size = len(members.ready()), members.size
+                parts.append(f"{ready} {shown}" if ready == size else f"{ready} of {size} {shown}")
         if self._learner is not None:
             parts.append(f"{self._learner.num_workers} learner ranks")
         if self.config.cluster.hand_over:
             parts.append("engines and learner take turns")
-        return ", ".join(part for part in parts if not part.startswith("0 "))
+        return ", ".join(parts)
 
     async def start(
         self,
@@ -147,7 +147,7 @@ class Fleet:
         Args:
             marked: False: `policy` was never fine-tuned on the step markers.
         Raises:
-            EngineError: an actor did not start in time or failed; says which and why.
+            EngineError: too few actors of a kind started; says which and why.
         """
         self.pools.telemetry.begin(f"driver-{os.getpid()}")
         cluster = self.config.cluster
@@ -256,7 +256,7 @@ class Fleet:
     async def serve_policy(
         self, base: Path, checkpoint: Checkpoint | None, *, marked: bool = True
     ) -> None:
-        """Have every policy replica serve a checkpoint (None: the base model).
+        """Have the policy replicas serve a checkpoint (None: the base model).
 
         Starts them the first time, and anew where the tokenizer changes; an endpoint is the policy
         no more.
@@ -301,7 +301,7 @@ class Fleet:
         await self.pools.end("endpoint", logger.info)
 
     async def serve_preference(self, checkpoint: Checkpoint) -> None:
-        """Have every PPM replica serve a checkpoint; starts them the first time."""
+        """Have the PPM replicas serve a checkpoint; starts them the first time."""
         await self._serve("ppm", self._preference_kind, checkpoint.path, checkpoint.version)
 
     # ---------------------------------------------------------------- rollouts

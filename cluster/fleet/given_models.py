@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,12 +145,13 @@ async def serve_given(fleet: Fleet, config: GivenModelsConfig, *, preference: bo
     """
     version = ""
     if config.policy is not None:
-        version = given_checkpoint("policy", config.policy).version
+        version = (await given_checkpoint("policy", config.policy)).version
     await fleet.start(config.policy, version=version, learner=False)
     if preference and config.ppm is not None:
-        await fleet.serve_preference(given_checkpoint("ppm", config.ppm))
+        await fleet.serve_preference(await given_checkpoint("ppm", config.ppm))
 
 
-def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
-    """A checkpoint named on the command line; its version is its digest."""
-    return Checkpoint(kind=kind, round=0, path=str(path.absolute()), digest=directory_digest(path))
+async def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
+    """A checkpoint named on the command line; its version is its digest, of gigabytes to read."""
+    digest = await asyncio.to_thread(directory_digest, path)
+    return Checkpoint(kind=kind, round=0, path=str(path.absolute()), digest=digest)

@@ -1,20 +1,29 @@
 """Keeps a pool of actors at its size: starts them, looks at them, replaces the dead.
 
-    start / due --> actor made --> it answers --> it serves the wanted version --> READY
-                                                                                    | every look_s
-    announce(handles of all READY) <-- lost (killed to be sure) <-- dead, broken, silent, stalled
+    start / due --> actor made --> it has a place --> it answers --> it took the wanted version -+
+                                                                                                 |
+    announce(handles of all READY) <-- READY <-- enough of them took it and say the same <-------+
+            ^                           | every look_s
+            +--- lost (killed to be sure) <-- dead, broken, silent, stalled, slow to take weights
 
 What is decided is `Membership`'s; what differs between kinds of actors is an `ActorKind`'s. Whether
 an actor lives is judged by its answers and by its progress: one that had work for `stall_s` and
 finished nothing is replaced like a dead one. Requests that are given up, and the idle time behind
-them, are neither progress nor a fault.
+them, are neither progress nor a fault. Silence counts while this process listens
+(`rollout.tasks`): a driver that stood still has heard nobody.
 
-The first start must succeed: what is wrong then is a matter of configuration and ends the run at
-once. Later deaths are replaced until they are too many (`Membership.hopeless`), which `check` and
-`guard` raise. A later member waits for a place as long as it takes (a node that joins gives it one
-at once), and has failed only if it is not ready some time after it found one.
+A cluster is never whole. A pool starts, and goes on with new weights, as soon as enough members are
+READY (`Membership.enough`); the others join when they come, and what is missing is said. A member
+waits for a place as long as it takes, and has failed if it is not ready some time after it found
+one. One that takes no weights while the others have them is replaced. What is wrong with the
+configuration ends the first start: so many failures that there cannot be enough, or no place for
+enough of them in time. Later deaths are replaced until they are too many (`Membership.hopeless`),
+which `check` and `guard` raise.
 
-Not covered: an actor that answers, makes progress, and is wrong.
+Members of one version must say the same. The first to have taken it are judged together, when there
+are enough of them; one that is odd takes it again, and is replaced if that does not help.
+
+Not covered: an actor that answers, makes progress, and is wrong in what no fingerprint shows.
 """
 
 from __future__ import annotations
@@ -24,6 +33,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,11 +41,12 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from cluster.engines.model_check import ModelCheckError
 from cluster.fleet.membership import Membership, SupervisionConfig
 from cluster.jobs.ray_errors import cause
 from cluster.machines.scaler import MemberState, ReplicaLoad
 from rollout.engine import EngineError
-from rollout.tasks import all_of
+from rollout.tasks import done_within, within
 from verifier import SandboxError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +55,9 @@ T = TypeVar("T")
 
 PLACEMENT_S = 20.0
 """After so long without a process the reason is looked for."""
+
+TRIES = 3
+"""How often a member is told to take a version, or waited for while the others are late as well."""
 
 Announce = Callable[[Mapping[str, Any]], None]
 """Told the handles of all READY members whenever they change."""
@@ -72,6 +86,8 @@ class ActorKind(ABC):
     """Of names: "policy" makes policy-0, policy-1, ..."""
     version: str = ""
     """That all should serve; "" where there is no such thing."""
+    take_s: float = 600.0
+    """One that has not taken a version by then, while others have, is replaced."""
     silent_s: float | None = None
     """Overrides the config's patience with one that says nothing; None: it does not."""
 
@@ -95,21 +111,20 @@ class ActorKind(ABC):
         """Have one end its work in good order, before it is killed."""
         return None
 
-    async def sync(self, handle: Any, siblings: Mapping[str, Any]) -> str:
-        """Have one serve `version`, as its READY siblings do; returns what it serves then.
+    async def take(self, handle: Any, *, again: bool) -> tuple[float, ...]:
+        """Have one serve `version`; returns what it says then, as all that serve it should.
 
+        Args:
+            again: even if it says that it serves it already.
         Raises:
-            EngineError: it does not.
+            ModelCheckError: one like this cannot serve it.
+            EngineError, RayError: it does not.
         """
-        return self.version
+        return ()
 
-    async def sync_all(self, handles: Mapping[str, Any]) -> None:
-        """Have all serve `version`.
-
-        Raises:
-            EngineError: one of them does not, or is dead.
-        """
-        await all_of(self.sync(handle, {}) for handle in handles.values())
+    def odd_ones(self, said: Mapping[str, tuple[float, ...]]) -> dict[str, str]:
+        """Why, of each of those that took `version` and does not say what the others do."""
+        return {}
 
     def why_pending(self) -> str:
         """Why an actor of this kind finds no place; "" if it is not known."""
@@ -134,6 +149,7 @@ class PoolKeeper:
         config: SupervisionConfig,
         *,
         start_timeout_s: float,
+        min_ready: float = 1.0,
         announce: Announce = lambda handles: None,
         note: Callable[[str], None] = lambda text: None,
         tried: Callable[[bool], None] = lambda ready: None,
@@ -142,13 +158,15 @@ class PoolKeeper:
         """
         Args:
             size: actors there should be.
-            start_timeout_s: an actor that cannot serve by then has failed.
+            start_timeout_s: an actor that cannot serve so long after it found a place has failed;
+                enough of the first ones have to find one in this time.
+            min_ready: share of them, rounded up, that is enough.
             note: told what a person should know now.
             tried: told of each start whether it made a READY member.
             made: told name and handle of each actor as soon as it is made.
         """
         self.kind = kind
-        self.members = Membership(kind.kind, size, config, kind.version)
+        self.members = Membership(kind.kind, size, config, kind.version, min_ready=min_ready)
         self._config = config
         self._start_timeout_s = start_timeout_s
         self._announce = announce
@@ -158,8 +176,17 @@ class PoolKeeper:
         self.looks: dict[str, Look] = {}
         """What the last look at each READY member showed."""
         self._handles: dict[str, Any] = {}
+        self._placed: set[str] = set()
+        """Members that have a process."""
+        self._said: dict[str, tuple[float, ...]] = {}
+        """What members said that took the wanted version."""
+        self._judged = False
+        """Whether enough of them were judged together."""
+        self._tries: Counter[str] = Counter()
+        self._refusals: list[ModelCheckError] = []
+        """Of members that cannot take the wanted version."""
+        self._told_short = ""
         self._next = 0
-        self._syncing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -175,27 +202,44 @@ class PoolKeeper:
         return dict(self._handles)
 
     async def start(self) -> None:
-        """Bring up the first members and watch over them from then on.
+        """Bring up the first members, until enough are READY, and look after all from then on.
 
         Raises:
-            EngineError: one of them did not start; says why.
+            EngineError: so many failed, or found no place in time, that there are not enough; says
+                why.
         """
-        names = [self._add() for _ in range(self.members.size)]
-        try:
-            await all_of(self._bring_up(name) for name in names)
-        except BaseException:
-            for handle in (await self.stop()).values():
-                self.kind.kill(handle)
-            raise
         self._keeping = asyncio.create_task(self._keep(), name=f"keep-{self.kind.prefix}")
+        late = asyncio.create_task(done_within(asyncio.Future(), self._start_timeout_s))
+        try:
+            while not self.members.enough:
+                losses = self.members.losses(time.monotonic())
+                if losses.deaths > self.members.spare:
+                    raise EngineError(f"{self.kind.kind} did not start: {losses.last_reason}")
+                # Who has found a place is given its own time.
+                if late.done() and len(self._placed) < self.members.needed:
+                    raise EngineError(
+                        f"{await self._shortage()} (after {self._start_timeout_s:.0f} s; "
+                        f"{self.members.needed} are needed)"
+                    )
+                self.check()
+                await self._wait()
+        except BaseException:
+            for name, handle in (await self.stop()).items():
+                self._end(name, handle)
+            raise
+        finally:
+            late.cancel()
+        self._spawn(self._say_later())
 
     async def stop(self) -> dict[str, Any]:
-        """Watch no more; returns the handles of what is still there, none of it ended."""
+        """Watch no more; returns the handles of those that have a process, which go on."""
         tasks = [*self._tasks, *([self._keeping] if self._keeping is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         handles, self._handles = self._handles, {}
+        for name in handles.keys() - self._placed:
+            self._end(name, handles.pop(name))
         return handles
 
     @property
@@ -215,6 +259,7 @@ class PoolKeeper:
     def resize(self, size: int) -> None:
         """Change how many members there should be; `drain` says who leaves."""
         self.members.resize(size)
+        self._judge()
         self._changed.set()
 
     def drain(self, names: Iterable[str], limit_s: float) -> None:
@@ -227,10 +272,11 @@ class PoolKeeper:
             if state in (None, MemberState.DRAINING):
                 continue
             self.members.drain(name)
+            self._said.pop(name, None)
             if state is MemberState.STARTING:  # it may not even have a process to ask
                 self._lose(name, "not needed any more")
                 continue
-            self._spawn(self._let_go(name, self._handles.get(name), limit_s))
+            self._spawn(self._let_go(name, self._handles[name], limit_s))
         self._tell()
 
     @property
@@ -239,42 +285,62 @@ class PoolKeeper:
         return self._keeping is not None and self._keeping.done()
 
     def check(self) -> None:
-        """Raises EngineError if too many members died."""
-        if self._keeping is not None and self._keeping.done():
-            self._keeping.result()
-
-    async def serve(self) -> None:
-        """Have all members serve what `kind.version` now is, and wait until all are there.
-
-        Raises:
-            EngineError: a living member cannot, or too many died.
-        """
-        self.members.want(self.kind.version)
-        self._tell()
-        async with self._syncing:
-            while handles := self._in(MemberState.SYNCING):
-                try:
-                    await self.kind.sync_all(handles)
-                except EngineError:
-                    if not await self._lose_broken(handles):
-                        raise
-                    continue
-                for name in handles:
-                    self.members.synced(name, self.kind.version, time.monotonic())
-                break
-        self._tell()
-        await self.settled()
-
-    async def settled(self) -> None:
-        """Wait until the pool has its size.
+        """See that the pool can go on.
 
         Raises:
             EngineError: too many members died.
+            ModelCheckError: too many cannot serve what they should.
         """
-        while len(self.members.ready()) < self.members.size:
+        if self._keeping is not None and self._keeping.done():
+            self._keeping.result()
+        if len(self._refusals) > self.members.spare:
+            raise self._refusals[-1]
+
+    async def serve(self) -> None:
+        """Have all members serve what `kind.version` now is, and wait until enough do.
+
+        Raises:
+            EngineError: too many died.
+            ModelCheckError: too many cannot serve it.
+        """
+        took = list(self._said)
+        self._said.clear()
+        self._tries.clear()
+        self._refusals.clear()
+        self._judged = False
+        self.members.want(self.kind.version)
+        self._tell()
+        for name in took:
+            self._spawn(self._take(name, self._handles[name]))
+        while not self.members.enough:
             self.check()
-            self._changed.clear()
             await self._wait()
+        self._spawn(self._say_later())
+
+    def short(self) -> str:
+        """How many serve and what the others do, if some are missing; else ""."""
+        size, ready = self.members.size, len(self.members.ready())
+        if ready >= size:
+            return ""
+        waiting = self._waiting
+        others = {
+            "to start": len(self.members.names(MemberState.STARTING)) - waiting,
+            "to take the weights": len(self.members.names(MemberState.SYNCING)),
+            "for a place": waiting,
+        }
+        said = [f"{n} wait{'s' * (n == 1)} {what}" for what, n in others.items() if n]
+        return "; ".join([f"{ready} of {size} {self.kind.kind}s serve", *said])
+
+    @property
+    def _waiting(self) -> int:
+        """Members without a process."""
+        return len(set(self.members.names(MemberState.STARTING)) - self._placed)
+
+    async def _shortage(self) -> str:
+        """The same, with the reason why there is no place."""
+        short = self.short()
+        why = await asyncio.to_thread(self.kind.why_pending) if self._waiting else ""
+        return f"{short}: {why}" if why else short
 
     # -- inside
 
@@ -289,11 +355,12 @@ class PoolKeeper:
             if reason:
                 raise EngineError(reason)
             for _ in range(self.members.due(time.monotonic())):
-                self._spawn(self._bring_up_again(self._add()))
-            self._changed.clear()
+                self._spawn(self._bring_up(self._add()))
             await self._wait()
 
     async def _wait(self) -> None:
+        """For a change after whatever was looked at last, or a while."""
+        self._changed.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.look_s):
                 await self._changed.wait()
@@ -304,79 +371,139 @@ class PoolKeeper:
         self.members.add(name, time.monotonic())
         return name
 
-    async def _bring_up_again(self, name: str) -> None:
-        try:
-            await self._bring_up(name, patient=True)
-        except EngineError as error:
-            logger.warning("A %s did not come up: %s name=%s", self.kind.kind, error, name)
-
-    async def _bring_up(self, name: str, *, patient: bool = False) -> None:
-        """From nothing to READY; a member that does not get there is lost.
-
-        Args:
-            patient: the time it may take is counted from when it has found a place.
-        """
+    async def _bring_up(self, name: str) -> None:
+        """From nothing to READY; a member that does not get there is lost."""
         try:
             handle = self._handles[name] = self.kind.start(name)
             self._made(name, handle)
-            await self._until_ready(name, handle, patient=patient)
-            self.members.started(name)
-            async with self._syncing:
-                while self.members.state(name) is MemberState.SYNCING:
-                    version = await self.kind.sync(handle, self.handles)
-                    self.members.synced(name, version, time.monotonic())
-        except asyncio.CancelledError:
-            raise
+            await self._until_ready(name, handle)
         except Exception as error:
-            reason = cause(error)
-            if self.members.state(name) in (MemberState.STARTING, MemberState.SYNCING):
+            if self.members.state(name) is MemberState.STARTING:
                 self._tried(False)
-            self._lose(name, reason)
-            raise EngineError(f"{name} did not start: {reason}") from error
-        self._tried(True)
-        self._tell()
+            self._lose(name, cause(error))
+            return
+        self.members.started(name)
         self._spawn(self._watch(name, handle))
+        await self._take(name, handle)
+        if self.members.state(name) is not MemberState.DRAINING:
+            self._tried(self._handles.get(name) is handle)
 
-    async def _until_ready(self, name: str, handle: Any, *, patient: bool) -> None:
-        why = ""
-        watch = asyncio.ensure_future(self.kind.placed(handle))
+    async def _until_ready(self, name: str, handle: Any) -> None:
+        placed = asyncio.ensure_future(self.kind.placed(handle))
         ready = asyncio.ensure_future(self.kind.ready(handle))
+        both = {placed, ready}
         try:
-            async with asyncio.timeout(None if patient else self._start_timeout_s) as limit:
-                await asyncio.wait(
-                    {watch, ready}, timeout=PLACEMENT_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not watch.done() and not ready.done():
-                    why = self.kind.why_pending()
-                    if why:
-                        logger.warning("%s waits for a place: %s", name, why)
-                        self._note(f"{name} waits for a place: {why}")
-                if patient:
-                    await asyncio.wait({watch, ready}, return_when=asyncio.FIRST_COMPLETED)
-                    now_s = asyncio.get_running_loop().time()
-                    limit.reschedule(now_s + self._start_timeout_s)
-                await ready
-        except TimeoutError:
-            raise EngineError(
-                f"not ready after {self._start_timeout_s:.0f} s"
-                + (f": {why or self.kind.why_pending()}" if not watch.done() else "")
-            ) from None
+            done, _ = await asyncio.wait(
+                both, timeout=PLACEMENT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                await self._say_shortage()
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            self._placed.add(name)
+            if not await done_within(ready, self._start_timeout_s):
+                raise EngineError(f"not ready {self._start_timeout_s:.0f} s after it had a place")
+            await ready
         finally:
-            for task in (watch, ready):
+            for task in both:
                 task.cancel()
-            await asyncio.gather(watch, ready, return_exceptions=True)
+            await asyncio.gather(*both, return_exceptions=True)
+
+    async def _take(self, name: str, handle: Any, *, again: bool = False) -> None:
+        """Have a member take the wanted version; it is lost, or tries again, if it does not."""
+        version = None
+        try:
+            while version != self.kind.version:  # which may change meanwhile
+                version = self.kind.version
+                said = await self._taken(handle, again)
+        except ModelCheckError as error:
+            self._refusals.append(error)
+            self._lose(name, cause(error))
+        except TimeoutError:
+            self._lose(name, f"did not take {version} within {self.kind.take_s:g} s")
+        except Exception as error:
+            look = await self._look(name, handle)
+            self._again(name, handle, cause(error), broken=bool(look.broken))
+        else:
+            if self.members.state(name) is MemberState.SYNCING:
+                self._said[name] = said
+                self._judge()
+
+    async def _taken(self, handle: Any, again: bool) -> tuple[float, ...]:
+        """What a member says that took the wanted version.
+
+        Raises:
+            TimeoutError: it took no answer in time, while others had.
+        """
+        task = asyncio.ensure_future(self.kind.take(handle, again=again))
+        try:
+            for _ in range(TRIES):
+                if await done_within(task, self.kind.take_s):
+                    return await task
+                if self.members.enough:
+                    break
+                await self._say_shortage()
+            raise TimeoutError
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _again(self, name: str, handle: Any, reason: str, *, broken: bool = False) -> None:
+        """Have a member take the version once more, if that may help."""
+        if self._handles.get(name) is not handle:
+            return
+        self._tries[name] += 1
+        if broken or self._tries[name] >= TRIES:
+            self._lose(name, reason)
+            return
+        logger.warning("A %s takes its weights again: %s name=%s", self.kind.kind, reason, name)
+        self._said.pop(name, None)
+        self.members.doubt(name)
+        self._spawn(self._take(name, handle, again=True))
+
+    def _judge(self) -> None:
+        """Those that took the version and say the same are READY.
+
+        The first to be so are judged when there are enough of them: one alone, or two, could not
+        say which is wrong.
+        """
+        if not self._said or not (self._judged or len(self._said) >= self.members.needed):
+            return
+        self._judged = True
+        odd = self.kind.odd_ones(self._said)
+        for name in list(self._said):
+            if name in odd:
+                self._again(name, self._handles[name], odd[name])
+            else:
+                self.members.synced(name, self.kind.version, time.monotonic())
+        self._tell()
+        if self._told_short:
+            self._spawn(self._say_shortage())
+
+    async def _say_later(self) -> None:
+        """Say what is missing if it does not come soon."""
+        await asyncio.sleep(PLACEMENT_S)
+        await self._say_shortage()
+
+    async def _say_shortage(self) -> None:
+        """Say what is missing, once; and, if that was said, that nothing is any more."""
+        short = self.short()
+        if short == self._told_short:
+            return
+        self._told_short = short
+        self._note(await self._shortage() or f"all {self.members.size} {self.kind.kind}s serve")
 
     async def _let_go(self, name: str, handle: Any, limit_s: float) -> None:
         try:
-            async with asyncio.timeout(limit_s):
-                while handle is not None and (await self._look(name, handle)).open:
-                    await asyncio.sleep(self._config.look_s)
-                if handle is not None:
-                    await self.kind.leave(handle)
+            await within(limit_s, self._emptied(name, handle))
         except (TimeoutError, RayError, EngineError) as error:
             logger.info("A %s was not let go in time: %s name=%s", self.kind.kind, error, name)
         if self._handles.get(name) is handle:
             self._lose(name, "drained")
+
+    async def _emptied(self, name: str, handle: Any) -> None:
+        while (await self._look(name, handle)).open:
+            await asyncio.sleep(self._config.look_s)
+        await self.kind.leave(handle)
 
     async def _watch(self, name: str, handle: Any) -> None:
         """Look at a member until it is lost."""
@@ -409,40 +536,32 @@ class PoolKeeper:
     async def _look(self, name: str, handle: Any) -> Look:
         silent_s = self.kind.silent_s or self._config.silent_s
         try:
-            async with asyncio.timeout(silent_s):
-                return await self.kind.look(name, handle)
+            return await within(silent_s, self.kind.look(name, handle))
         except TimeoutError:
             return Look(broken=f"said nothing for {silent_s:g} s")
         except (RayError, EngineError, SandboxError) as error:
             return Look(broken=cause(error))
 
-    async def _lose_broken(self, handles: Mapping[str, Any]) -> bool:
-        """Lose those of these members that cannot be used any more; True if there were any."""
-        looks = await asyncio.gather(*(self._look(n, h) for n, h in handles.items()))
-        broken = {
-            name: look.broken for name, look in zip(handles, looks, strict=True) if look.broken
-        }
-        for name, reason in broken.items():
-            self._lose(name, reason)
-        return bool(broken)
-
     def _lose(self, name: str, reason: str) -> None:
         handle = self._handles.pop(name, None)
         self.looks.pop(name, None)
+        self._said.pop(name, None)
+        self._tries.pop(name, None)
+        self._placed.discard(name)
+        if self.members.lost(name, reason, time.monotonic()):
+            logger.error("A %s is lost: %s name=%s", self.kind.kind, reason, name)
+        self._end(name, handle)
+        self._tell()
+
+    def _end(self, name: str, handle: Any) -> None:
         if handle is not None:
             with contextlib.suppress(RayError):
                 self.kind.kill(handle)
-        if self.members.lost(name, reason, time.monotonic()):
-            logger.error("A %s is lost: %s name=%s", self.kind.kind, reason, name)
         self.kind.lost(name)
-        self._tell()
 
     def _tell(self) -> None:
         self._changed.set()
         self._announce(self.handles)
-
-    def _in(self, state: MemberState) -> dict[str, Any]:
-        return {name: self._handles[name] for name in self.members.names(state)}
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -5,7 +5,8 @@
                                       +------ want(another) -----+
     DEAD is not kept: `lost`, from anywhere, forgets the member and makes room for a new one.
 
-Only READY members, which all serve the wanted version, are given work. A member that was lost while
+Only READY members, which all serve the wanted version, are given work. A pool is of use when a
+share of its size is READY (`enough`); the others join when they come. A member that was lost while
 it drained is no failure; any other one is, and the first is replaced at once. If replacements die
 too, the next ones are started after a pause that doubles; members that ran before the first death
 lengthen no pause, so that a node's actors, which die together, are all replaced at once. Too many
@@ -20,6 +21,7 @@ It owns no clock (`now_s` is an argument), no actor and no task.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -88,16 +90,26 @@ class Losses:
 class Membership:
     """The members of one pool; see the module."""
 
-    def __init__(self, kind: str, size: int, config: SupervisionConfig, version: str = "") -> None:
+    def __init__(
+        self,
+        kind: str,
+        size: int,
+        config: SupervisionConfig,
+        version: str = "",
+        *,
+        min_ready: float = 1.0,
+    ) -> None:
         """
         Args:
             kind: for messages: "policy replica".
             size: members the pool should have.
             version: that members should serve; "" where there is no such thing.
+            min_ready: share of them that is enough, in (0, 1].
         """
         self.kind = kind
         self.config = config
         self._size = size
+        self._min_ready = min_ready
         self._version = version
         self._members: dict[str, Member] = {}
         self._failures: deque[float] = deque()
@@ -123,7 +135,7 @@ class Membership:
         """Change what members should serve: nobody is READY until it is `synced`."""
         if version != self._version:
             for name in self.ready():
-                self._members[name].state = MemberState.SYNCING
+                self.doubt(name)
         self._version = version
 
     def add(self, name: str, now_s: float) -> None:
@@ -153,6 +165,12 @@ class Membership:
                 self._away_s += now_s - self._gaps.popleft()
                 self._restarts += 1
         return member.state is MemberState.READY
+
+    def doubt(self, name: str) -> None:
+        """What a READY member serves is not known any more."""
+        member = self._members.get(name)
+        if member is not None and member.state is MemberState.READY:
+            member.state = MemberState.SYNCING
 
     def drain(self, name: str) -> None:
         """Give a member nothing more."""
@@ -196,6 +214,21 @@ class Membership:
     def size(self) -> int:
         """Members there should be."""
         return self._size
+
+    @property
+    def needed(self) -> int:
+        """READY members without which the pool is of no use."""
+        return math.ceil(round(self._size * self._min_ready, 6))
+
+    @property
+    def spare(self) -> int:
+        """Members that may be missing."""
+        return self._size - self.needed
+
+    @property
+    def enough(self) -> bool:
+        """Whether as many are READY as are needed."""
+        return len(self.ready()) >= self.needed
 
     def state(self, name: str) -> MemberState | None:
         """None: not a member (dead, or never one)."""

@@ -3,6 +3,7 @@
     every sample_s:  keepers, replicas, sandboxes, coordinator, Ray's nodes, RUN/live.json
                      --> Exporter --> endpoint, samples
     told at once:    progress of a fit, status of a round, stalls
+    all the time:    how late the driver's event loop is
 
 Replicas are asked for their own account with a deadline; one that does not answer has no value this
 time, instead of an old one. A look never raises and never holds up the run.
@@ -38,6 +39,12 @@ logger = logging.getLogger(__name__)
 ANSWER_S = 2.0
 """A replica that has not said how it is by then is left out of this look."""
 
+PULSE_S = 0.1
+"""Between two moments at which the event loop is expected to come by."""
+
+STOOD_STILL_S = 10.0
+"""A lag of the event loop that is worth a line in the log."""
+
 ENGINES = ("policy", "ppm")
 LEASE_EVENTS = (
     *("granted", "adopted"),
@@ -70,6 +77,8 @@ class Meter:
         self._keepers = keepers
         self._exporter = Exporter(folder.root, self.run, config)
         self._watching: asyncio.Task[None] | None = None
+        self._pulse: asyncio.Task[None] | None = None
+        self._lag_s = 0.0
         self._status: RoundStatus | None = None
         self._stalls: Sequence[Stall] = ()
         self._open_trees = 0
@@ -98,13 +107,15 @@ class Meter:
         except ExporterError as error:
             raise EngineError(str(error)) from error
         self._watching = asyncio.create_task(self._watch(), name="metrics")
+        self._pulse = asyncio.create_task(self._feel_pulse(), name="pulse")
 
     async def stop(self) -> None:
         """Look a last time, then close the endpoint; harmless if it was never started."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
-            self._watching = None
+        if self._watching is not None and self._pulse is not None:
+            for task in (self._watching, self._pulse):
+                task.cancel()
+            await asyncio.gather(self._watching, self._pulse, return_exceptions=True)
+            self._watching = self._pulse = None
             self._look_at_run()
             await asyncio.to_thread(self._exporter.sample)
             await asyncio.to_thread(self._exporter.stop)
@@ -122,6 +133,16 @@ class Meter:
                     logger.warning("The run could not be looked at", exc_info=True)
             await asyncio.to_thread(self._exporter.sample)
             await asyncio.sleep(self.config.sample_s)
+
+    async def _feel_pulse(self) -> None:
+        """Measure for how long the event loop stands still, while nobody is heard."""
+        while True:
+            slept_s = time.monotonic()
+            await asyncio.sleep(PULSE_S)
+            lag_s = time.monotonic() - slept_s - PULSE_S
+            self._lag_s = max(self._lag_s, lag_s)
+            if lag_s > STOOD_STILL_S:
+                logger.warning("The driver's event loop stood still for %.0f s", lag_s)
 
     # ------------------------------------------------------------------ told
 
@@ -167,6 +188,8 @@ class Meter:
 
     async def look(self) -> None:
         """Look at everything once."""
+        self._exporter.set(metrics.LOOP_LAG, self._lag_s)
+        self._lag_s = 0.0
         self._look_at_run()
         self._look_at_pools()
         await asyncio.gather(

@@ -118,10 +118,10 @@ class Pools:
     # ---------------------------------------------------------------- life
 
     async def keep(self, name: str, kind: RayKind, size: int) -> PoolKeeper:
-        """Start a pool of actors and look after it from now on.
+        """Start a pool of actors, until enough of them serve, and look after it from now on.
 
         Raises:
-            EngineError: an actor did not start; says which and why.
+            EngineError: too few started; says why.
         """
         kind.home = self.home
         keeper = self.keepers[name] = PoolKeeper(
@@ -129,6 +129,7 @@ class Pools:
             size,
             self._cluster.supervision,
             start_timeout_s=self._cluster.start_timeout_s,
+            min_ready=kind.settings.min_ready,
             announce=lambda handles: self.announce(name, handles),
             note=self._note,
             tried=lambda ready: self._tried(name, ready),
@@ -164,6 +165,10 @@ class Pools:
         """Raises EngineError if members of some pool died too often to go on."""
         for keeper in self.keepers.values():
             keeper.check()
+
+    def short(self) -> str:
+        """Which pools have fewer members at work than they should; "" if none."""
+        return "; ".join(short for k in self.keepers.values() if (short := k.short()))
 
     def losses(self) -> dict[str, Losses]:
         """What each kind of actor has been through."""

@@ -241,6 +241,8 @@ class Rollout:
                 facts["stalled"] = str(stalls[0])
             if deaths := sum(loss.deaths for loss in self.pools.losses().values()):
                 facts["replaced"] = f"{deaths} dead actors"
+            if short := self.pools.short():
+                facts["short"] = short
             if own.failed:
                 facts["quarantined"] = str(len(own.failed))
             if waiting := sum(p.waiting_commits for p in living):

@@ -304,6 +304,12 @@ CLUSTER_GPUS = _looked("cluster_gpus", "GPUs", "", "GPUs of the living nodes.")
 COST = _looked("cost_usd", "usd", "", "Dollars of the run so far, all starts.")
 PRICE = _looked("cost_usd_per_hour", "usd/h", "", "Price of all machines, as configured.")
 BUDGET = _looked("budget_usd", "usd", "", "Dollars the run may cost (cost.budget_usd), if set.")
+LOOP_LAG = _looked(
+    "driver_loop_lag_seconds",
+    "seconds",
+    "",
+    "Longest time since the last look that the driver's event loop stood still.",
+)
 SAMPLE_SECONDS = _looked(
     "sample_seconds", "seconds", "", "Time the driver took for its last look at everything."
 )

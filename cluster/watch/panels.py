@@ -497,10 +497,12 @@ CLUSTER = Dashboard(
             (Value(m.BUDGET), "budget"),
         ),
         _lines(
-            "Driver's look",
+            "Driver",
             "s",
-            "What one look at everything takes; it should stay far below metrics.sample_s.",
-            (Value(m.SAMPLE_SECONDS), "seconds"),
+            "What one look at everything takes, which should stay far below metrics.sample_s; "
+            "and for how long its event loop stood still, while it heard nobody.",
+            (Value(m.SAMPLE_SECONDS), "look"),
+            (Value(m.LOOP_LAG), "event loop late"),
         ),
     ),
 )

@@ -22,22 +22,15 @@ from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
-from rollout.problem import Problem
-from rollout.search import SearchConfig, run_search
-from rollout.seeds import derive_seed
+from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore
-from rollout.tasks import all_of
-from rollout.tree import Tree
 from tests.builders import make_problem
-from tests.fakes import ScriptedPolicy, TablePreference, random_steps
-from tests.saboteur import KINDS, Saboteur, shape, stopped_at_the_end, until
+from tests.saboteur import KINDS, Saboteur, shape, stopped_at_the_end, undisturbed, until
 from tests.scripted_replicas import (
     HELD,
     ScriptedPolicyReplica,
     ScriptedPreferenceReplica,
-    hash_value,
 )
-from verifier import AsyncSandbox
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -62,9 +55,10 @@ def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> F
             "cluster": {
                 "num_cpus": 2,
                 "object_store_mib": 80,
-                "policy": {"replicas": 2},
-                "sandbox": {"replicas": 2},
-                "workers": {"replicas": 2},
+                # All of them, since the tests kill the first of each kind.
+                "policy": {"replicas": 2, "min_ready": 1},
+                "sandbox": {"replicas": 2, "min_ready": 1},
+                "workers": {"replicas": 2, "min_ready": 1},
                 "shard_size": 4,
                 "max_open_trees": 4,
                 "checkpoint_open_trees_s": 1.0,
@@ -83,28 +77,6 @@ async def start(fleet: Fleet) -> None:
     fleet.folder.root.mkdir(parents=True)
     await fleet.start(fleet.folder.root / "hold", version="policy-r0", learner=False)
     await fleet.serve_preference(Checkpoint(kind="ppm", round=0, path="unused", digest="d"))
-
-
-async def undisturbed() -> dict[str, Tree]:
-    """The trees of a run that nothing happens to."""
-    sandbox = AsyncSandbox(isolation="best_effort", cores=1)
-    try:
-        trees = await all_of(_search(problem, sandbox) for problem in PROBLEMS)
-        return {tree.problem.id: tree for tree in trees}
-    finally:
-        sandbox.shutdown()
-
-
-async def _search(problem: Problem, sandbox: AsyncSandbox) -> Tree:
-    return await run_search(
-        problem,
-        config=SEARCH,
-        policy=ScriptedPolicy(random_steps),
-        preference=TablePreference(hash_value),
-        sandbox=sandbox,
-        round=1,
-        seed=derive_seed(SEED, 1, problem.id, 0),
-    )
 
 
 async def rollout(fleet: Fleet) -> RolloutOutcome:
@@ -135,7 +107,7 @@ async def test_run_in_which_one_of_each_kind_is_killed_finds_the_same_trees(
     assert {kind: loss.deaths for kind, loss in outcome.losses.items()} == dict.fromkeys(KINDS, 1)
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
     assert outcome.manifest.failed == {}
-    expected = await undisturbed()
+    expected = await undisturbed(PROBLEMS, SEARCH, SEED, preference=True)
     store = TrajectoryStore(RunStore(str(tmp_path / "run")), 1)
     found = {tree.problem.id: tree for tree in store.trees()}
     assert {p for p, tree in found.items() if tree.solved} == {
@@ -209,3 +181,52 @@ async def test_hanging_replica_and_killed_coordinator_are_replaced_and_no_worker
     deaths = {kind: loss.deaths for kind, loss in outcome.losses.items()}
     assert deaths == {"policy replica": 1, "coordinator": 1}
     assert "finished none" in outcome.losses["policy replica"].last_reason
+
+
+class SlowPolicyReplica(ScriptedPolicyReplica):
+    """The second replica is told to load another version and never gets there."""
+
+    async def load(self, path: str, version: str, *, force: bool = False) -> float:
+        if self.name == "policy-1" and version != self.version:
+            await asyncio.Future()
+        return await super().load(path, version, force=force)
+
+
+async def test_replica_that_takes_no_weights_is_not_waited_for_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = make_fleet(tmp_path / "run", monkeypatch, policy={"replicas": 3, "min_ready": 0.5})
+    fleet._policy_kind.actor = ray.remote(SlowPolicyReplica)
+    fleet._policy_kind.take_s = 3.0
+    async with stopped_at_the_end(fleet):
+        await start(fleet)
+        await until(lambda: len(fleet.pools.handles("policy")) == 3)
+        weights = Checkpoint(kind="policy", round=1, path=str(tmp_path / "hold"), digest="d")
+        await fleet.serve_policy(tmp_path, weights)
+        assert "policy-1" not in fleet.pools.handles("policy")
+        assert fleet.pools.losses()["policy replica"].deaths == 0
+        await until(lambda: "policy-3" in fleet.pools.handles("policy"))
+        reply = await fleet.policy.generate(
+            GenerationRequest(prompt="x", num_candidates=1, max_tokens=9, temperature=1.0, seed=1)
+        )
+        assert reply.policy_version == weights.version
+        reason = fleet.pools.losses()["policy replica"].last_reason
+    assert reason == "policy-1: did not take policy-r1-d within 3 s"
+
+
+async def test_nobody_dies_while_the_driver_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its event loop, for many times the silence that would end an actor."""
+    watched = {"look_s": 0.2, "silent_s": 1.5}
+    fleet = make_fleet(tmp_path / "run", monkeypatch, supervision=watched)
+    async with stopped_at_the_end(fleet):
+        await start(fleet)
+        work = asyncio.create_task(rollout(fleet))
+        await until(lambda: sum(p.finished.trees for p in fleet.progress()) >= 2)
+        for _ in range(4):
+            await asyncio.sleep(0.3)
+            time.sleep(6.0)
+        outcome = await work
+    assert outcome.losses == {}
+    assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)

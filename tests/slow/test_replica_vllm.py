@@ -25,7 +25,7 @@ from cluster.engines.config import EngineConfig
 from cluster.engines.lifecycle import ReplicaInfo, ReplicaStats
 from cluster.engines.model_check import ModelCheckError
 from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
-from cluster.engines.weight_sync import sync_weights
+from cluster.engines.weight_sync import take_weights
 from cluster.jobs.admission import EnginePressure
 from rollout.engine import (
     Completion,
@@ -399,12 +399,13 @@ def test_checkpoint_of_another_shape_is_refused_by_a_serving_replica(served: Ser
     assert served.generate(PROMPTS[0]).policy_version == "policy-r0"
 
 
-async def test_all_replicas_are_brought_to_a_checkpoint(served: Served) -> None:
-    assert await sync_weights({"ppm-0": served.ppm}, str(served.folder / "ppm1"), "ppm-r1") == 1
+async def test_replica_is_brought_to_a_checkpoint(served: Served) -> None:
+    said = await take_weights(served.ppm, str(served.folder / "ppm1"), "ppm-r1")
+    assert said == await served.ppm.fingerprint.remote()
     reply = await served.ppm.evaluate.remote(EvaluationRequest(texts=PROMPTS))
     assert reply.preference_version == "ppm-r1"
     with pytest.raises(ModelCheckError, match="does not exist"):
-        await sync_weights({"ppm-0": served.ppm}, str(served.folder / "absent"), "ppm-r2")
+        await take_weights(served.ppm, str(served.folder / "absent"), "ppm-r2")
 
 
 def living(pids: list[int]) -> list[int]:

@@ -158,3 +158,28 @@ def test_name_is_given_once() -> None:
     members.add("a", 0)
     with pytest.raises(ValueError, match="policy replica a is a member already"):
         members.add("a", 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "needed"),
+    [(1, 0.5, 1), (1, 1.0, 1), (2, 0.5, 1), (3, 0.5, 2), (16, 0.5, 8), (30, 0.1, 3), (0, 0.5, 0)],
+)
+def test_a_share_of_the_size_is_enough(size: int, share: float, needed: int) -> None:
+    members = Membership("policy replica", size, CONFIG, "v1", min_ready=share)
+    assert (members.needed, members.spare) == (needed, size - needed)
+    for number in range(needed):
+        assert not members.enough
+        bring_up(members, f"m{number}")
+    assert members.enough
+
+
+def test_member_whose_weights_are_in_doubt_is_given_no_work() -> None:
+    members = pool()
+    bring_up(members, "a", "b")
+    members.doubt("a")
+    assert (members.ready(), members.due(1)) == (["b"], 0)
+    members.synced("a", "v1", 2)
+    assert members.ready() == ["a", "b"]
+    members.drain("b")
+    members.doubt("b")
+    assert members.state("b") is MemberState.DRAINING

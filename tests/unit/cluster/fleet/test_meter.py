@@ -140,6 +140,24 @@ async def test_sandboxes_are_added_up(tmp_path: Path) -> None:
     assert value(made, m.SANDBOX_EVICTIONS) == 0
 
 
+async def test_lag_of_the_event_loop_is_told_and_a_long_one_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.fleet.meter.STOOD_STILL_S", 0.3)
+    made = meter(tmp_path, {})
+    monkeypatch.setattr(made, "_look_at_nodes", lambda: asyncio.sleep(0))
+    pulse = asyncio.create_task(made._feel_pulse())
+    await asyncio.sleep(0)
+    time.sleep(0.5)
+    await asyncio.sleep(0.05)
+    pulse.cancel()
+    await made.look()
+    assert 0.35 <= (value(made, m.LOOP_LAG) or 0.0)
+    assert "The driver's event loop stood still for" in caplog.text
+    await made.look()
+    assert value(made, m.LOOP_LAG) == 0.0
+
+
 def test_fit_is_told_by_kind(tmp_path: Path) -> None:
     made = meter(tmp_path, {})
     progress = FitProgress(

@@ -10,7 +10,7 @@ from ray.autoscaler.v2 import sdk
 
 from cluster.engines.config import EngineConfig
 from cluster.fleet.actors import PolicyKind
-from cluster.fleet.config import ActorConfig
+from cluster.fleet.config import MembersConfig
 from cluster.machines import nodes
 from cluster.machines.placement import NodeResources
 
@@ -36,7 +36,7 @@ def test_actor_without_a_place_says_which_nodes_are_starting(
 ) -> None:
     monkeypatch.setattr(nodes, "living", lambda: {"id": HEAD})
     monkeypatch.setattr(nodes, "starting", lambda: {"gpu": 2})
-    kind = PolicyKind(ActorConfig(resources={"policy": 1}), EngineConfig())
+    kind = PolicyKind(MembersConfig(resources={"policy": 1}), EngineConfig())
     assert kind.why_pending() == (
         "policy replica (1 policy): no node has policy; the cluster has CPU. "
         "The autoscaler is starting 2 x gpu."
@@ -45,4 +45,4 @@ def test_actor_without_a_place_says_which_nodes_are_starting(
 
 def test_actor_that_fits_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "living", lambda: {"id": HEAD})
-    assert PolicyKind(ActorConfig(num_cpus=2), EngineConfig()).why_pending() == ""
+    assert PolicyKind(MembersConfig(num_cpus=2), EngineConfig()).why_pending() == ""
