@@ -20,15 +20,17 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from ray.cluster_utils import Cluster
 
+from cluster.fleet import keeper
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
 from cluster.runs.config import RolloutConfig
+from learner.checkpoint import Checkpoint
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import make_problem
-from tests.saboteur import stopped_at_the_end, until
+from tests.saboteur import stopped_at_the_end, undisturbed, until
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
 
 pytestmark = pytest.mark.timeout(240)
@@ -134,9 +136,9 @@ async def preempting_cloud(taken: set[int]) -> AsyncIterator[str]:
         yield str(server.make_url("/")).rstrip("/")
 
 
-async def rollout(fleet: Fleet) -> RolloutOutcome:
+async def rollout(fleet: Fleet, number: int = 1) -> RolloutOutcome:
     return await fleet.rollout(
-        1,
+        number,
         PROBLEMS,
         [RolloutStage(name="base", search=SEARCH)],
         preference=False,
@@ -194,6 +196,59 @@ async def test_run_outlives_a_node_that_is_killed_and_leaves_one_that_drains(
             f"\n{took_s:.1f} s in all; serving again {back_s:.1f} s after a node's death, away "
             f"from a draining node after {moved_s:.1f} s; {outcome.resumed_trees} trees resumed"
         )
+
+
+async def test_three_of_four_replicas_are_enough_to_begin_and_to_go_on(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth has no place, joins when a node does, and is lost again between two rounds."""
+    monkeypatch.setattr(keeper, "PLACEMENT_S", 1.0)
+    cluster.add_node(**{**NODE, "resources": {"spot": 10, "engine": 3}})
+    policy = {"replicas": 4, "resources": {"engine": 1}}
+    fleet = make_fleet(tmp_path / "run", cluster, policy=policy)
+    notes: list[str] = []
+    fleet.note = notes.append
+    hold = fleet.folder.root / "hold"
+
+    def serving() -> int:
+        return len(fleet.pools.handles("policy"))
+
+    def weights(number: int) -> Checkpoint:
+        return Checkpoint(kind="policy", round=number, path=str(hold), digest="d")
+
+    async with stopped_at_the_end(fleet, processes=False):
+        await fleet.start(hold, version="policy-r0", learner=False)
+        assert serving() >= 2
+        first = await rollout(fleet, 1)
+        assert serving() == 3
+        short = "3 of 4 policy replicas serve; 1 waits for a place"
+        assert any(note.startswith(f"{short}: policy replica (1 engine): ") for note in notes)
+        assert fleet.describe().startswith("3 of 4 policy, ")
+
+        # the fourth comes with a node, and takes part
+        fourth = cluster.add_node(**{**NODE, "resources": {"engine": 1}})
+        await until(lambda: serving() == 4)
+        await until(lambda: notes[-1] == "all 4 policy replicas serve")
+        await fleet.serve_policy(hold, weights(1))
+        await until(lambda: serving() == 4)
+
+        # its node goes while the learner has the word: the next round begins all the same
+        cluster.remove_node(fourth, allow_graceful=False)
+        await fleet.serve_policy(hold, weights(2))
+        second = await rollout(fleet, 2)
+        assert serving() == 3
+    for outcome in (first, second):
+        assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
+        assert outcome.manifest.failed == {}
+    # Nothing but the missing place kept the fourth from serving.
+    assert first.losses == {}
+    expected = await undisturbed(PROBLEMS, SEARCH, seed=0, preference=False)
+    trees = TrajectoryStore(RunStore(str(tmp_path / "run")), 1).trees()
+    assert {tree.problem.id for tree in trees if tree.solved} == {
+        problem for problem, tree in expected.items() if tree.solved
+    }
+    versions = TrajectoryStore(RunStore(str(tmp_path / "run")), 2).trees()
+    assert {node.policy_version for tree in versions for node in tree.nodes[1:]} == {"policy-r2-d"}
 
 
 async def test_run_outlives_the_head_forgetting_its_memory(
