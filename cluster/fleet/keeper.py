@@ -180,12 +180,13 @@ class PoolKeeper:
         """Members that have a process."""
         self._said: dict[str, tuple[float, ...]] = {}
         """What members said that took the wanted version."""
-        self._judged = False
-        """Whether enough of them were judged together."""
+        self._judged = not kind.version
+        """Whether enough of them were judged together, where there is something to judge."""
         self._tries: Counter[str] = Counter()
         self._refusals: list[ModelCheckError] = []
         """Of members that cannot take the wanted version."""
         self._told_short = ""
+        self._telling: asyncio.Task[None] | None = None
         self._next = 0
         self._changed = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
@@ -229,7 +230,7 @@ class PoolKeeper:
             raise
         finally:
             late.cancel()
-        self._spawn(self._say_later())
+        self._say_soon()
 
     async def stop(self) -> dict[str, Any]:
         """Watch no more; returns the handles of those that have a process, which go on."""
@@ -312,10 +313,10 @@ class PoolKeeper:
         self._tell()
         for name in took:
             self._spawn(self._take(name, self._handles[name]))
+        self._say_soon()
         while not self.members.enough:
             self.check()
             await self._wait()
-        self._spawn(self._say_later())
 
     def short(self) -> str:
         """How many serve and what the others do, if some are missing; else ""."""
@@ -432,7 +433,7 @@ class PoolKeeper:
         """What a member says that took the wanted version.
 
         Raises:
-            TimeoutError: it took no answer in time, while others had.
+            TimeoutError: it did not in time, while others did.
         """
         task = asyncio.ensure_future(self.kind.take(handle, again=again))
         try:
@@ -477,12 +478,17 @@ class PoolKeeper:
                 self.members.synced(name, self.kind.version, time.monotonic())
         self._tell()
         if self._told_short:
-            self._spawn(self._say_shortage())
+            self._say_soon()
 
-    async def _say_later(self) -> None:
+    def _say_soon(self) -> None:
         """Say what is missing if it does not come soon."""
-        await asyncio.sleep(PLACEMENT_S)
-        await self._say_shortage()
+
+        async def say() -> None:
+            await asyncio.sleep(PLACEMENT_S)
+            await self._say_shortage()
+
+        if self._telling is None or self._telling.done():
+            self._telling = self._spawn(say())
 
     async def _say_shortage(self) -> None:
         """Say what is missing, once; and, if that was said, that nothing is any more."""
@@ -563,10 +569,11 @@ class PoolKeeper:
         self._changed.set()
         self._announce(self.handles)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def guard(work: Awaitable[T], check: Callable[[], None]) -> T:
