@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from cluster.engines.model_check import ModelCheckError
 from cluster.engines.weight_sync import odd_ones, take_weights
 from rollout.engine import EngineError
+from tests.fingerprints import fingerprint, load_policy, with_noisy_layer
+from tests.models import write_tiny_policy
 
 
 class ScriptedReplica:
@@ -95,3 +98,16 @@ def test_one_alone_and_those_that_say_nothing_are_not_odd() -> None:
 
 def test_replicas_that_say_things_of_different_length_are_odd() -> None:
     assert set(odd_ones({"a": (1.0,), "b": (1.0, 2.0)})) == {"a", "b"}
+
+
+def test_rounding_of_half_precision_is_accepted_and_one_wrong_layer_found(tmp_path: Path) -> None:
+    path = write_tiny_policy(tmp_path / "policy", layers=4)
+    said = {
+        "exact": fingerprint(load_policy(path), path),
+        "half": fingerprint(load_policy(path, dtype="bfloat16"), path),
+        "other kernel": fingerprint(load_policy(path, dtype="bfloat16", attention="eager"), path),
+    }
+    assert len(set(said.values())) == 3
+    assert odd_ones(said) == {}
+    said["wrong"] = fingerprint(with_noisy_layer(load_policy(path), 0.3), path)
+    assert list(odd_ones(said)) == ["wrong"]
