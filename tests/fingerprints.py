@@ -1,4 +1,4 @@
-"""What a policy replica says of fixed texts, from transformers, with weights as a test wants them."""
+"""What a policy says of fixed texts, by transformers, with weights as a test wants them."""
 
 from __future__ import annotations
 
