@@ -63,9 +63,14 @@ from rollout.table import trees_to_table
 OLD_RULES: dict[str, Any] = {"min_ready": 1.0, "learner_held": True, "engines_held": True}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "short": {"num_replicas": 16, "num_problems": 11_700, "short_replicas": 1},
-    "losses": {"num_replicas": 128, "num_problems": 93_000, "lost_per_hour": 0.2},
-    "zone": {"num_replicas": 128, "num_problems": 93_000, "zone_outage_at_s": 3600.0},
-    "learner": {"num_replicas": 16, "num_problems": 60_000, "learner_lost_per_hour": 0.3},
+    "losses": {"num_replicas": 64, "num_problems": 46_700, "lost_per_hour": 0.2},
+    "zone": {"num_replicas": 64, "num_problems": 46_700, "zone_outage_at_s": 3600.0},
+    "learner": {
+        "num_replicas": 16,
+        "num_problems": 60_000,
+        "shard_size": 32,
+        "learner_lost_per_hour": 0.3,
+    },
 }
 """A replica has as many problems as in the whole round, in `learner` five times as many."""
 SCENARIO_KEYS = (

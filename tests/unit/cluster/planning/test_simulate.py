@@ -205,30 +205,41 @@ def test_cost_follows_price_and_solved_problems() -> None:
 
 
 def test_three_of_four_are_enough_to_begin_and_the_last_joins() -> None:
-    """300 trees of 1,000 tokens; the fourth replica comes after 500 of 875 s."""
+    """100 trees of 30 s; the fourth replica comes after 500 of 875 s."""
     settings = even(
-        num_problems=300, num_replicas=4, max_open_trees=1, shard_size=1, short_replicas=1
+        num_problems=100,
+        tokens_per_problem=3000,
+        num_replicas=4,
+        max_open_trees=1,
+        shard_size=1,
+        short_replicas=1,
     )
     begun = simulate(FLAT, **settings, short_s=500)
     assert begun.wait_s == 0
-    assert begun.makespan_s == pytest.approx(875, abs=10)
+    assert begun.makespan_s == pytest.approx(875, abs=30)
     waited = simulate(FLAT, **settings, short_s=500, min_ready=1)
     assert waited.wait_s == pytest.approx(500, abs=10)
-    assert waited.makespan_s == pytest.approx(500 + 750, abs=20)
-    assert waited.scaling_efficiency < 0.7 and begun.scaling_efficiency > 0.97
+    assert waited.makespan_s == pytest.approx(500 + 750, abs=30)
+    assert waited.scaling_efficiency < 0.7 and begun.scaling_efficiency > 0.95
 
 
 def test_a_zone_that_goes_takes_its_replicas_until_it_is_back() -> None:
     """6 replicas, a third of them away from 100 to 400 s: 600 of the 6,000 replica-seconds."""
     settings = even(
-        num_problems=600, num_replicas=6, max_open_trees=1, shard_size=1, detect_s=0, zombie_share=0
+        num_problems=150,
+        tokens_per_problem=4000,
+        num_replicas=6,
+        max_open_trees=1,
+        shard_size=1,
+        detect_s=0,
+        zombie_share=0,
     )
     calm = simulate(FLAT, **settings)
     hit = simulate(FLAT, **settings, zone_outage_at_s=100, zone_outage_s=300)
     assert calm.makespan_s == pytest.approx(1000)
     assert hit.replicas_lost == 2 and hit.replicas_started == 8
-    assert hit.makespan_s == pytest.approx(1100, abs=25)
-    assert (hit.lost, hit.doubled, hit.committed) == (0, 0, 600)
+    assert hit.makespan_s == pytest.approx(1100, abs=50)
+    assert (hit.lost, hit.doubled, hit.committed) == (0, 0, 150)
 
 
 def test_a_zone_that_goes_with_zombies_loses_and_doubles_nothing() -> None:
@@ -244,15 +255,15 @@ def whole(**other: object) -> dict[str, object]:
     """Rollout of 1,000 s, selection of 100 s, fits of 400 and 600 s, evaluation of 10 s."""
     return (
         even(
-            num_problems=1000,
+            num_problems=100,
             num_replicas=1,
             max_open_trees=1,
-            shard_size=1,
-            tokens_per_problem=100,
-            select_ms_per_tree=100,
+            shard_size=10,
+            tokens_per_problem=1000,
+            select_ms_per_tree=1000,
             solve_rate=1,
-            policy_fit_tokens=40,
-            ppm_fit_tokens=60,
+            policy_fit_tokens=400,
+            ppm_fit_tokens=600,
             learner_tokens_per_s=100,
             evaluation_share=0.01,
             learner_node_start_s=60,
@@ -288,7 +299,7 @@ def test_what_is_held_is_paid_for_through_the_round() -> None:
     returned = simulate(FLAT, **whole(idle_timeout_s=100))
     assert returned.replica_hours * 3600 == pytest.approx(1000 + 100 + 10, abs=15)
     both = report.engine_dollars + report.learner_dollars
-    assert report.dollars_per_solved == pytest.approx(both / 1000)
+    assert report.dollars_per_solved == pytest.approx(both / 100)
     assert returned.dollars_per_solved < report.dollars_per_solved
 
 
@@ -303,12 +314,17 @@ def test_a_fit_goes_on_from_its_checkpoint_on_another_machine() -> None:
     assert 1000 < fits_s <= 1000 + 100 * lost
 
 
-def test_engines_given_back_are_there_again_for_the_evaluation() -> None:
-    report = simulate(**heavy(num_problems=400, evaluation_share=0.1, seed=2))
-    kept = simulate(**heavy(num_problems=400, evaluation_share=0.1, seed=2, engines_held=True))
-    assert report.round_s > report.makespan_s and kept.round_s > kept.makespan_s
-    assert report.replica_hours < kept.replica_hours
-    assert report.committed + report.quarantined == 400
+@pytest.mark.parametrize(("learner_tokens_per_s", "pays"), [(500, True), (50_000, False)])
+def test_engines_are_given_back_for_fits_longer_than_idle_time_out_and_start(
+    learner_tokens_per_s: float, pays: bool
+) -> None:
+    settings = heavy(num_problems=100, num_replicas=4, evaluation_share=0.1) | {
+        "learner_tokens_per_s": learner_tokens_per_s
+    }
+    returned, kept = simulate(**settings), simulate(**settings, engines_held=True)
+    assert (returned.replica_hours < kept.replica_hours) == pays
+    assert returned.makespan_s == kept.makespan_s < returned.round_s
+    assert returned.committed + returned.quarantined == 100
 
 
 def test_prices_are_those_of_the_shipped_table_and_cluster() -> None:
