@@ -23,8 +23,9 @@ Parts:
 * short, losses, zone, learner: the same at a smaller size (`SCENARIOS`), each in two CPU minutes:
   one of 16 machines is not to be had for an hour; 20 % of the replicas are lost an hour; a third of
   them goes for ten minutes; the learner's machine comes, is lost, and goes. Figures end with the
-  name of the part. `_old` are those of the rules before (`OLD_RULES`): all replicas are waited for,
-  and learner and engines stay through the round; `_kept` those with the engines alone kept.
+  name of the part; after it `_old` are those of the rules before (`OLD_RULES`: all replicas are
+  waited for, the learner's machine stays through the round), `_returned` those with engines that
+  are given back while the learner works.
 
 The last line printed is one JSON object.
 """
@@ -60,11 +61,11 @@ from rollout.open_trees import OpenTreeStore
 from rollout.store import Commit, RunStore, Totals, TrajectoryStore, TreeKey
 from rollout.table import trees_to_table
 
-OLD_RULES: dict[str, Any] = {"min_ready": 1.0, "learner_held": True, "engines_held": True}
+OLD_RULES: dict[str, Any] = {"min_ready": 1.0, "learner_held": True}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "short": {"num_replicas": 16, "num_problems": 11_700, "short_replicas": 1},
-    "losses": {"num_replicas": 64, "num_problems": 46_700, "lost_per_hour": 0.2},
-    "zone": {"num_replicas": 64, "num_problems": 46_700, "zone_outage_at_s": 3600.0},
+    "losses": {"num_replicas": 32, "num_problems": 23_400, "lost_per_hour": 0.2},
+    "zone": {"num_replicas": 32, "num_problems": 23_400, "zone_outage_at_s": 3600.0},
     "learner": {
         "num_replicas": 16,
         "num_problems": 60_000,
@@ -90,7 +91,7 @@ SCENARIO_KEYS = (
 )
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "short": {"": {}, "_old": OLD_RULES},
-    "learner": {"": {}, "_kept": {"engines_held": True}, "_old": OLD_RULES},
+    "learner": {"": {}, "_returned": {"engines_held": False}, "_old": OLD_RULES},
 }
 PARTS = ("actor", "rebuild", "seal", "checkpoint", "simulation", *SCENARIOS)
 JOBS_HELD = 4

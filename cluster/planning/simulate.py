@@ -6,12 +6,11 @@
               cost nothing
 
     wait for replicas --> rollout --> seal --> select --> fit, fit --> evaluation, over leases too
-         min_ready                    |        +- the learner's machine -+  +- engines again
-                                      +- engines are given back
+         min_ready                             +- the learner's machine -+
 
-Machines may be held instead (`learner_held`, `engines_held`), and all replicas waited for
-(`min_ready` 1): what that costs is the difference of two simulations. Whatever has no time or
-number (0) is left out.
+All replicas may be waited for (`min_ready` 1), the learner's machine held through the round
+(`learner_held`), the engines given back while it works (`engines_held` false): what a rule costs is
+the difference of two simulations. Whatever has no time or number (0) is left out.
 
 One replica is a GPU engine with its rollout worker. It holds up to `max_open_trees` trees, which
 share its speed equally: `curve(open trees * requests_per_tree)` tokens per second, times its own

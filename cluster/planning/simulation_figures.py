@@ -110,7 +110,7 @@ class SimulationConfig(Config):
     commit_s: float = Field(default=0.5, ge=0, description="time a commit takes")
     solve_rate: float = Field(default=0.78, ge=0, le=1, description="problems solved")
     engines_held: bool = Field(
-        default=False,
+        default=True,
         description="engines stay while the learner works; false: given back when the last tree is "
         "committed, asked for again after the PPM's fit",
     )

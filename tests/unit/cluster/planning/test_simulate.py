@@ -270,6 +270,7 @@ def whole(**other: object) -> dict[str, object]:
             learner_start_s=70,
             learner_idle_timeout_s=50,
             weights_s=0,
+            engines_held=False,
             price_per_hour=3.6,
             learner_price_per_hour=36,
         )
@@ -321,7 +322,7 @@ def test_engines_are_given_back_for_fits_longer_than_idle_time_out_and_start(
     settings = heavy(num_problems=100, num_replicas=4, evaluation_share=0.1) | {
         "learner_tokens_per_s": learner_tokens_per_s
     }
-    returned, kept = simulate(**settings), simulate(**settings, engines_held=True)
+    returned, kept = simulate(**settings, engines_held=False), simulate(**settings)
     assert (returned.replica_hours < kept.replica_hours) == pays
     assert returned.makespan_s == kept.makespan_s < returned.round_s
     assert returned.committed + returned.quarantined == 100
