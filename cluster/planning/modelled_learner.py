@@ -66,7 +66,12 @@ class ModelledLearner:
     def _in_life(self, action: Callable[[], None]) -> Callable[[], None]:
         """An action that is not done once the machine is another one."""
         life = self._life
-        return lambda: action() if life == self._life else None
+
+        def act() -> None:
+            if life == self._life:
+                action()
+
+        return act
 
     def _runs(self) -> None:
         self.machines += 1

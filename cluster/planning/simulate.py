@@ -196,7 +196,7 @@ class Simulation:
     def _serve(self) -> None:
         """Give work out if enough replicas are READY."""
         ready = [r for r in self._seen.values() if r.state is MemberState.READY]
-        enough = max(1, math.ceil(self.config.min_ready * self._wanted))
+        enough = max(1, math.ceil(round(self.config.min_ready * self._wanted, 6)))
         if self._serving or self._searched is None or len(ready) < enough:
             return
         self._serving = True
