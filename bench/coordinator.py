@@ -3,7 +3,7 @@
     python -m bench.coordinator [--json FILE] [--problems N] [--replicas N] [--shard-size N]
                                 [--lost-per-hour P] [--latency-curve FILE] [--only PART]
 
-Five parts:
+Parts:
 * actor: the real coordinator actor on real Ray, pinned to one core. Simulated workers in this
   process, on the other cores, lease every problem, renew and complete, as rollout workers do it:
   each holds four jobs, one renewal names them all. Nothing is searched and nothing is written (the
@@ -20,6 +20,12 @@ Five parts:
   more than an open tree has. `checkpoint_loop_s` holds the worker's searches up, `checkpoint_s` is
   all of it, by CPU time; `checkpoint_mib` goes to the store, here the local disk.
 * simulation: `rstar simulate` with its defaults; what its figures mean is printed by that command.
+* short, losses, zone, learner: the same at a smaller size (`SCENARIOS`), each in two CPU minutes:
+  one of 16 machines is not to be had for an hour; 20 % of the replicas are lost an hour; a third of
+  them goes for ten minutes; the learner's machine comes, is lost, and goes. Figures end with the
+  name of the part; after it `_old` are those of the rules before (`OLD_RULES`: all replicas are
+  waited for, the learner's machine stays through the round), `_returned` those with engines that
+  are given back while the learner works.
 
 The last line printed is one JSON object.
 """
@@ -55,7 +61,39 @@ from rollout.open_trees import OpenTreeStore
 from rollout.store import Commit, RunStore, Totals, TrajectoryStore, TreeKey
 from rollout.table import trees_to_table
 
-PARTS = ("actor", "rebuild", "seal", "checkpoint", "simulation")
+OLD_RULES: dict[str, Any] = {"min_ready": 1.0, "learner_held": True}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "short": {"num_replicas": 16, "num_problems": 11_700, "short_replicas": 1},
+    "losses": {"num_replicas": 32, "num_problems": 23_400, "lost_per_hour": 0.2},
+    "zone": {"num_replicas": 32, "num_problems": 23_400, "zone_outage_at_s": 3600.0},
+    "learner": {
+        "num_replicas": 16,
+        "num_problems": 60_000,
+        "shard_size": 32,
+        "learner_lost_per_hour": 0.3,
+    },
+}
+"""A replica has as many problems as in the whole round, in `learner` five times as many."""
+SCENARIO_KEYS = (
+    "scaling_efficiency",
+    "efficiency_of_constant",
+    "lost",
+    "doubled",
+    "replicas_lost",
+    "wait_s",
+    "round_s",
+    "learner_machines",
+    "learner_idle_share",
+    "engine_dollars",
+    "learner_dollars",
+    "dollars_per_solved",
+    "simulation_cpu_s",
+)
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "short": {"": {}, "_old": OLD_RULES},
+    "learner": {"": {}, "_returned": {"engines_held": False}, "_old": OLD_RULES},
+}
+PARTS = ("actor", "rebuild", "seal", "checkpoint", "simulation", *SCENARIOS)
 JOBS_HELD = 4
 NUM_WORKERS = 64
 OPEN_TREES = 24
@@ -291,11 +329,27 @@ def simulation_figures(config: SimulationConfig, curve: LatencyCurve) -> dict[st
         "races": report.races,
         "commits_refused": report.commits_refused,
         "coordinator_kills": report.coordinator_kills,
+        "wait_s": report.wait_s,
         "makespan_s": report.makespan_s,
         "ideal_s": report.ideal_s,
+        "round_s": report.round_s,
+        "learner_machines": report.learner_machines,
+        "learner_idle_share": report.learner_idle_share,
+        "engine_dollars": report.engine_dollars,
+        "learner_dollars": report.learner_dollars,
+        "dollars_per_solved": report.dollars_per_solved,
         "simulation_wall_s": report.wall_s,
         "simulation_cpu_s": time.process_time() - began_cpu_s,
     }
+
+
+def scenario_figures(name: str, curve: LatencyCurve) -> dict[str, float]:
+    figures = {}
+    for rules, changes in VARIANTS.get(name, {"": {}}).items():
+        config = SimulationConfig(**SCENARIOS[name] | changes)
+        found = simulation_figures(config, curve)
+        figures |= {f"{key}_{name}{rules}": found[key] for key in SCENARIO_KEYS}
+    return figures
 
 
 # --------------------------------------------------------------------------- command
@@ -320,8 +374,16 @@ def machine() -> dict[str, Any]:
 
 GOALS = {
     "scaling_efficiency": ">= 0.95",
-    "lost": "= 0",
-    "doubled": "= 0",
+    "scaling_efficiency_short": ">= 0.95",
+    "scaling_efficiency_losses": ">= 0.85",
+    "scaling_efficiency_zone": ">= 0.95",
+    "learner_idle_share": "<= 0.05",
+    "learner_idle_share_learner": "<= 0.05",
+    **{
+        f"{key}{part}": "= 0"
+        for key in ("lost", "doubled")
+        for part in ("", *(f"_{p}" for p in SCENARIOS))
+    },
     "problems_per_s": ">= 20,000",
     "rebuild_25k_markers_s": "<= 5",
     "coordinator_mib": "<= 500",
@@ -361,9 +423,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures |= checkpoint_figures()
     if "simulation" in parts:
         figures |= simulation_figures(config, curve)
+    for name in SCENARIOS:
+        if name in parts:
+            figures |= scenario_figures(name, curve)
     for name, value in figures.items():
         shown = f"{value:14,.4f}" if isinstance(value, float) else f"{value:>14,}"
-        print(f"{name:28} {shown}   {GOALS.get(name, '')}".rstrip())
+        print(f"{name:32} {shown}   {GOALS.get(name, '')}".rstrip())
     figures |= {"machine": machine(), "problems": options.problems, "replicas": options.replicas}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

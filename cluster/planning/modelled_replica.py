@@ -31,11 +31,15 @@ class ModelledReplica:
     """One engine and its worker."""
 
     name: str
-    asked_s: float
     speed: float
     state: MemberState = MemberState.STARTING
+    zone: int | None = None
+    """Where it has its place; None: it waits for one, or another may have it."""
+    placed_s: float = math.inf
     ready_s: float = math.inf
     ended_s: float = math.inf
+    idle_s: float = 0.0
+    """Its node is paid for so long after its end."""
     cut_off: bool = False
     """A zombie: it reaches the store, and not the coordinator."""
     draining: bool = False

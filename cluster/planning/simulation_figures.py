@@ -69,6 +69,31 @@ class SimulationConfig(Config):
     detect_s: float = Field(default=15.0, ge=0, description="time until a loss is noticed")
     node_start_s: float = Field(default=120.0, ge=0, description="from request to a running node")
     engine_start_s: float = Field(default=90.0, ge=0, description="from node to a serving engine")
+    weights_s: float = Field(
+        default=60.0, ge=0, description="until running engines serve the weights of a fit"
+    )
+    min_ready: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="share of the replicas wanted that must be READY before work is given out, at "
+        "the start and with new weights; late ones join. 1: all of them",
+    )
+    short_replicas: int = Field(
+        default=0, ge=0, description="replicas whose machines cannot be had at first"
+    )
+    short_s: float = Field(default=3600.0, ge=0, description="until they can be had")
+    num_zones: int = Field(
+        default=3, ge=1, description="availability zones, each with an equal part of the replicas"
+    )
+    zone_outage_at_s: float = Field(
+        default=0.0, ge=0, description="when the first zone goes, with all it has; 0: never"
+    )
+    zone_outage_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="how long it is gone; the other zones have no machines instead",
+    )
     coordinator_kill_s: float = Field(
         default=3600.0, ge=0, description="time between kills of the coordinator; 0: never"
     )
@@ -84,8 +109,71 @@ class SimulationConfig(Config):
     )
     commit_s: float = Field(default=0.5, ge=0, description="time a commit takes")
     solve_rate: float = Field(default=0.78, ge=0, le=1, description="problems solved")
-    price_per_hour: float = Field(default=1.5, ge=0, description="dollars per replica-hour")
+    engines_held: bool = Field(
+        default=True,
+        description="engines stay while the learner works; false: given back when the last tree is "
+        "committed, asked for again after the PPM's fit",
+    )
+    idle_timeout_s: float = Field(
+        default=900.0, ge=0, description="a replica's node that was given back is paid for longer"
+    )
+    select_ms_per_tree: float = Field(
+        default=1.2, ge=0, description="from the last commit to a dataset; 900 s for 747k trees"
+    )
+    policy_fit_tokens: float = Field(
+        default=2800.0,
+        ge=0,
+        description="trained per solved problem: 2 trajectories of 700 tokens, 2 epochs",
+    )
+    ppm_fit_tokens: float = Field(
+        default=4800.0,
+        ge=0,
+        description="trained per problem: 4 pairs, so 8 trajectories of 600 tokens",
+    )
+    learner_tokens_per_s: float = Field(
+        default=50_000.0, gt=0, description="of all ranks: a 7B model on 8 H100 at 40 % MFU"
+    )
+    learner_held: bool = Field(
+        default=False,
+        description="the learner's machine is kept from the start to the end of the round; false: "
+        "asked for when selection begins, given back after the PPM's fit",
+    )
+    learner_node_start_s: float = Field(
+        default=300.0, ge=0, description="from request to the learner's running machine"
+    )
+    learner_start_s: float = Field(
+        default=120.0, ge=0, description="from there to the first step, paid for"
+    )
+    learner_idle_timeout_s: float = Field(
+        default=120.0, ge=0, description="the learner's machine is paid for so long after its end"
+    )
+    learner_lost_per_hour: float = Field(
+        default=0.0, ge=0, lt=1, description="learner machines lost in an hour"
+    )
+    fit_checkpoint_s: float = Field(
+        default=600.0, gt=0, description="a fit goes on from its last checkpoint, written so often"
+    )
+    evaluation_share: float = Field(
+        default=0.004,
+        ge=0,
+        description="trees of the evaluation against num_problems; of 747k six for each of 500 "
+        "problems, for searches of 12 rollouts x 32 candidates and samples of as many tokens",
+    )
+    price_per_hour: float = Field(
+        default=1.58,
+        ge=0,
+        description="dollars per replica-hour: a GPU of a g6e.12xlarge on spot and its share of "
+        "the PPM's and sandboxes' machines in ray_cluster.yaml",
+    )
+    learner_price_per_hour: float = Field(
+        default=55.04, ge=0, description="dollars per hour: p5.48xlarge on demand"
+    )
     seed: int = Field(default=0, description="of every random choice")
+
+    @property
+    def num_evaluation(self) -> int:
+        """Trees of the evaluation."""
+        return round(self.evaluation_share * self.num_problems)
 
     @model_validator(mode="after")
     def _bounds(self) -> SimulationConfig:
@@ -94,11 +182,16 @@ class SimulationConfig(Config):
                 f"min_replicas must be <= num_replicas, got {self.min_replicas} > "
                 f"{self.num_replicas}"
             )
+        if self.short_replicas >= self.num_replicas:
+            raise ValueError(
+                f"short_replicas must be < num_replicas, got {self.short_replicas} >= "
+                f"{self.num_replicas}"
+            )
         return self
 
 
 class SimulationReport(Config):
-    """What came of it."""
+    """What came of it; of the rollout, where nothing else is said."""
 
     makespan_s: float = Field(
         description="virtual seconds from the first request for replicas to the last completion"
@@ -114,6 +207,9 @@ class SimulationReport(Config):
     )
     efficiency_of_constant: float = Field(
         description="ideal_s / makespan_s: start-up and the gaps after losses count too"
+    )
+    wait_s: float = Field(
+        description="from the first request for replicas until work was given out"
     )
     utilisation: float = Field(
         description="generated tokens, lost ones included / the same denominator as "
@@ -152,13 +248,28 @@ class SimulationReport(Config):
         default=0, description="commits that found the shard committed by another"
     )
     coordinator_kills: int = Field(default=0, description="times it was rebuilt from the store")
-    leases_granted: int = Field(description="by the last coordinator")
-    leases_expired: int = Field(description="by the last coordinator, lost workers included")
-    replica_hours: float = Field(
-        description="from a running node (engine start included) to its end"
+    leases_granted: int = Field(description="by the last coordinator of the rollout")
+    leases_expired: int = Field(
+        description="by the last coordinator of the rollout, lost workers included"
     )
-    dollars: float = Field(description="replica_hours * price_per_hour")
-    dollars_per_solved: float = Field(description="dollars / solved")
+    round_s: float = Field(
+        description="from the first request to the end of the evaluation: rollout, selection, two "
+        "fits, evaluation"
+    )
+    replica_hours: float = Field(
+        description="of the round: from a running node (engine start included) to its end, or to "
+        "its idle timeout"
+    )
+    learner_machines: int = Field(description="that ran, the replaced ones included")
+    learner_hours: float = Field(
+        description="of the round: from a running machine to its end and idle timeout"
+    )
+    learner_idle_share: float = Field(
+        description="learner_hours in which no fit ran / learner_hours; 0 if there are none"
+    )
+    engine_dollars: float = Field(description="replica_hours * price_per_hour")
+    learner_dollars: float = Field(description="learner_hours * learner_price_per_hour")
+    dollars_per_solved: float = Field(description="(engine_dollars + learner_dollars) / solved")
     wall_s: float = Field(description="real seconds this simulation took")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cluster.fleet.config import ClusterConfig
+from cluster.folder.config_file import read_yaml
 from cluster.planning.latency import DEFAULT_CURVE, CurveError, LatencyCurve
 from cluster.planning.planner import PlanConfig
+from cluster.planning.prices import read_prices
 from cluster.planning.simulate import Simulation
 from cluster.planning.simulated_store import DictFileSystem, RacingStore
 from cluster.planning.simulation_figures import (
@@ -23,6 +26,7 @@ from cluster.planning.simulation_figures import (
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import answered, make_problem, make_tree
 
+ROOT = Path(__file__).parents[4]
 FLAT = LatencyCurve(((1, 100),))
 """100 tokens per second, however many requests there are."""
 
@@ -32,7 +36,7 @@ def simulate(curve: LatencyCurve = DEFAULT_CURVE, **settings: object) -> Simulat
 
 
 def even(**other: object) -> dict[str, object]:
-    """Equal trees, equal replicas, no losses, everything at once."""
+    """Equal trees, equal replicas, no losses, everything at once; a rollout and nothing else."""
     return {
         "level_factors": (1.0,),
         "tokens_sigma": 0,
@@ -44,6 +48,11 @@ def even(**other: object) -> dict[str, object]:
         "node_start_s": 0,
         "engine_start_s": 0,
         "tokens_per_problem": 1000,
+        "idle_timeout_s": 0,
+        "evaluation_share": 0,
+        "select_ms_per_tree": 0,
+        "policy_fit_tokens": 0,
+        "ppm_fit_tokens": 0,
         **other,
     }
 
@@ -187,9 +196,150 @@ def test_cost_follows_price_and_solved_problems() -> None:
         FLAT, num_problems=36, num_replicas=1, price_per_hour=10, solve_rate=1, **even()
     )
     assert report.replica_hours == pytest.approx(0.1)
-    assert report.dollars == pytest.approx(1)
+    assert report.engine_dollars == pytest.approx(1) and report.learner_dollars == 0
     assert report.solved == 36
     assert report.dollars_per_solved == pytest.approx(1 / 36)
+
+
+# -- machines that are not there
+
+
+def test_three_of_four_are_enough_to_begin_and_the_last_joins() -> None:
+    """100 trees of 30 s; the fourth replica comes after 500 of 875 s."""
+    settings = even(
+        num_problems=100,
+        tokens_per_problem=3000,
+        num_replicas=4,
+        max_open_trees=1,
+        shard_size=1,
+        short_replicas=1,
+    )
+    begun = simulate(FLAT, **settings, short_s=500)
+    assert begun.wait_s == 0
+    assert begun.makespan_s == pytest.approx(875, abs=30)
+    waited = simulate(FLAT, **settings, short_s=500, min_ready=1)
+    assert waited.wait_s == pytest.approx(500, abs=10)
+    assert waited.makespan_s == pytest.approx(500 + 750, abs=30)
+    assert waited.scaling_efficiency < 0.7 and begun.scaling_efficiency > 0.95
+
+
+def test_a_zone_that_goes_takes_its_replicas_until_it_is_back() -> None:
+    """6 replicas, a third of them away from 100 to 400 s: 600 of the 6,000 replica-seconds."""
+    settings = even(
+        num_problems=150,
+        tokens_per_problem=4000,
+        num_replicas=6,
+        max_open_trees=1,
+        shard_size=1,
+        detect_s=0,
+        zombie_share=0,
+    )
+    calm = simulate(FLAT, **settings)
+    hit = simulate(FLAT, **settings, zone_outage_at_s=100, zone_outage_s=300)
+    assert calm.makespan_s == pytest.approx(1000)
+    assert hit.replicas_lost == 2 and hit.replicas_started == 8
+    assert hit.makespan_s == pytest.approx(1100, abs=50)
+    assert (hit.lost, hit.doubled, hit.committed) == (0, 0, 150)
+
+
+def test_a_zone_that_goes_with_zombies_loses_and_doubles_nothing() -> None:
+    report = simulate(**heavy(zone_outage_at_s=1200, zombie_share=1, notice_share=0))
+    assert report.zombie_commits > 0
+    assert (report.lost, report.doubled, report.unexpected) == (0, 0, 0)
+
+
+# -- a whole round
+
+
+def whole(**other: object) -> dict[str, object]:
+    """Rollout of 1,000 s, selection of 100 s, fits of 400 and 600 s, evaluation of 10 s."""
+    return (
+        even(
+            num_problems=100,
+            num_replicas=1,
+            max_open_trees=1,
+            shard_size=10,
+            tokens_per_problem=1000,
+            select_ms_per_tree=1000,
+            solve_rate=1,
+            policy_fit_tokens=400,
+            ppm_fit_tokens=600,
+            learner_tokens_per_s=100,
+            evaluation_share=0.01,
+            learner_node_start_s=60,
+            learner_start_s=70,
+            learner_idle_timeout_s=50,
+            weights_s=0,
+            engines_held=False,
+            price_per_hour=3.6,
+            learner_price_per_hour=36,
+        )
+        | other
+    )
+
+
+def test_learner_is_paid_for_from_selection_to_the_last_fit() -> None:
+    """Asked for at 1,000 s, it runs at 1,060, fits from 1,130 to 2,130, goes at 2,180."""
+    report = simulate(FLAT, **whole())
+    assert report.makespan_s == pytest.approx(1000, abs=10)
+    # Replicas are asked for every 10 s.
+    assert report.round_s == pytest.approx(report.makespan_s + 130 + 1000 + 15, abs=6)
+    assert report.learner_hours * 3600 == pytest.approx(70 + 1000 + 50)
+    assert report.learner_idle_share == pytest.approx(120 / 1120)
+    assert report.learner_machines == 1
+    assert report.learner_dollars == pytest.approx(11.20)
+
+
+def test_what_is_held_is_paid_for_through_the_round() -> None:
+    report = simulate(FLAT, **whole(learner_held=True, engines_held=True, min_ready=1))
+    # The learner was there before the dataset.
+    assert report.round_s == pytest.approx(report.makespan_s + 100 + 1000 + 10, abs=10)
+    assert report.learner_hours * 3600 == pytest.approx(report.round_s - 60)
+    assert report.learner_idle_share == pytest.approx(1 - 1000 / (report.round_s - 60))
+    assert report.replica_hours * 3600 == pytest.approx(report.round_s)
+    returned = simulate(FLAT, **whole(idle_timeout_s=100))
+    assert returned.replica_hours * 3600 == pytest.approx(1000 + 100 + 10, abs=15)
+    both = report.engine_dollars + report.learner_dollars
+    assert report.dollars_per_solved == pytest.approx(both / 100)
+    assert returned.dollars_per_solved < report.dollars_per_solved
+
+
+def test_a_fit_goes_on_from_its_checkpoint_on_another_machine() -> None:
+    calm = simulate(FLAT, **whole())
+    lossy = whole(learner_lost_per_hour=0.95, fit_checkpoint_s=100, seed=3)
+    report = simulate(FLAT, **lossy)
+    lost = report.learner_machines - 1
+    assert lost > 0
+    assert 0 < report.round_s - calm.round_s - 130 * lost <= 100 * lost
+    fits_s = report.learner_hours * 3600 * (1 - report.learner_idle_share)
+    assert 1000 < fits_s <= 1000 + 100 * lost
+
+
+@pytest.mark.parametrize(("learner_tokens_per_s", "pays"), [(500, True), (50_000, False)])
+def test_engines_are_given_back_for_fits_longer_than_idle_time_out_and_start(
+    learner_tokens_per_s: float, pays: bool
+) -> None:
+    settings = heavy(num_problems=100, num_replicas=4, evaluation_share=0.1) | {
+        "learner_tokens_per_s": learner_tokens_per_s
+    }
+    returned, kept = simulate(**settings, engines_held=False), simulate(**settings)
+    assert (returned.replica_hours < kept.replica_hours) == pays
+    assert returned.makespan_s == kept.makespan_s < returned.round_s
+    assert returned.committed + returned.quarantined == 100
+
+
+def test_prices_are_those_of_the_shipped_table_and_cluster() -> None:
+    prices = read_prices(ROOT / "deploy/prices.yaml").instances["aws"]
+    pools = read_yaml(ROOT / "deploy/configs/cluster.yaml")["cluster"]
+    policy, ppm, sandbox, workers = (
+        pools[name]["replicas"] for name in ("policy", "ppm", "sandbox", "workers")
+    )
+    gpus, one_gpu, cpus = (prices[name] for name in ("g6e.12xlarge", "g6e.4xlarge", "c7i.8xlarge"))
+    hourly = policy / gpus.gpus * gpus.spot + ppm * one_gpu.spot
+    hourly += math.ceil((sandbox + workers) / cpus.cpus) * cpus.spot
+    config = SimulationConfig()
+    assert config.price_per_hour == pytest.approx(hourly / policy, abs=0.01)
+    assert config.learner_price_per_hour == prices["p5.48xlarge"].on_demand
 
 
 def test_every_figure_is_defined_and_every_assumption_printed() -> None:
@@ -211,6 +361,8 @@ def test_memory_is_given_back() -> None:
 def test_wrong_bounds_are_refused() -> None:
     with pytest.raises(ValidationError, match="min_replicas must be <= num_replicas, got 3 > 2"):
         SimulationConfig(num_replicas=2, min_replicas=3)
+    with pytest.raises(ValidationError, match="short_replicas must be < num_replicas, got 2 >= 2"):
+        SimulationConfig(num_replicas=2, short_replicas=2)
 
 
 # -- latency curves
