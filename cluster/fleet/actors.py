@@ -21,6 +21,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -45,6 +46,7 @@ from cluster.jobs.ray_errors import cause, plain
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
+from cluster.machines.staging import Stager
 from rollout.engine import EngineError
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
@@ -116,9 +118,17 @@ class BesideDriver(RayKind):
 class EngineKind(RayKind):
     """Replicas that serve a checkpoint."""
 
-    def __init__(self, settings: ActorConfig, engine: EngineConfig) -> None:
+    def __init__(
+        self, settings: ActorConfig, engine: EngineConfig, *, stage_weights: Path | None = None
+    ) -> None:
+        """
+        Args:
+            stage_weights: folder of each node that checkpoints are copied to; None: they are read
+                where they are.
+        """
         super().__init__(settings)
         self.engine = engine
+        self.stage = None if stage_weights is None else Stager(stage_weights)
         self.path = ""
         self._groups: dict[str, PlacementGroup] = {}
 
@@ -151,8 +161,9 @@ class EngineKind(RayKind):
         return {"replica": name, f"{self.prefix}_version": self.version}
 
     def start(self, name: str) -> Any:
+        staged = {} if self.stage is None else {"stage": self.stage}
         return self.actor.options(**self.options(name)).remote(
-            self.path, self.engine, version=self.version, name=name
+            self.path, self.engine, version=self.version, name=name, **staged
         )
 
     def lost(self, name: str) -> None:
@@ -181,7 +192,7 @@ class EngineKind(RayKind):
         return Look(
             broken="" if stats.healthy else "its engine died",
             # Not those that failed: one that hangs fails at every deadline.
-            done=stats.requests + stats.generated_tokens + stats.loads,
+            done=stats.requests + stats.generated_tokens + stats.loads + stats.steps,
             open=stats.running_requests,
         )
 
@@ -236,8 +247,14 @@ class SandboxKind(RayKind):
     prefix = "sandbox"
     actor = SandboxWorkerActor
 
-    def __init__(self, settings: ActorConfig, limits: SandboxLimits, isolation: Isolation) -> None:
-        super().__init__(settings, limits, isolation)
+    def __init__(
+        self, settings: ActorConfig, limits: SandboxLimits, isolation: Isolation, *, most: int
+    ) -> None:
+        """
+        Args:
+            most: workers the pool may grow to.
+        """
+        super().__init__(settings, limits, isolation, most)
         self.supervisor_restarts: dict[str, int] = {}
         """Of each sandbox worker there ever was, as last heard."""
 
