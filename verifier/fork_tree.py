@@ -219,6 +219,7 @@ class Supervisor:
             "running": len(self.processes.active),
             "queued": len(self.steps.queue),
             "live_cap": self.eviction.live_cap,
+            "cores": self.steps.cores,
             "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
             "supervisor_mib": resident_bytes(os.getpid()) / 2**20,
             "supervisor_pid": os.getpid(),

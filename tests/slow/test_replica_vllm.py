@@ -326,6 +326,7 @@ def test_an_engine_says_how_full_it_is(served: Served) -> None:
     said = until(lambda said: said.running > 8)
     assert 0 < said.kv_usage <= 1 and said.preemptions >= 0
     ray.get(reference, timeout=60)
+    assert served.stats().steps > 0
     said = until(lambda said: said.running == 0)
     assert said.waiting == 0
     idle = EnginePressure(running=0, waiting=0, kv_usage=0.0, preemptions=0)
