@@ -110,14 +110,14 @@ def live_cap(wanted: int, share: float = 1.0) -> int:
     """Live processes this machine allows: half of the pids, the descriptors, 5 MiB each.
 
     Args:
-        share: part of the machine that may be used; `wanted` is of all of it.
+        share: part of the machine's pids and memory that may be used.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard > soft:
         soft = 1 << 20 if hard == resource.RLIM_INFINITY else hard
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    caps = [wanted]
+    caps = []
     groups = [folder / "pids.max" for v1 in (False, True) for folder in _groups("pids", v1)]
     for path in (Path("/proc/sys/kernel/pid_max"), *groups):
         if limit := _number_in(path):
@@ -127,7 +127,7 @@ def live_cap(wanted: int, share: float = 1.0) -> int:
         caps.append(processes // 2)
     caps.append(min(total for total, _ in _memory()) // (5 << 20))
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100
-    return max(min(int(min(caps) * share), descriptors), 4)
+    return max(min(wanted, int(min(caps) * share), descriptors), 4)
 
 
 def uid_range() -> tuple[int, int]:

@@ -107,8 +107,7 @@ class SandboxLimits:
     live_states_per_tree: int = 256
     """Processes kept per tree; above it the least recently used are evicted."""
     live_states: int = 2000
-    """Processes kept by a sandbox that has the machine to itself, a part of them by one that shares
-    it; lowered to what pids, descriptors and memory allow."""
+    """Processes kept by the whole sandbox; lowered to what pids, descriptors and memory allow."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -193,7 +192,7 @@ class _Base:
                 starts, logs what is missing and says so in `capabilities()`.
             cores: steps to run at once; None means the cores this process may use.
             share: part of this machine, above 0 and at most 1, that the sandbox has: of its cores
-                (unless `cores` says), of its memory, and of `live_states`.
+                (unless `cores` says), pids and memory.
             withheld_layers: isolation layers to treat as missing, to test `best_effort`.
         Raises:
             ValueError: unknown isolation, cores < 1, share out of range.
