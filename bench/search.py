@@ -51,6 +51,7 @@ from bench.search_engines import (
     tokens_per_s,
 )
 from bench.search_offline import Job
+from cluster.engines.arguments import CPU_MAX_NUM_SEQS
 from cluster.engines.config import EngineConfig
 from cluster.engines.replica import PolicyReplica
 from cluster.errors import quiet_logging
@@ -632,7 +633,8 @@ class Searches:
         """The same search over the sandbox actors, with an engine that only sleeps."""
         assert self.recorder is not None
         cap = min(
-            self.config.policy_engine.max_num_seqs, self.max_open * self.search.num_candidates
+            self.config.policy_engine.max_num_seqs or CPU_MAX_NUM_SEQS,
+            self.max_open * self.search.num_candidates,
         )
         policy = ModelledPolicy(self.recorder.answered, curve, cap)
         loop = asyncio.create_task(policy.run())

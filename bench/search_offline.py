@@ -34,6 +34,7 @@ from typing import Any
 
 from bench.search_engines import Barrier
 from cluster.engines.arguments import (
+    CPU_MAX_NUM_SEQS,
     decode_continuation,
     engine_arguments,
     engine_environment,
@@ -320,7 +321,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     policy = OfflinePolicy(job)
     figures: dict[str, Any] = {"raw": raw_rate(policy, job.requests)}
-    figures["curve"] = latency_curve(policy, job.requests, job.policy_engine.max_num_seqs)
+    most = job.policy_engine.max_num_seqs or CPU_MAX_NUM_SEQS
+    figures["curve"] = latency_curve(policy, job.requests, most)
     if job.lockstep:
         preference = OfflinePreference(job)
         figures["lockstep"] = asyncio.run(run_lockstep(job, LockStepTrees(policy, preference)))

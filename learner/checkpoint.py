@@ -264,6 +264,17 @@ def checkpoint_directory(path: str | Path) -> Path:
     return path if record is None else path / str(record["path"])
 
 
+def recorded_digest(path: str | Path) -> str | None:
+    """What the record beside a checkpoint's directory says of it; None if there is no such record.
+
+    Raises:
+        CheckpointError: the record cannot be read.
+    """
+    path = Path(path)
+    record = _read(path.parent / "CURRENT.json", "path", "digest")
+    return record["digest"] if record is not None and record["path"] == path.name else None
+
+
 def directory_digest(path: Path) -> str:
     """sha256 over names and contents of all files below a directory, in name order.
 

@@ -106,7 +106,9 @@ class TrainConfig(BaseModel):
     clip_norm: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 does not clip.")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage.")
     offload: bool = Field(
-        False, description="Keep optimiser states in host memory; needs ZeRO 1 to 3."
+        False,
+        description="Keep optimiser states in host memory, where num_threads step them; needs ZeRO "
+        "1 to 3.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."

@@ -59,7 +59,9 @@ class ScriptedReplica:
         )
 
     async def pressure(self) -> EnginePressure:
-        return EnginePressure(running=self.running, waiting=0, kv_usage=0.0, preemptions=0)
+        return EnginePressure(
+            running=self.running, waiting=0, kv_usage=0.0, preemptions=0, requests=self.running
+        )
 
     async def shutdown(self) -> None:
         return None

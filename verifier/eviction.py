@@ -9,17 +9,31 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from verifier.host_gauges import live_cap, memory_is_short
+from verifier.host_gauges import live_cap, memory_left
 from verifier.state_processes import Processes
 from verifier.tree_records import Node, Tree
+
+SHORT = 0.15
+"""Share of the memory left at which states go: well before Ray kills actors, at 0.05."""
+
+DESPERATE = 0.06
+"""Share left at which even the few states go that a sandbox works with."""
 
 
 class Eviction:
     """Keeps the live processes below the limits of tree, sandbox and machine."""
 
-    def __init__(self, processes: Processes, limits: dict[str, Any]) -> None:
+    def __init__(
+        self, processes: Processes, limits: dict[str, Any], *, cores: int, share: float
+    ) -> None:
+        """
+        Args:
+            share: part of the machine that this sandbox may use.
+        """
         self.processes, self.limits = processes, limits
-        self.live_cap = live_cap(limits["live_states"])
+        self.live_cap = live_cap(limits["live_states"], share)
+        self._few = 8 * cores
+        """Without these every step would replay its path, and little memory be won."""
         self._next_memory_check = 0.0
 
     def make_room(self, tree: Tree, spare: Node | None = None) -> bool:
@@ -33,7 +47,8 @@ class Eviction:
         now = time.monotonic()
         if now >= self._next_memory_check:
             self._next_memory_check = now + 0.1
-            if memory_is_short():
+            left = memory_left()
+            if left < SHORT and (self.processes.live > self._few or left < DESPERATE):
                 self.processes.counts["memory_pressure"] += 1
                 self.evict_some(max(4, len(self.processes.idle) // 10), spare)
         return True

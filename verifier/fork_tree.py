@@ -31,7 +31,7 @@ from typing import Any
 from verifier import isolation
 from verifier.event_loop import ClientLine, EventLoop
 from verifier.eviction import Eviction
-from verifier.host_gauges import resident_bytes, uid_range
+from verifier.host_gauges import resident_bytes, uid_range, usable_cores
 from verifier.sandbox_interpreter import ZYGOTE, start_interpreter
 from verifier.sandbox_wire import FRAME_BYTES, READY, frame
 from verifier.state_processes import FAST_S, TICK_S, Processes
@@ -73,8 +73,9 @@ class Supervisor:
         self.line = ClientLine(client, self.loop, self._on_message, self._stop)
         self.forest = Forest()
         self.processes = Processes(self.loop, self.counts, self)
-        self.eviction = Eviction(self.processes, self.limits)
-        cores = settings["cores"] or len(os.sched_getaffinity(0))
+        share = settings["share"]
+        cores = settings["cores"] or max(1, int(usable_cores() * share))
+        self.eviction = Eviction(self.processes, self.limits, cores=cores, share=share)
         self.steps = Steps(
             self.limits, cores, self.forest, self.processes, self.eviction, self._order_root
         )
@@ -218,6 +219,7 @@ class Supervisor:
             "running": len(self.processes.active),
             "queued": len(self.steps.queue),
             "live_cap": self.eviction.live_cap,
+            "cores": self.steps.cores,
             "descriptors": sum(1 for _ in Path("/proc/self/fd").iterdir()),
             "supervisor_mib": resident_bytes(os.getpid()) / 2**20,
             "supervisor_pid": os.getpid(),

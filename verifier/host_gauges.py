@@ -13,7 +13,7 @@ from pathlib import Path
 
 from verifier import isolation
 
-_CGROUP = "/sys/fs/cgroup/"
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu_seconds(pid: int) -> float:
@@ -37,52 +37,97 @@ def run_delay_seconds(pid: int) -> float:
         return 0.0
 
 
-def _number_in(path: str) -> int | None:
+def _number_in(path: Path) -> int | None:
     try:
-        text = Path(path).read_text().strip()
+        text = path.read_text().strip()
         return int(text) if text.isdigit() else None
     except OSError:
         return None
 
 
-def _machine_memory() -> tuple[int, int]:
-    """Bytes of memory of this machine, and of those that are available."""
+def _groups(controller: str, v1: bool) -> list[Path]:
+    """Folders of the control groups this process is in, its own first; those seen from here."""
+    folders = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(",") if v1 else not controllers:
+            base = _CGROUP / controller if v1 else _CGROUP
+            own = base / path.strip("/")
+            folders += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
+    return folders
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, or what the container's CPU quota comes to."""
+    cores = float(len(os.sched_getaffinity(0)))
+    for folder in _groups("cpu", v1=False):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            cores = min(cores, int(quota) / int(period))  # "max": no quota
+    for folder in _groups("cpu", v1=True):
+        quota_us = _number_in(folder / "cpu.cfs_quota_us")
+        period_us = _number_in(folder / "cpu.cfs_period_us")
+        if quota_us and period_us:
+            cores = min(cores, quota_us / period_us)
+    return max(1, int(cores))
+
+
+def _memory() -> list[tuple[int, int]]:
+    """Bytes of memory, and of those that are left: of this machine and of each container around."""
     rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     values = {row[0]: int(row[1]) * 1024 for row in rows}
-    return values["MemTotal:"], values["MemAvailable:"]
-
-
-def memory_is_short() -> bool:
-    """Less than 5 % (at least 256 MiB) of the machine's or the container's memory is left."""
-    total, available = _machine_memory()
-    if available < max(256 << 20, total // 20):
-        return True
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    total = values["MemTotal:"]
+    found = [(total, values["MemAvailable:"])]
+    for v1, limit_file, used_file, cache_row in (
+        (False, "memory.max", "memory.current", "inactive_file"),
+        (True, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, used = _number_in(_CGROUP + limit_file), _number_in(_CGROUP + used_file)
-        if limit and used and limit < total:
-            return limit - used < max(128 << 20, limit // 20)
-    return False
+        for folder in _groups("memory", v1):
+            limit, used = _number_in(folder / limit_file), _number_in(folder / used_file)
+            if limit and used and limit < total:
+                found.append((limit, limit - used + _row_of(folder / "memory.stat", cache_row)))
+    return found
 
 
-def live_cap(wanted: int) -> int:
-    """Live processes this machine allows: half of the pids, the descriptors, 5 MiB each."""
+def _row_of(path: Path, name: str) -> int:
+    """A number in a file of names and numbers; 0: it is not there."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
+
+
+def memory_left() -> float:
+    """Share of the memory that is left, of the machine or of a container: the least of them.
+
+    As Ray counts it, whose memory monitor kills actors at 0.05.
+    """
+    return min(left / total for total, left in _memory())
+
+
+def live_cap(wanted: int, share: float = 1.0) -> int:
+    """Live processes this machine allows: half of the pids, the descriptors, 5 MiB each.
+
+    Args:
+        share: part of the machine's pids and memory that may be used.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard > soft:
         soft = 1 << 20 if hard == resource.RLIM_INFINITY else hard
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    caps = [wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100]
-    for path in ("/proc/sys/kernel/pid_max", _CGROUP + "pids.max", _CGROUP + "pids/pids.max"):
+    caps = []
+    groups = [folder / "pids.max" for v1 in (False, True) for folder in _groups("pids", v1)]
+    for path in (Path("/proc/sys/kernel/pid_max"), *groups):
         if limit := _number_in(path):
             caps.append(limit // 2)
     processes = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if processes != resource.RLIM_INFINITY and os.geteuid() != 0:
         caps.append(processes // 2)
-    caps.append(_machine_memory()[1] // (5 << 20))
-    return max(min(caps), 4)
+    caps.append(min(total for total, _ in _memory()) // (5 << 20))
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100
+    return max(min(wanted, int(min(caps) * share), descriptors), 4)
 
 
 def uid_range() -> tuple[int, int]:

@@ -181,6 +181,7 @@ class _Base:
         isolation: Isolation = "strict",
         *,
         cores: int | None = None,
+        share: float = 1.0,
         withheld_layers: Sequence[str] = (),
     ) -> None:
         """Start the supervisor and the warm interpreter; takes 1 to 3 s.
@@ -190,15 +191,19 @@ class _Base:
             isolation: "strict" refuses to start when a required layer is missing; "best_effort"
                 starts, logs what is missing and says so in `capabilities()`.
             cores: steps to run at once; None means the cores this process may use.
+            share: part of this machine, above 0 and at most 1, that the sandbox has: of its cores
+                (unless `cores` says), pids and memory.
             withheld_layers: isolation layers to treat as missing, to test `best_effort`.
         Raises:
-            ValueError: unknown isolation, cores < 1.
+            ValueError: unknown isolation, cores < 1, share out of range.
             SandboxError: the sandbox cannot start here; the message names the missing layers.
         """
         if isolation not in ("strict", "best_effort"):
             raise ValueError(f"isolation must be 'strict' or 'best_effort', got {isolation!r}")
         if cores is not None and cores < 1:
             raise ValueError(f"cores must be at least 1, got {cores}")
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share}")
         self.limits = limits or SandboxLimits()
         if not isinstance(self.limits, SandboxLimits):
             raise TypeError(f"limits must be SandboxLimits, got {type(limits).__name__}")
@@ -207,6 +212,7 @@ class _Base:
                 "limits": _limits_to_wire(self.limits),
                 "isolation": isolation,
                 "cores": cores,
+                "share": share,
                 "withheld": tuple(withheld_layers),
             }
         )

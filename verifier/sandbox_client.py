@@ -56,7 +56,8 @@ class SupervisorClient:
         """Start a supervisor; SandboxError if it reports that it cannot run here.
 
         Args:
-            settings: `limits` in wire form, `isolation`, `cores` (None: all), `withheld` layers.
+            settings: `limits` in wire form, `isolation`, `cores` (None: all), `share` of the
+                machine, `withheld` layers.
         """
         self._settings = settings
         self._lock = threading.Lock()

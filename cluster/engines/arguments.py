@@ -25,6 +25,9 @@ from cluster.engines.model_check import GIB, ModelInfo
 from cluster.engines.process import EndsWithOwner
 from rollout.engine import GenerationRequest
 
+CPU_MAX_NUM_SEQS = 256
+"""Sequences in one batch on a CPU, where the config says nothing."""
+
 
 class TextTokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
@@ -79,7 +82,6 @@ def engine_arguments(
         "runner": runner,
         "dtype": serving_dtype(config, info, on_cpu=on_cpu),
         "max_model_len": max_model_len,
-        "max_num_seqs": config.max_num_seqs,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
@@ -89,12 +91,13 @@ def engine_arguments(
         "seed": config.seed,
         "additional_config": {"lifetime": EndsWithOwner()},
     }
-    if config.block_size is not None:
-        arguments["block_size"] = config.block_size
-    if config.max_num_batched_tokens is not None:
-        arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
+    # Where nothing is said vLLM chooses by the card: an H100 takes four times what a CPU does.
+    for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        if (given := getattr(config, name)) is not None:
+            arguments[name] = given
     if on_cpu:
         arguments.setdefault("block_size", 32)
+        arguments.setdefault("max_num_seqs", CPU_MAX_NUM_SEQS)
         arguments.setdefault("max_num_batched_tokens", max(4096, max_model_len))
         arguments["enable_chunked_prefill"] = False
         if runner == "generate":

@@ -64,11 +64,16 @@ class EngineConfig(BaseModel):
         default=None, description="no graph capture or compilation; null: only on CPU"
     )
     cpu_threads: int = Field(default=1, ge=1, description="compute threads of the engine on CPU")
-    max_num_seqs: int = Field(default=256, ge=1, description="sequences in one batch")
+    max_num_seqs: int | None = Field(
+        default=None,
+        ge=1,
+        description="sequences in one batch; null: what vLLM chooses for the card, 256 on CPU",
+    )
     max_num_batched_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="tokens in one step; null: the engine's default, 4096 on CPU",
+        description="tokens in one step; null: what vLLM chooses for the card, on CPU 4096 or "
+        "max_model_len",
     )
     seed: int = Field(default=0, ge=0, description="of requests that bring none")
     logprobs: bool = Field(
@@ -86,8 +91,11 @@ class EngineConfig(BaseModel):
         description="refuse a policy whose tokenizer lacks a step marker; false: it has a format "
         "of its own (rstar evaluate)",
     )
-    request_timeout_s: float = Field(
-        default=600.0, gt=0, description="a request not answered by then is aborted"
+    request_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="a request not answered by then is aborted; null: when its caller gives up "
+        "(cluster.request_timeout_s)",
     )
     load_timeout_s: float = Field(
         default=600.0,

@@ -20,6 +20,8 @@ class EngineGauge(PrometheusStatLogger):
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
         self._last = EnginePressure(running=0, waiting=0, kv_usage=0.0, preemptions=0)
+        self.steps = 0
+        """Times the scheduler said anything: it goes on, whether or not a request ends."""
 
     def record(
         self,
@@ -30,6 +32,7 @@ class EngineGauge(PrometheusStatLogger):
     ) -> None:
         """Called by vLLM, often; either argument may be None."""
         if scheduler_stats is not None:
+            self.steps += 1
             self._last = replace(
                 self._last,
                 running=scheduler_stats.num_running_reqs,

@@ -27,11 +27,11 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import ray
 
@@ -50,6 +50,7 @@ from cluster.engines.model_check import (
     weights_digest,
 )
 from cluster.jobs.admission import EnginePressure
+from cluster.jobs.pace import Pace
 from cluster.telemetry import logs
 from cluster.telemetry.tracing import Traced
 from rollout.engine import EngineError
@@ -97,13 +98,40 @@ class ReplicaStats:
     """Seconds without any request in flight, since the engine first served."""
     sequence_s: float = 0.0
     """Sum over answered requests of sequences x seconds: divided by a time, the mean in flight."""
+    steps: int = 0
+    """Times the engine told of a step; 0 for engines that only answer."""
     waiting_requests: int = 0
     """Held back while weights are loaded."""
     loads: int = 0
     load_s: float = 0.0
     """Seconds spent loading weights, waiting for requests included."""
+    stage_s: float = 0.0
+    """Seconds until the weights were at hand that were loaded last (`cluster.stage_weights`)."""
+    stage_note: str = ""
+    """Why they are read where they are all the same."""
     rss_bytes: int = 0
     """Actor and engine processes together; pages they share are counted in each."""
+
+
+@dataclass(slots=True)
+class Answering:
+    """A request in hand."""
+
+    length: int = 1
+    """Of its answer: tokens one after the other, or one pass of the model."""
+
+
+class AtHand(Protocol):
+    """A checkpoint that is to be read; `cluster.machines.staging.Staged` is one."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def note(self) -> str: ...
 
 
 class ReplicaState(StrEnum):
@@ -130,6 +158,7 @@ class Replica(Traced, ABC):
         *,
         version: str = "base",
         name: str = "replica",
+        stage: Callable[[str], AtHand] | None = None,
     ) -> None:
         """Remember what to serve; nothing is started or checked before `ready`.
 
@@ -137,7 +166,11 @@ class Replica(Traced, ABC):
             path: checkpoint directory in Hugging Face format, tokenizer included.
             version: what replies shall carry while these weights are served.
             name: for logs and errors.
+            stage: has a checkpoint at hand on this machine; None: it is read where it is.
         """
+        self._stage = stage
+        self._digest = ""
+        """Of the weights served, see `weights_digest`."""
         self._path = str(path)
         self._version = version
         self._config = config or EngineConfig()
@@ -160,6 +193,7 @@ class Replica(Traced, ABC):
         self._salt = f"{version}#0"
         """Of the prefix cache: another one for each load, since a version may be loaded again."""
         self._stats = ReplicaStats(name=name, version=version)
+        self._pace = Pace()
 
     async def ready(self) -> ReplicaInfo:
         """Start the engine if it is not running; returns when it can serve.
@@ -174,7 +208,7 @@ class Replica(Traced, ABC):
                 # In a thread: the process answers other calls while the engine starts.
                 await asyncio.to_thread(self._start_engine)
                 assert self._model is not None
-                reference = await asyncio.to_thread(self._reference, self._path, self._model)
+                reference = await asyncio.to_thread(self._reference, self._model)
                 try:
                     await self._check_output(None, reference, weights_differ=True)
                 except Exception as error:
@@ -219,16 +253,17 @@ class Replica(Traced, ABC):
         self._check_state()
         if (path, version) == (self._path, self._version) and not force:
             return 0.0
-        model = await asyncio.to_thread(self._check_model, path)
+        model = await asyncio.to_thread(self._have, path)
         self._check_loadable(model)
-        differ = weights_digest(path) != weights_digest(self._path)
-        reference = await asyncio.to_thread(self._reference, path, model)
+        digest = await asyncio.to_thread(weights_digest, model.path)
+        reference = await asyncio.to_thread(self._reference, model)
         try:
             async with self._gate.exclusive(self._config.load_timeout_s):
                 self._check_state()
                 self._state = ReplicaState.LOADING
-                await self._swap_weights(path, version, reference, differ)
+                await self._swap_weights(model.path, version, reference, digest != self._digest)
                 self._path, self._version, self._model = path, version, model
+                self._digest = digest
                 logs.carry(**{self._version_id: version})
                 self._state = ReplicaState.READY
         except TimeoutError as error:
@@ -261,6 +296,7 @@ class Replica(Traced, ABC):
             healthy=self._state in (ReplicaState.READY, ReplicaState.LOADING)
             and not self._engine.errored,
             running_requests=self._gate.running,
+            steps=self._gauge.steps if self._gauge is not None else 0,
             idle_s=self._gate.idle_s(),
             waiting_requests=self._gate.waiting,
             rss_bytes=_rss_bytes(),
@@ -268,7 +304,19 @@ class Replica(Traced, ABC):
 
     async def pressure(self) -> EnginePressure | None:
         """How full the engine is; None before it has started."""
-        return self._gauge.pressure() if self._gauge is not None else None
+        if self._engine is None:
+            return None
+        if self._gauge is None:  # one that batches what there is and keeps nothing
+            said = EnginePressure(
+                running=self._stats.running_sequences,
+                waiting=self._gate.waiting,
+                kv_usage=0.0,
+                preemptions=0,
+            )
+        else:
+            said = self._gauge.pressure()
+        requests = self._gate.running + self._gate.waiting
+        return replace(said, requests=requests, pace_s=self._pace.s_per_token)
 
     async def shutdown(self) -> None:
         """End the engine process; further requests are refused."""
@@ -293,8 +341,16 @@ class Replica(Traced, ABC):
 
     # The engine.
 
+    def _have(self, path: str) -> ModelInfo:
+        """Check a checkpoint, and have it at hand first where that is wanted."""
+        if self._stage is not None and (self._config.num_ranks == 1 or _on_one_node()):
+            at_hand = self._stage(path)
+            path = at_hand.path
+            self._stats.stage_s, self._stats.stage_note = at_hand.seconds, at_hand.note
+        return self._check_model(path)
+
     def _start_engine(self) -> None:
-        model = self._check_model(self._path)
+        model = self._have(self._path)
         if self._config.num_ranks > 1 and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             # The GPUs are booked for the ranks, so Ray hides them all from this actor; the engine
             # has to see what kind they are.
@@ -318,6 +374,7 @@ class Replica(Traced, ABC):
         self._engine = engine
         self._tokenizer = engine.get_tokenizer()
         self._model = model
+        self._digest = weights_digest(model.path)
         self._max_model_len = arguments["max_model_len"]
         self._device = "cpu" if on_cpu else "gpu"
         self._dtype = arguments["dtype"]
@@ -364,11 +421,11 @@ class Replica(Traced, ABC):
                     + (_first_difference(now, wanted) if what == "config.json" else "")
                 )
 
-    def _reference(self, path: str, model: ModelInfo) -> tuple[float, ...] | None:
+    def _reference(self, model: ModelInfo) -> tuple[float, ...] | None:
         """What transformers says of the fixed texts; None where that is dear or not comparable."""
         if self._dtype != "float32" or model.weight_bytes > _MAX_REFERENCE_BYTES:
             return None
-        return self._take_reference(path)
+        return self._take_reference(model.path)
 
     async def _swap_weights(
         self, path: str, version: str, reference: tuple[float, ...] | None, weights_differ: bool
@@ -425,7 +482,7 @@ class Replica(Traced, ABC):
             raise EngineError(f"{self._name}: shut down")
 
     @asynccontextmanager
-    async def _answering(self, num_sequences: int) -> AsyncIterator[None]:
+    async def _answering(self, num_sequences: int) -> AsyncIterator[Answering]:
         """Around one request: gate, deadline, counters, and errors under one name."""
         if self._state is ReplicaState.NEW:
             await self.ready()
@@ -434,10 +491,12 @@ class Replica(Traced, ABC):
             self._stats.running_sequences += num_sequences
             began_s = time.monotonic()
             answered = False
+            answering = Answering()
             try:
                 async with asyncio.timeout(self._config.request_timeout_s):
-                    yield
+                    yield answering
                 answered = True
+                self._pace.observe(answering.length, time.monotonic() - began_s)
             except TimeoutError as error:
                 raise EngineError(
                     f"{self._name}: no answer within {self._config.request_timeout_s} s"
@@ -457,6 +516,17 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _on_one_node() -> bool:
+    """Whether all ranks of this replica stand on the machine of this actor."""
+    from ray.util.placement_group import get_current_placement_group, placement_group_table
+
+    group = get_current_placement_group()
+    if group is None:
+        return True
+    places = placement_group_table(group)["bundles_to_node_id"].values()
+    return set(places) == {ray.get_runtime_context().get_node_id()}
 
 
 def _first_difference(now: str, wanted: str) -> str:

@@ -1,19 +1,16 @@
-"""Pieces of vLLM's output put together, in the engine process (`cluster.engines.scheduler`).
+"""vLLM's output put right: pieces of a sequence joined, cached tokens counted once a request.
 
-The prompt tokens found in the prefix cache are told of the first sequence of a request. vLLM tells
-those of the sequence that ended last, and all but the first find the whole prompt there.
+HeldOutputs      in the engine process (`cluster.engines.scheduler`)
+CachedPrefixes   in the process that asks it, on CPU and GPU alike
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-_MAX_KNOWN_PREFIXES = 4096
-"""Requests whose first sequence's cached tokens are remembered for the others."""
 
 
 @dataclass(slots=True)
@@ -31,7 +28,6 @@ class HeldOutputs:
 
     def __init__(self) -> None:
         self._held: dict[str, _Held] = {}
-        self._cached_tokens: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -45,8 +41,6 @@ class HeldOutputs:
         """
         sent = []
         for output in outputs:
-            if output.prefill_stats is not None:
-                self._count_prefix_once(output.request_id, output.prefill_stats)
             held = self._held.get(output.request_id)
             if held is None:
                 if output.finish_reason is not None or not wants_whole(output.request_id):
@@ -73,16 +67,35 @@ class HeldOutputs:
         for request_id in request_ids:
             self._held.pop(request_id, None)
 
-    def _count_prefix_once(self, request_id: str, stats: Any) -> None:
-        """Give every sequence of a request the cached tokens that its first one found."""
-        index, _, request = request_id.partition("_")
-        if not index.isdigit():
-            return  # the only sequence of its request
-        if index == "0":
-            self._cached_tokens[request] = stats.num_cached_tokens
-            if len(self._cached_tokens) > _MAX_KNOWN_PREFIXES:
-                del self._cached_tokens[next(iter(self._cached_tokens))]
-        stats.num_cached_tokens = self._cached_tokens.get(request, stats.num_cached_tokens)
+
+class CachedPrefixes:
+    """Prompt tokens of each request that the prefix cache held before it came.
+
+    vLLM tells those of the sequence that ended last, and all but the first sequence of a request
+    find the whole prompt there, left by the first: the fewest are what was there before.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        """
+        Args:
+            processor: vLLM's `OutputProcessor`; what it is given passes through here first.
+        """
+        self._fewest: dict[str, int] = {}
+        self._states = processor.request_states
+        self._process = processor.process_outputs
+        processor.process_outputs = self._look
+
+    def take(self, request_id: str) -> int:
+        """Of a request that has ended, by the id it was sent with; forgets it."""
+        return self._fewest.pop(request_id, 0)
+
+    def _look(self, outputs: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        for output in outputs:
+            state = self._states.get(output.request_id)  # None: aborted
+            if output.prefill_stats is not None and state is not None:
+                request_id, found = state.external_req_id, output.prefill_stats.num_cached_tokens
+                self._fewest[request_id] = min(found, self._fewest.get(request_id, found))
+        return self._process(outputs, *arguments, **options)
 
 
 def _joined(pieces: list[Any]) -> Any:

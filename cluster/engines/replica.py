@@ -30,6 +30,7 @@ from cluster.engines.model_check import (
     check_policy_checkpoint,
     check_preference_checkpoint,
 )
+from cluster.engines.outputs import CachedPrefixes
 from rollout.engine import (
     Completion,
     EngineError,
@@ -67,8 +68,10 @@ class PolicyReplica(Replica):
         Raises:
             EngineError: the engine failed, or did not answer in time.
         """
-        async with self._answering(request.num_candidates):
-            return await self._generate(request)
+        async with self._answering(request.num_candidates) as answering:
+            reply = await self._generate(request)
+            answering.length = max(completion.num_tokens for completion in reply.completions)
+            return reply
 
     async def _generate(self, request: GenerationRequest) -> GenerationReply:
         from vllm import SamplingParams
@@ -98,7 +101,7 @@ class PolicyReplica(Replica):
             self._read(choice, request, prompt_ids, bool(stops.strings))
             for choice in sorted(output.outputs, key=lambda choice: choice.index)
         )
-        cached = output.num_cached_tokens or 0
+        cached = output.num_cached_tokens
         self._stats.prompt_tokens += len(prompt_ids)
         self._stats.cached_tokens += cached
         self._stats.generated_tokens += sum(completion.num_tokens for completion in completions)
@@ -144,11 +147,15 @@ class PolicyReplica(Replica):
         prompt = {"type": "token", "prompt_token_ids": prompt_ids, "cache_salt": self._salt}
         request_id = f"{self._name}-{next(self._request_numbers)}"
         last = None
-        # To the end: leaving the loop early would abort the request once more.
-        async for output in self._engine.generate(prompt, params, request_id):
-            last = output
+        try:
+            # To the end: leaving the loop early would abort the request once more.
+            async for output in self._engine.generate(prompt, params, request_id):
+                last = output
+        finally:
+            cached_tokens = self._prefixes.take(request_id)
         if last is None:
             raise EngineError("the engine ended a request without an answer")
+        last.num_cached_tokens = cached_tokens
         return last
 
     @cached_property
@@ -157,11 +164,18 @@ class PolicyReplica(Replica):
 
     def _make_engine(self, arguments: dict[str, Any]) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from cluster.engines.gauge import EngineGauge
 
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[EngineGauge])
+        engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**arguments),
+            # Where throughput counts: with it vLLM takes the larger batches of its offline engine.
+            usage_context=UsageContext.LLM_CLASS,
+            stat_loggers=[EngineGauge],
+        )
+        self._prefixes = CachedPrefixes(engine.output_processor)
         assert engine.logger_manager is not None
         loggers = engine.logger_manager.stat_loggers
         self._request_numbers = itertools.count(1)

@@ -21,6 +21,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -45,6 +46,8 @@ from cluster.jobs.ray_errors import cause, plain
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
+from cluster.machines.staging import Stager
+from rollout.engine import EngineError
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
 
@@ -112,10 +115,18 @@ class BesideDriver(RayKind):
 class EngineKind(RayKind):
     """Replicas that serve a checkpoint."""
 
-    def __init__(self, settings: MembersConfig, engine: EngineConfig) -> None:
+    def __init__(
+        self, settings: MembersConfig, engine: EngineConfig, *, stage_weights: Path | None = None
+    ) -> None:
+        """
+        Args:
+            stage_weights: folder of each node that checkpoints are copied to; None: they are read
+                where they are.
+        """
         super().__init__(settings)
         self.engine = engine
         self.take_s = engine.load_timeout_s
+        self.stage = None if stage_weights is None else Stager(stage_weights)
         self.path = ""
         self._groups: dict[str, PlacementGroup] = {}
 
@@ -148,8 +159,9 @@ class EngineKind(RayKind):
         return {"replica": name, f"{self.prefix}_version": self.version}
 
     def start(self, name: str) -> Any:
+        staged = {} if self.stage is None else {"stage": self.stage}
         return self.actor.options(**self.options(name)).remote(
-            self.path, self.engine, version=self.version, name=name
+            self.path, self.engine, version=self.version, name=name, **staged
         )
 
     def lost(self, name: str) -> None:
@@ -178,7 +190,7 @@ class EngineKind(RayKind):
         return Look(
             broken="" if stats.healthy else "its engine died",
             # Not those that failed: one that hangs fails at every deadline.
-            done=stats.requests + stats.generated_tokens + stats.loads,
+            done=stats.requests + stats.generated_tokens + stats.loads + stats.steps,
             open=stats.running_requests,
         )
 
@@ -216,9 +228,13 @@ class SandboxKind(RayKind):
     actor = SandboxWorkerActor
 
     def __init__(
-        self, settings: MembersConfig, limits: SandboxLimits, isolation: Isolation
+        self, settings: MembersConfig, limits: SandboxLimits, isolation: Isolation, *, most: int
     ) -> None:
-        super().__init__(settings, limits, isolation)
+        """
+        Args:
+            most: workers the pool may grow to.
+        """
+        super().__init__(settings, limits, isolation, most)
         self.supervisor_restarts: dict[str, int] = {}
         """Of each sandbox worker there ever was, as last heard."""
 

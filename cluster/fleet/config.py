@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.engines.config import EngineConfig
 from cluster.fleet.membership import SupervisionConfig
@@ -134,6 +134,11 @@ class ClusterConfig(Config):
     start_timeout_s: float = Field(
         300.0, gt=0, description="an actor not ready by then is an error that says what is missing"
     )
+    stage_weights: Path | None = Field(
+        None,
+        description="absolute folder on each engine node's own disk, to which a checkpoint is "
+        "copied once before its replicas read it; null: each reads it where it is",
+    )
     hand_over: bool = Field(
         False,
         description="engines end before each training run and start again after it, so that both "
@@ -145,7 +150,12 @@ class ClusterConfig(Config):
         description="after the driver's death engines and workers carry on for so long (not on an "
         "embedded Ray, which ends with it)",
     )
-    request_timeout_s: float = Field(300.0, gt=0, description="deadline of one engine request")
+    request_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="deadline of one engine request; null: four times what its max_tokens take at "
+        "the pace its replica showed lately, at least 300 s",
+    )
     checkpoint_open_trees_s: float | None = Field(
         60.0,
         gt=0,
@@ -173,6 +183,15 @@ class ClusterConfig(Config):
     spot: SpotConfig | None = Field(
         None, description="watch the cloud's metadata service on each node; null: do not"
     )
+
+    @field_validator("stage_weights")
+    @classmethod
+    def _same_on_each_node(cls, value: Path | None) -> Path | None:
+        if value is not None and (not value.is_absolute() or "://" in str(value)):
+            raise ValueError(
+                f"expected an absolute folder that each node has on its own disk, got {value}"
+            )
+        return value
 
 
 class SandboxConfig(Config):

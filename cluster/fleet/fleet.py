@@ -36,6 +36,7 @@ import ray
 
 from cluster.engines.config import EndpointConfig
 from cluster.engines.endpoint import read_api_key
+from cluster.engines.lifecycle import ReplicaStats
 from cluster.fleet.actors import (
     CoordinatorKind,
     EndpointKind,
@@ -83,8 +84,15 @@ class Fleet:
         self.meter = Meter(
             config.metrics, folder, self.pools.keepers, budget_usd=config.cost.budget_usd
         )
-        self._policy_kind = PolicyKind(config.cluster.policy, config.policy_engine)
-        self._preference_kind = PreferenceKind(config.cluster.ppm, config.ppm_engine)
+        stage = config.cluster.stage_weights
+        self._policy_kind = PolicyKind(
+            config.cluster.policy, config.policy_engine, stage_weights=stage
+        )
+        self._preference_kind = PreferenceKind(
+            config.cluster.ppm, config.ppm_engine, stage_weights=stage
+        )
+        self.weights_stage_s: dict[str, float] = {}
+        """By pool, until the last checkpoint served was at hand on every node."""
         self._learner: LearnerGroup | None = None
         self._ray_started = False
         self._minder: Minder | None = None
@@ -177,8 +185,12 @@ class Fleet:
         coordinator = CoordinatorKind(
             str(self.folder.root), queue_config(cluster), patience_s=cluster.start_timeout_s
         )
+        scaled = cluster.autoscale.get("sandbox")
         sandbox = SandboxKind(
-            cluster.sandbox, self.config.sandbox.limits, self.config.sandbox.isolation
+            cluster.sandbox,
+            self.config.sandbox.limits,
+            self.config.sandbox.isolation,
+            most=scaled.max_replicas if scaled is not None else cluster.sandbox.replicas,
         )
         started = [
             self.pools.keep("coordinator", coordinator, 1),
@@ -207,10 +219,24 @@ class Fleet:
         kind.serve(path, version)
         keeper = self.pools.keepers.get(name)
         if keeper is None:
-            return await self.pools.keep(name, kind, kind.settings.replicas)
-        if not same:
+            keeper = await self.pools.keep(name, kind, kind.settings.replicas)
+        elif not same:
             await keeper.serve()
+        else:
+            return keeper
+        if kind.stage is not None:
+            await self._tell_staging(name, keeper)
         return keeper
+
+    async def _tell_staging(self, name: str, keeper: PoolKeeper) -> None:
+        """Note how long it took to have the weights at hand, and where that failed."""
+        asked = (handle.stats.remote() for handle in keeper.handles.values())
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        stats = [one for one in found if isinstance(one, ReplicaStats)]
+        seconds = self.weights_stage_s[name] = max((one.stage_s for one in stats), default=0.0)
+        self.note(f"{keeper.kind.version}: at hand on every node after {seconds:.1f} s")
+        for note in sorted({one.stage_note for one in stats if one.stage_note}):
+            self.note(note)
 
     async def _end_engines(self) -> None:
         """End the engines, which have nothing to do now: their GPUs are free then."""

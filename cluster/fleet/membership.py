@@ -42,8 +42,8 @@ class SupervisionConfig(BaseModel):
     stall_s: float = Field(
         default=900.0,
         gt=0,
-        description="one that has work and finishes nothing for so long is replaced; longer than "
-        "the deadline of a request",
+        description="one that has work and neither answers nor has an engine that makes a step "
+        "for so long is replaced",
     )
     max_failures: int = Field(
         default=5,

@@ -288,8 +288,9 @@ class Meter:
             if pressure is not None:
                 out.set(metrics.ENGINE_RUNNING, pressure.running, **where)
                 out.set(metrics.ENGINE_WAITING, pressure.waiting, **where)
-                out.set(metrics.KV_USED, pressure.kv_usage, replica=name)
-                out.set(metrics.PREEMPTIONS, pressure.preemptions, replica=name)
+                if pool != "ppm":  # it keeps nothing between two batches
+                    out.set(metrics.KV_USED, pressure.kv_usage, replica=name)
+                    out.set(metrics.PREEMPTIONS, pressure.preemptions, replica=name)
 
     async def _look_at_sandboxes(self) -> None:
         keeper = self._keepers.get("sandbox")

@@ -134,7 +134,7 @@ class Minder:
                 continue
             self._note(f"{scaled} replicas: {pool.reason}")
             keeper.resize(size)
-            keeper.drain(pool.drain, cluster.request_timeout_s)
+            keeper.drain(pool.drain, cluster.request_timeout_s or cluster.supervision.stall_s)
         if self._asks_ray:
             ask_ray([part for bundle in decision.bundles for part in parts(self._config, bundle)])
 

@@ -17,18 +17,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ray.exceptions import RayError
+
 from cluster.fleet.actors import EndpointKind, RayKind, SandboxKind
 from cluster.fleet.config import ServingConfig
 from cluster.fleet.keeper import PoolKeeper
 from cluster.fleet.left_over import Home, end_all
 from cluster.fleet.membership import Losses
 from cluster.fleet.stages import StageSearch
+from cluster.jobs.admission import EnginePressure
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, ReplicaPool, SandboxPool
 from cluster.machines.scaler import PoolLoad
 from cluster.telemetry.process import Telemetry
+from rollout.engine import EngineError
 
 SHUTDOWN_S = 15.0
 """How long actors may take to end by themselves."""
+
+PRESSURE_TIMEOUT_S = 5.0
+"""A replica that does not say by then how full it is, is not waited for."""
 
 ENDPOINT_WAIT_S = 86_400.0
 """Bound on one call of the endpoint's actor, which bounds each request itself once it has a slot:
@@ -115,6 +122,26 @@ class Pools:
         for worker in workers.all_handles.values():
             worker.set_replicas.remote(engine, dict(handles), self._revision)
 
+    async def share_pressures(self, look_s: float) -> None:
+        """Ask each engine how full it is and tell all rollout workers, again and again.
+
+        One who asks 36 replicas and tells 36 workers is 72 calls a look, not 1,296.
+        """
+        while True:
+            await asyncio.sleep(look_s)
+            workers = self.keepers.get("worker")
+            for name in ("policy", "ppm"):
+                handles = self.handles(name)
+                found = await asyncio.gather(*(_pressure(handle) for handle in handles.values()))
+                pressures = {
+                    replica: pressure
+                    for replica, pressure in zip(handles, found, strict=True)
+                    if pressure is not None
+                }
+                if pressures and workers is not None:
+                    for worker in workers.all_handles.values():
+                        worker.set_pressures.remote(name, pressures)
+
     # ---------------------------------------------------------------- life
 
     async def keep(self, name: str, kind: RayKind, size: int) -> PoolKeeper:
@@ -181,3 +208,12 @@ class Pools:
                 deaths=restarts, restarts=restarts, last_reason="restarted by its sandbox worker"
             )
         return found
+
+
+async def _pressure(replica: Any) -> EnginePressure | None:
+    """How full a replica says it is; None if it does not say so soon."""
+    try:
+        async with asyncio.timeout(PRESSURE_TIMEOUT_S):
+            return await replica.pressure.remote()
+    except (TimeoutError, EngineError, RayError):
+        return None  # its keeper finds out what is wrong

@@ -108,6 +108,9 @@ class Rollout:
             sandbox=pools.sandbox,
         )
         await self._start_workers(search)
+        telling = asyncio.create_task(
+            pools.share_pressures(self.config.cluster.admission.look_s), name="share-pressures"
+        )
         try:
             await self._run_stages()
             left = await self._escalation()
@@ -115,6 +118,7 @@ class Rollout:
             finished: RoundStatus = await self._ask("status", round)
             manifest = await self._ask("seal", round)
         finally:
+            telling.cancel()
             losses = pools.losses()
             # Without its engines no open search comes to its end.
             crippled = self._endpoint_ended or any(k.hopeless for k in pools.keepers.values())
@@ -362,7 +366,6 @@ class Rollout:
             renew_s=RENEW_S,
             checkpoint_open_trees_s=cluster.checkpoint_open_trees_s,
         )
-        engines = self.pools.policy if self.pools.endpoint is None else None
         find = partial(find_coordinator, home.namespace)
 
         def make(name: str, options: Mapping[str, Any]) -> Any:
@@ -374,7 +377,7 @@ class Rollout:
                 shared,
                 search,
                 config,
-                engines=engines,
+                follows_engines=self.pools.endpoint is None,
                 info={**self.versions, "grader": GRADER_VERSION},
             )
 

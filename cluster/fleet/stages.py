@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from cluster.engines.endpoint import EndpointStats
 from cluster.fleet.membership import Losses
+from cluster.jobs.admission import EnginePressure
 from cluster.jobs.pool import ReplicaPool
 from cluster.jobs.queue import SearchTask
 from rollout.difficulty import SuspectLabel
@@ -112,10 +113,18 @@ class StageSearch:
 
     def set_replicas(self, pool: str, handles: Mapping[str, Any], revision: int) -> None:
         """Change who serves one of the engines, where it is a pool."""
-        engines = {"policy": self.policy, "ppm": self.preference, "sandbox": self.sandbox}
-        engine = engines[pool]
+        engine = self._engine(pool)
         if isinstance(engine, ReplicaPool):
             engine.set_replicas(handles, revision)
+
+    def set_pressures(self, pool: str, pressures: Mapping[str, EnginePressure]) -> None:
+        """Say how full the replicas of one of the engines are, where it is a pool."""
+        engine = self._engine(pool)
+        if isinstance(engine, ReplicaPool):
+            engine.set_pressures(pressures)
+
+    def _engine(self, pool: str) -> PolicyEngine | PreferenceEngine | StepSandbox | None:
+        return {"policy": self.policy, "ppm": self.preference, "sandbox": self.sandbox}[pool]
 
     async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
         stage = self.stages[task.stage]

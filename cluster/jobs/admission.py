@@ -3,14 +3,15 @@
 A pure state machine. It is told what the engines say (`observe`) and asked for the `limit`; it owns
 no clock, no task and no engine. Time is an argument.
 
-    engines idle or taking everything        limit += increase    (if the limit is what binds)
-    requests queue for two looks running     limit -= increase
-    a preemption, or the cache nearly full   limit *= decrease
+    most engines take everything             limit += increase    (if the limit is what binds)
+    most have a queue, two looks running     limit -= increase
+    most preempt, or are nearly full         limit *= decrease
 
 An engine that preempts throws computed prompts away, so that is answered at once and by a factor;
 a queue only costs memory, so it is answered late and by a step. After a cut nothing is changed for
 `settle_s`: what was open then still runs. Between "room" and "too much" lies a band in which the
-limit stays, so that it does not swing.
+limit stays, so that it does not swing. What counts is what most engines say: a single hot one is
+given fewer requests (`cluster.jobs.pool.choose`) and cuts nobody.
 
 Not covered: sandboxes as the bottleneck (their queue is bounded by the open trees themselves), the
 share of several workers in one engine (each acts on the same signals, so they end up alike).
@@ -19,12 +20,16 @@ share of several workers in one engine (each acts on the same signals, so they e
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
+
+MAX_QUEUE_SHARE = 0.5
+FULL_KV_USAGE = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,19 @@ class EnginePressure:
     """Share of the key-value cache in use, 0..1."""
     preemptions: int
     """Sequences thrown out of the batch for want of cache, since the engine's start."""
+    requests: int = 0
+    """It has accepted and not answered, of all its callers."""
+    pace_s: float | None = None
+    """Seconds that a token of an answer takes (of a PPM: an answer), lately; None: not known."""
+
+    def queues(self, share: float = MAX_QUEUE_SHARE) -> bool:
+        """More than this share of what runs waits."""
+        return self.waiting > share * max(self.running, 1)
+
+    @property
+    def full(self) -> bool:
+        """More would wait long, or throw something out."""
+        return self.queues() or self.kv_usage >= FULL_KV_USAGE
 
 
 class AdmissionConfig(BaseModel):
@@ -53,10 +71,15 @@ class AdmissionConfig(BaseModel):
         default=0.75, gt=0, lt=1, description="factor of the limit after a preemption"
     )
     max_queue_share: float = Field(
-        default=0.5, ge=0, description="waiting over running sequences that count as a queue"
+        default=MAX_QUEUE_SHARE,
+        ge=0,
+        description="waiting over running sequences that count as a queue",
     )
     full_kv_usage: float = Field(
-        default=0.95, gt=0, le=1, description="share of the cache in use that counts as full"
+        default=FULL_KV_USAGE,
+        gt=0,
+        le=1,
+        description="share of the cache in use that counts as full",
     )
     room_kv_usage: float = Field(
         default=0.85, gt=0, le=1, description="no further trees above this share"
@@ -80,7 +103,7 @@ class AdmissionController:
         self.config = config
         self.max_trees = max_trees
         self._limit = self._bounded(config.start_trees)
-        self._preemptions: int | None = None
+        self._preemptions: Mapping[str, int] = {}
         self._queued_looks = 0
         self._settled_s = float("-inf")
         self.reason = "start"
@@ -91,24 +114,26 @@ class AdmissionController:
         """Trees that may be open now."""
         return self._limit
 
-    def observe(self, now_s: float, engines: Sequence[EnginePressure], open_trees: int) -> int:
+    def observe(self, now_s: float, engines: Mapping[str, EnginePressure], open_trees: int) -> int:
         """Take in what the engines say and return the new limit.
 
         Args:
             now_s: of a clock that does not go back.
-            engines: of one kind (the policy's); empty: nothing is known, nothing changes.
+            engines: of one kind (the policy's), by name; empty: nothing is known, nothing changes.
             open_trees: open now; a limit that is not reached is not raised.
         """
         if not engines:
             return self._limit
-        running = sum(engine.running for engine in engines)
-        waiting = sum(engine.waiting for engine in engines)
-        usage = max(engine.kv_usage for engine in engines)
-        preemptions = sum(engine.preemptions for engine in engines)
+        usual = statistics.median_low
+        usage = usual(engine.kv_usage for engine in engines.values())
+        waiting = usual(engine.waiting for engine in engines.values())
+        preemptions = {name: engine.preemptions for name, engine in engines.items()}
         # A replica that was replaced starts to count from zero again.
-        new = 0 if self._preemptions is None else max(0, preemptions - self._preemptions)
+        new = usual(
+            max(0, now - self._preemptions.get(name, now)) for name, now in preemptions.items()
+        )
         self._preemptions = preemptions
-        queued = waiting > self.config.max_queue_share * max(running, 1)
+        queued = usual(one.queues(self.config.max_queue_share) for one in engines.values())
         self._queued_looks = self._queued_looks + 1 if queued else 0
         if now_s < self._settled_s:
             return self._limit
@@ -118,7 +143,7 @@ class AdmissionController:
             self._settled_s = now_s + self.config.settle_s
         elif self._queued_looks >= 2:
             self._set(self._limit - self.config.increase)
-            self.reason = f"{waiting} sequences wait behind {running}"
+            self.reason = f"{waiting} sequences wait at an engine"
             self._settled_s = now_s + self.config.settle_s
         elif not waiting and usage < self.config.room_kv_usage and open_trees >= self._limit:
             self._set(self._limit + self.config.increase)

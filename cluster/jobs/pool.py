@@ -5,9 +5,11 @@
               +---- replica died or failed: rest or forget it, again ----+
 
 Requests of one tree go to the replica that holds their prefix in its cache (`routing_key`, by
-rendezvous hashing, so that a replica that comes or goes moves only its own trees), unless it has
-more than `spill_over` requests more than the least loaded one. Load is what this pool has in
-flight: each worker has a pool of its own and knows nothing of the others'.
+rendezvous hashing, so that a replica that comes or goes moves only its own trees), unless it is
+full or far above the others in load; then they go to the next one in the tree's own order, always
+the same. Load is what all workers together have at a replica, as it was last told
+(`set_pressures`), with what this pool has sent and got back since; where nothing is told, it is
+what this pool has in flight.
 
 A replica whose actor is gone for good is forgotten; one that restarts or fails rests for a while.
 When no replica is left the call waits up to `vacancy_s` for a new one (`set_replicas`) and then
@@ -23,18 +25,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import statistics
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from cluster.jobs.admission import EnginePressure
+from cluster.jobs.pace import FIRST_S_PER_TOKEN, Pace, limit_s
 from cluster.jobs.ray_errors import describe
 from cluster.telemetry import metrics, tracing
 from rollout.engine import (
@@ -48,8 +52,14 @@ from verifier import SandboxError, StepResult
 
 logger = logging.getLogger(__name__)
 
-PRESSURE_TIMEOUT_S = 5.0
-"""A replica that does not say by then how full it is, is not waited for."""
+SPILL_SHARE = 0.25
+"""Of the usual load of a replica, by which a tree's own replica may exceed it."""
+
+SLOW = 1.5
+"""Times the usual pace of its pool that make a replica a slow one."""
+
+FORGET_PRESSURE_S = 10.0
+"""What was told of a replica's load is not believed for longer."""
 
 
 class PoolConfig(BaseModel):
@@ -63,12 +73,14 @@ class PoolConfig(BaseModel):
     spill_over: int = Field(
         default=16,
         ge=0,
-        description="requests by which a tree's own replica may exceed the least loaded one",
+        description="requests by which a tree's own replica may exceed the usual one; a quarter "
+        "of what that has is allowed in any case",
     )
-    deadline_s: float = Field(
-        default=600.0,
+    deadline_s: float | None = Field(
+        default=None,
         gt=0,
-        description="seconds until a request counts as failed, waiting included",
+        description="seconds until a request counts as failed, waiting included; null: by the "
+        "tokens it may write and its replica's pace",
     )
     attempts: int = Field(
         default=3, ge=1, description="tries of a request, each on another replica"
@@ -83,28 +95,42 @@ class Load(NamedTuple):
     """A replica that may be chosen, and how busy it is."""
 
     name: str
-    load: int
+    load: float
+    full: bool = False
+    """Its engine cannot take more without queueing or throwing something out."""
+    pace_s: float | None = None
+    """See `EnginePressure`."""
 
 
 def choose(loads: Sequence[Load], key: str, spill_over: int) -> str:
     """The replica for a request.
 
-    The one `key` belongs to, unless it is busier than the least loaded by more than `spill_over`;
-    the least loaded for an empty key. Ties go by the hash of key and name, so that different keys
-    spread over idle replicas.
+    Of those that are not full, nor above the median load by more than `spill_over` and a quarter,
+    the first in the order of `key`; its own one if there is none such. The load of one that is
+    clearly slower than most counts so many times. Rendezvous hashing with bounded loads, after
+    Mirrokni et al., arXiv 1608.01350: keys keep their replica, and what a slow one cannot take is
+    spread over all others. For an empty key the least loaded.
 
     Raises:
         ValueError: there is none to choose from.
     """
     if not loads:
         raise ValueError("no replica to choose from")
-    least = min(load.load for load in loads)
-    if key:
-        own = max(loads, key=lambda load: _weight(key, load.name))
-        if own.load <= least + spill_over:
-            return own.name
-    idle = [load for load in loads if load.load == least]
-    return max(idle, key=lambda load: _weight(key, load.name)).name
+    paces = [load.pace_s for load in loads if load.pace_s]
+    if paces:
+        slow_s = SLOW * statistics.median_low(paces)
+        loads = [
+            load._replace(load=load.load * load.pace_s * SLOW / slow_s)
+            if load.pace_s and load.pace_s > slow_s
+            else load
+            for load in loads
+        ]
+    usual = statistics.median_low(load.load for load in loads)
+    most = usual + max(spill_over, SPILL_SHARE * usual)
+    if not key:
+        most = min(load.load for load in loads)
+    roomy = [load for load in loads if load.load <= most and not (key and load.full)]
+    return max(roomy or loads, key=lambda load: _weight(key, load.name)).name
 
 
 def _weight(key: str, name: str) -> bytes:
@@ -119,6 +145,20 @@ class _Replica:
     pinned: int = 0
     """Open trees that can only be served here."""
     rests_until_s: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+    told: EnginePressure | None = None
+    """What was last said of it, with all its callers counted."""
+    told_s: float = float("-inf")
+    told_in_flight: int = 0
+    """What this pool had in flight then."""
+
+    def load(self, now_s: float) -> Load:
+        """How busy it is, to choose by."""
+        requests, told = self.in_flight, self.told
+        if told is None or now_s - self.told_s > FORGET_PRESSURE_S:
+            return Load(self.name, requests + self.pinned)
+        everybodys = told.requests + self.in_flight - self.told_in_flight
+        return Load(self.name, max(requests, everybodys) + self.pinned, told.full, told.pace_s)
 
 
 class ReplicaPool:
@@ -164,9 +204,22 @@ class ReplicaPool:
         }
         self._wake_all()
 
-    async def call(self, method: str, *arguments: Any, key: str = "") -> tuple[Any, str]:
+    def set_pressures(self, pressures: Mapping[str, EnginePressure]) -> None:
+        """Take in how busy replicas said they are just now, all their callers counted."""
+        now_s = time.monotonic()
+        for name, pressure in pressures.items():
+            replica = self._replicas.get(name)
+            if replica is not None:
+                replica.told, replica.told_s = pressure, now_s
+                replica.told_in_flight = replica.in_flight
+
+    async def call(
+        self, method: str, *arguments: Any, key: str = "", max_tokens: int = 0
+    ) -> tuple[Any, str]:
         """Call a method on some replica; returns its result and the replica's name.
 
+        Args:
+            max_tokens: that the answer may have, one after the other.
         Raises:
             EngineError: no replica is left, or every try failed or took too long.
             Exception: what the method itself raised, other than an engine's or sandbox's failure.
@@ -174,9 +227,11 @@ class ReplicaPool:
         tried: set[str] = set()
         for attempt in range(1, self.config.attempts + 1):
             start_s = time.monotonic()
-            replica = await self._reserve(key, start_s + self.config.deadline_s, avoid=tried)
+            replica = await self._reserve(key, start_s, max_tokens, avoid=tried)
             try:
-                answer = await self._invoke(replica, start_s, method, arguments, attempt=attempt)
+                answer = await self._invoke(
+                    replica, start_s, method, arguments, max_tokens, attempt=attempt
+                )
                 return answer, replica.name
             except _Failed as failure:
                 tried.add(replica.name)
@@ -200,7 +255,7 @@ class ReplicaPool:
             EngineError: it is gone, failed or took too long.
         """
         start_s = time.monotonic()
-        replica = await self._reserve("", start_s + self.config.deadline_s, only=name)
+        replica = await self._reserve("", start_s, only=name)
         try:
             return await self._invoke(replica, start_s, method, arguments)
         except _Failed as failure:
@@ -210,11 +265,28 @@ class ReplicaPool:
 
     # -- choosing
 
+    def _patience_s(self, max_tokens: int, replica: _Replica | None = None) -> float:
+        """How long a request may take, at one replica, or at the slowest."""
+        if self.config.deadline_s is not None:
+            return self.config.deadline_s
+        own = replica.pace.s_per_token if replica is not None else None
+        if own is None:
+            known = [one.pace.s_per_token or 0.0 for one in self._replicas.values()]
+            own = max([FIRST_S_PER_TOKEN, *known])
+        return limit_s(max_tokens, own)
+
     async def _reserve(
-        self, key: str, deadline_s: float, *, avoid: Iterable[str] = (), only: str = ""
+        self,
+        key: str,
+        start_s: float,
+        max_tokens: int = 0,
+        *,
+        avoid: Iterable[str] = (),
+        only: str = "",
     ) -> _Replica:
         """Take a slot of the chosen replica, waiting for one if need be."""
-        start_s = time.monotonic()
+        patience_s = self._patience_s(max_tokens)
+        deadline_s = start_s + patience_s
         while True:
             now_s = time.monotonic()
             candidates = [r for r in self._replicas.values() if not only or r.name == only]
@@ -230,15 +302,13 @@ class ReplicaPool:
             free = [r for r in awake if r.in_flight < self.config.max_in_flight]
             untried = [r for r in free if r.name not in avoid] or free
             if untried:
-                loads = [Load(r.name, r.in_flight + r.pinned) for r in untried]
+                loads = [replica.load(now_s) for replica in untried]
                 replica = self._replicas[choose(loads, key, self.config.spill_over)]
                 replica.in_flight += 1
                 metrics.observe(metrics.POOL_WAIT, now_s - start_s, pool=self.label)
                 return replica
             if now_s >= deadline_s:
-                raise EngineError(
-                    f"no {self.kind} replica had room within {self.config.deadline_s:g} s"
-                )
+                raise EngineError(f"no {self.kind} replica had room within {patience_s:g} s")
             wakes_s = min((r.rests_until_s for r in candidates if r not in awake), default=now_s)
             until_s = min(deadline_s, wakes_s) if wakes_s > now_s else deadline_s
             await self._wait(until_s - now_s)
@@ -280,6 +350,7 @@ class ReplicaPool:
         start_s: float,
         method: str,
         arguments: tuple[Any, ...],
+        max_tokens: int = 0,
         *,
         attempt: int = 1,
     ) -> Any:
@@ -292,19 +363,29 @@ class ReplicaPool:
                 if call is not None:
                     arguments = (tracing.traceparent(), name, method, *arguments)
                     method = "traced"
-            return await self._ask(replica, start_s, method, arguments)
+            return await self._ask(replica, start_s, method, arguments, max_tokens)
 
     async def _ask(
-        self, replica: _Replica, start_s: float, method: str, arguments: tuple[Any, ...]
+        self,
+        replica: _Replica,
+        start_s: float,
+        method: str,
+        arguments: tuple[Any, ...],
+        max_tokens: int,
     ) -> Any:
         answer: Any = None
-        timeout = asyncio.timeout(max(0.0, start_s + self.config.deadline_s - time.monotonic()))
         began_s = time.monotonic()
+        patience_s = self._patience_s(max_tokens, replica)
+        if self.config.deadline_s is not None:
+            patience_s = max(0.0, start_s + patience_s - began_s)
+        timeout = asyncio.timeout(patience_s)
         try:
             async with timeout:
                 answer = getattr(replica.handle, method).remote(*arguments)
                 result = await answer
-            metrics.observe(metrics.REQUEST_SECONDS, time.monotonic() - began_s, pool=self.label)
+            seconds = time.monotonic() - began_s
+            metrics.observe(metrics.REQUEST_SECONDS, seconds, pool=self.label)
+            replica.pace.observe(self._length(result), seconds)
             self._count(replica, "ok")
             return result
         except TimeoutError as error:
@@ -312,7 +393,8 @@ class ReplicaPool:
                 raise
             _cancel(answer)
             self._rest(replica)
-            reason = f"no answer within {self.config.deadline_s:g} s"
+            replica.pace.observe(max_tokens, time.monotonic() - began_s)
+            reason = f"no answer within {self.config.deadline_s or patience_s:g} s"
             raise _Failed(reason) from error
         except asyncio.CancelledError:
             _cancel(answer)
@@ -329,6 +411,10 @@ class ReplicaPool:
         finally:
             replica.in_flight -= 1
             self._wake_one()
+
+    def _length(self, answer: Any) -> int:
+        """Tokens that were written one after the other for an answer; 0: none were."""
+        return 0
 
     def _count(self, replica: _Replica, outcome: str) -> None:
         metrics.count(metrics.REQUESTS, pool=self.label, replica=replica.name, outcome=outcome)
@@ -368,28 +454,17 @@ class PolicyPool(ReplicaPool):
 
     async def generate(self, request: GenerationRequest) -> GenerationReply:
         """Send the request to the replica of its tree; see `PolicyEngine.generate`."""
-        reply, name = await self.call("generate", request, key=request.routing_key)
+        reply, name = await self.call(
+            "generate", request, key=request.routing_key, max_tokens=request.max_tokens
+        )
         written = sum(completion.num_tokens for completion in reply.completions)
         metrics.count(metrics.GENERATED_TOKENS, written, replica=name)
         metrics.count(metrics.PROMPT_TOKENS, reply.prompt_tokens, replica=name)
         metrics.count(metrics.CACHED_TOKENS, reply.cached_tokens, replica=name)
         return reply
 
-    async def pressures(self) -> list[EnginePressure]:
-        """How full the replicas say they are; those that do not say so soon are left out."""
-        found = await asyncio.gather(
-            *(self._pressure(replica) for replica in list(self._replicas.values()))
-        )
-        return [pressure for pressure in found if pressure is not None]
-
-    async def _pressure(self, replica: _Replica) -> EnginePressure | None:
-        """Beside the slots: a replica without room is just the one to ask."""
-        try:
-            async with asyncio.timeout(PRESSURE_TIMEOUT_S):
-                return await replica.handle.pressure.remote()
-        except (TimeoutError, AttributeError, EngineError, RayError):
-            # Requests find out for themselves what is wrong; an endpoint has no such method.
-            return None
+    def _length(self, answer: GenerationReply) -> int:
+        return max((completion.num_tokens for completion in answer.completions), default=0)
 
 
 class PreferencePool(ReplicaPool):

@@ -6,6 +6,10 @@ belongs to an *owner*: the first opener of a tree id gets the sandbox's tree of 
 random state is a function of it, and another owner a tree of a name of its own. An owner that opens
 its tree again gets a fresh one. A tree not used for `tree_idle_s` is closed: its worker is gone.
 
+Sandbox workers share a node: each uses the part of it that it reserved (of the resource of which
+that is the largest part), and one that reserves nothing an equal part with all its siblings, any of
+which may stand beside it. A worker without siblings has the whole machine.
+
 Whatever fails here and is not the fault of the code, an unknown state included, is a
 `SandboxError`: never a label.
 """
@@ -44,6 +48,7 @@ class SandboxWorker(Traced):
         self,
         limits: SandboxLimits | None = None,
         isolation: Isolation = "strict",
+        siblings: int = 1,
         *,
         cores: int | None = None,
         tree_idle_s: float = 1800.0,
@@ -53,12 +58,15 @@ class SandboxWorker(Traced):
         """
         Args:
             limits, isolation, cores: as `verifier.AsyncSandbox` takes them.
+            siblings: sandbox workers there may be in the run, this one included.
             tree_idle_s: a tree not used for so long is closed when another is opened.
             sandbox: used instead of a new one.
         Raises:
             SandboxError: the sandbox cannot start here.
         """
-        self._sandbox = sandbox or AsyncSandbox(limits, isolation, cores=cores)
+        self._sandbox = sandbox or AsyncSandbox(
+            limits, isolation, cores=cores, share=_share_of_node(siblings)
+        )
         self._tree_idle_s = tree_idle_s
         self._clock = clock
         self._trees: dict[tuple[str, str], _OpenTree] = {}
@@ -162,6 +170,17 @@ class SandboxWorker(Traced):
         for tree_id, owner in idle:
             self._idle_closed += 1
             await self.close(tree_id, owner)
+
+
+def _share_of_node(siblings: int) -> float:
+    """Part of this node that this actor may use; see the module."""
+    if siblings == 1:
+        return 1.0
+    here = ray.get_runtime_context()
+    offers = next(n["Resources"] for n in ray.nodes() if n["NodeID"] == here.get_node_id())
+    reserved = here.get_assigned_resources()
+    parts = [amount / offers[name] for name, amount in reserved.items() if offers.get(name)]
+    return max(parts, default=0.0) or 1 / siblings
 
 
 SandboxWorkerActor = ray.remote(SandboxWorker)

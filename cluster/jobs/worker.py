@@ -48,7 +48,6 @@ from ray.exceptions import RayActorError
 from cluster.jobs.admission import AdmissionConfig, AdmissionController, EnginePressure, TreeSlots
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.coordinator_client import CoordinatorClient
-from cluster.jobs.pool import ReplicaPool
 from cluster.jobs.queue import Lease, SearchTask
 from cluster.jobs.ray_errors import describe
 from cluster.telemetry import logs, metrics, tracing
@@ -77,12 +76,8 @@ class PooledSearch(Protocol):
         """See `RolloutWorker.set_replicas`."""
         ...
 
-
-class PressuredEngines(Protocol):
-    """Engines that say how full they are; `cluster.jobs.pool.PolicyPool` is one."""
-
-    async def pressures(self) -> list[EnginePressure]:
-        """Of those that answer soon; never raises."""
+    def set_pressures(self, pool: str, pressures: Mapping[str, EnginePressure]) -> None:
+        """See `RolloutWorker.set_pressures`."""
         ...
 
 
@@ -177,7 +172,7 @@ class RolloutWorker:
         search: Search,
         config: WorkerConfig | None = None,
         info: Mapping[str, Any] | None = None,
-        engines: PressuredEngines | None = None,
+        follows_engines: bool = False,
     ) -> None:
         """
         Args:
@@ -185,7 +180,8 @@ class RolloutWorker:
             root: of the run's store.
             problems: every problem that may be leased, by id.
             info: kept in each commit marker beside writer and stage.
-            engines: what the number of open trees follows; None: it is `max_open_trees`.
+            follows_engines: the number of open trees follows what `set_pressures` tells of the
+                policy; False: it is `max_open_trees`.
         """
         self.name = name
         self.config = config or WorkerConfig()
@@ -194,10 +190,10 @@ class RolloutWorker:
         self._problems = problems
         self._search = search
         self._info = dict(info or {})
-        self._engines = engines
+        self._follows_engines = follows_engines
         self._admission = AdmissionController(self.config.admission, self.config.max_open_trees)
         self._slots = TreeSlots(
-            self.config.max_open_trees if engines is None else self._admission.limit
+            self._admission.limit if follows_engines else self.config.max_open_trees
         )
         self._shards: dict[str, _Shard] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -220,7 +216,6 @@ class RolloutWorker:
         """
         gc.set_threshold(*GC_THRESHOLD)
         renewal = asyncio.create_task(self._renew_forever())
-        looking = asyncio.create_task(self._look_at_engines())
         keeping = asyncio.create_task(self._keep_open_trees_forever())
         roomy_since_s: float | None = None
         try:
@@ -245,7 +240,7 @@ class RolloutWorker:
             while self._tasks:
                 await asyncio.wait(set(self._tasks))
         finally:
-            others = (renewal, looking, keeping, *self._tasks)
+            others = (renewal, keeping, *self._tasks)
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
@@ -287,8 +282,30 @@ class RolloutWorker:
         """
         if isinstance(self._search, PooledSearch):
             self._search.set_replicas(pool, handles, revision)
-        if pool == "policy" and isinstance(self._engines, ReplicaPool):
-            self._engines.set_replicas(handles, revision)
+
+    def set_pressures(self, pool: str, pressures: Mapping[str, EnginePressure]) -> None:
+        """Take in how full the replicas of a pool are; told now and then, by one who asked all.
+
+        Args:
+            pool: "policy" or "ppm".
+            pressures: by replica; those that did not answer are left out.
+        """
+        if isinstance(self._search, PooledSearch):
+            self._search.set_pressures(pool, pressures)
+        if pool != "policy" or not self._follows_engines:
+            return
+        before = self._slots.limit
+        limit = self._admission.observe(time.monotonic(), pressures, self._slots.open)
+        if limit != before:
+            logger.info(
+                "Open trees: %d, before %d: %s worker=%s",
+                limit,
+                before,
+                self._admission.reason,
+                self.name,
+            )
+            self._slots.limit = limit
+            self._changed.set()
 
     def pid(self) -> int:
         """Process id, for logs and tests."""
@@ -327,24 +344,6 @@ class RolloutWorker:
                 await self._changed.wait()
         except TimeoutError:
             pass
-
-    async def _look_at_engines(self) -> None:
-        """Let the number of slots follow the engines, for ever."""
-        while self._engines is not None:
-            await asyncio.sleep(self.config.admission.look_s)
-            pressures = await self._engines.pressures()
-            before = self._slots.limit
-            limit = self._admission.observe(time.monotonic(), pressures, self._slots.open)
-            if limit != before:
-                logger.info(
-                    "Open trees: %d, before %d: %s worker=%s",
-                    limit,
-                    before,
-                    self._admission.reason,
-                    self.name,
-                )
-                self._slots.limit = limit
-                self._changed.set()
 
     async def _renew_forever(self) -> None:
         while True:

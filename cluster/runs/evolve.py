@@ -307,7 +307,8 @@ class Evolution:
         levels = await asyncio.to_thread(
             lambda: problems_by_level(trees.commits(), self.folder.problem_levels())
         )
-        facts = outcome.facts() | levels | {"serving_s": serving_s}
+        serving = {"serving_s": serving_s, "weights_stage_s": dict(self.fleet.weights_stage_s)}
+        facts = outcome.facts() | levels | serving
         self.folder.record_stage(number, "rollout", seconds, **facts)
         removed = await asyncio.to_thread(
             trees.remove_orphans,

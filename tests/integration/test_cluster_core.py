@@ -32,6 +32,8 @@ from rollout.store import RunStore, TrajectoryStore
 from rollout.tree import Tree
 from tests.builders import answered, make_problem, make_tree
 from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
+from verifier import SandboxLimits
+from verifier.host_gauges import live_cap, usable_cores
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -362,6 +364,24 @@ def test_second_coordinator_on_the_same_store_continues_the_run(
     assert done >= 4
     second.worker("w2", HeldSearch(second.started, tmp_path / "none"))
     second.finish()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("num_cpus", [1, 0], ids=["a CPU each", "nothing reserved"])
+def test_two_sandbox_workers_on_one_node_take_half_of_it_each(num_cpus: int) -> None:
+    """Half of two CPUs reserved, or an equal part with the sibling."""
+    limits = SandboxLimits(live_states=10**6)
+    actors = [
+        SandboxWorkerActor.options(num_cpus=num_cpus).remote(limits, "best_effort", 2)
+        for _ in range(2)
+    ]
+    try:
+        found = ray.get([actor.stats.remote() for actor in actors], timeout=360)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+    assert [stats["cores"] for stats in found] == [max(1, usable_cores() // 2)] * 2
+    assert [stats["live_cap"] for stats in found] == [live_cap(10**6, 0.5)] * 2
 
 
 def test_real_sandbox_dies_with_its_actor(tmp_path: Path) -> None:

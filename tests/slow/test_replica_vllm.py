@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -326,9 +326,12 @@ def test_an_engine_says_how_full_it_is(served: Served) -> None:
     said = until(lambda said: said.running > 8)
     assert 0 < said.kv_usage <= 1 and said.preemptions >= 0
     ray.get(reference, timeout=60)
+    assert served.stats().steps > 0
     said = until(lambda said: said.running == 0)
     assert said.waiting == 0
-    assert ray.get(served.ppm.pressure.remote()) is None
+    idle = EnginePressure(running=0, waiting=0, kv_usage=0.0, preemptions=0)
+    said = ray.get(served.ppm.pressure.remote())
+    assert replace(said, pace_s=None) == idle
 
 
 def test_cancelled_request_leaves_nothing_running(served: Served) -> None:

@@ -34,6 +34,7 @@ def test_cpu_engine_gets_small_blocks_whole_prefills_and_a_fixed_cache() -> None
     assert arguments["block_size"] == 32
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["max_num_batched_tokens"] >= arguments["max_model_len"] == 1024
+    assert arguments["max_num_seqs"] == 256
     assert arguments["kv_cache_memory_bytes"] == 1 << 29
     assert arguments["enforce_eager"] is True
     assert "gpu_memory_utilization" not in arguments
@@ -43,7 +44,16 @@ def test_gpu_engine_keeps_the_defaults_of_vllm() -> None:
     arguments = engine_arguments(EngineConfig(), make_model_info(), runner="pooling", on_cpu=False)
     assert arguments["enforce_eager"] is False
     assert arguments["gpu_memory_utilization"] == 0.85
-    assert {"block_size", "kv_cache_memory_bytes", "enable_chunked_prefill"}.isdisjoint(arguments)
+    left_to_vllm = {"block_size", "max_num_seqs", "max_num_batched_tokens"}
+    of_cpu = {"kv_cache_memory_bytes", "enable_chunked_prefill", "scheduler_cls"}
+    assert (left_to_vllm | of_cpu).isdisjoint(arguments)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_batches_are_as_large_as_the_config_says(on_cpu: bool) -> None:
+    config = EngineConfig(max_num_seqs=7, max_num_batched_tokens=5000)
+    arguments = engine_arguments(config, make_model_info(), runner="generate", on_cpu=on_cpu)
+    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"]) == (7, 5000)
 
 
 def test_engine_of_several_gpus_is_run_by_ray_in_its_placement_group() -> None:

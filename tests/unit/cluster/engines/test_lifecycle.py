@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.engines.config import EngineConfig
-from cluster.engines.model_check import ModelCheckError, ModelInfo
+from cluster.engines.model_check import ModelCheckError, ModelInfo, weights_digest
 from cluster.engines.replica import PreferenceReplica
+from cluster.machines.staging import Staged
 from rollout.engine import EngineError, EvaluationRequest
 from tests.models import make_model_info
 
@@ -50,8 +51,13 @@ class ScriptedTokenizer:
 class ScriptedReplica(PreferenceReplica):
     """A preference replica whose engine answers with one number."""
 
-    def __init__(self, engine: ScriptedEngine, config: EngineConfig | None = None) -> None:
-        super().__init__("old", config, version="r0", name="ppm-0")
+    def __init__(
+        self,
+        engine: ScriptedEngine,
+        config: EngineConfig | None = None,
+        stage: Callable[[str], Staged] | None = None,
+    ) -> None:
+        super().__init__("old", config, version="r0", name="ppm-0", stage=stage)
         self.scripted = engine
         self.answer = asyncio.Event()
         self.answer.set()
@@ -65,7 +71,8 @@ class ScriptedReplica(PreferenceReplica):
     def _start_engine(self) -> None:
         self._engine = self.scripted
         self._tokenizer = ScriptedTokenizer()
-        self._model = self._check_model("old")
+        self._model = self._have("old")
+        self._digest = weights_digest(self._model.path)
         self._max_model_len = 100
         self._device, self._dtype = "cpu", "float32"
 
@@ -104,6 +111,46 @@ async def test_load_swaps_weights_and_replies_carry_the_new_version(weights: Non
     stats = await replica.stats()
     assert (stats.version, stats.loads, stats.requests, stats.healthy) == ("r1", 1, 2, True)
     assert (await replica.ready()).version == "r1"
+
+
+async def test_weights_are_read_where_they_are_at_hand_and_the_time_is_told(weights: None) -> None:
+    asked: list[str] = []
+
+    def stage(path: str) -> Staged:
+        asked.append(path)
+        if path == "new":
+            Path("new").rename("local")
+            return Staged(path="local", seconds=1.5)
+        return Staged(path=path, seconds=0.5, note="no room")
+
+    replica = ScriptedReplica(ScriptedEngine({"local": 0.5}), stage=stage)
+    await replica.ready()
+    stats = await replica.stats()
+    assert (stats.stage_s, stats.stage_note) == (0.5, "no room")
+    await replica.load("new", "r1")
+    assert "reload_weights local" in replica.scripted.told
+    stats = await replica.stats()
+    assert (stats.stage_s, stats.stage_note, stats.version) == (1.5, "", "r1")
+    assert (await replica.ready()).path == "new"
+    assert await replica.load("new", "r1") == 0.0
+    assert asked == ["old", "new"]
+
+
+async def test_a_replica_says_what_all_its_callers_have_asked_and_its_pace(weights: None) -> None:
+    replica = ScriptedReplica(ScriptedEngine({}))
+    assert await replica.pressure() is None
+    await replica.ready()
+    replica.answer.clear()
+    asked = [
+        asyncio.create_task(replica.evaluate(EvaluationRequest(texts=("a", "b")))) for _ in range(3)
+    ]
+    await asyncio.sleep(0)
+    said = await replica.pressure()
+    assert said is not None and (said.requests, said.running, said.pace_s) == (3, 6, None)
+    replica.answer.set()
+    await asyncio.gather(*asked)
+    said = await replica.pressure()
+    assert said is not None and said.requests == 0 and said.pace_s is not None
 
 
 async def test_what_other_weights_left_in_the_prefix_cache_is_never_found(weights: None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
-from cluster.engines.outputs import HeldOutputs
+from cluster.engines.outputs import CachedPrefixes, HeldOutputs
 
 
 @dataclass
@@ -86,13 +88,40 @@ def test_an_aborted_sequence_is_forgotten() -> None:
     assert len(held) == 1
 
 
-def test_cached_tokens_are_those_of_the_first_sequence_of_a_request() -> None:
-    held = HeldOutputs()
+class Processor:
+    """What is used of vLLM's `OutputProcessor`."""
+
+    def __init__(self, **requests: str) -> None:
+        self.request_states = {
+            sequence: SimpleNamespace(external_req_id=request)
+            for sequence, request in requests.items()
+        }
+        self.given: list[str] = []
+
+    def process_outputs(self, outputs: list[Output], time_s: float, *, stats: Any = None) -> str:
+        self.given += [output.request_id for output in outputs]
+        return f"processed at {time_s}"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["streamed", "whole-answers"])
+def test_cached_tokens_are_what_was_there_before_the_request(order: tuple[int, ...]) -> None:
+    """Whichever sequence's first piece comes first: held ones come as they end."""
+    processor = Processor(**{"0_p-7-ab": "p-7", "1_p-7-ab": "p-7", "2_p-7-ab": "p-7", "p-8": "p-8"})
+    prefixes = CachedPrefixes(processor)
     outputs = [
-        Output("0_policy-0-7-ab", [1], "stop", prefill_stats=Stats(32)),
-        Output("1_policy-0-7-ab", [1], "stop", prefill_stats=Stats(96)),
-        Output("0_policy-0-8-cd", [1], "stop", prefill_stats=Stats(0)),
-        Output("policy-0-9-ef", [1], "stop", prefill_stats=Stats(64)),
+        Output("0_p-7-ab", [1], prefill_stats=Stats(32)),
+        Output("1_p-7-ab", [1], prefill_stats=Stats(96)),
+        Output("2_p-7-ab", [1], prefill_stats=Stats(96)),
     ]
-    sent = held.take(outputs, always)
-    assert [output.prefill_stats.num_cached_tokens for output in sent] == [32, 32, 0, 64]
+    alone = Output("p-8", [1], prefill_stats=Stats(64))
+    given = [*(outputs[index] for index in order), alone]
+    assert processor.process_outputs(given, 3.0, stats=None) == "processed at 3.0"
+    processor.process_outputs([Output("0_p-7-ab", [2])], 4.0)
+    assert len(processor.given) == 5
+    assert [prefixes.take("p-7"), prefixes.take("p-8"), prefixes.take("p-7")] == [32, 64, 0]
+
+
+def test_an_aborted_request_leaves_no_count() -> None:
+    prefixes = CachedPrefixes(processor := Processor())
+    processor.process_outputs([Output("gone", [1], prefill_stats=Stats(32))], 1.0)
+    assert prefixes.take("gone") == 0

@@ -37,3 +37,12 @@ def test_gpus_of_a_replica_must_be_those_of_its_engine(tmp_path: Path) -> None:
         make_config(data, kind=RolloutConfig, source="test")
     made = make_config(data, ["cluster.policy.num_gpus=16"], kind=RolloutConfig, source="test")
     assert made.policy_engine.num_ranks == 16
+
+
+def test_weights_are_staged_only_where_every_node_has_the_folder(tmp_path: Path) -> None:
+    given = {"run_dir": tmp_path, "problems": "p.jsonl", "policy": "x"}
+    for folder in ("weights", "s3://bucket/weights"):
+        with pytest.raises(ConfigError, match="expected an absolute folder"):
+            make_config(
+                given | {"cluster": {"stage_weights": folder}}, kind=RolloutConfig, source="test"
+            )

@@ -19,6 +19,10 @@ def pressure(
     )
 
 
+def all_say(*said: EnginePressure) -> dict[str, EnginePressure]:
+    return {f"policy-{number}": one for number, one in enumerate(said)}
+
+
 def controller(max_trees: int = 64) -> AdmissionController:
     return AdmissionController(CONFIG, max_trees)
 
@@ -36,67 +40,76 @@ def test_an_upper_bound_below_one_is_refused() -> None:
 
 def test_room_raises_the_limit_step_by_step_up_to_the_bound() -> None:
     admission = controller(max_trees=18)
-    seen = [admission.observe(float(t), [pressure()], admission.limit) for t in range(5)]
+    seen = [admission.observe(float(t), all_say(pressure()), admission.limit) for t in range(5)]
     assert seen == [12, 16, 18, 18, 18]
 
 
 def test_a_limit_that_is_not_reached_is_not_raised() -> None:
     admission = controller()
-    assert admission.observe(0.0, [pressure()], open_trees=7) == 8
+    assert admission.observe(0.0, all_say(pressure()), open_trees=7) == 8
 
 
 def test_a_preemption_cuts_the_limit_by_the_factor_at_once() -> None:
     admission = controller()
-    admission.observe(0.0, [pressure(preemptions=3)], 8)
+    admission.observe(0.0, all_say(pressure(preemptions=3)), 8)
     assert admission.limit == 12  # what came before the first look is no news
-    assert admission.observe(1.0, [pressure(preemptions=4)], 12) == 6
+    assert admission.observe(1.0, all_say(pressure(preemptions=4)), 12) == 6
     assert "1 preemptions" in admission.reason
 
 
 def test_after_a_cut_the_limit_settles_before_it_moves_again() -> None:
     admission = controller()
-    admission.observe(0.0, [pressure()], 8)
-    admission.observe(1.0, [pressure(preemptions=1)], 12)
-    held = [admission.observe(t, [pressure(preemptions=9)], 12) for t in (2.0, 4.0, 5.9)]
+    admission.observe(0.0, all_say(pressure()), 8)
+    admission.observe(1.0, all_say(pressure(preemptions=1)), 12)
+    held = [admission.observe(t, all_say(pressure(preemptions=9)), 12) for t in (2.0, 4.0, 5.9)]
     assert held == [6, 6, 6]
-    assert admission.observe(6.0, [pressure(preemptions=9)], 6) == 10
+    assert admission.observe(6.0, all_say(pressure(preemptions=9)), 6) == 10
 
 
 def test_a_nearly_full_cache_cuts_and_a_fairly_full_one_holds() -> None:
     admission = controller()
-    assert admission.observe(0.0, [pressure(kv_usage=0.9)], 8) == 8
-    assert admission.observe(1.0, [pressure(kv_usage=0.96)], 8) == 4
+    assert admission.observe(0.0, all_say(pressure(kv_usage=0.9)), 8) == 8
+    assert admission.observe(1.0, all_say(pressure(kv_usage=0.96)), 8) == 4
 
 
 def test_one_long_queue_is_forgiven_and_a_lasting_one_lowers_the_limit() -> None:
     admission = controller()
-    assert admission.observe(0.0, [pressure(waiting=20)], 8) == 8
-    assert admission.observe(1.0, [pressure(waiting=1)], 8) == 8
-    assert admission.observe(2.0, [pressure(waiting=20)], 8) == 8
-    assert admission.observe(3.0, [pressure(waiting=20)], 8) == 4
+    assert admission.observe(0.0, all_say(pressure(waiting=20)), 8) == 8
+    assert admission.observe(1.0, all_say(pressure(waiting=1)), 8) == 8
+    assert admission.observe(2.0, all_say(pressure(waiting=20)), 8) == 8
+    assert admission.observe(3.0, all_say(pressure(waiting=20)), 8) == 4
 
 
 def test_a_short_queue_keeps_the_limit_where_it_is() -> None:
-    admission = controller()
-    assert [admission.observe(float(t), [pressure(waiting=4)], 8) for t in range(9)] == [8] * 9
+    admission, queue = controller(), all_say(pressure(waiting=4))
+    assert [admission.observe(float(t), queue, 8) for t in range(9)] == [8] * 9
 
 
 def test_engines_that_say_nothing_change_nothing() -> None:
     admission = controller()
-    assert admission.observe(0.0, [], 8) == 8
+    assert admission.observe(0.0, {}, 8) == 8
 
 
-def test_engines_are_taken_together_and_the_fullest_cache_counts() -> None:
+@pytest.mark.parametrize(
+    "hot",
+    [pressure(kv_usage=1.0), pressure(waiting=99), pressure(preemptions=99)],
+    ids=["full", "queue", "preempts"],
+)
+def test_one_hot_engine_of_36_cuts_nobody_and_most_of_them_do(hot: EnginePressure) -> None:
+    calm, looks = pressure(), range(2)
     admission = controller()
-    empty, full = pressure(), pressure(kv_usage=0.97)
-    assert admission.observe(0.0, [empty, full], 8) == 4
+    admission.observe(0.0, all_say(*[calm] * 36), 8)
+    one = [admission.observe(1.0 + t, all_say(hot, *[calm] * 35), 12 + 4 * t) for t in looks]
+    assert one == [16, 20]
+    most = [admission.observe(3.0 + t, all_say(*[calm] * 17, *[hot] * 19), 20) for t in looks]
+    assert most[-1] < 20
 
 
 def test_a_replaced_replica_that_counts_from_zero_is_no_preemption() -> None:
     admission = controller()
-    admission.observe(0.0, [pressure(preemptions=7)], 8)
-    assert admission.observe(1.0, [pressure(preemptions=0)], 12) == 16
-    assert admission.observe(2.0, [pressure(preemptions=1)], 16) == 8
+    admission.observe(0.0, all_say(pressure(preemptions=7)), 8)
+    assert admission.observe(1.0, all_say(pressure(preemptions=0)), 12) == 16
+    assert admission.observe(2.0, all_say(pressure(preemptions=1)), 16) == 8
 
 
 def plant(trees: int, *, capacity: int, memory: int) -> EnginePressure:
@@ -124,7 +137,7 @@ def test_the_limit_comes_to_rest_and_does_not_swing(
     limits = []
     for second in range(300):
         said = plant(admission.limit, capacity=capacity, memory=memory)
-        limits.append(admission.observe(float(second), [said], admission.limit))
+        limits.append(admission.observe(float(second), all_say(said), admission.limit))
     rest = limits[150:]
     assert set(rest) == {rest[0]}
     assert least <= rest[0] <= most

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from cluster.jobs import pace
+from cluster.jobs import pool as pool_module
 from cluster.jobs.admission import EnginePressure
 from cluster.jobs.pool import Load, PolicyPool, PoolConfig, PreferencePool, SandboxPool, choose
 from cluster.jobs.sandbox_worker import SandboxWorker
-from rollout.engine import EngineError, EvaluationRequest, GenerationRequest
+from rollout.engine import EngineError, EvaluationRequest, GenerationReply, GenerationRequest
 from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference
 from verifier import SandboxError
 
@@ -101,6 +106,31 @@ def test_without_a_key_the_least_loaded_is_chosen() -> None:
     assert choose([Load("a", 3), Load("b", 1), Load("c", 2)], "", spill_over=99) == "b"
 
 
+def test_a_full_replica_is_passed_over_unless_all_are() -> None:
+    own = choose([Load("a", 0), Load("b", 0)], "k", 4)
+    other = {"a": "b", "b": "a"}[own]
+    assert choose([Load(own, 1, full=True), Load(other, 2)], "k", 4) == other
+    assert choose([Load(own, 1, full=True), Load(other, 2, full=True)], "k", 4) == own
+
+
+def test_the_load_of_a_slow_replica_counts_as_often_as_it_is_slower() -> None:
+    own = choose([Load("a", 0), Load("b", 0)], "k", 4)
+    other = {"a": "b", "b": "a"}[own]
+    for pace_s, chosen in ((0.14, own), (0.4, other), (None, own)):
+        loads = [Load(own, 5, pace_s=pace_s), Load(other, 5, pace_s=0.1)]
+        assert choose(loads, "k", spill_over=4) == chosen
+
+
+def test_a_tree_that_spills_over_goes_to_the_same_second_replica() -> None:
+    names = "abcdef"
+    for key in map(str, range(40)):
+        own = choose([Load(name, 0) for name in names], key, 4)
+        second = {
+            choose([Load(n, 99 if n == own else load) for n in names], key, 4) for load in range(5)
+        }
+        assert len(second) == 1 and own not in second
+
+
 def test_choosing_from_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no replica"):
         choose([], "k", 0)
@@ -157,23 +187,6 @@ async def test_preferences_are_asked_the_same_way() -> None:
     assert reply.values == (0.5, 0.0)
 
 
-class PressedPolicy(ScriptedPolicy):
-    """A scripted policy that says how full it is."""
-
-    async def pressure(self) -> EnginePressure:
-        return EnginePressure(running=3, waiting=1, kv_usage=0.5, preemptions=2)
-
-
-async def test_replicas_that_cannot_say_how_full_they_are_are_left_out() -> None:
-    dead, endpoint = Handle(PressedPolicy({"": ["x"]})), policy()
-    dead.die()
-    pool = PolicyPool({"a": Handle(PressedPolicy({"": ["x"]})), "b": dead, "c": endpoint})
-    assert await pool.pressures() == [
-        EnginePressure(running=3, waiting=1, kv_usage=0.5, preemptions=2)
-    ]
-    assert list(pool._replicas) == ["a", "b", "c"]
-
-
 async def test_a_tree_spills_over_only_while_its_replica_is_too_busy() -> None:
     gate = asyncio.Event()
     a, b = policy(gate=gate), policy(gate=gate)
@@ -186,6 +199,106 @@ async def test_a_tree_spills_over_only_while_its_replica_is_too_busy() -> None:
     await asyncio.gather(*tasks)
     await pool.generate(request("tree-1"))
     assert sorted(calls(a=a, b=b).values()) == [1, 4]
+
+
+def pressure(requests: int, **other: Any) -> EnginePressure:
+    said = {"running": 8 * requests, "waiting": 0, "kv_usage": 0.5, "preemptions": 0}
+    return EnginePressure(requests=requests, **said | other)
+
+
+async def test_what_other_workers_have_at_a_replica_counts_until_it_is_old(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now_s)
+    pool = PolicyPool({"a": None, "b": None})
+    own = (await pool._reserve("tree", now_s)).name
+    pool.set_pressures({own: pressure(200), "gone": pressure(9)})
+    pool.set_pressures({other: pressure(50) for other in {"a", "b"} - {own}})
+    assert pool._replicas[own].load(now_s).load == 200
+    assert (await pool._reserve("tree", now_s)).name != own
+    now_s += pool_module.FORGET_PRESSURE_S + 1
+    assert (await pool._reserve("tree", now_s)).name == own
+
+
+class Machine:
+    """A replica that slows down with the requests in it, as batched decoding does."""
+
+    def __init__(self, slowness: float) -> None:
+        self.slowness = slowness
+        self.requests = self.served = 0
+
+    def seconds(self) -> float:
+        return self.slowness * (1.0 + self.requests / 16)
+
+
+async def searched(
+    monkeypatch: pytest.MonkeyPatch, slowness: Sequence[float], *, told: bool
+) -> tuple[list[Machine], float, float]:
+    """36 workers, 24 trees each, 6 requests a tree with a pause between: in virtual time.
+
+    Returns:
+        The machines, when all was done, and the share of requests to a tree's first replica.
+    """
+    clock, number = [0.0], itertools.count()
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: clock[0])
+    machines = {f"policy-{i}": Machine(slow) for i, slow in enumerate(slowness)}
+    pools = [PolicyPool(dict.fromkeys(machines)) for _ in range(36)]
+    first: dict[str, str] = {}
+    stayed = asked = 0
+    events: list[tuple[float, int, str, Any]] = [(1.0, next(number), "tell", None)]
+    for worker, pool in enumerate(pools):
+        for tree in range(24):
+            start_s = (24 * worker + tree) / 864
+            heapq.heappush(events, (start_s, next(number), "ask", (pool, f"{worker}-{tree}", 6)))
+    open_trees = 864
+    while open_trees:
+        clock[0], _, what, about = heapq.heappop(events)
+        if what == "tell":
+            said = {
+                name: pressure(machine.requests, pace_s=machine.seconds() / 100)
+                for name, machine in machines.items()
+            }
+            for pool in pools if told else ():
+                pool.set_pressures(said)
+            heapq.heappush(events, (clock[0] + 1.0, next(number), "tell", None))
+        elif what == "ask":
+            pool, key, left = about
+            replica = await pool._reserve(key, clock[0])
+            asked += 1
+            stayed += first.setdefault(key, replica.name) == replica.name
+            machine = machines[replica.name]
+            machine.requests += 1
+            done_s = clock[0] + machine.seconds()
+            heapq.heappush(events, (done_s, next(number), "answer", (pool, key, left, replica)))
+        else:
+            pool, key, left, replica = about
+            replica.in_flight -= 1
+            machines[replica.name].requests -= 1
+            machines[replica.name].served += 1
+            open_trees -= left == 1
+            if left > 1:
+                heapq.heappush(events, (clock[0] + 1.0, next(number), "ask", (pool, key, left - 1)))
+    return list(machines.values()), clock[0], stayed / asked
+
+
+async def test_at_36_by_36_a_slow_replica_gets_fewer_trees_and_the_others_keep_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slowness = [5.0, *[1.0] * 35]
+    blind, blind_s, never_left = await searched(monkeypatch, slowness, told=False)
+    seen, seen_s, stayed = await searched(monkeypatch, slowness, told=True)
+    others = sum(machine.served for machine in seen[1:]) / 35
+    assert never_left == 1.0  # by what one worker knows alone
+    assert 0 < seen[0].served < 0.5 * blind[0].served
+    assert seen[0].served < 0.5 * others
+    assert seen_s < 0.7 * blind_s
+    assert stayed > 0.95
+
+
+async def test_at_36_by_36_equal_replicas_keep_every_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, stayed = await searched(monkeypatch, [1.0] * 36, told=True)
+    assert stayed > 0.98
 
 
 async def test_in_flight_is_bounded_and_the_rest_waits_its_turn() -> None:
@@ -276,6 +389,30 @@ async def test_a_request_beyond_its_deadline_goes_elsewhere() -> None:
     await asyncio.gather(*(pool.generate(request(f"k{n}")) for n in range(8)))
     assert hung.calls > 0 and good.calls == 8
     assert pool._replicas["hung"].in_flight == 0
+
+
+class SlowPolicy(ScriptedPolicy):
+    """Takes its time for every answer."""
+
+    delay_s = 0.01
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        await asyncio.sleep(self.delay_s)
+        return await super().generate(request)
+
+
+async def test_a_request_is_given_up_by_the_tokens_it_may_write_and_the_pace_of_its_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long step on a slow card takes longer than the least limit and is waited for."""
+    monkeypatch.setattr(pace, "MIN_LIMIT_S", 0.05)
+    engine = SlowPolicy({"": ["one two three four<end_of_step>"]})
+    pool = PolicyPool({"a": Handle(engine)}, PoolConfig(attempts=1, rest_s=0))
+    await pool.generate(request())
+    engine.delay_s = 0.2
+    with pytest.raises(EngineError, match=r"no answer within 0\.05 s"):
+        await pool.generate(replace(request(), max_tokens=1))
+    await pool.generate(replace(request(), max_tokens=4000))
 
 
 async def test_waiting_for_a_slot_counts_into_the_deadline() -> None:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -101,17 +100,6 @@ class Searches:
             self.open.discard(problem.id)
 
 
-class Engines:
-    """Engines that say what the test sets."""
-
-    def __init__(self, **said: float) -> None:
-        self.said: dict[str, Any] = {"running": 1, "waiting": 0, "kv_usage": 0.0, "preemptions": 0}
-        self.said |= said
-
-    async def pressures(self) -> list[EnginePressure]:
-        return [EnginePressure(**self.said)]
-
-
 class Setting:
     """One coordinator, one store, any number of workers."""
 
@@ -143,7 +131,7 @@ class Setting:
         config: WorkerConfig = FAST,
         search: Callable[[Problem, SearchTask, Tree], Awaitable[Tree]] | None = None,
         unknown: Sequence[str] = (),
-        engines: Engines | None = None,
+        follows_engines: bool = False,
     ) -> RolloutWorker:
         problems = {p: make_problem(p) for p in self.problem_ids if p not in unknown}
         return RolloutWorker(
@@ -154,7 +142,7 @@ class Setting:
             search or self.searches,
             config,
             info={"versions": {"rstar": "1"}},
-            engines=engines,
+            follows_engines=follows_engines,
         )
 
     @asynccontextmanager
@@ -239,18 +227,30 @@ async def test_open_searches_are_bounded_over_shards(setting: Setting) -> None:
 
 
 async def test_open_searches_follow_the_engines(setting: Setting) -> None:
-    admission = AdmissionConfig(min_trees=1, start_trees=2, increase=1, look_s=0.01, settle_s=0)
+    admission = AdmissionConfig(min_trees=1, start_trees=2, increase=1, settle_s=0)
     config = FAST.model_copy(update={"admission": admission})
     setting.plan(*"abcdefghij", shard_size=3)
     setting.searches.hold(*"abcdefghij")
-    engines = Engines(waiting=10)
-    worker = setting.worker(config=config, engines=engines)
+    worker = setting.worker(config=config, follows_engines=True)
+
+    def told(waiting: int) -> None:
+        said = EnginePressure(running=1, waiting=waiting, kv_usage=0.0, preemptions=0)
+        worker.set_pressures("ppm", {"ppm-0": said})  # not what the trees follow
+        worker.set_pressures("policy", {"policy-0": said})
+
     async with setting.running(worker):
-        await setting.until(lambda: worker._slots.limit == 1)
+        await setting.until(lambda: len(setting.searches.open) == 2)
+        for _ in range(2):
+            told(waiting=10)
+        assert worker._slots.limit == 1
         assert setting.searches.max_open <= 2
-        engines.said["waiting"] = 0
         setting.searches.let_go(*setting.searches.open)
-        await setting.until(lambda: len(setting.searches.open) == FAST.max_open_trees)
+
+        def full() -> bool:
+            told(waiting=0)
+            return len(setting.searches.open) == FAST.max_open_trees
+
+        await setting.until(full)
         assert worker._slots.limit == FAST.max_open_trees
         setting.searches.let_go(*"abcdefghij")
         await setting.finish()

@@ -30,6 +30,13 @@ def test_shipped_run_configs_are_valid_and_read_back_equal(name: str, tmp_path: 
     assert load_config(again, kind=RunConfig) == config
 
 
+def test_an_optimiser_in_host_memory_has_threads_in_every_preset() -> None:
+    for name in presets(RunConfig):
+        config = load_config(name, kind=RunConfig)
+        for fit in (config.train_policy, config.train_ppm):
+            assert not fit.offload or fit.num_threads >= 8, name
+
+
 def test_shipped_rollout_config_needs_only_problems_and_policy() -> None:
     given = {"problems": "p.parquet", "policy": "dir", "run_dir": "runs/x"}
     config = load_config(CONFIGS / "rollout.yaml", kind=RolloutConfig, given=given)
