@@ -10,8 +10,8 @@ finished nothing is replaced like a dead one. Requests that are given up, and th
 them, are neither progress nor a fault.
 
 The first start must succeed: what is wrong then is a matter of configuration and ends the run at
-once. Later deaths are replaced until they are too many (`Membership.hopeless`), which `check` and
-`guard` raise. A later member waits for a place as long as it takes (a node that joins gives it one
+once. Later deaths are replaced until they are too many (`Membership.hopeless`), which `check`
+raises. A later member waits for a place as long as it takes (a node that joins gives it one
 at once), and has failed only if it is not ready some time after it found one.
 
 Not covered: an actor that answers, makes progress, and is wrong.
@@ -24,9 +24,9 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -40,7 +40,6 @@ from verifier import SandboxError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 PLACEMENT_S = 20.0
 """After so long without a process the reason is looked for."""
@@ -448,18 +447,3 @@ class PoolKeeper:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def guard(work: Awaitable[T], check: Callable[[], None]) -> T:
-    """Await something that pools of actors are needed for; what `check` raises ends it."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=0.5)
-            if not task.done():
-                check()
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)

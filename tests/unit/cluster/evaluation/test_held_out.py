@@ -10,11 +10,14 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.evaluation.config import EvaluationConfig
-from cluster.evaluation.held_out import Evaluation, balanced, evaluate
+from cluster.evaluation.held_out import Evaluation, balanced, evaluate_problem, judge
 from rollout.engine import Completion, FinishReason, GenerationRequest
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig
-from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
+from rollout.table import table_to_trees, trees_to_table
+from rollout.tree import Tree
+from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference, random_steps
+from tests.scripted_replicas import hash_value
 
 
 def problem(name: str, level: Level, answer: str) -> Problem:
@@ -40,21 +43,33 @@ def run(
     preference: TablePreference | None,
     *,
     problems: Sequence[Problem] = PROBLEMS,
+    max_depth: int = 16,
+    round: int = 1,
+    seed: int = 0,
     **config: object,
 ) -> Evaluation:
-    return asyncio.run(
-        evaluate(
-            problems,
-            config=EvaluationConfig(**config),  # type: ignore[arg-type]
-            search=SearchConfig(template="short"),
-            round=1,
-            seed=0,
+    """As `evaluate` does it with a fleet, its workers and its store."""
+    made = EvaluationConfig(**config)  # type: ignore[arg-type]
+    searched = balanced(problems, made.num_search_problems) if preference is not None else []
+    search = SearchConfig(template="short", max_depth=max_depth)
+
+    async def one(problem: Problem) -> list[Tree]:
+        return await evaluate_problem(
+            Tree(problem=problem, round=-2),
+            config=made,
+            round=round,
+            seed=seed,
+            searched=[p.id for p in searched],
+            search=search.model_copy(update={"num_candidates": made.num_candidates}),
             policy=policy,
             preference=preference,
-            sandbox=ScriptedSandbox(default="3\n"),
-            max_open=2,
+            sandbox=ScriptedSandbox({"bad": Failure()}, default="3\n"),
+            clock=lambda: 0.0,
         )
-    )
+
+    trees = [tree for problem in problems for tree in asyncio.run(one(problem))]
+    found = judge(table_to_trees(trees_to_table(trees)), top_k=made.vote_top_k)
+    return Evaluation(round=round, problems=tuple(found.values()))
 
 
 def always_three(request: GenerationRequest) -> list[str]:
@@ -153,3 +168,51 @@ def test_problem_that_does_not_fit_the_policy_is_a_wrong_answer_everywhere() -> 
     for result in evaluation.problems:
         assert (result.greedy, result.majority, result.best_of_n, result.search) == (False,) * 4
         assert (result.any_sample, result.any_search, result.search_tokens) == (False, False, 0)
+
+
+KNOWN = """
+     greedy  majority  best_of_n  search  any_sample  any_search  num_samples  tokens of the three
+p0   1       1         1          1       1           1           9            14   53   56
+p1   0       0         0          0       0           0           9            4    54   53
+p2   0       0         1          1       1           1           14           4    81   77
+p3   0       0         1          0       1           0           8            14   54   51
+p4   0       1         1          0       1           0           6            4    61   57
+p5   0       0         0          0       0           0           11           4    56   55
+p6   0       0         1          1       1           1           10           1    71   66
+p7   0       1         0          1       1           1           7            14   62   57
+p8   0       None      None       None    None        None        0            1    0    0
+p9   0       None      None       None    None        None        0            4    0    0
+"""
+
+
+def test_seeded_evaluation_is_what_it_always_was() -> None:
+    """Values are few, so that votes and draws decide; some searches need a second tree."""
+    problems = [
+        Problem(
+            id=f"p{n}",
+            source="s",
+            level=list(Level)[n % 3],
+            text=f"How many in {n}?",
+            answer="3" if n % 3 else "4",
+        )
+        for n in range(10)
+    ]
+    evaluation = run(
+        ScriptedPolicy(random_steps),
+        TablePreference(lambda text: round(hash_value(text)) / 2),
+        problems=problems,
+        max_depth=4,
+        round=2,
+        seed=7,
+        num_rollouts=3,
+        num_candidates=3,
+        num_search_problems=8,
+    )
+    names = ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
+    counts = ("num_samples", "greedy_tokens", "sample_tokens", "search_tokens")
+    found = [
+        [p.problem_id, *(v if (v := getattr(p, n)) is None else int(v) for n in (*names, *counts))]
+        for p in evaluation.problems
+    ]
+    rows = [line.split() for line in KNOWN.strip().splitlines()[1:]]
+    assert [[str(value) for value in row] for row in found] == rows
