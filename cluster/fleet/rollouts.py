@@ -110,7 +110,9 @@ class Rollout:
         await self._start_workers(search)
         try:
             await self._run_stages()
-            left = await self._escalation()
+            # An evaluation is not searched on.
+            searched_on = self.stages[0].answers is None
+            left = await self._escalation() if searched_on else EscalationPlan()
             endpoint = await self._endpoint_stats()
             finished: RoundStatus = await self._ask("status", round)
             manifest = await self._ask("seal", round)
