@@ -44,7 +44,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bench.plain_reasoning import plain_solution
 from cluster.errors import explain, quiet_logging
-from cluster.evaluation.held_out import Evaluation, balanced, evaluate
+from cluster.evaluation.held_out import (
+    Evaluation,
+    ProblemEvaluation,
+    balanced,
+    evaluate_problem,
+    judge,
+)
 from cluster.evaluation.shares import token_ratio
 from cluster.fleet.config import ServingConfig
 from cluster.fleet.fleet import Fleet
@@ -81,6 +87,7 @@ from rollout.search import SearchConfig, grade_any, run_search
 from rollout.seeds import derive_seed
 from rollout.store import RunStore, TrajectoryStore
 from rollout.trajectory import trajectories
+from rollout.tree import Tree
 from verifier import extract_answer
 from verifier.verify import start_symbolic_worker
 
@@ -467,23 +474,38 @@ class Study:
         fleet = await self._serving(checkpoint)
         if arm.render == "plain":
             return {"problems": await self._each(self.test, lambda p: self._answer_plain(fleet, p))}
-        found = await evaluate(
-            self.test,
-            config=self.config.evaluation.model_copy(update={"num_problems": None}),
-            search=self.config.search.trained(),
-            round=0,
-            seed=seed,
-            policy=fleet.policy,
-            preference=None,
-            sandbox=fleet.sandbox,
-            max_open=self.config.cluster.max_open_trees,
-        )
+        found = await self._evaluate(fleet, self.test, seed, guided=False)
         return {
             "problems": [
                 {"id": p.problem_id, "level": p.level, "right": p.greedy, "tokens": p.greedy_tokens}
-                for p in found.problems
+                for p in found
             ]
         }
+
+    async def _evaluate(
+        self, fleet: Fleet, problems: Sequence[Problem], seed: int, *, guided: bool
+    ) -> list[ProblemEvaluation]:
+        """Held-out verdicts, as a run's own evaluation has them; greedy alone if not `guided`."""
+        config = self.config.evaluation
+        search = self.config.search.trained()
+        policy, preference, sandbox = fleet.policy, fleet.preference, fleet.sandbox
+
+        async def one(problem: Problem) -> ProblemEvaluation:
+            trees = await evaluate_problem(
+                Tree(problem=problem, round=0),
+                config=config,
+                round=0,
+                seed=seed,
+                searched=(problem.id,) if guided else (),
+                search=search.model_copy(update={"num_candidates": config.num_candidates}),
+                policy=policy,
+                preference=preference if guided else None,
+                sandbox=sandbox,
+                clock=time.monotonic,
+            )
+            return judge(trees, top_k=config.vote_top_k)[problem.id]
+
+        return await self._each(problems, one)
 
     async def _answer_plain(self, fleet: Fleet, problem: Problem) -> dict[str, Any]:
         reply = await fleet.policy.generate(
@@ -549,20 +571,9 @@ class Study:
     async def _guided(self, table: AblationConfig, name: str, seed: int) -> dict[str, Any]:
         policy = self.checkpoints.current("policy", table.round or self.last)
         fleet = await self._serving(policy, self._made("ppm", f"{name}-{seed}"))
-        found = await evaluate(
-            balanced(self.test, table.num_problems),
-            config=self.config.evaluation.model_copy(
-                update={"num_problems": None, "num_search_problems": None}
-            ),
-            search=self.config.search.trained(),
-            round=0,
-            seed=seed,
-            policy=fleet.policy,
-            preference=fleet.preference,
-            sandbox=fleet.sandbox,
-            max_open=self.config.cluster.max_open_trees,
-        )
-        return found.as_record()
+        problems = balanced(self.test, table.num_problems)
+        found = await self._evaluate(fleet, problems, seed, guided=True)
+        return Evaluation(round=0, problems=tuple(found)).as_record()
 
     # ---------------------------------------------------------------- search rules
 

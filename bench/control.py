@@ -22,7 +22,7 @@ from rich.table import Table
 
 from cluster.errors import quiet_logging
 from cluster.evaluation.config import EvaluationConfig
-from cluster.evaluation.held_out import Evaluation, evaluate
+from cluster.evaluation.held_out import evaluate
 from cluster.evaluation.shares import COLUMNS, percent
 from cluster.fleet.fleet import Fleet
 from cluster.folder.machine import hardware, versions
@@ -63,7 +63,8 @@ async def run_control(config: RunConfig, run: RunFolder, padded_tokens: int) -> 
             )
         checkpoint = store.current("policy", CONTROL_ROUND)
         await fleet.serve_policy(base, checkpoint)
-        evaluation: Evaluation = await evaluate(
+        evaluation, _ = await evaluate(
+            fleet,
             test,
             config=EvaluationConfig(
                 num_problems=config.evaluation.num_problems,
@@ -72,10 +73,8 @@ async def run_control(config: RunConfig, run: RunFolder, padded_tokens: int) -> 
             search=config.search,
             round=CONTROL_ROUND,
             seed=config.seed,
-            policy=fleet.policy,
-            preference=None,
-            sandbox=fleet.sandbox,
-            max_open=config.cluster.max_open_trees,
+            preference=False,
+            on_progress=lambda done, total, facts: None,
         )
     finally:
         await fleet.stop()

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -237,6 +237,11 @@ def tree_solutions(tree: Tree) -> list[Solution]:
         for node in tree.answers()
         if node.visit_count > 0 and node.step is not None
     ]
+
+
+def search_solutions(trees: Iterable[Tree]) -> list[Solution]:
+    """The answers that trees which share their rollouts have found: one of each program."""
+    return _one_per_program([s for tree in trees for s in tree_solutions(tree)])
 
 
 def _one_per_program(solutions: Sequence[Solution]) -> list[Solution]:
@@ -525,7 +530,7 @@ async def _mcts(job: _Job) -> list[Solution]:
         left -= tree.num_rollouts
         if not tree.root.exhausted or not tree.generated_tokens:
             break
-    return _one_per_program([s for tree in job.trees for s in tree_solutions(tree)])
+    return search_solutions(job.trees)
 
 
 async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:

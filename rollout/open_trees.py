@@ -17,7 +17,7 @@ import logging
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollout.store import RunStore, StoreError
+from rollout.store import RunStore, StoreError, folder_of
 from rollout.table import table_to_bytes, table_to_trees
 from rollout.tree import Tree
 
@@ -29,7 +29,7 @@ class OpenTreeStore:
 
     def __init__(self, store: RunStore, round: int) -> None:
         self.store = store
-        self.prefix = f"trajectories/round={round}/open"
+        self.prefix = f"{folder_of(round)}/open"
 
     def save(self, job_id: str, table: pa.Table) -> None:
         """Keep a job's trees, given as `trees_to_table` makes them, in place of those before.

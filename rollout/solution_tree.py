@@ -42,8 +42,8 @@ async def answer_tree(
     sandbox: StepSandbox,
     clock: Callable[[], float],
     prompt: str | None = None,
-) -> Tree:
-    """Solve the problem of a new (or interrupted) tree with a method, and fill the tree.
+) -> list[Tree]:
+    """Solve the problem of a new (or interrupted) tree with a method, fill the tree and return it.
 
     MCTS searches the tree itself and goes on with one that was interrupted; every other method
     starts anew.
@@ -82,11 +82,13 @@ async def answer_tree(
         )
         fill_tree(tree, await solver.solve(tree.problem, seed=tree.seed))
         tree.search_config = search.model_dump_json()
-    return await grade_tree(tree)
+    return [await grade_tree(tree)]
 
 
 def fill_tree(tree: Tree, result: SolveResult) -> None:
     """Attach each solution as a chain below the root, and what they cost together.
+
+    `chain_solutions` is its inverse.
 
     Raises:
         ValueError: the tree is not new.
@@ -140,6 +142,22 @@ def _chain(solution: Solution, number: int) -> list[Node]:
     else:
         last.discard = Discard.UNFINISHED
     return nodes
+
+
+def chain_solutions(tree: Tree) -> list[Solution]:
+    """The solutions of a tree of chains, in the order they were sampled."""
+    last = {node.rollout: node for node in tree.nodes[1:]}
+    return [
+        Solution(
+            steps=tuple(tree.steps(node)),
+            answer=node.step.answer if node.step and node.terminal is Terminal.ANSWER else None,
+            value=node.value,
+            num_tokens=node.num_tokens,
+            status=next((n.execution_status for n in tree.path(node) if n.execution_status), ""),
+            seed=tree.seed,
+        )
+        for _, node in sorted(last.items())
+    ]
 
 
 def _attach(tree: Tree, chains: Sequence[Sequence[Node]]) -> None:

@@ -9,6 +9,7 @@
                                /commits/<shard>.json
                                /manifest.json
                                /regrades/<NNNN>/plan.json, data/, commits/, manifest.json
+    <root>/evaluations/round=R/...                     likewise, of the evaluation of round R
 
 The one decision, who has committed a shard, is the creation of one key, which a store either grants
 once or is refused at the start (`RunStore.self_check`). Two workers that hold the same shard, a
@@ -61,6 +62,8 @@ __all__ = [
     "Totals",
     "TrajectoryStore",
     "TreeKey",
+    "evaluation_of",
+    "folder_of",
     "stored_rounds",
 ]
 
@@ -76,7 +79,7 @@ class TrajectoryStore:
     def __init__(self, store: RunStore, round: int) -> None:
         self.store = store
         self.round = round
-        self.prefix = f"trajectories/round={round}"
+        self.prefix = folder_of(round)
 
     # -- writing
 
@@ -484,10 +487,37 @@ def _short_name(tree: TreeKey) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
 
 
-def stored_rounds(store: RunStore) -> list[int]:
-    """Rounds that have anything stored, ascending."""
-    names = store.folders("trajectories")
-    return sorted(int(n.removeprefix("round=")) for n in names if n.startswith("round="))
+def evaluation_of(round: int) -> int:
+    """The number of the round that keeps the trees of a round's evaluation; its own inverse.
+
+    It is planned, leased, committed and sealed as any round is. It is below zero, and kept beside
+    the others, so that nothing that reads the rounds of a run takes it for one.
+    """
+    return -1 - round
+
+
+def folder_of(round: int) -> str:
+    """Where a round is kept, under the store's root."""
+    if round < 0:
+        return f"evaluations/round={evaluation_of(round)}"
+    return f"trajectories/round={round}"
+
+
+def stored_rounds(store: RunStore, *, evaluations: bool = False) -> list[int]:
+    """Rounds that have anything stored, ascending.
+
+    Args:
+        evaluations: those of evaluations too, see `evaluation_of`.
+    """
+
+    def numbers(folder: str) -> list[int]:
+        names = store.folders(folder)
+        return [int(n.removeprefix("round=")) for n in names if n.startswith("round=")]
+
+    found = numbers("trajectories")
+    if evaluations:
+        found += map(evaluation_of, numbers("evaluations"))
+    return sorted(found)
 
 
 def _parse(parse: Callable[[bytes], T], data: bytes, path: str) -> T:

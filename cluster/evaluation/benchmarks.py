@@ -19,6 +19,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from cluster.engines.model_check import check_policy_checkpoint, check_preference_checkpoint
@@ -48,7 +49,7 @@ from cluster.folder.run_folder import RunFolder
 from cluster.telemetry.progress import ProgressView
 from rollout.methods import Method, MethodConfig
 from rollout.problem import Problem
-from rollout.solution_tree import of_trajectory, search_of
+from rollout.solution_tree import answer_tree, of_trajectory, search_of
 from rollout.store import RunStore, TrajectoryStore
 from verifier.verify import start_symbolic_worker
 
@@ -154,8 +155,7 @@ class EvaluationRun:
         stage = RolloutStage(
             name=arm.value,
             search=search_of(method, trained or self.config.search, guided=guided),
-            method=method,
-            prompt=self.prompting.text,
+            answers=partial(answer_tree, method=method, prompt=self.prompting.text),
         )
         self.view.begin("rollout", f"{arm}: {len(self.problems):,} problems", len(jobs))
         began_s = time.monotonic()

@@ -1,31 +1,50 @@
 """Held-out accuracy of a round's policy and PPM: greedy, majority vote, best-of-N and search.
 
+    held-out problems --a job each--> workers: `answer_by_all` --> trees of the problem
+                                      --> RUN/evaluations/round=R/
+    trees of the problems, what was set aside --read--> `Evaluation`
+
 All four are methods of `rollout.methods`, with its accounting. Search makes its rollouts, and then
 samples are drawn until they have generated as many tokens: a search cannot end within a rollout, a
 sample is small beside it. Majority and best-of-N choose among these samples. How near the tokens of
 search and samples came is measured (`Evaluation.search_over_samples_tokens`). A problem that yields
 no answer counts as wrong.
 
-This is the evaluation inside a run, after each round, small and in the driver. Benchmarks,
-intervals and curves over budgets are `rstar evaluate` (`cluster.evaluation.benchmarks`).
+An evaluation is a round of its own (`rollout.store.evaluation_of`), with the leases, retries and
+exactly-once commits of any other: what dies costs a retry, what is committed is not done again, and
+a problem that fails again and again is set aside and counts as wrong, with its reason.
+
+This is the evaluation inside a run, after each round, and small. Benchmarks, intervals and curves
+over budgets are `rstar evaluate` (`cluster.evaluation.benchmarks`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.shares import shares_by_level
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.rollouts import Progress
+from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from rollout.engine import PolicyEngine, PreferenceEngine
-from rollout.methods import Method, MethodConfig, Solver, SolveResult, choose
+from rollout.methods import Method, MethodConfig, Solver, SolveResult, choose, search_solutions
 from rollout.problem import Problem
-from rollout.search import SearchConfig, StepSandbox, grade_any
+from rollout.sampling import Solution
+from rollout.search import SearchConfig, SearchError, StepSandbox
 from rollout.seeds import derive_seed
-from rollout.solution_tree import grade_tree
-from verifier.verify import start_symbolic_worker
+from rollout.solution_tree import chain_solutions, fill_tree, grade_tree
+from rollout.store import RunStore, TrajectoryStore, evaluation_of, folder_of
+from rollout.tree import Tree
+
+_SHARD_SIZE = 4
+"""Problems per job, few, as each is several searches; alone in its file, one takes seven times the
+CPU to commit and to read."""
 
 _NO_SAMPLE_LIMIT = 10_000
 """The token budget ends long before."""
@@ -48,6 +67,8 @@ class ProblemEvaluation:
     greedy_tokens: int = 0
     sample_tokens: int = 0
     search_tokens: int = 0
+    failure: str = ""
+    """Why the problem was set aside, and counts as wrong; "" if it was not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +95,11 @@ class Evaluation:
         """
         samples = sum(p.sample_tokens for p in self.problems)
         return sum(p.search_tokens for p in self.problems) / samples if samples else None
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why problems were set aside, by id."""
+        return {p.problem_id: p.failure for p in self.problems if p.failure}
 
     @property
     def samples_per_problem(self) -> float | None:
@@ -111,67 +137,88 @@ def balanced(problems: Sequence[Problem], count: int | None) -> list[Problem]:
 
 
 async def evaluate(
+    fleet: Fleet,
     problems: Sequence[Problem],
     *,
     config: EvaluationConfig,
     search: SearchConfig,
     round: int,
     seed: int,
-    policy: PolicyEngine,
-    preference: PreferenceEngine | None,
-    sandbox: StepSandbox,
-    max_open: int,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """Evaluate a round's models on held-out problems; greedy alone without a PPM.
+    preference: bool,
+    on_progress: Progress,
+) -> tuple[Evaluation, RolloutOutcome]:
+    """Evaluate the models that a fleet serves on held-out problems; greedy alone without a PPM.
+
+    Goes on from what an earlier start has committed. Cancelling drains, as a rollout does.
 
     Args:
         search: its template and token limits; rollouts and candidates are those of `config`.
-        max_open: problems in flight.
-        on_done: told (finished, total) after each problem.
+        round: of the models.
     Raises:
-        EngineError, SearchError: a part of the system failed.
+        EngineError: members of a pool died too often.
+        SearchError: no problem at all could be evaluated; says why, and what to do.
     """
-    # A symbolic question that has to wait for its process would end undecided.
-    await asyncio.to_thread(start_symbolic_worker)
     chosen = balanced(problems, config.num_problems)
-    searched = {p.id for p in balanced(chosen, config.num_search_problems)}
-    slots = asyncio.Semaphore(max_open)
-    done = 0
-
-    async def one(problem: Problem) -> ProblemEvaluation:
-        nonlocal done
-        async with slots:
-            result = await _evaluate_problem(
-                problem,
-                config=config,
-                search=search,
-                round=round,
-                seed=derive_seed(seed, "evaluate", round, problem.id),
-                policy=policy,
-                preference=preference if problem.id in searched else None,
-                sandbox=sandbox,
+    few = balanced(chosen, config.num_search_problems) if preference else []
+    searched = frozenset(problem.id for problem in few)
+    stage = RolloutStage(
+        name="evaluate",
+        search=search.model_copy(update={"num_candidates": config.num_candidates}),
+        answers=partial(evaluate_problem, config=config, round=round, seed=seed, searched=searched),
+        shard_size=_SHARD_SIZE,
+    )
+    number = evaluation_of(round)
+    # What takes longest begins first.
+    ordered = sorted(chosen, key=lambda problem: problem.id not in searched)
+    outcome = await fleet.rollout(
+        number, ordered, [stage], preference=preference, on_progress=on_progress
+    )
+    failed = outcome.manifest.failed
+    if len(failed) == len(chosen):
+        name, why = next(iter(failed.items()))
+        folder = fleet.folder.root / folder_of(number)
+        raise SearchError(
+            f"none of {len(chosen)} problems could be evaluated, {name} for: {why}; "
+            f"when that is mended, remove {folder} and start again"
+        )
+    trees = TrajectoryStore(RunStore(str(fleet.folder.root)), number).trees()
+    found = await asyncio.to_thread(judge, trees, top_k=config.vote_top_k)
+    for problem in chosen:
+        if problem.id in failed:
+            found[problem.id] = _set_aside(
+                problem, failed[problem.id], searched=problem.id in searched
             )
-        done += 1
-        on_done(done, len(chosen))
-        return result
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(problem)) for problem in chosen]
-    return Evaluation(round=round, problems=tuple(task.result() for task in tasks))
+    return Evaluation(round=round, problems=tuple(found[p.id] for p in chosen)), outcome
 
 
-async def _evaluate_problem(
-    problem: Problem,
+async def evaluate_problem(
+    tree: Tree,
     *,
     config: EvaluationConfig,
-    search: SearchConfig,
     round: int,
     seed: int,
+    searched: Container[str],
+    search: SearchConfig,
     policy: PolicyEngine,
     preference: PreferenceEngine | None,
     sandbox: StepSandbox,
-) -> ProblemEvaluation:
+    clock: Callable[[], float],
+) -> list[Tree]:
+    """Answer the problem of a tree by each method; `judge` says what the trees show.
+
+    Args:
+        tree: only says which problem.
+        round, seed: of the evaluation.
+        searched: ids of the problems that are sampled and searched too; needs a PPM.
+        search: of every method.
+    Returns:
+        The greedy solution; where searched, the samples, and the trees of the search.
+    Raises:
+        EngineError, SearchError: a part of the system failed.
+    """
+    problem = tree.problem
+    seed = derive_seed(seed, "evaluate", round, problem.id)
+
     async def solve(method: Method, count: int, budget: int | None = None) -> SolveResult:
         solver = Solver(
             config=MethodConfig(
@@ -181,45 +228,85 @@ async def _evaluate_problem(
                 top_k=config.vote_top_k,
                 max_solution_tokens=config.max_solution_tokens,
             ),
-            search=search.model_copy(update={"num_candidates": config.num_candidates}),
+            search=search,
             policy=policy,
             preference=preference,
             sandbox=sandbox,
+            clock=clock,
             round=round,
         )
         return await solver.solve(problem, seed=seed)
 
-    greedy = await solve(Method.GREEDY, 1)
+    def chains(result: SolveResult) -> Tree:
+        made = Tree(problem=problem, round=round, seed=seed)
+        made.search_config = search.model_dump_json()
+        fill_tree(made, result)
+        return made
+
+    trees = [chains(await solve(Method.GREEDY, 1))]
+    if problem.id in searched:
+        found = await solve(Method.MCTS, config.num_rollouts)
+        budget = max(found.generated_tokens, 1)
+        samples = await solve(Method.BEST_OF_N, _NO_SAMPLE_LIMIT, budget)
+        trees += [chains(samples), *found.trees]
+    for index, made in enumerate(trees):
+        made.index = index
+        await grade_tree(made)
+    return trees
+
+
+def judge(trees: Iterable[Tree], *, top_k: int) -> dict[str, ProblemEvaluation]:
+    """Verdicts on problems by id, from what `evaluate_problem` made of them, one after the other.
+
+    Args:
+        top_k: solutions that vote in MCTS.
+    """
+    by_problem = groupby(trees, key=lambda tree: tree.problem.id)
+    return {name: _judge_problem(list(own), top_k) for name, own in by_problem}
+
+
+def _judge_problem(trees: Sequence[Tree], top_k: int) -> ProblemEvaluation:
+    greedy, *others = trees
     first = ProblemEvaluation(
-        problem_id=problem.id,
-        level=problem.level.value,
-        greedy=await _right(problem, greedy.answer),
+        problem_id=greedy.problem.id,
+        level=greedy.problem.level.value,
+        greedy=greedy.solved,
         greedy_tokens=greedy.generated_tokens,
     )
-    if preference is None:
+    if not others:
         return first
-    searched = await solve(Method.MCTS, config.num_rollouts)
-    budget = max(searched.generated_tokens, 1)
-    samples = await solve(Method.BEST_OF_N, _NO_SAMPLE_LIMIT, budget)
-    # The very samples of best-of-N, chosen among by another rule.
-    voted = await asyncio.to_thread(
-        choose, samples.solutions, method=Method.MAJORITY, top_k=1, seed=seed
-    )
+    samples, *searches = others
+    drawn, reached = chain_solutions(samples), search_solutions(searches)
+    right = {node.step.answer for t in others for node in t.answers() if node.correct and node.step}
+
+    def chosen(solutions: Sequence[Solution], method: Method) -> bool:
+        ranked = choose(solutions, method=method, top_k=top_k, seed=greedy.seed)
+        return bool(ranked) and solutions[ranked[0].members[0]].answer in right
+
     return replace(
         first,
-        majority=await _right(problem, voted[0].answer if voted else None),
-        best_of_n=await _right(problem, samples.answer),
-        search=await _right(problem, searched.answer),
-        any_sample=any([await _right(problem, s.answer) for s in samples.solutions]),
-        any_search=any([(await grade_tree(tree)).solved for tree in searched.trees]),
-        num_samples=len(samples.solutions),
+        majority=chosen(drawn, Method.MAJORITY),
+        best_of_n=chosen(drawn, Method.BEST_OF_N),
+        search=chosen(reached, Method.MCTS),
+        any_sample=samples.solved,
+        any_search=any(tree.solved for tree in searches),
+        num_samples=len(drawn),
         sample_tokens=samples.generated_tokens,
-        search_tokens=searched.generated_tokens,
+        search_tokens=sum(tree.generated_tokens for tree in searches),
     )
 
 
-async def _right(problem: Problem, answer: str | None) -> bool:
-    if answer is None:
-        return False
-    verdict = await asyncio.to_thread(grade_any, problem, answer)
-    return verdict is not None and verdict.equal
+def _set_aside(problem: Problem, why: str, *, searched: bool) -> ProblemEvaluation:
+    """Wrong by every method that was to answer it."""
+    wrong = False if searched else None
+    return ProblemEvaluation(
+        problem_id=problem.id,
+        level=problem.level.value,
+        greedy=False,
+        majority=wrong,
+        best_of_n=wrong,
+        search=wrong,
+        any_sample=wrong,
+        any_search=wrong,
+        failure=why,
+    )

@@ -43,6 +43,24 @@ def counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in ordered) or "none"
 
 
+def set_aside_lines(failures: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """For people: held-out problems that count as wrong because they could not be evaluated.
+
+    Args:
+        failures: by round, why, by problem.
+    """
+    lines = []
+    for number, reasons in failures.items():
+        if reasons:
+            shown = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:3])
+            more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+            lines.append(
+                f"round {number}: {len(reasons)} held-out problems were set aside and count as "
+                f"wrong ({shown}{more})"
+            )
+    return lines
+
+
 def problems_by_level(
     commits: Mapping[str, Commit], levels: Mapping[str, str]
 ) -> dict[str, dict[str, int]]:

@@ -47,7 +47,6 @@ from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
 from cluster.machines.staging import Stager
-from rollout.engine import EngineError
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
 

@@ -28,9 +28,9 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
@@ -46,7 +46,7 @@ from cluster.fleet.actors import (
     WatchmanKind,
 )
 from cluster.fleet.config import ServingConfig
-from cluster.fleet.keeper import PoolKeeper, guard
+from cluster.fleet.keeper import PoolKeeper
 from cluster.fleet.learner_group import LearnerGroup
 from cluster.fleet.left_over import Home, end_all, end_left_over, namespace_of, remove_groups
 from cluster.fleet.meter import Meter
@@ -66,8 +66,6 @@ from rollout.store import RunStore, TrajectoryStore
 from rollout.tasks import all_of
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Fleet:
@@ -109,14 +107,6 @@ class Fleet:
     @property
     def sandbox(self) -> SandboxPool:
         return self.pools.sandbox
-
-    async def guarded(self, work: Awaitable[T]) -> T:
-        """Await what needs the pools.
-
-        Raises:
-            EngineError: members of a pool died too often to go on.
-        """
-        return await guard(work, self.pools.check)
 
     def progress(self) -> list[WorkerProgress]:
         """Last report of each worker of the rollout in hand; none without one."""

@@ -18,7 +18,7 @@ waits for a place as long as it takes, and has failed if it is not ready some ti
 one. One that takes no weights while the others have them is replaced. What is wrong with the
 configuration ends the first start: so many failures that there cannot be enough, or no place for
 enough of them in time. Later deaths are replaced until they are too many (`Membership.hopeless`),
-which `check` and `guard` raise.
+which `check` raises.
 
 Members of one version must say the same. The first to have taken it are judged together, when there
 are enough of them; one that is odd takes it again, and is replaced if that does not help.
@@ -34,9 +34,9 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -51,7 +51,6 @@ from verifier import SandboxError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 PLACEMENT_S = 20.0
 """After so long without a process the reason is looked for."""
@@ -574,18 +573,3 @@ class PoolKeeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-async def guard(work: Awaitable[T], check: Callable[[], None]) -> T:
-    """Await something that pools of actors are needed for; what `check` raises ends it."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=0.5)
-            if not task.done():
-                check()
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)

@@ -239,7 +239,8 @@ class Meter:
             stages = status.stages.values()
             out.set(metrics.JOBS, sum(s.counts.jobs[state] for s in stages), state=state)
             out.set(metrics.PROBLEMS, sum(s.counts.problems[state] for s in stages), state=state)
-        self._set_solved(status.round, status.totals)
+        if status.round > 0:  # an evaluation's is none of the run's rounds
+            self._set_solved(status.round, status.totals)
 
     def _set_solved(self, number: int, totals: Totals) -> None:
         for level, trees in {**totals.trees_by_level, "all": totals.trees}.items():

@@ -113,7 +113,9 @@ class Rollout:
         )
         try:
             await self._run_stages()
-            left = await self._escalation()
+            # An evaluation is not searched on.
+            searched_on = self.stages[0].answers is None
+            left = await self._escalation() if searched_on else EscalationPlan()
             endpoint = await self._endpoint_stats()
             finished: RoundStatus = await self._ask("status", round)
             manifest = await self._ask("seal", round)
@@ -190,7 +192,7 @@ class Rollout:
                         stage=name,
                         tree_index=index,
                         problem_ids=tuple(wanted),
-                        shard_size=self.config.cluster.shard_size,
+                        shard_size=stage.shard_size or self.config.cluster.shard_size,
                         seed=self.config.seed,
                         priority=index,
                     )
@@ -212,8 +214,8 @@ class Rollout:
     async def _run_stage(self, plan: StagePlan, time_left: _TimeLeft) -> None:
         """Search one stage to its end."""
         status: RoundStatus = await self._ask("plan", plan)
-        others = [stage.totals for name, stage in status.stages.items() if name != plan.stage]
-        before = sum(totals.trees for totals in others)
+        others = [stage for name, stage in status.stages.items() if name != plan.stage]
+        before = sum(stage.counts.problems[JobState.DONE] for stage in others)
         detector = StallDetector(self.config.cluster.stalled_after_s)
         while not status.finished:
             await asyncio.sleep(POLL_S)
@@ -223,11 +225,13 @@ class Rollout:
                 await self._check_endpoint()
             everyone, living = self.progress(), self.progress(living=True)
             mine = Totals.sum(p.finished for p in everyone)
+            searches = sum(p.searches for p in everyone)
             open_trees = sum(p.open_trees for p in living)
             own = status.stages[plan.stage]
-            unfinished = sum(own.counts.problems.values()) - own.counts.problems[JobState.DONE]
+            done = own.counts.problems[JobState.DONE]
+            unfinished = sum(own.counts.problems.values()) - done
             self.pools.load = PoolLoad(
-                waiting=max(0, unfinished - open_trees), in_service=open_trees, served=mine.trees
+                waiting=max(0, unfinished - open_trees), in_service=open_trees, served=searches
             )
             self._check_candidates(everyone)
             stalls = self._stalls(detector)
@@ -254,7 +258,7 @@ class Rollout:
             if errors := {p.error for p in everyone if p.error}:
                 facts["last error"] = min(errors)[:80]
             # A worker's count runs ahead of what it has committed, and lacks what others had.
-            shown = min(max(mine.trees - before, own.totals.trees), len(plan.problem_ids))
+            shown = min(max(searches - before, done), len(plan.problem_ids))
             facts[SHARE_FACT] = time_left.share(shown, own.totals)
             self.on_progress(shown, len(plan.problem_ids), facts)
 
@@ -270,7 +274,7 @@ class Rollout:
         self._steps_seen = True
         ended = candidates - sum(p.unfinished for p in progress)
         wanted = self.config.cluster.min_step_share
-        if self.stages[0].method is None and ended < wanted * candidates:
+        if self.stages[0].answers is None and ended < wanted * candidates:
             text = next((p.unfinished_text for p in progress if p.unfinished_text), "")
             raise SearchError(
                 f"{ended} of {candidates} candidates ended in a step marker; the policy writes, "

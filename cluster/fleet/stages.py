@@ -1,6 +1,6 @@
 """What a rollout is asked for and what came of it: stages, the search of a worker, the outcome.
 
-RolloutStage, RolloutStage, ... --> StageSearch, pickled into the workers: problem, task -> tree
+RolloutStage, RolloutStage, ... --> StageSearch, pickled into the workers: problem, task -> trees
                                 --> RolloutOutcome, of the whole round
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -19,10 +19,8 @@ from cluster.jobs.pool import ReplicaPool
 from cluster.jobs.queue import SearchTask
 from rollout.difficulty import SuspectLabel
 from rollout.engine import PolicyEngine, PreferenceEngine
-from rollout.methods import MethodConfig
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig, StepSandbox, run_search
-from rollout.solution_tree import answer_tree
 from rollout.store import Manifest
 from rollout.tree import Tree
 from verifier.verify import start_symbolic_worker
@@ -37,10 +35,11 @@ class RolloutStage:
     trees: int = 1
     unsolved_only: bool = False
     """Only the problems no tree of the round has solved so far."""
-    method: MethodConfig | None = None
-    """Of an evaluation: how problems are answered; None: they are searched for training data."""
-    prompt: str | None = None
-    """With `method`: as of `rollout.methods.Solver`."""
+    answers: Callable[..., Awaitable[list[Tree]]] | None = None
+    """Of an evaluation: how the problem of a tree is answered, as `rollout.solution_tree`'s
+    `answer_tree` does; None: problems are searched for training data."""
+    shard_size: int | None = None
+    """Problems per job; None: as the cluster's config says."""
 
     @property
     def tree_stages(self) -> list[str]:
@@ -126,7 +125,7 @@ class StageSearch:
     def _engine(self, pool: str) -> PolicyEngine | PreferenceEngine | StepSandbox | None:
         return {"policy": self.policy, "ppm": self.preference, "sandbox": self.sandbox}[pool]
 
-    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> list[Tree]:
         stage = self.stages[task.stage]
         search = stage.search
         if tree.search_config not in ("", search.model_dump_json()):
@@ -136,29 +135,24 @@ class StageSearch:
             )
         # A symbolic question that has to wait for its process would end undecided.
         await asyncio.to_thread(start_symbolic_worker)
-        if stage.method is not None:
-            return await answer_tree(
-                tree,
-                method=stage.method,
-                search=search,
-                policy=self.policy,
-                preference=self.preference,
-                sandbox=self.sandbox,
-                clock=time.monotonic,
-                prompt=stage.prompt,
-            )
-        return await run_search(
+        engines: dict[str, Any] = {
+            "policy": self.policy,
+            "preference": self.preference,
+            "sandbox": self.sandbox,
+            "clock": time.monotonic,
+        }
+        if stage.answers is not None:
+            return await stage.answers(tree, search=search, **engines)
+        found = await run_search(
             problem,
             config=search,
-            policy=self.policy,
-            preference=self.preference,
-            sandbox=self.sandbox,
             round=task.round,
             index=task.index,
             seed=task.seed,
-            clock=time.monotonic,
             resume=tree,
+            **engines,
         )
+        return [found]
 
 
 def hardest_first(problems: Iterable[Problem]) -> list[str]:

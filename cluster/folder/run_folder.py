@@ -13,7 +13,8 @@
     RUN/trajectories/round=R/          trees (rollout.store)
     RUN/datasets/round=R/              SFT examples and preference pairs (learner.dataset)
     RUN/checkpoints/round=R/{policy,ppm}/   (learner.checkpoint); round 0 is the cold start
-    RUN/evaluations/round=R.json       held-out verdicts per problem
+    RUN/evaluations/round=R.json       held-out verdicts per problem, read from the trees in
+                       round=R/        (rollout.store)
     RUN/suspects/round=R.jsonl         unsolved problems whose label may be wrong
     RUN/regrades/round=R-N.{json,jsonl}     what a newer grader judged otherwise (regrade)
     RUN/stages/round=R-STAGE.json      seconds and facts of each finished stage

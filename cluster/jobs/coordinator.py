@@ -76,6 +76,8 @@ class WorkerProgress:
     """Shards that are finished and wait for a store that fails."""
     error: str = ""
     """The last error a search or a commit ended with."""
+    searches: int = 0
+    """Of one problem each, that ended with all their trees."""
     candidates: int = 0
     """Completions of trees searched to their end."""
     unfinished: int = 0
@@ -152,7 +154,7 @@ class Coordinator:
         self._quarantined: dict[tuple[int, str], dict[str, str]] = {}
         self._workers: dict[str, WorkerProgress] = {}
         self._resolve_after_s = 0.0
-        for round in stored_rounds(self.store):
+        for round in stored_rounds(self.store, evaluations=True):
             self._rebuild(round)
         self._grants_after_s = clock() + (self._queue.config.adopt_s if self._plans else 0.0)
 

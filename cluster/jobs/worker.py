@@ -61,11 +61,12 @@ from rollout.tree import Discard, Tree
 
 logger = logging.getLogger(__name__)
 
-Search = Callable[[Problem, SearchTask, Tree], Awaitable[Tree]]
+Search = Callable[[Problem, SearchTask, Tree], Awaitable[Sequence[Tree]]]
 """Searches one problem, filling the tree it is given, which may hold a part of the search already.
 
-Raises `EngineError` if an engine failed, and the tree can be gone on with; `SearchError` if another
-part of the system did, and it cannot."""
+Returns the tree of the task, and behind it what other trees the problem's job has. Raises
+`EngineError` if an engine failed, and the tree can be gone on with; `SearchError` if another part
+of the system did, and it cannot."""
 
 
 @runtime_checkable
@@ -460,11 +461,12 @@ class RolloutWorker:
             shard.open[problem_id] = open_tree
             requests_before = open_tree.num_requests
             try:
-                tree = await self._search(problem, task, open_tree)
-                if (tree.problem.id, tree.index) != (problem_id, task.index):
+                trees = await self._search(problem, task, open_tree)
+                found = [(tree.problem.id, tree.index) for tree in trees]
+                if found[0] != (problem_id, task.index) or {i for i, _ in found} != {problem_id}:
                     raise ValueError(
                         f"asked for tree {task.index} of problem {problem_id}, the search returned "
-                        f"tree {tree.index} of problem {tree.problem.id}"
+                        + ", ".join(f"tree {index} of problem {name}" for name, index in found)
                     )
             except INFRASTRUCTURE_ERRORS as error:
                 # A tree that grows does not wait for ever.
@@ -494,11 +496,13 @@ class RolloutWorker:
                 pause_s = 0.0
             else:
                 del shard.open[problem_id]
-                shard.trees.append(tree)
+                shard.trees += trees
                 self._succeeded_s = time.monotonic()
-                self._progress.finished = Totals.sum((self._progress.finished, Totals.of([tree])))
-                self._count_candidates(tree)
-                metrics.count_tree(tree, self._succeeded_s - began_s)
+                self._progress.searches += 1
+                self._progress.finished = Totals.sum((self._progress.finished, Totals.of(trees)))
+                for tree in trees:
+                    self._count_candidates(tree)
+                    metrics.count_tree(tree, self._succeeded_s - began_s)
                 return
             self._progress.retried_searches += 1
             metrics.count(metrics.SEARCH_RETRIES, cause=retry)

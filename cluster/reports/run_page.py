@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.evaluation import paper
 from cluster.evaluation.reliability import Bins
-from cluster.evaluation.shares import COLUMNS, counts_text, percent, token_ratio
+from cluster.evaluation.shares import (
+    COLUMNS,
+    counts_text,
+    percent,
+    set_aside_lines,
+    token_ratio,
+)
 from cluster.reports import plots
 from cluster.reports.marked_tree import snippet
 from cluster.reports.page import (
@@ -197,6 +203,7 @@ def _accuracy(facts: RunFacts) -> str:
         f'<div class="charts"><figure>{plots.as_svg(figure, "accuracy by round")}</figure></div>'
         + html_table(header, rows)
         + paragraph(about)
+        + "".join(map(paragraph, set_aside_lines(facts.report.get("set_aside", {}))))
     )
 
 

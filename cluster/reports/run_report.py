@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.evaluation.shares import COLUMNS, percent, token_ratio
+from cluster.evaluation.shares import COLUMNS, percent, set_aside_lines, token_ratio
 from cluster.evaluation.tables import REPORT as EVALUATION
 from cluster.evaluation.tables import read_evaluation, read_report
 from cluster.folder.run_folder import REPORT
@@ -66,6 +66,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     own = [percent(r.get("newest_round_share"), digits=0) for r in report["rounds"]]
     line = f"SFT trajectories that the round itself found, %: {', '.join(own)}"
     console.print(line, markup=False, highlight=False)
+    for line in set_aside_lines(report.get("set_aside", {})):
+        console.print(line, markup=False, highlight=False)
     lost = sum(r["lost"] for r in report["rounds"])
     doubled = sum(r["doubled"] for r in report["rounds"])
     seconds = report.get("seconds_total")

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
-from cluster.evaluation.shares import problems_by_level
+from cluster.evaluation.shares import problems_by_level, set_aside_lines
 from cluster.fleet.given_models import check_own_examples, with_chat_turns
 from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
@@ -447,25 +447,25 @@ class Evolution:
         if ppm is not None:
             await self.fleet.serve_preference(ppm)
         serving_s = time.monotonic() - began_s
-        evaluation = await self.fleet.guarded(
-            evaluate(
-                self.test,
-                config=self.config.evaluation,
-                search=self.config.search.trained(),
-                round=number,
-                seed=self.config.seed,
-                policy=self.fleet.policy,
-                preference=self.fleet.preference if ppm is not None else None,
-                sandbox=self.fleet.sandbox,
-                max_open=self.config.cluster.max_open_trees,
-                on_done=self.view.update,
-            )
+        evaluation, outcome = await evaluate(
+            self.fleet,
+            self.test,
+            config=self.config.evaluation,
+            search=self.config.search.trained(),
+            round=number,
+            seed=self.config.seed,
+            preference=ppm is not None,
+            on_progress=self.view.update,
         )
+        self._tell(outcome.loss_lines())
+        self._tell(set_aside_lines({number: evaluation.failures}))
         self.folder.write(name, evaluation.as_record())
         greedy = evaluation.shares("greedy")
         assert greedy is not None
         seconds = self.view.end(f"greedy pass@1 {100 * (greedy['all'] or 0.0):.1f} %")
-        self.folder.record_stage(number, "evaluate", seconds, serving_s=serving_s)
+        self.folder.record_stage(
+            number, "evaluate", seconds, **outcome.facts(), serving_s=serving_s
+        )
 
 
 def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> list[Problem]:

@@ -48,6 +48,11 @@ def evolution_report(
         "rounds": rounds,
         "seconds_total": round(seconds_total, 1),
         "evaluation": _evaluation_facts(config.evaluation, num_test),
+        "set_aside": {
+            number: evaluation.failures
+            for number in range(len(config.rounds) + 1)
+            if (evaluation := _evaluation(folder, number)) is not None and evaluation.failures
+        },
         "config": config.effective(),
         "versions": versions(),
         "hardware": hardware(),

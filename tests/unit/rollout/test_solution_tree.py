@@ -39,7 +39,7 @@ def answered(
 ) -> Tree:
     config = MethodConfig(name=method, num_trajectories=count, rollouts_per_tree=3)
     search = SearchConfig.model_validate({"template": "short", "num_candidates": 4, **settings})
-    return asyncio.run(
+    (found,) = asyncio.run(
         answer_tree(
             tree or Tree(problem=PROBLEM, round=2, seed=5),
             method=config,
@@ -51,6 +51,7 @@ def answered(
             prompt=prompt,
         )
     )
+    return found
 
 
 def test_each_sample_is_a_chain_in_its_order_with_its_verdict_or_reason() -> None:

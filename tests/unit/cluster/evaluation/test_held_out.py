@@ -6,15 +6,27 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cluster.evaluation.config import EvaluationConfig
-from cluster.evaluation.held_out import Evaluation, balanced, evaluate
+from cluster.evaluation.held_out import Evaluation, balanced, evaluate, evaluate_problem, judge
+from cluster.fleet.stages import RolloutStage, StageSearch
+from cluster.folder.run_folder import RunFolder
+from cluster.jobs.coordinator import Coordinator
+from cluster.jobs.queue import QueueConfig, StagePlan
+from cluster.jobs.worker import RolloutWorker, WorkerConfig
 from rollout.engine import Completion, FinishReason, GenerationRequest
 from rollout.problem import Level, Problem
-from rollout.search import SearchConfig
-from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
+from rollout.search import SearchConfig, SearchError
+from rollout.store import RunStore, TrajectoryStore, evaluation_of, stored_rounds
+from rollout.table import table_to_trees, trees_to_table
+from rollout.tree import Tree
+from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference, random_steps
+from tests.scripted_replicas import hash_value
 
 
 def problem(name: str, level: Level, answer: str) -> Problem:
@@ -40,21 +52,33 @@ def run(
     preference: TablePreference | None,
     *,
     problems: Sequence[Problem] = PROBLEMS,
+    max_depth: int = 16,
+    round: int = 1,
+    seed: int = 0,
     **config: object,
 ) -> Evaluation:
-    return asyncio.run(
-        evaluate(
-            problems,
-            config=EvaluationConfig(**config),  # type: ignore[arg-type]
-            search=SearchConfig(template="short"),
-            round=1,
-            seed=0,
+    """As `evaluate` does it with a fleet, its workers and its store."""
+    made = EvaluationConfig(**config)  # type: ignore[arg-type]
+    searched = balanced(problems, made.num_search_problems) if preference is not None else []
+    search = SearchConfig(template="short", max_depth=max_depth)
+
+    async def one(problem: Problem) -> list[Tree]:
+        return await evaluate_problem(
+            Tree(problem=problem, round=-2),
+            config=made,
+            round=round,
+            seed=seed,
+            searched=[p.id for p in searched],
+            search=search.model_copy(update={"num_candidates": made.num_candidates}),
             policy=policy,
             preference=preference,
-            sandbox=ScriptedSandbox(default="3\n"),
-            max_open=2,
+            sandbox=ScriptedSandbox({"bad": Failure()}, default="3\n"),
+            clock=lambda: 0.0,
         )
-    )
+
+    trees = [tree for problem in problems for tree in asyncio.run(one(problem))]
+    found = judge(table_to_trees(trees_to_table(trees)), top_k=made.vote_top_k)
+    return Evaluation(round=round, problems=tuple(found.values()))
 
 
 def always_three(request: GenerationRequest) -> list[str]:
@@ -153,3 +177,209 @@ def test_problem_that_does_not_fit_the_policy_is_a_wrong_answer_everywhere() -> 
     for result in evaluation.problems:
         assert (result.greedy, result.majority, result.best_of_n, result.search) == (False,) * 4
         assert (result.any_sample, result.any_search, result.search_tokens) == (False, False, 0)
+
+
+KNOWN = """
+     greedy  majority  best_of_n  search  any_sample  any_search  num_samples  tokens of the three
+p0   1       1         1          1       1           1           9            14   53   56
+p1   0       0         0          0       0           0           9            4    54   53
+p2   0       0         1          1       1           1           14           4    81   77
+p3   0       0         1          0       1           0           8            14   54   51
+p4   0       1         1          0       1           0           6            4    61   57
+p5   0       0         0          0       0           0           11           4    56   55
+p6   0       0         1          1       1           1           10           1    71   66
+p7   0       1         0          1       1           1           7            14   62   57
+p8   0       None      None       None    None        None        0            1    0    0
+p9   0       None      None       None    None        None        0            4    0    0
+"""
+
+
+def test_seeded_evaluation_is_what_it_always_was() -> None:
+    """Values are few, so that votes and draws decide; some searches need a second tree."""
+    problems = [
+        Problem(
+            id=f"p{n}",
+            source="s",
+            level=list(Level)[n % 3],
+            text=f"How many in {n}?",
+            answer="3" if n % 3 else "4",
+        )
+        for n in range(10)
+    ]
+    evaluation = run(
+        ScriptedPolicy(random_steps),
+        TablePreference(lambda text: round(hash_value(text)) / 2),
+        problems=problems,
+        max_depth=4,
+        round=2,
+        seed=7,
+        num_rollouts=3,
+        num_candidates=3,
+        num_search_problems=8,
+    )
+    names = ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
+    counts = ("num_samples", "greedy_tokens", "sample_tokens", "search_tokens")
+    found = [
+        [p.problem_id, *(v if (v := getattr(p, n)) is None else int(v) for n in (*names, *counts))]
+        for p in evaluation.problems
+    ]
+    rows = [line.split() for line in KNOWN.strip().splitlines()[1:]]
+    assert [[str(value) for value in row] for row in found] == rows
+
+
+class LocalFleet:
+    """Rollouts in this process: coordinator, worker and store as they are, without Ray."""
+
+    def __init__(self, root: Path, policy: ScriptedPolicy, preference: TablePreference) -> None:
+        self.folder = RunFolder(root)
+        self.policy, self.preference = policy, preference
+        self.sandbox = ScriptedSandbox({"bad": Failure()}, default="3\n")
+
+    async def rollout(
+        self,
+        number: int,
+        problems: Sequence[Problem],
+        stages: Sequence[RolloutStage],
+        *,
+        preference: bool,
+        on_progress: Any,
+    ) -> Any:
+        (stage,) = stages
+        inner = Coordinator(str(self.folder.root), QueueConfig(max_attempts=2))
+        ids = tuple(p.id for p in problems)
+        plan = StagePlan(
+            round=number,
+            stage=stage.name,
+            tree_index=0,
+            problem_ids=ids,
+            shard_size=stage.shard_size or 1,
+            seed=9,
+        )
+        inner.plan(plan)
+        worker = RolloutWorker(
+            "w",
+            LocalCoordinator(inner),  # type: ignore[arg-type]
+            str(self.folder.root),
+            {p.id: p for p in problems},
+            StageSearch(
+                stages={stage.name: stage},
+                policy=self.policy,
+                preference=self.preference,
+                sandbox=self.sandbox,
+            ),
+            WorkerConfig(max_open_trees=4, poll_s=0.01, engine_backoff_s=0.01),
+        )
+        running = asyncio.create_task(worker.run())
+        try:
+            while not inner.status(number).finished:
+                await asyncio.sleep(0.01)
+        finally:
+            await worker.drain()
+            await running
+        return SimpleNamespace(manifest=inner.seal(number))
+
+    async def evaluate(self, problems: Sequence[Problem]) -> Evaluation:
+        found, _ = await evaluate(
+            self,  # type: ignore[arg-type]
+            problems,
+            config=EvaluationConfig(num_rollouts=3, num_candidates=3, num_search_problems=8),
+            search=SearchConfig(template="short", max_depth=4),
+            round=2,
+            seed=7,
+            preference=True,
+            on_progress=lambda done, total, facts: None,
+        )
+        return found
+
+    @property
+    def asked(self) -> set[str]:
+        """The problems that the policy was asked about."""
+        return {request.routing_key for request in self.policy.requests}
+
+    @property
+    def committed(self) -> set[str]:
+        store = TrajectoryStore(RunStore(str(self.folder.root)), evaluation_of(2))
+        return {key.problem_id for c in store.commits().values() for key in c.trees}
+
+
+class LocalCoordinator:
+    """Answers as its actor does."""
+
+    def __init__(self, inner: Coordinator) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*arguments: Any) -> Any:
+            return getattr(self.inner, name)(*arguments)
+
+        return call
+
+
+TWELVE = [
+    Problem(id=f"q{n}", source="s", level=Level.GSM, text=f"How many in {n}?", answer="3")
+    for n in range(12)
+]
+
+
+def local(root: Path, script: Any = random_steps, *, failures: int = 0) -> LocalFleet:
+    policy = ScriptedPolicy(script, failures=failures)
+    return LocalFleet(root, policy, TablePreference(hash_value, failures=failures))
+
+
+async def test_engines_that_fail_cost_retries_and_change_nothing(tmp_path: Path) -> None:
+    expected = await local(tmp_path / "whole").evaluate(TWELVE)
+    assert await local(tmp_path / "failing", failures=5).evaluate(TWELVE) == expected
+    assert [p.problem_id for p in expected.problems] == [p.id for p in TWELVE]
+    assert sum(p.search is not None for p in expected.problems) == 8
+
+
+async def test_what_is_committed_is_not_evaluated_again(tmp_path: Path) -> None:
+    first = local(tmp_path / "cut")
+    work = asyncio.create_task(first.evaluate(TWELVE))
+    while not first.committed:
+        await asyncio.sleep(0.005)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    done = first.committed
+    assert 0 < len(done) < len(TWELVE)
+
+    second = local(tmp_path / "cut")
+    found = await second.evaluate(TWELVE)
+    assert second.asked == {p.id for p in TWELVE} - done
+    assert found == await local(tmp_path / "whole").evaluate(TWELVE)
+    third = local(tmp_path / "cut")
+    assert await third.evaluate(TWELVE) == found and not third.asked
+
+
+def breaking(request: GenerationRequest) -> list[str]:
+    if "in 5?" in request.prompt:
+        raise OverflowError("five")
+    return random_steps(request)
+
+
+async def test_problem_that_keeps_failing_is_set_aside_and_wrong(tmp_path: Path) -> None:
+    expected = await local(tmp_path / "whole").evaluate(TWELVE)
+    found = await local(tmp_path / "run", breaking).evaluate(TWELVE)
+    assert found.failures == {"q5": "OverflowError: five"}
+    others = [p for p in expected.problems if p.problem_id != "q5"]
+    assert [p for p in found.problems if p.problem_id != "q5"] == others
+    wrong = found.problems[5]
+    assert (wrong.greedy, wrong.majority, wrong.search, wrong.any_sample) == (False,) * 4
+    assert Evaluation.from_record(json.loads(json.dumps(found.as_record()))) == found
+
+
+async def test_evaluation_of_nothing_but_failures_says_what_to_do(tmp_path: Path) -> None:
+    wanted = r"none of 1 problems .* q5 for: OverflowError: five; .* remove .*evaluations/round=2"
+    with pytest.raises(SearchError, match=wanted):
+        await local(tmp_path / "run", breaking).evaluate(TWELVE[5:6])
+
+
+def test_evaluations_are_not_among_the_rounds_of_a_run(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path))
+    for number in (1, evaluation_of(0), evaluation_of(1)):
+        TrajectoryStore(store, number).create_plan("base", b"{}")
+    assert stored_rounds(store) == [1]
+    assert stored_rounds(store, evaluations=True) == [-2, -1, 1]
+    assert (tmp_path / "evaluations/round=0/plans/base.json").is_file()
+    assert evaluation_of(evaluation_of(3)) == 3

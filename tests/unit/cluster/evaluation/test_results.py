@@ -60,7 +60,7 @@ def tree_of(
     config = MethodConfig(name=method, num_trajectories=count, rollouts_per_tree=2)
     search = SearchConfig.model_validate({"template": "short", "num_candidates": 2})
     outputs = {f"print({n})": f"{n}\n" for n in range(10)} | dict(outputs or {})
-    return asyncio.run(
+    (found,) = asyncio.run(
         answer_tree(
             Tree(problem=problem, round=1, seed=1),
             method=config,
@@ -71,6 +71,7 @@ def tree_of(
             clock=lambda: 0.0,
         )
     )
+    return found
 
 
 def attempts_of(arm: Arm, trees: Sequence[Tree], **settings: int) -> ProblemAttempts:

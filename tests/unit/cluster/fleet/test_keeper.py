@@ -12,7 +12,7 @@ import pytest
 from cluster.engines.model_check import ModelCheckError
 from cluster.engines.weight_sync import odd_ones
 from cluster.fleet import keeper as keeper_module
-from cluster.fleet.keeper import ActorKind, Look, PoolKeeper, guard
+from cluster.fleet.keeper import ActorKind, Look, PoolKeeper
 from cluster.fleet.membership import SupervisionConfig
 from cluster.machines.scaler import MemberState
 from rollout.engine import EngineError
@@ -185,20 +185,15 @@ async def test_first_start_that_fails_is_an_error_and_leaves_nothing() -> None:
     assert set(at.things.gone) == set(at.things.made)
 
 
-async def test_too_many_deaths_end_what_is_guarded() -> None:
+async def test_too_many_deaths_are_told_by_check() -> None:
     at = Setting(size=1, config=QUICK.model_copy(update={"max_failures": 3}))
     await at.keeper.start()
     at.things.broken = "out of memory"
     at.things.made["thing-0"].dead = "killed"
     with pytest.raises(EngineError, match=r"4 deaths of a thing .* last one: .*out of memory"):
-        await guard(asyncio.Event().wait(), at.keeper.check)
-    await at.keeper.stop()
-
-
-async def test_guard_returns_what_its_work_does() -> None:
-    at = Setting(size=1)
-    await at.keeper.start()
-    assert await guard(asyncio.sleep(0, "done"), at.keeper.check) == "done"
+        while True:
+            at.keeper.check()
+            await asyncio.sleep(0.01)
     await at.keeper.stop()
 
 

@@ -27,7 +27,7 @@ def test_each_stage_of_a_round_has_its_own_search() -> None:
     problem = Problem(id="p", source="s", level=Level.GSM, text="q", answer="3")
     task = SearchTask(round=4, stage="escalation-1", index=1, seed=9)
     given = Tree(problem=problem, round=4, index=1, seed=9)
-    tree = asyncio.run(search(problem, task, given))
+    (tree,) = asyncio.run(search(problem, task, given))
     assert tree is given
     assert [r.num_candidates for r in policy.requests] == [5]
     assert (tree.round, tree.index, tree.seed, tree.solved) == (4, 1, 9, True)

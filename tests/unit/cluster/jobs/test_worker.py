@@ -73,6 +73,8 @@ class Searches:
         self.gates: dict[str, asyncio.Event] = {}
         self.errors: dict[str, list[Exception]] = {}
         self.tasks: dict[str, SearchTask] = {}
+        self.more: tuple[int, ...] = ()
+        """Further trees of each problem, by index."""
 
     def hold(self, *problem_ids: str) -> None:
         for problem_id in problem_ids:
@@ -82,7 +84,7 @@ class Searches:
         for problem_id in problem_ids:
             self.gates[problem_id].set()
 
-    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> list[Tree]:
         self.started.append(problem.id)
         self.tasks[problem.id] = task
         self.open.add(problem.id)
@@ -93,9 +95,12 @@ class Searches:
                 await self.gates[problem.id].wait()
             if self.errors.get(problem.id):
                 raise self.errors[problem.id].pop()
-            return make_tree(
-                answered("7", correct=True), problem=problem, round=task.round, index=task.index
-            )
+            return [
+                make_tree(
+                    answered("7", correct=True), problem=problem, round=task.round, index=index
+                )
+                for index in (task.index, *self.more)
+            ]
         finally:
             self.open.discard(problem.id)
 
@@ -293,8 +298,8 @@ async def test_problem_nobody_has_read_is_quarantined(setting: Setting) -> None:
 async def test_search_that_returns_another_tree_is_quarantined(setting: Setting) -> None:
     setting.plan("a")
 
-    async def wrong(problem: Problem, task: SearchTask, tree: Tree) -> Tree:
-        return make_tree(problem=problem, index=task.index + 1)
+    async def wrong(problem: Problem, task: SearchTask, tree: Tree) -> list[Tree]:
+        return [make_tree(problem=problem, index=task.index + 1)]
 
     async with setting.running(setting.worker(search=wrong)):
         await setting.finish()
@@ -413,7 +418,7 @@ class GrowingSearch:
         self.held: set[str] = set()
         self.errors: dict[tuple[str, int], Exception] = {}
 
-    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> list[Tree]:
         while tree.num_requests < self.steps:
             step = tree.num_requests
             if self.hold_at.get(problem.id) == step:
@@ -425,7 +430,7 @@ class GrowingSearch:
             await asyncio.sleep(0)
             tree.num_requests += 1
             tree.generated_tokens += 10
-        return tree
+        return [tree]
 
 
 def open_files(setting: Setting) -> list[str]:
@@ -511,11 +516,11 @@ async def test_open_tree_the_search_refuses_costs_no_attempt(setting: Setting) -
         await setting.until(lambda: first.held == {"a"})
     started: list[int] = []
 
-    async def refuse(problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+    async def refuse(problem: Problem, task: SearchTask, tree: Tree) -> list[Tree]:
         started.append(tree.num_requests)
         if tree.num_requests:
             raise ValueError("searched with other settings")
-        return tree
+        return [tree]
 
     config = FAST.model_copy(update={"search_attempts": 1})
     async with setting.running(setting.worker("w2", search=refuse, config=config)):
@@ -636,3 +641,18 @@ async def test_progress_reaches_the_coordinator(setting: Setting) -> None:
         assert progress.unfinished == 0 and progress.unfinished_text == ""
         setting.searches.let_go("e")
         await setting.finish()
+
+
+async def test_all_trees_of_a_search_are_committed_and_count_as_one_search(
+    setting: Setting,
+) -> None:
+    setting.plan(*"abc", shard_size=2)
+    setting.searches.more = (1, 5)
+    worker = setting.worker()
+    async with setting.running(worker):
+        await setting.finish()
+    setting.inner.seal(1)
+    trees = sorted((tree.problem.id, tree.index) for tree in setting.store.trees())
+    assert trees == [(name, index) for name in "abc" for index in (0, 1, 5)]
+    progress = worker.progress()
+    assert (progress.searches, progress.finished.trees) == (3, 9)
