@@ -23,13 +23,9 @@ from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
 
-import ray
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.engines.endpoint import EndpointActor, EndpointStats
@@ -51,12 +47,6 @@ from verifier.sandbox import Isolation
 
 FINGERPRINT_TOLERANCE = 0.05
 """Largest difference between replicas of one version; half precision passes."""
-
-
-def near_driver(*, soft: bool = True) -> dict[str, Any]:
-    """Placed on the driver's machine, which is no spot node: as a wish, or nowhere else."""
-    node_id = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
 
 
 class RayKind(ActorKind):
@@ -110,7 +100,7 @@ class BesideDriver(RayKind):
         super().__init__(ActorConfig(), *arguments)
 
     def options(self, name: str) -> dict[str, Any]:
-        return super().options(name) | near_driver()
+        return super().options(name) | nodes.near_driver()
 
 
 class EngineKind(RayKind):
@@ -297,7 +287,7 @@ class EndpointKind(BesideDriver):
         """Why the endpoint cannot be used, in its own words; "" while it can."""
 
     def start(self, name: str) -> Any:
-        return EndpointActor.options(**near_driver(soft=False)).remote(
+        return EndpointActor.options(**nodes.near_driver(soft=False)).remote(
             self.endpoint, before=self.stats
         )
 
