@@ -32,7 +32,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.fleet.membership import Membership, SupervisionConfig
-from cluster.jobs.ray_errors import cause
+from cluster.jobs.ray_errors import LostError, cause
 from cluster.machines.scaler import MemberState, ReplicaLoad
 from rollout.engine import EngineError
 from rollout.tasks import all_of
@@ -44,6 +44,11 @@ T = TypeVar("T")
 
 PLACEMENT_S = 20.0
 """After so long without a process the reason is looked for."""
+
+
+class PoolLostError(LostError, EngineError):
+    """Members of a pool died so often that none is replaced any more; says of which and why."""
+
 
 Announce = Callable[[Mapping[str, Any]], None]
 """Told the handles of all READY members whenever they change."""
@@ -187,7 +192,7 @@ class PoolKeeper:
             for handle in (await self.stop()).values():
                 self.kind.kill(handle)
             raise
-        self._keeping = asyncio.create_task(self._keep(), name=f"keep-{self.kind.prefix}")
+        self._keep_on()
 
     async def stop(self) -> dict[str, Any]:
         """Watch no more; returns the handles of what is still there, none of it ended."""
@@ -238,8 +243,13 @@ class PoolKeeper:
         """True if so many members died that none is replaced any more."""
         return self._keeping is not None and self._keeping.done()
 
+    def revive(self) -> None:
+        """Replace members again, after so many died that none was replaced any more."""
+        self.members.forgive()
+        self._keep_on()
+
     def check(self) -> None:
-        """Raises EngineError if too many members died."""
+        """Raises PoolLostError if too many members died."""
         if self._keeping is not None and self._keeping.done():
             self._keeping.result()
 
@@ -278,16 +288,19 @@ class PoolKeeper:
 
     # -- inside
 
+    def _keep_on(self) -> None:
+        self._keeping = asyncio.create_task(self._keep(), name=f"keep-{self.kind.prefix}")
+
     async def _keep(self) -> None:
         """Start what is due, for ever.
 
         Raises:
-            EngineError: too many members died.
+            PoolLostError: too many members died.
         """
         while True:
             reason = self.members.hopeless(time.monotonic())
             if reason:
-                raise EngineError(reason)
+                raise PoolLostError(reason)
             for _ in range(self.members.due(time.monotonic())):
                 self._spawn(self._bring_up_again(self._add()))
             self._changed.clear()
