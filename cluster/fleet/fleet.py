@@ -17,8 +17,11 @@ stalled, until deaths are too many; the learner group looks after itself. Who us
 once who is READY (`cluster.fleet.pools`). What becomes of a round is `cluster.fleet.rollouts`', of
 nodes and the size of pools `cluster.fleet.minding`'s.
 
-With `cluster.hand_over` engines and learner take turns on the same GPUs: engines end before a fit
-and start again, with the new checkpoint, when a model is to be served; then the learner ends.
+The learner's ranks are kept on an embedded Ray, whose machine is paid for anyway. On a cluster they
+come when a fit is near (`want_learner`) and go after the last one (`leave_learner`), with their
+machines. With `cluster.hand_over` engines and learner take turns on the same GPUs: engines end
+before a fit and start again, with the new checkpoint, when a model is to be served; then the
+learner ends.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ from cluster.fleet.stages import RolloutOutcome, RolloutStage, StageSearch
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
+from cluster.machines import nodes
 from cluster.telemetry.process import end as end_telemetry
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
@@ -169,11 +173,13 @@ class Fleet:
                 self.folder.root / "ray_train",
                 start_timeout_s=cluster.start_timeout_s,
                 stalled_after_s=cluster.fit_stalled_after_s,
+                attempts=cluster.stage_attempts,
                 why_pending=lambda: why_learner_waits(cluster, self.pools.keepers),
+                coming=lambda: bool(nodes.starting()),
                 note=lambda text: self.note(text),
             )
-            if not cluster.hand_over:
-                self._learner.start()
+            if cluster.address == "local":
+                self.want_learner()
         coordinator = CoordinatorKind(
             str(self.folder.root), queue_config(cluster), patience_s=cluster.start_timeout_s
         )
@@ -336,14 +342,37 @@ class Fleet:
         )
         return await self._rollout.run()
 
+    def mend(self) -> None:
+        """Replace members again in pools where too many died to go on."""
+        for keeper in self.pools.keepers.values():
+            if keeper.hopeless:
+                self.note(f"every {keeper.kind.kind} that died is replaced again")
+                keeper.revive()
+
     # ---------------------------------------------------------------- learner, end
 
+    def want_learner(self) -> None:
+        """Ask for the learner's machines, because a fit is near; returns at once."""
+        if self._learner is not None and not self.config.cluster.hand_over:
+            self._learner.start()
+
+    async def leave_learner(self) -> None:
+        """Give the learner's machines back, where they are others', because no fit is near."""
+        if self._learner is not None and self.config.cluster.address != "local":
+            await asyncio.to_thread(self._learner.shutdown)
+
     async def fit(
-        self, request: FitRequest, on_progress: Callable[[FitProgress], None]
+        self,
+        request: FitRequest,
+        on_progress: Callable[[FitProgress], None],
+        on_retry: Callable[[str], None] = lambda reason: None,
     ) -> FitResult:
         """Train on the learner group.
 
+        Args:
+            on_retry: told why ranks failed that are started anew for the same request.
         Raises:
+            LearnerLostError: the group was lost; the next fit starts another.
             LearnerError: the training run could not be done.
         """
         assert self._learner is not None
@@ -354,7 +383,7 @@ class Fleet:
 
         if self.config.cluster.hand_over:
             await self._end_engines()
-        result = await asyncio.to_thread(self._learner.fit, request, progress)
+        result = await asyncio.to_thread(self._learner.fit, request, progress, on_retry)
         self.meter.end_fit(result)
         return result
 
