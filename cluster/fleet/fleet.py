@@ -57,6 +57,7 @@ from cluster.fleet.pools import Pools
 from cluster.fleet.rollouts import DRAIN_S, Progress, Rollout, queue_config
 from cluster.fleet.stages import RolloutOutcome, RolloutStage, StageSearch
 from cluster.folder.run_folder import RunFolder
+from cluster.jobs.attempts import Attempts
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
 from cluster.machines import nodes
@@ -87,6 +88,10 @@ class Fleet:
         self.meter = Meter(
             config.metrics, folder, self.pools.keepers, budget_usd=config.cost.budget_usd
         )
+        self.attempts = Attempts(
+            config.cluster.stage_attempts, mend=self._mend, note=lambda text: self.note(text)
+        )
+        """Does a stage of the run again that lost actors or machines."""
         self._policy_kind = PolicyKind(config.cluster.policy, config.policy_engine)
         self._preference_kind = PreferenceKind(config.cluster.ppm, config.ppm_engine)
         self._learner: LearnerGroup | None = None
@@ -342,7 +347,7 @@ class Fleet:
         )
         return await self._rollout.run()
 
-    def mend(self) -> None:
+    def _mend(self) -> None:
         """Replace members again in pools where too many died to go on."""
         for keeper in self.pools.keepers.values():
             if keeper.hopeless:
@@ -362,15 +367,10 @@ class Fleet:
             await asyncio.to_thread(self._learner.shutdown)
 
     async def fit(
-        self,
-        request: FitRequest,
-        on_progress: Callable[[FitProgress], None],
-        on_retry: Callable[[str], None] = lambda reason: None,
+        self, request: FitRequest, on_progress: Callable[[FitProgress], None]
     ) -> FitResult:
         """Train on the learner group.
 
-        Args:
-            on_retry: told why ranks failed that are started anew for the same request.
         Raises:
             LearnerLostError: the group was lost; the next fit starts another.
             LearnerError: the training run could not be done.
@@ -383,7 +383,7 @@ class Fleet:
 
         if self.config.cluster.hand_over:
             await self._end_engines()
-        result = await asyncio.to_thread(self._learner.fit, request, progress, on_retry)
+        result = await asyncio.to_thread(self._learner.fit, request, progress, self.attempts.again)
         self.meter.end_fit(result)
         return result
 

@@ -32,7 +32,8 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.fleet.membership import Membership, SupervisionConfig
-from cluster.jobs.ray_errors import LostError, cause
+from cluster.jobs.attempts import LostError
+from cluster.jobs.ray_errors import cause
 from cluster.machines.scaler import MemberState, ReplicaLoad
 from rollout.engine import EngineError
 from rollout.tasks import all_of

@@ -45,7 +45,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.fleet.config import ActorConfig
-from cluster.jobs.ray_errors import LostError
+from cluster.jobs.attempts import LostError
 from cluster.machines import nodes
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
 

@@ -8,13 +8,6 @@ told from other errors: commands that start no Ray explain errors too.
 from __future__ import annotations
 
 
-class LostError(Exception):
-    """Actors or machines were lost, not a fault of what was asked: it may succeed when done again.
-
-    A parent beside the error of the part that was lost.
-    """
-
-
 def plain(error: BaseException) -> BaseException:
     """The error as it was raised, in whatever process."""
     return getattr(error, "cause", None) or error

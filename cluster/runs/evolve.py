@@ -6,7 +6,7 @@
 
 Every stage asks first whether its product exists and is skipped if so; a stage that was cut off
 begins again, except that the rollout goes on from the shards that were committed. A stage that
-loses actors or machines is done again, too (`cluster.runs.attempts`). One set of engine processes
+loses actors or machines is done again, too (`cluster.jobs.attempts`). One set of engine processes
 serves the whole run: new weights are loaded in place. On a cluster the learner is there from the
 beginning of `select` to the round's last fit.
 """
@@ -31,7 +31,6 @@ from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
 from cluster.folder.lineage import record_lineage
 from cluster.folder.run_folder import REPORT
-from cluster.runs.attempts import Attempts
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve_report import evolution_report
 from cluster.runs.rollout import search_stages
@@ -68,9 +67,6 @@ class Evolution:
         self.folder, self.store = self.session.folder, self.session.store
         self.fleet = self.session.fleet
         self.checkpoints = CheckpointStore(self.folder.checkpoints)
-        self.attempts = Attempts(
-            config.cluster.stage_attempts, mend=self.fleet.mend, note=view.note
-        )
         self.train: list[Problem] = []
         self.test: list[Problem] = []
         self.demonstrations: Path | None = None
@@ -236,6 +232,8 @@ class Evolution:
             rollout = partial(self._rollout, number, policy, ppm)
             await self._attempted(number, "rollout", rollout)
             await self._record_lineage(number)
+            if self.checkpoints.current("ppm", number) is None:
+                self.fleet.want_learner()
             await self._select(number)
             start = self.base_model
             if self.config.models.policy_init == "previous" and policy is not None:
@@ -253,9 +251,9 @@ class Evolution:
     async def _attempted(self, number: int, stage: str, work: Callable[[], Awaitable[T]]) -> T:
         """Do a stage, again if it must be; its record says why."""
         name = f"round {number}: {stage.replace('_', ' ')}"
-        result = await self.attempts(name, work)
-        if self.attempts.reasons:
-            record = {**self.folder.stage(number, stage), "retries": self.attempts.reasons}
+        result = await self.fleet.attempts(name, work)
+        if self.fleet.attempts.reasons:
+            record = {**self.folder.stage(number, stage), "retries": self.fleet.attempts.reasons}
             self.folder.record_stage(number, stage, record.pop("seconds"), **record)
         return result
 
@@ -350,7 +348,6 @@ class Evolution:
             self._skip(number, "select", "select")
             return
         self.view.begin("select", f"round {number}: select", round=number)
-        self.fleet.want_learner()
         selection = RoundSelection(self.store, number)
         demonstrations = (
             read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
@@ -429,7 +426,7 @@ class Evolution:
                 self.view.update, progress.step, progress.num_steps, progress.facts()
             )
 
-        result = await self.fleet.fit(request, show, self.attempts.again)
+        result = await self.fleet.fit(request, show)
         for warning in result.warnings:
             self.view.note(f"round {number}, {kind}: {warning}")
         if result.held is not None:

@@ -7,6 +7,8 @@ other nodes, by custom resources.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -24,12 +26,14 @@ from cluster.fleet.fleet import Fleet
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
+from cluster.machines.spot import SpotConfig
 from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import make_problem
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
+from tests.standing import actors
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -194,6 +198,21 @@ async def test_run_outlives_a_node_that_is_killed_and_leaves_one_that_drains(
             f"\n{took_s:.1f} s in all; serving again {back_s:.1f} s after a node's death, away "
             f"from a draining node after {moved_s:.1f} s; {outcome.resumed_trees} trees resumed"
         )
+
+
+async def test_watcher_that_is_killed_watches_again(cluster: Cluster) -> None:
+    node = cluster.add_node(**NODE)
+    taken: set[int] = set()
+    async with preempting_cloud(taken) as url:
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        config = SpotConfig(url=url, interval_s=0.2, timeout_s=10.0)
+        watcher = nodes.start_spot_watcher(node.node_id, config)
+        await watcher.__ray_ready__.remote()
+        (first,) = [a for a in actors() if a.class_name == "NodeSpotWatcher"]
+        os.kill(first.pid, signal.SIGKILL)
+        await until(lambda: [a.num_restarts for a in actors()] == [1])
+        taken.add(node.all_processes["raylet"][0].process.pid)
+        await until(lambda: set(nodes.draining()) == {node.node_id})
 
 
 async def test_run_outlives_the_head_forgetting_its_memory(

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.fleet.keeper import PoolLostError
 from cluster.fleet.learner_group import LearnerLostError
-from cluster.runs.attempts import Attempts
+from cluster.jobs.attempts import Attempts
 from learner.fit import LearnerError
 from rollout.engine import EngineError
 

@@ -13,9 +13,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from cluster.jobs.ray_errors import LostError
-
 T = TypeVar("T")
+
+
+class LostError(Exception):
+    """Actors or machines were lost, not a fault of what was asked: it may succeed when done again.
+
+    A parent beside the error of the part that was lost.
+    """
 
 
 class Attempts:
