@@ -45,7 +45,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.fleet.config import ActorConfig
-from cluster.jobs.attempts import LostError
+from cluster.jobs.attempts import GO_ON, LostError
 from cluster.machines import nodes
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
 
@@ -174,7 +174,7 @@ class Mailbox:
                 self._close(
                     Outcome(
                         error=f"fit {self._ticket.request.fit_id!r} failed "
-                        f"{self._max_attempts} times; last: {last}"
+                        f"{self._max_attempts} times, at last: {last}. {GO_ON}"
                     )
                 )
                 return None

@@ -15,6 +15,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+GO_ON = "What is finished is kept: see to what is named here, then start the same command again"
+"""For a person whose run was stopped by losses."""
+
 
 class LostError(Exception):
     """Actors or machines were lost, not a fault of what was asked: it may succeed when done again.
@@ -58,9 +61,8 @@ class Attempts:
             except LostError as lost:
                 if number == self._limit:
                     raise type(lost)(
-                        f"{stage} failed {number} times (cluster.stage_attempts), at last: {lost} "
-                        "What is finished is kept: see to what is named there, then start the "
-                        "same command again"
+                        f"{stage} failed {number} times (cluster.stage_attempts), at last: {lost}. "
+                        + GO_ON
                     ) from lost
                 self.again(f"{stage}, {number} of {self._limit}: {lost}")
                 self._mend()

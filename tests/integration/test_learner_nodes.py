@@ -146,17 +146,14 @@ async def test_learner_that_comes_late_outlives_the_nodes_around_it(
         machine = cluster.add_node(num_cpus=1, resources={"learner": 1}, **SMALL)
         await until(lambda: bool(steps), limit_s=300)
 
-        stand = without_reservation()
-        served = {"NodeSpotWatcher": sorted(n.node_id for n in (first, second, machine))}
-        served["NodeSpotWatcher"] = sorted([head, *served["NodeSpotWatcher"]])
-        places = PLACES | OF_RAY
-        assert stand.keys() <= places.keys()
+        watched = sorted([head, *(node.node_id for node in (first, second, machine))])
+        await until(lambda: sorted(without_reservation()["NodeSpotWatcher"]) == watched)
+        stand, places = without_reservation(), PLACES | OF_RAY
         assert {"Mailbox", "Coordinator", "Watchman", "TrainController"} <= stand.keys()
-        for actor, where in stand.items():
-            if places[actor] == DRIVER:
-                assert set(where) == {head}, actor
-            elif places[actor] == ITS_NODE:
-                assert sorted(where) == served[actor]
+        assert {actor: set(nodes) for actor, nodes in stand.items() if places[actor] == DRIVER} == {
+            actor: {head} for actor in stand if places[actor] == DRIVER
+        }
+        assert {places[actor] for actor in stand} == {DRIVER, ITS_NODE}
 
         # A mailbox that Ray had placed would have stood on one of these two.
         for node in (first, second):
