@@ -340,7 +340,7 @@ class WorkerKind(RayKind):
         """
         Args:
             make: a worker actor from its name and what it asks of Ray.
-            incarnation: keeps the names apart from those of other rounds and drivers.
+            incarnation: keeps the names apart from those of other rollouts and drivers.
             forget: told the name of each worker that is gone, so that its leases end.
         """
         super().__init__(settings)
