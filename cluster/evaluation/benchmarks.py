@@ -162,13 +162,18 @@ class EvaluationRun:
         name = arm_record(arm)
         before = (self.folder.read(name) or {}).get("seconds", 0.0)
         outcome: RolloutOutcome | None = None
+        solve = partial(
+            *(fleet.rollout, arm.round, jobs, [stage]),
+            preference=guided,
+            on_progress=self.view.update,
+        )
         try:
-            outcome = await fleet.rollout(
-                arm.round, jobs, [stage], preference=guided, on_progress=self.view.update
-            )
+            outcome = await fleet.attempts(str(arm), solve)
         finally:
             seconds = before + time.monotonic() - began_s
             facts = outcome.facts() if outcome is not None else {}
+            if fleet.attempts.reasons:
+                facts["retries"] = fleet.attempts.reasons
             self.folder.write(name, {**facts, "seconds": seconds, "gpus": self._gpus(guided)})
         totals = outcome.manifest.totals
         self.view.end(

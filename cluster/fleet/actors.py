@@ -24,13 +24,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.engines.endpoint import EndpointActor, EndpointStats
@@ -49,12 +45,6 @@ from cluster.machines.placement import Ask, explain
 from cluster.machines.staging import Stager
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
-
-
-def near_driver(*, soft: bool = True) -> dict[str, Any]:
-    """Placed on the driver's machine, which is no spot node: as a wish, or nowhere else."""
-    node_id = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
 
 
 class RayKind(ActorKind):
@@ -108,7 +98,7 @@ class BesideDriver(RayKind):
         super().__init__(MembersConfig(), *arguments)
 
     def options(self, name: str) -> dict[str, Any]:
-        return super().options(name) | near_driver()
+        return super().options(name) | nodes.near_driver()
 
 
 class EngineKind(RayKind):
@@ -293,7 +283,7 @@ class EndpointKind(BesideDriver):
         """Why the endpoint cannot be used, in its own words; "" while it can."""
 
     def start(self, name: str) -> Any:
-        return EndpointActor.options(**near_driver(soft=False)).remote(
+        return EndpointActor.options(**nodes.near_driver(soft=False)).remote(
             self.endpoint, before=self.stats
         )
 
@@ -346,7 +336,7 @@ class WorkerKind(RayKind):
         """
         Args:
             make: a worker actor from its name and what it asks of Ray.
-            incarnation: keeps the names apart from those of other rounds and drivers.
+            incarnation: keeps the names apart from those of other rollouts and drivers.
             forget: told the name of each worker that is gone, so that its leases end.
         """
         super().__init__(settings)

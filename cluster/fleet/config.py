@@ -52,8 +52,10 @@ class ActorConfig(Config):
     )
 
     def ray_options(self) -> dict[str, Any]:
-        """What one actor asks of Ray."""
+        """What one actor asks of Ray; those that reserve nothing are spread over all nodes."""
         options: dict[str, Any] = {"num_cpus": self.num_cpus}
+        if not self.bundle():
+            options["scheduling_strategy"] = "SPREAD"
         if self.num_gpus:
             options["num_gpus"] = self.num_gpus
         if self.resources:
@@ -175,6 +177,12 @@ class ClusterConfig(Config):
     )
     fit_stalled_after_s: float = Field(
         1800.0, gt=0, description="a training run that reports no progress for so long is given up"
+    )
+    stage_attempts: int = Field(
+        3,
+        ge=1,
+        description="times a fit, a rollout or an evaluation is tried when actors or machines are "
+        "lost; then the run stops",
     )
     autoscale: dict[Literal["policy", "ppm", "sandbox"], ScalerConfig] = Field(
         default_factory=dict,

@@ -17,8 +17,11 @@ stalled, until deaths are too many; the learner group looks after itself. Who us
 once who is READY (`cluster.fleet.pools`). What becomes of a round is `cluster.fleet.rollouts`', of
 nodes and the size of pools `cluster.fleet.minding`'s.
 
-With `cluster.hand_over` engines and learner take turns on the same GPUs: engines end before a fit
-and start again, with the new checkpoint, when a model is to be served; then the learner ends.
+The learner's ranks are kept on an embedded Ray, whose machine is paid for anyway. On a cluster they
+come when a fit is near (`want_learner`) and go after the last one (`leave_learner`), with their
+machines. With `cluster.hand_over` engines and learner take turns on the same GPUs: engines end
+before a fit and start again, with the new checkpoint, when a model is to be served; then the
+learner ends.
 """
 
 from __future__ import annotations
@@ -55,8 +58,10 @@ from cluster.fleet.pools import Pools
 from cluster.fleet.rollouts import DRAIN_S, Progress, Rollout, queue_config
 from cluster.fleet.stages import RolloutOutcome, RolloutStage, StageSearch
 from cluster.folder.run_folder import RunFolder
+from cluster.jobs.attempts import Attempts
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
+from cluster.machines import nodes
 from cluster.telemetry.process import end as end_telemetry
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
@@ -82,6 +87,10 @@ class Fleet:
         self.meter = Meter(
             config.metrics, folder, self.pools.keepers, budget_usd=config.cost.budget_usd
         )
+        self.attempts = Attempts(
+            config.cluster.stage_attempts, mend=self._mend, note=lambda text: self.note(text)
+        )
+        """Does a stage of the run again that lost actors or machines."""
         stage = config.cluster.stage_weights
         self._policy_kind = PolicyKind(
             config.cluster.policy, config.policy_engine, stage_weights=stage
@@ -167,11 +176,13 @@ class Fleet:
                 self.folder.root / "ray_train",
                 start_timeout_s=cluster.start_timeout_s,
                 stalled_after_s=cluster.fit_stalled_after_s,
+                attempts=cluster.stage_attempts,
                 why_pending=lambda: why_learner_waits(cluster, self.pools.keepers),
+                coming=lambda: bool(nodes.starting()),
                 note=lambda text: self.note(text),
             )
-            if not cluster.hand_over:
-                self._learner.start()
+            if cluster.address == "local":
+                self.want_learner()
         coordinator = CoordinatorKind(
             str(self.folder.root), queue_config(cluster), patience_s=cluster.start_timeout_s
         )
@@ -352,7 +363,24 @@ class Fleet:
         )
         return await self._rollout.run()
 
+    def _mend(self) -> None:
+        """Replace members again in pools where too many died to go on."""
+        for keeper in self.pools.keepers.values():
+            if keeper.hopeless:
+                self.note(f"every {keeper.kind.kind} that died is replaced again")
+                keeper.revive()
+
     # ---------------------------------------------------------------- learner, end
+
+    def want_learner(self) -> None:
+        """Ask for the learner's machines, because a fit is near; returns at once."""
+        if self._learner is not None and not self.config.cluster.hand_over:
+            self._learner.start()
+
+    async def leave_learner(self) -> None:
+        """Give the learner's machines back, where they are others', because no fit is near."""
+        if self._learner is not None and self.config.cluster.address != "local":
+            await asyncio.to_thread(self._learner.shutdown)
 
     async def fit(
         self, request: FitRequest, on_progress: Callable[[FitProgress], None]
@@ -360,6 +388,7 @@ class Fleet:
         """Train on the learner group.
 
         Raises:
+            LearnerLostError: the group was lost; the next fit starts another.
             LearnerError: the training run could not be done.
         """
         assert self._learner is not None
@@ -370,7 +399,7 @@ class Fleet:
 
         if self.config.cluster.hand_over:
             await self._end_engines()
-        result = await asyncio.to_thread(self._learner.fit, request, progress)
+        result = await asyncio.to_thread(self._learner.fit, request, progress, self.attempts.again)
         self.meter.end_fit(result)
         return result
 

@@ -43,6 +43,7 @@ from ray.exceptions import RayError
 
 from cluster.engines.model_check import ModelCheckError
 from cluster.fleet.membership import Membership, SupervisionConfig
+from cluster.jobs.attempts import LostError
 from cluster.jobs.ray_errors import cause
 from cluster.machines.scaler import MemberState, ReplicaLoad
 from rollout.engine import EngineError
@@ -57,6 +58,11 @@ PLACEMENT_S = 20.0
 
 TRIES = 3
 """How often a member is told to take a version, or waited for while the others are late as well."""
+
+
+class PoolLostError(LostError, EngineError):
+    """Members of a pool died so often that none is replaced any more; says of which and why."""
+
 
 Announce = Callable[[Mapping[str, Any]], None]
 """Told the handles of all READY members whenever they change."""
@@ -208,7 +214,7 @@ class PoolKeeper:
             EngineError: so many failed, or found no place in time, that there are not enough; says
                 why.
         """
-        self._keeping = asyncio.create_task(self._keep(), name=f"keep-{self.kind.prefix}")
+        self._keep_on()
         late = asyncio.create_task(done_within(asyncio.Future(), self._start_timeout_s))
         try:
             while not self.members.enough:
@@ -284,6 +290,11 @@ class PoolKeeper:
         """True if so many members died that none is replaced any more."""
         return self._keeping is not None and self._keeping.done()
 
+    def revive(self) -> None:
+        """Replace members again, after so many died that none was replaced any more."""
+        self.members.forgive()
+        self._keep_on()
+
     def check(self) -> None:
         """See that the pool can go on.
 
@@ -344,16 +355,19 @@ class PoolKeeper:
 
     # -- inside
 
+    def _keep_on(self) -> None:
+        self._keeping = asyncio.create_task(self._keep(), name=f"keep-{self.kind.prefix}")
+
     async def _keep(self) -> None:
         """Start what is due, for ever.
 
         Raises:
-            EngineError: too many members died.
+            PoolLostError: too many members died.
         """
         while True:
             reason = self.members.hopeless(time.monotonic())
             if reason:
-                raise EngineError(reason)
+                raise PoolLostError(reason)
             for _ in range(self.members.due(time.monotonic())):
                 self._spawn(self._bring_up(self._add()))
             await self._wait()

@@ -1,23 +1,27 @@
-"""The learner's worker group: one Ray Train run that lives as long as the evolution does.
+"""The learner's worker group: one Ray Train run that does several fits.
 
     driver: LearnerGroup.fit --put--> Mailbox <--take-- rank 0..n-1: run_fit (torch, DeepSpeed)
                              <-watch-         <-progress, finish-
 
 Starting a group costs seconds to tens of seconds (controller, placement, processes, imports, the
-process group), a run of four rounds trains nine times. So the train loop of a single
-`TorchTrainer.fit` takes one `FitRequest` after the other from a small mailbox actor and waits
-there, blocked and without a CPU, in between.
+process group). So the train loop of a single `TorchTrainer.fit` takes one `FitRequest` after the
+other from a small mailbox actor and waits there, blocked and without a CPU, in between. The mailbox
+stands on the driver's node, as Ray Train's controller does by itself: what they are lost with ends
+the driver, too. The machines are asked for, by Ray Train, from `start` to `shutdown`.
 
 Faults:
 - an error all ranks saw alike (`LearnerError`) is the answer to that request; the group stays;
 - a rank out of memory (`RankError`) is the answer too, but its peers hang in a collective, so the
   group is started anew by Ray Train;
 - a rank that dies or raises anything else: Ray Train starts the group anew and the ranks find the
-  same request in the mailbox, at most `max_attempts` times.
+  same request in the mailbox, at most `attempts` times;
+- a group that finds no place, says nothing or ends (`LearnerLostError`) is ended for good; the next
+  `fit` starts another one.
 
-The ranks of one life of the group share an incarnation id, by which the mailbox gives a request to
-all of them or to none. A fit that was published but not answered runs again and takes the
-checkpoint that is there.
+Each life of a group, from `start` to `shutdown`, has a mailbox, a thread and an end of its own, so
+that one which ends late ends nothing but itself. The ranks of one incarnation share an id, by which
+the mailbox gives a request to all of them or to none. A fit that was published but not answered
+runs again and takes the checkpoint that is there.
 
 Not covered: a driver that restarts finds no group; it starts its own.
 """
@@ -38,27 +42,40 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group_table
+from ray.exceptions import RayError
 
 from cluster.fleet.config import ActorConfig
+from cluster.jobs.attempts import GO_ON, LostError
+from cluster.machines import nodes
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
 
 logger = logging.getLogger(__name__)
 
 PLACEMENT_S = 20.0
-"""After so long the reason why there is no group yet is looked for."""
+"""After so long without a place the reason is looked for."""
 
-MAX_ATTEMPTS = 3
-"""Lives of the group one request may cost."""
+LOOK_S = 2.0
+"""Pause between two looks at whether the ranks have their place."""
+
+MAX_WAITS = 4
+"""Time-outs that a group without a place is waited for while nodes are on their way."""
 
 MAX_RESTARTS = 20
-"""Lives of the group over its whole use."""
+"""Incarnations of one life of the group."""
+
+PLACE_TIMEOUT_S = 86_400
+"""Ray Train's own; by default it takes its request back, and makes it again, every minute."""
 
 COLLECTIVE_S = 1800
 """Bound of every torch.distributed operation."""
 
 _TAKE_TIMEOUT_S = 600.0
 _WATCH_TIMEOUT_S = 1.0
+_DIED = "a worker process died"
+
+
+class LearnerLostError(LostError, LearnerError):
+    """The group was lost or never came, not by a fault of the request; the message says how."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +113,15 @@ class Mailbox:
         self._progress: FitProgress | None = None
         self._joined = 0
         self._stopped = False
+        self._controller: Any = None
+
+    async def controlled_by(self, controller: Any) -> None:
+        """Ray Train's controller has started."""
+        self._controller = controller
+
+    async def controller(self) -> Any:
+        """Handle of Ray Train's controller; None before it has started."""
+        return self._controller
 
     async def put(self, request: FitRequest) -> int:
         """Open a request; returns its number.
@@ -144,11 +170,11 @@ class Mailbox:
             return None
         if incarnation not in self._incarnations:
             if len(self._incarnations) >= self._max_attempts:
-                last = self._causes.get(self._incarnations[-1], "a worker process died")
+                last = self._causes.get(self._incarnations[-1], _DIED)
                 self._close(
                     Outcome(
                         error=f"fit {self._ticket.request.fit_id!r} failed "
-                        f"{self._max_attempts} times; last: {last}"
+                        f"{self._max_attempts} times, at last: {last}. {GO_ON}"
                     )
                 )
                 return None
@@ -175,8 +201,11 @@ class Mailbox:
 
     async def watch(
         self, number: int, seen: FitProgress | None, timeout_s: float
-    ) -> tuple[FitProgress | None, Outcome | None]:
-        """Progress and outcome of a request, as soon as either is news, or after `timeout_s`."""
+    ) -> tuple[FitProgress | None, Outcome | None, list[str]]:
+        """Progress and outcome of a request, as soon as either is news, or after `timeout_s`.
+
+        Also why each incarnation that had it before the present one ended.
+        """
         deadline = time.monotonic() + timeout_s
         async with self._changed:
             while self._outcome is None and self._progress == seen:
@@ -185,7 +214,8 @@ class Mailbox:
                 except TimeoutError:
                     break
             assert self._ticket is not None and self._ticket.number == number
-            return self._progress, self._outcome
+            ended = [self._causes.get(name, _DIED) for name in self._incarnations[:-1]]
+            return self._progress, self._outcome, ended
 
     async def joined(self) -> int:
         """How many incarnations of the group came to life."""
@@ -203,6 +233,54 @@ class Mailbox:
             self._changed.notify_all()
 
 
+class _Life:
+    """One Ray Train run: its mailbox, and what is known of its place and of its end."""
+
+    def __init__(self, attempts: int) -> None:
+        beside_driver = nodes.near_driver(soft=False)
+        self.mailbox: Any = MailboxActor.options(**beside_driver).remote(attempts)
+        self.ended: BaseException | str | None = None
+        """Why there are no ranks any more; None: it goes on."""
+        self.over = threading.Event()
+        """Nobody uses it any more."""
+        self.pending_s: float | None = None
+        """Since when some rank has no place; None: all have theirs, or it was not asked yet."""
+        self.coming_s = 0.0
+        """When a node was last seen on its way."""
+        self.placed_s = 0.0
+        """When all ranks were last seen to have got their places."""
+        self.threads: list[threading.Thread] = []
+        self._controller: Any = None
+
+    def begin(self, work: Callable[[_Life], None], name: str) -> None:
+        """Have something done with it in the background."""
+        thread = threading.Thread(target=work, args=(self,), name=name, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def controller(self) -> Any:
+        """Ray Train's; None while there is none."""
+        if self._controller is None:
+            self._controller = ray.get(self.mailbox.controller.remote())
+        return self._controller
+
+    def check(self) -> None:
+        """Raises LearnerLostError if it has ended."""
+        if self.ended is not None:
+            raise LearnerLostError(f"learner group ended: {self.ended}")
+
+    def kill(self) -> None:
+        """End Ray Train's processes now, and take back what they asked for."""
+        try:
+            controller = self.controller()
+            if controller is not None:
+                ray.kill(controller)  # its ranks go with it, but its placement group stays
+                for group in nodes.groups_made_by(controller):
+                    nodes.remove_group(group)
+        except RayError as error:
+            logger.warning("The learner group's controller was not ended: %s", error)
+
+
 class LearnerGroup:
     """A fixed number of training ranks, kept alive between fits.
 
@@ -218,16 +296,21 @@ class LearnerGroup:
         *,
         start_timeout_s: float = 300.0,
         stalled_after_s: float = 1800.0,
+        attempts: int = 3,
         why_pending: Callable[[], str] = lambda: "",
+        coming: Callable[[], bool] = lambda: False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         """
         Args:
             settings: how many ranks, and what each reserves.
             storage_path: directory for Ray Train's own files, seen by all machines.
-            start_timeout_s: a group not alive by then is an error.
-            stalled_after_s: a fit that reports nothing for so long is one, too.
+            start_timeout_s: how long a fit waits for a place while no node is on its way, and then
+                for the ranks to come to life.
+            stalled_after_s: a fit that reports nothing for so long is an error.
+            attempts: incarnations of the group one fit may cost.
             why_pending: why the ranks find no place, in words; "" if it is not known.
+            coming: whether nodes are on their way.
             note: told what a person should know now.
         """
         self.num_workers = settings.replicas
@@ -236,116 +319,186 @@ class LearnerGroup:
         self._storage_path = str(Path(storage_path).absolute())
         self._start_timeout_s = start_timeout_s
         self._stalled_after_s = stalled_after_s
+        self._attempts = attempts
         self._why_pending = why_pending
+        self._coming = coming
         self._note = note
-        self._mailbox: Any = None
-        self._thread: threading.Thread | None = None
-        self._started_s = 0.0
-        self._ended: BaseException | str | None = None
+        self._life: _Life | None = None
 
     def start(self) -> None:
-        """Start the group in the background; returns at once."""
-        if self._mailbox is not None:
+        """Start the group in the background, and so ask for its machines; returns at once."""
+        if self._life is not None and self._life.ended is None:
             return
-        self._mailbox = MailboxActor.remote(MAX_ATTEMPTS)
-        self._started_s = time.monotonic()
-        self._ended = None
-        self._thread = threading.Thread(target=self._run, name="learner-group", daemon=True)
-        self._thread.start()
-
-    def wait_ready(self) -> None:
-        """Block until the ranks are up and have their libraries loaded.
-
-        Raises:
-            LearnerError: they are not within `start_timeout_s`.
-        """
-        explained = False
-        began_s = time.monotonic()
-        while not ray.get(self._mailbox.joined.remote()):
-            self._check_alive()
-            waited_s = time.monotonic() - self._started_s
-            if waited_s > self._start_timeout_s:
-                raise LearnerError(
-                    f"learner group of {self.num_workers} x {self._resources} did not start within "
-                    f"{self._start_timeout_s:.0f} s: "
-                    + (self._why_no_place() or "it has its place, so the machine may be too slow")
-                )
-            if not explained and time.monotonic() - began_s > PLACEMENT_S:
-                explained = True
-                if why := self._why_no_place():
-                    self._note(f"the learner waits for a place: {why}")
-            time.sleep(0.1)
-
-    def _why_no_place(self) -> str:
-        """What is asked and what the cluster has; "" if the ranks have their place and start."""
-        return self._why_pending() if _group_is_pending() else ""
+        self._life = _Life(self._attempts)
+        self._life.begin(self._run, "learner-group")
+        self._life.begin(self._look, "learner-look")
 
     def fit(
-        self, request: FitRequest, on_progress: Callable[[FitProgress], None] = lambda report: None
+        self,
+        request: FitRequest,
+        on_progress: Callable[[FitProgress], None] = lambda report: None,
+        on_retry: Callable[[str], None] = lambda reason: None,
     ) -> FitResult:
         """Run one training run on all ranks and wait for it; starts the group if need be.
 
+        Args:
+            on_retry: told why ranks failed that are started anew for the same request.
         Raises:
+            LearnerLostError: there is no group, or none any more; a further call starts another.
             LearnerError: the run could not be done; the message holds the cause.
         """
         self.start()
-        self.wait_ready()
-        number = ray.get(self._mailbox.put.remote(_with_absolute_paths(request)))
-        seen: FitProgress | None = None
-        moved = time.monotonic()
-        while True:
-            self._check_alive()
-            try:
-                progress, outcome = ray.get(
-                    self._mailbox.watch.remote(number, seen, _WATCH_TIMEOUT_S)
+        life = self._life
+        assert life is not None
+        try:
+            self._wait_ready(life)
+            return self._fit(life, request, on_progress, on_retry)
+        except RayError as lost:
+            self.shutdown(0.0)
+            raise LearnerLostError(
+                f"learner group ended during fit {request.fit_id!r}: {lost}"
+            ) from lost
+        except LearnerLostError:
+            self.shutdown(0.0)
+            raise
+
+    def _wait_ready(self, life: _Life) -> None:
+        """Block until the ranks are up and have their libraries loaded.
+
+        Raises:
+            LearnerLostError: they have no place, or do not come to life in it, for too long.
+        """
+        began_s = time.monotonic()
+        while not ray.get(life.mailbox.joined.remote()):
+            life.check()
+            self._check_place(life, began_s)
+            since_s = max(began_s, life.placed_s)
+            if life.pending_s is None and time.monotonic() - since_s > self._start_timeout_s:
+                raise LearnerLostError(
+                    self._did_not("start") + "it has its place, so the machine may be too slow"
                 )
-            except ray.exceptions.RayError as lost:
-                raise LearnerError(
-                    f"learner group ended during fit {request.fit_id!r}: {lost}"
-                ) from lost
+            time.sleep(0.1)
+
+    def _check_place(self, life: _Life, began_s: float) -> None:
+        """Raises LearnerLostError if ranks have been without a place for too long since a time."""
+        pending_s, now_s = life.pending_s, time.monotonic()
+        if pending_s is None:
+            return
+        since_s = max(pending_s, began_s)
+        waited_s, alone_s = now_s - since_s, now_s - max(since_s, life.coming_s)
+        if alone_s > self._start_timeout_s or waited_s > MAX_WAITS * self._start_timeout_s:
+            why = self._why_pending() or "its machines did not come"
+            raise LearnerLostError(self._did_not("find a place") + why)
+
+    def _did_not(self, what: str) -> str:
+        return (
+            f"learner group of {self.num_workers} x {self._resources} did not {what} within "
+            f"{self._start_timeout_s:.0f} s (cluster.start_timeout_s): "
+        )
+
+    def _fit(
+        self,
+        life: _Life,
+        request: FitRequest,
+        on_progress: Callable[[FitProgress], None],
+        on_retry: Callable[[str], None],
+    ) -> FitResult:
+        number = ray.get(life.mailbox.put.remote(_with_absolute_paths(request)))
+        seen: FitProgress | None = None
+        told = 0
+        began_s = moved_s = time.monotonic()
+        while True:
+            life.check()
+            progress, outcome, ended = ray.get(
+                life.mailbox.watch.remote(number, seen, _WATCH_TIMEOUT_S)
+            )
+            for cause in ended[told:]:
+                on_retry(f"fit {request.fit_id!r}: {cause}")
+            told = max(told, len(ended))
             if outcome is not None and outcome.result is None:
                 raise LearnerError(outcome.error)
             if progress is not None and progress != seen:
-                seen, moved = progress, time.monotonic()
+                seen, moved_s = progress, time.monotonic()
                 on_progress(progress)
             if outcome is not None:
                 return outcome.result
-            if time.monotonic() - moved > self._stalled_after_s:
-                error = (
+            if life.pending_s is not None:  # a node was lost: the ranks wait for another one
+                self._check_place(life, began_s)
+                moved_s = time.monotonic()
+            if time.monotonic() - moved_s > self._stalled_after_s:
+                raise LearnerLostError(
                     f"fit {request.fit_id!r} reported nothing for {self._stalled_after_s:.0f} s "
                     f"(cluster.fit_stalled_after_s); last: {_standing(seen)}"
                 )
-                ray.get(self._mailbox.finish.remote(number, Outcome(error=error)))
-                raise LearnerError(error)
 
     def shutdown(self, timeout_s: float = 20.0) -> None:
-        """End the group; a fit that is under way is given `timeout_s` to finish."""
-        if self._mailbox is None:
+        """End the group, and give its machines back.
+
+        Args:
+            timeout_s: given to a fit that is under way; what is not over then is killed.
+        """
+        life, self._life = self._life, None
+        if life is None:
             return
-        ray.get(self._mailbox.stop.remote())
-        assert self._thread is not None
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            logger.warning("learner group did not end within %.0f s", timeout_s)
-        ray.kill(self._mailbox)
-        self._mailbox = self._thread = None
+        life.over.set()
+        try:
+            ray.get(life.mailbox.stop.remote())
+        except RayError as error:
+            logger.warning("The learner group's mailbox is gone: %s", error)
+            timeout_s = 0.0
+        run, look = life.threads
+        run.join(0.0 if life.pending_s is not None else timeout_s)
+        if run.is_alive():
+            if timeout_s:
+                logger.warning("learner group did not end within %.0f s", timeout_s)
+            life.kill()
+        look.join()
+        ray.kill(life.mailbox)
 
-    def _check_alive(self) -> None:
-        if self._ended is not None:
-            raise LearnerError(f"learner group ended: {self._ended}")
+    def _look(self, life: _Life) -> None:
+        """Body of a background thread: whether the ranks have their place; says so if not."""
+        told = False
+        while not life.over.wait(LOOK_S) and life.ended is None:
+            try:
+                controller = life.controller()
+                groups = nodes.groups_made_by(controller) if controller is not None else {}
+                now_s = time.monotonic()
+                if not any(groups.values()):
+                    if life.pending_s is not None:
+                        life.placed_s = now_s
+                    life.pending_s, told = None, False
+                    continue
+                if life.pending_s is None:
+                    life.pending_s = now_s
+                if self._coming():
+                    life.coming_s = now_s
+                if not told and now_s - life.pending_s > PLACEMENT_S:
+                    told = True
+                    why = self._why_pending() or "its machines are on their way"
+                    self._note(f"the learner waits for a place: {why}")
+            except Exception:
+                # Ray's head may be away for a moment; whoever waits for a fit has its own bounds.
+                logger.exception("The learner group could not be looked at")
 
-    def _run(self) -> None:
+    def _run(self, life: _Life) -> None:
         """Body of the background thread: the one Ray Train run."""
         # Imported here because it costs seconds, which the driver has better uses for, and untyped
         # because what the names stand for depends on Ray Train's version switch at run time.
         train: Any = importlib.import_module("ray.train")
         train_torch: Any = importlib.import_module("ray.train.torch")
+        callback: Any = importlib.import_module("ray.train.v2._internal.execution.callback")
+        mailbox = life.mailbox
+
+        class TellsMailbox(callback.ControllerCallback):
+            def after_controller_start(self, train_run_context: Any) -> None:
+                controller = ray.get_runtime_context().current_actor
+                ray.get(mailbox.controlled_by.remote(controller))
 
         class Trainer(train_torch.TorchTrainer):
             def _create_default_callbacks(self) -> list[Any]:
                 # The cleaner asks the dashboard every second whether the controller lives, and
                 # warns as often where there is no dashboard. What it cleans up, a placement group
-                # that outlived its controller, here ends with the driver's job.
+                # that outlived its controller, here ends with the driver's job, or by `kill`.
                 return [
                     callback
                     for callback in super()._create_default_callbacks()
@@ -354,10 +507,11 @@ class LearnerGroup:
 
         # A fit is short and starts over; an actor that looks out for reclaimed nodes is no use.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACE_TIMEOUT_S))
         try:
             trainer = Trainer(
                 _train_loop,
-                train_loop_config={"mailbox": self._mailbox},
+                train_loop_config={"mailbox": mailbox},
                 torch_config=train_torch.TorchConfig(timeout_s=COLLECTIVE_S),
                 scaling_config=train.ScalingConfig(
                     num_workers=self.num_workers,
@@ -368,14 +522,15 @@ class LearnerGroup:
                     name=f"learner-{uuid.uuid4().hex[:8]}",
                     storage_path=self._storage_path,
                     failure_config=train.FailureConfig(max_failures=MAX_RESTARTS),
+                    callbacks=[TellsMailbox()],
                     logging_config=train.LoggingConfig(log_level="WARNING"),
                     worker_runtime_env={"env_vars": self._environment()},
                 ),
             )
             trainer.fit()
-            self._ended = "it was shut down"
+            life.ended = "it was shut down"
         except BaseException as error:
-            self._ended = error
+            life.ended = error
 
     def _environment(self) -> dict[str, str]:
         environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -439,11 +594,6 @@ def _standing(progress: FitProgress | None) -> str:
     if progress is None:
         return "nothing"
     return f"{progress.phase} {progress.step:,} of {progress.num_steps:,}"
-
-
-def _group_is_pending() -> bool:
-    """True if a placement group waits: Ray Train asks for the ranks' places by one."""
-    return any(group["state"] == "PENDING" for group in placement_group_table().values())
 
 
 def _with_absolute_paths(request: FitRequest) -> FitRequest:

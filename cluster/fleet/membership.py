@@ -208,6 +208,12 @@ class Membership:
         self._last_reason = f"{name}: {reason}"
         self._failures.append(now_s)
 
+    def forgive(self) -> None:
+        """What died so far is no reason any more to wait, or to give up."""
+        self._failures.clear()
+        self._blows.clear()
+        self._starts_after_s = float("-inf")
+
     # -- asked
 
     @property

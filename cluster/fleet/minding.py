@@ -3,6 +3,7 @@
     Ray: a node drains --> its members drain (`PoolKeeper.drain`), others are started elsewhere
     a new node         --> a watcher for spot notices, if the config asks for it
     work at hand       --> Scaler --> the size of a pool; what it lacks is asked of the autoscaler
+    no learner's node  --> said in time: it is needed only when the round's search is over
 
 Whatever fails here is logged and tried again: a run goes on without, and what dies is replaced.
 """
@@ -13,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.fleet.config import ClusterConfig, ServingConfig
@@ -20,12 +22,15 @@ from cluster.fleet.keeper import PoolKeeper
 from cluster.fleet.pools import Pools
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
-from cluster.machines.scaler import Scaler, ask_ray
+from cluster.machines.scaler import Scaler
 
 logger = logging.getLogger(__name__)
 
 MIND_S = 2.0
 """Pause between two looks at the nodes."""
+
+ABSENT_S = 20.0
+"""After so long without a node for the learner a person is told."""
 
 
 class Minder:
@@ -41,7 +46,7 @@ class Minder:
     ) -> None:
         """
         Args:
-            learner: the nodes have to hold the learner group, too.
+            learner: the nodes will have to hold the learner group, too.
             note: told what a person should know now.
         """
         cluster = config.cluster
@@ -50,22 +55,25 @@ class Minder:
         self._note = note
         self._watchers: dict[str, Any] = {}
         """Of spot notices, by node."""
-        learners = [cluster.learner.learner_bundle()] * cluster.learner.replicas
+        self._foresees_learner = learner
+        self._absent_s: float | None = None
+        """Since when the learner's nodes are neither there nor able to come."""
         self._scaler = Scaler(
             {
                 name: (scaling, getattr(cluster, name).bundle())
                 for name, scaling in cluster.autoscale.items()
-            },
-            reserved=learners if learner else (),
+            }
         )
+        assert pools.home is not None
+        # When the driver is dead, for as long as its actors go on.
+        self._request = nodes.NodeRequest(pools.home.namespace, expires_s=cluster.orphan_s)
         self._minding = asyncio.create_task(self._mind())
 
     async def stop(self) -> None:
         """Look no more, and ask the autoscaler for nothing."""
         self._minding.cancel()
         await asyncio.gather(self._minding, return_exceptions=True)
-        if self._asks_ray:
-            ask_ray(())
+        await asyncio.to_thread(self._request.withdraw)
 
     def tried(self, name: str, ready: bool) -> None:
         """A start succeeded or failed: a pool that is scaled pauses after failures."""
@@ -76,17 +84,13 @@ class Minder:
         else:
             self._scaler.start_failed(name, time.monotonic())
 
-    @property
-    def _asks_ray(self) -> bool:
-        cluster = self._config.cluster
-        return bool(cluster.autoscale) and cluster.address != "local"
-
     async def _mind(self) -> None:
         while True:
             try:
                 await self._watch_new_nodes()
                 await self._leave_draining_nodes()
-                self._scale()
+                await self._scale()
+                await self._foresee_learner()
             except Exception:
                 # Whatever fails here is tried again; what dies meanwhile is replaced anyway.
                 logger.exception("The nodes could not be looked at")
@@ -96,9 +100,11 @@ class Minder:
         spot = self._config.cluster.spot
         if spot is None:
             return
-        for node in await asyncio.to_thread(nodes.living):
-            if node not in self._watchers:
-                self._watchers[node] = nodes.start_spot_watcher(node, spot)
+        living = await asyncio.to_thread(nodes.living)
+        for node in living.keys() - self._watchers.keys():
+            self._watchers[node] = nodes.start_spot_watcher(node, spot)
+        for node in self._watchers.keys() - living.keys():
+            del self._watchers[node]
 
     async def _leave_draining_nodes(self) -> None:
         """Drain what runs on nodes that are about to go; it is started anew elsewhere."""
@@ -116,7 +122,7 @@ class Minder:
                     # What is not empty by then is retried; half the time is for the rest.
                     keeper.drain([member], max(1.0, left_s / 2))
 
-    def _scale(self) -> None:
+    async def _scale(self) -> None:
         """Give pools that may grow and shrink the size their work asks for."""
         cluster, keepers = self._config.cluster, self._pools.keepers
         now_s = time.monotonic()
@@ -135,8 +141,20 @@ class Minder:
             self._note(f"{scaled} replicas: {pool.reason}")
             keeper.resize(size)
             keeper.drain(pool.drain, cluster.request_timeout_s or cluster.supervision.stall_s)
-        if self._asks_ray:
-            ask_ray([part for bundle in decision.bundles for part in parts(self._config, bundle)])
+        if cluster.autoscale and cluster.address != "local":
+            asked = [part for bundle in decision.bundles for part in parts(self._config, bundle)]
+            await asyncio.to_thread(self._request.ask, asked)
+
+    async def _foresee_learner(self) -> None:
+        """Say once, and not only when a fit waits for it, that the learner's nodes are missing."""
+        if not self._foresees_learner:
+            return
+        why = await asyncio.to_thread(why_learner_cannot_come, self._config.cluster)
+        now_s = time.monotonic()
+        self._absent_s = (self._absent_s or now_s) if why else None
+        if self._absent_s is not None and now_s - self._absent_s >= ABSENT_S:
+            self._foresees_learner = False
+            self._note(f"the learner, which the next fit needs, would find no place: {why}")
 
 
 def parts(config: ServingConfig, bundle: Mapping[str, float]) -> Sequence[Mapping[str, float]]:
@@ -150,15 +168,24 @@ def parts(config: ServingConfig, bundle: Mapping[str, float]) -> Sequence[Mappin
     return [bundle]
 
 
+def why_learner_cannot_come(cluster: ClusterConfig) -> str:
+    """Why neither the nodes nor what the autoscaler may start hold the learner; "" if they do."""
+    ask = _learner_ask(cluster)
+    most = nodes.most_by_autoscaler()
+    if all(most.get(name, 0.0) >= ask.count * amount for name, amount in ask.bundle.items()):
+        return ""
+    emptied = [replace(node, free=node.total) for node in nodes.living().values()]
+    return " ".join(explain([ask], emptied))
+
+
 def why_learner_waits(cluster: ClusterConfig, keepers: Mapping[str, PoolKeeper]) -> str:
     """What the learner asks and what the cluster has, in words; "" if it fits."""
-    bundle = cluster.learner.learner_bundle()
-    ask = Ask(name="learner rank", bundle=bundle, count=cluster.learner.replicas)
+    ask = _learner_ask(cluster)
     sentences = explain([ask], list(nodes.living().values()))
     holders = [
         f"{len(keepers[name].all_handles)} x {keepers[name].kind.kind}"
         for name, settings in (("policy", cluster.policy), ("ppm", cluster.ppm))
-        if name in keepers and settings.bundle().keys() & bundle.keys()
+        if name in keepers and settings.bundle().keys() & ask.bundle.keys()
     ]
     if sentences and holders:
         sentences.append(
@@ -166,3 +193,8 @@ def why_learner_waits(cluster: ClusterConfig, keepers: Mapping[str, PoolKeeper])
             "before the learner starts."
         )
     return " ".join(sentences)
+
+
+def _learner_ask(cluster: ClusterConfig) -> Ask:
+    settings = cluster.learner
+    return Ask(name="learner rank", bundle=settings.learner_bundle(), count=settings.replicas)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -388,7 +389,8 @@ class Rollout:
         self._workers = WorkerKind(
             cluster.workers,
             make,
-            incarnation=f"r{self.trees.round}-{home.driver}",
+            # Those of an attempt before may not have ended yet.
+            incarnation=f"r{self.trees.round}-{home.driver}-{uuid.uuid4().hex[:4]}",
             forget=self._forget_worker,
         )
         await self.pools.keep("worker", self._workers, cluster.workers.replicas)

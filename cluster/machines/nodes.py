@@ -5,6 +5,7 @@
                                                                   --> `draining`, asked by the fleet
 
 Ray places nothing new on a draining node and moves nothing away from it: that is the fleet's part.
+What is asked of the autoscaler goes through the actor by which Ray Train asks, too (`NodeRequest`).
 All calls of Ray's private interface (2.60) stand here.
 
 Not covered: a node that goes without a notice; its actors are found dead.
@@ -16,9 +17,11 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.machines.placement import NodeResources
@@ -71,6 +74,75 @@ def node_of(handle: Any) -> str:
     return actors(handle._actor_id.hex()).get("Address", {}).get("NodeID", "")
 
 
+def near_driver(*, soft: bool = True) -> dict[str, Any]:
+    """Placed on the driver's machine, which is no spot node: as a wish, or nowhere else."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
+
+
+def most_by_autoscaler() -> dict[str, float]:
+    """Of each resource, how much the cluster has when the autoscaler has started all it may; {}
+    without an autoscaler."""
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+def groups_made_by(actor: Any) -> dict[str, bool]:
+    """Placement groups an actor has made, by id: True while some of it waits for its place."""
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    made_by, record = actor._actor_id.binary(), vars(gcs_pb2)["PlacementGroupTableData"]
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    groups = [record.FromString(entry) for entry in table]
+    return {
+        group.placement_group_id.hex(): group.state != record.CREATED
+        for group in groups
+        if group.creator_actor_id == made_by and group.state != record.REMOVED
+    }
+
+
+def remove_group(group_id: str) -> None:
+    """Remove a placement group; what is in it ends."""
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
+
+
+class NodeRequest:
+    """What one run wants the cluster to be able to hold, beside what others want.
+
+    `request_resources` is last-call-wins for a whole cluster, and Ray Train calls it every 20 s
+    from an actor that adds up what several ask. So we ask that actor, too: neither the learner's
+    request nor that of a second run replaces ours. What is asked is a floor, not a reservation,
+    and ends by itself if it is not asked again.
+    """
+
+    def __init__(self, requester: str, *, expires_s: float) -> None:
+        """
+        Args:
+            requester: tells this run's request from others.
+            expires_s: what was not asked again for so long is forgotten.
+        """
+        self._requester = requester
+        self._expires_s = expires_s
+        self._client: Any = None
+
+    def ask(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Replace what this run asked before; blocks for seconds the first time."""
+        if self._client is None:
+            # Imported here: it costs seconds, and most runs have no autoscaler.
+            from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
+
+            made = default_autoscaling_coordinator.DefaultAutoscalingCoordinator
+            self._client = made(self._requester)
+        self._client.request_resources([dict(bundle) for bundle in bundles], self._expires_s)
+
+    def withdraw(self) -> None:
+        """Ask for nothing any more."""
+        if self._client is not None:
+            self._client.cancel_request()
+
+
 def drain(node_id: str, message: str, left_s: float) -> bool:
     """Have Ray place nothing more on a node; False if it refused."""
     from ray._private import worker
@@ -107,7 +179,8 @@ class NodeSpotWatcher:
         )
 
 
-SpotActor: Any = ray.remote(num_cpus=0, max_restarts=-1)(NodeSpotWatcher)
+# One that is restarted is asked again to watch.
+SpotActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(NodeSpotWatcher)
 
 
 def start_spot_watcher(node_id: str, config: SpotConfig) -> Any:

@@ -23,8 +23,8 @@ Draining comes first, the idle timeout of the autoscaler takes the node later: a
 names replicas (those that have not started, then the emptiest), and while one of them drains its
 actor keeps its node. Ray is asked for bundles only while replicas are missing: what is asked is a
 floor that the autoscaler may meet with any node, so a pool that has all it wants would keep an idle
-node for the sake of a bundle whose replica lives on another one. `ask_ray` is the only caller of
-`request_resources`, which is last-call-wins for a whole cluster.
+node for the sake of a bundle whose replica lives on another one. `cluster.machines.nodes` asks. The
+learner is no pool: Ray Train asks for its machines while its group is there, and no longer.
 
 It owns no clock (`now_s` is an argument) and no Ray, so a simulation drives it at virtual time.
 
@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -178,20 +178,16 @@ class Scaler:
     def __init__(
         self,
         pools: Mapping[str, tuple[ScalerConfig, Mapping[str, float]]],
-        *,
-        reserved: Sequence[Mapping[str, float]] = (),
     ) -> None:
         """
         Args:
             pools: config and the resources one replica asks for ({"GPU": 1, "CPU": 2}), by name,
                 the most important first.
-            reserved: bundles asked for before any pool's, whatever the load (the learner's).
         """
         self._pools = {
             name: _Pool(config, dict(bundle), config.min_replicas)
             for name, (config, bundle) in pools.items()
         }
-        self._reserved = tuple(dict(bundle) for bundle in reserved)
 
     # -- told
 
@@ -235,7 +231,7 @@ class Scaler:
     def decide(self, now_s: float) -> ScaleDecision:
         """Move the targets by at most one step each and say what follows from them."""
         decisions: dict[str, PoolDecision] = {}
-        bundles: list[Mapping[str, float]] = list(self._reserved)
+        bundles: list[Mapping[str, float]] = []
         for name, pool in self._pools.items():
             reason = self._move(pool, now_s)
             living = len(pool.replicas) - pool.count(MemberState.DRAINING)
@@ -312,13 +308,3 @@ def _emptiest(replicas: Mapping[str, ReplicaLoad], count: int) -> tuple[str, ...
     living = [(n, r) for n, r in replicas.items() if r.state is not MemberState.DRAINING]
     living.sort(key=lambda item: (item[1].state is MemberState.READY, item[1].load, item[0]))
     return tuple(name for name, _ in living[:count])
-
-
-def ask_ray(bundles: Sequence[Mapping[str, float]]) -> None:
-    """Tell the autoscaler what the cluster should be able to hold; replaces what was asked before.
-
-    It is a floor, not a reservation; () clears it.
-    """
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[dict(bundle) for bundle in bundles])

@@ -10,15 +10,17 @@ caller's; the deadline says how long there is.
 
 | cloud | asked | notice before the end |
 |---|---|---|
-| AWS | token (IMDSv2), then spot/instance-action and events/recommendations/rebalance | 2 minutes |
+| AWS | token (IMDSv2), then spot/instance-action, events/recommendations/rebalance | 2 minutes |
 | GCP | instance/preempted | 30 s, counted from when it is seen |
 | Azure | scheduledevents, events of kind Preempt or Terminate that name this VM | 30 s or more |
 
-A rebalance recommendation is advice: the machine is at risk, no time is set. Notices are best
-effort everywhere; machines also go without one.
+A rebalance recommendation is advice: the machine is at risk, no time is set, and many such machines
+run on for days. It is a notice only if the config asks for it. Notices are best effort everywhere;
+machines also go without one.
 
 Once a cloud is known a failing answer is no reason to stop: the service has outages of its own. It
-is logged when it begins and the polling goes on. Nothing here blocks: every request has a timeout.
+is logged when it begins and the polling goes on. A notice that could not be acted on is told again
+at the next poll. Nothing here blocks: every request has a timeout.
 
 Not covered: telling Azure that the event may start early; maintenance that moves a VM and keeps it.
 """
@@ -82,6 +84,10 @@ class SpotConfig(BaseModel):
         gt=0,
         description="of a request for Azure's events: the first one may take two minutes",
     )
+    leave_on_rebalance: bool = Field(
+        default=False,
+        description="leave a node on AWS' mere recommendation, too; Ray cannot take that back",
+    )
 
 
 OnNotice = Callable[[SpotNotice], Awaitable[None]]
@@ -103,7 +109,7 @@ class SpotWatcher:
     ) -> None:
         """
         Args:
-            on_notice: awaited before the next poll; what it raises ends the watcher.
+            on_notice: awaited before the next poll; if it raises it is told again then.
             clock: Unix time.
         """
         self.config = config or SpotConfig()
@@ -137,19 +143,25 @@ class SpotWatcher:
                 else:
                     failing = False
                 for event, notice in found.items():
-                    if event not in self._told:
+                    if event not in self._told and await self._tell(notice):
                         self._told.add(event)
-                        await self._tell(notice)
                 await asyncio.sleep(self.config.interval_s)
 
-    async def _tell(self, notice: SpotNotice) -> None:
+    async def _tell(self, notice: SpotNotice) -> bool:
+        """Have a notice acted on; False if that failed."""
         left_s = notice.left_s(self._clock())
         logger.warning(
             "This machine will be taken: %s, %s",
             notice.reason,
             "no time is set" if left_s is None else f"in {left_s:.0f} s",
         )
-        await self._on_notice(notice)
+        try:
+            await self._on_notice(notice)
+        except Exception:
+            # Whatever it was (Ray's head may be away for a moment), the machine still goes.
+            logger.exception("A notice was not acted on; it is told again")
+            return False
+        return True
 
     async def _find_cloud(self, session: aiohttp.ClientSession) -> Cloud | None:
         signs = {
@@ -201,7 +213,10 @@ class SpotWatcher:
                 reason=str(action.get("action")),
                 deadline_s=_time(action.get("time"), datetime.fromisoformat),
             )
-        if await self._aws(session, "events/recommendations/rebalance") is not None:
+        if (
+            self.config.leave_on_rebalance
+            and await self._aws(session, "events/recommendations/rebalance") is not None
+        ):
             found["rebalance"] = SpotNotice(cloud=Cloud.AWS, reason="rebalance", deadline_s=None)
         return found
 

@@ -5,8 +5,10 @@
               manifests --select--> dataset --train--> policy r, PPM r --> held-out, all methods
 
 Every stage asks first whether its product exists and is skipped if so; a stage that was cut off
-begins again, except that the rollout goes on from the shards that were committed. One set of engine
-processes serves the whole run: new weights are loaded in place.
+begins again, except that the rollout goes on from the shards that were committed. A stage that
+loses actors or machines is done again, too (`cluster.jobs.attempts`). One set of engine processes
+serves the whole run: new weights are loaded in place. On a cluster the learner is there from the
+beginning of `select` to the round's last fit.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
@@ -45,6 +48,8 @@ from rollout.seeds import derive_seed
 from rollout.store import TrajectoryStore
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Evolution:
@@ -218,22 +223,39 @@ class Evolution:
         await recording
         self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
         if self.config.cold_start is not None:
-            policy = await self._cold_start(self.config.cold_start)
+            cold_start = partial(self._cold_start, self.config.cold_start)
+            policy = await self._attempted(0, "train_policy", cold_start)
+            await self.fleet.leave_learner()
             await self._record_lineage(0)
-            await self._evaluate(0, policy, None)
+            await self._attempted(0, "evaluate", partial(self._evaluate, 0, policy, None))
         for number in range(1, len(self.config.rounds) + 1):
-            await self._rollout(number, policy, ppm)
+            rollout = partial(self._rollout, number, policy, ppm)
+            await self._attempted(number, "rollout", rollout)
             await self._record_lineage(number)
+            if self.checkpoints.current("ppm", number) is None:
+                self.fleet.want_learner()
             await self._select(number)
             start = self.base_model
             if self.config.models.policy_init == "previous" and policy is not None:
                 start = Path(policy.path)
-            policy = await self._train(number, "policy", start, self.config.train_policy, policy)
+            fit = partial(self._train, number, "policy", start, self.config.train_policy, policy)
+            policy = await self._attempted(number, "train_policy", fit)
             await self._record_lineage(number)
             trunk = Path(policy.path)
-            ppm = await self._train(number, "ppm", trunk, self.config.train_ppm, ppm)
+            fit = partial(self._train, number, "ppm", trunk, self.config.train_ppm, ppm)
+            ppm = await self._attempted(number, "train_ppm", fit)
+            await self.fleet.leave_learner()
             await self._record_lineage(number)
-            await self._evaluate(number, policy, ppm)
+            await self._attempted(number, "evaluate", partial(self._evaluate, number, policy, ppm))
+
+    async def _attempted(self, number: int, stage: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Do a stage, again if it must be; its record says why."""
+        name = f"round {number}: {stage.replace('_', ' ')}"
+        result = await self.fleet.attempts(name, work)
+        if self.fleet.attempts.reasons:
+            record = {**self.folder.stage(number, stage), "retries": self.fleet.attempts.reasons}
+            self.folder.record_stage(number, stage, record.pop("seconds"), **record)
+        return result
 
     async def _record_lineage(self, number: int) -> None:
         await asyncio.to_thread(record_lineage, self.folder, number)

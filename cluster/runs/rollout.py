@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -88,7 +89,10 @@ class RolloutRun:
     def _record(self, outcome: RolloutOutcome, trees: TrajectoryStore) -> None:
         self.folder.write_suspects(ROUND, outcome.suspects)
         levels = problems_by_level(trees.commits(), self.folder.problem_levels())
-        self.folder.record_stage(ROUND, "rollout", outcome.seconds, **outcome.facts(), **levels)
+        facts = outcome.facts() | levels
+        if retries := self.session.fleet.attempts.reasons:
+            facts["retries"] = retries
+        self.folder.record_stage(ROUND, "rollout", outcome.seconds, **facts)
         record_lineage(self.folder, ROUND)
         trees.remove_orphans(older_than_s=self.config.cluster.lease_s, now_unix_s=time.time())
 
@@ -101,13 +105,15 @@ class RolloutRun:
             await fleet.serve_endpoint(config.endpoint)
         self.view.end(fleet.describe())
         self.view.begin("rollout", f"rollout of {config.problems.name}", len(problems), round=ROUND)
-        outcome = await fleet.rollout(
+        search = partial(
+            fleet.rollout,
             ROUND,
             problems,
             search_stages(config.search, config.escalation),
             preference=config.ppm is not None,
             on_progress=self.view.update,
         )
+        outcome = await fleet.attempts("rollout", search)
         self.view.end(f"{outcome.solved} of {len(problems)} problems solved")
         for line in outcome.loss_lines():
             self.view.note(line)

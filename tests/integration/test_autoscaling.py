@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from cluster.fleet.config import ActorConfig
 from cluster.fleet.fleet import Fleet
+from cluster.fleet.learner_group import LearnerGroup
 from cluster.fleet.stages import RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
@@ -60,7 +62,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[AutoscaledCluster]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     made = AutoscaledCluster(
-        {"gpu": ({"CPU": 1, "policy": 1}, 3)}, head={"head": 10}, idle_s=IDLE_S
+        {"gpu": ({"CPU": 1, "policy": 1}, 3), "learner": ({"CPU": 1, "learner": 1}, 1)},
+        head={"head": 10},
+        idle_s=IDLE_S,
     )
     yield made
     ray.shutdown()
@@ -195,3 +199,33 @@ async def test_nodes_come_with_the_work_of_a_run_and_go_when_their_replicas_are_
             f"{len(kept)} kept their nodes for {released_s - shrinks_s:.1f} s while they drained; "
             f"3 -> 1 in {gone_s:.1f} s after that ({IDLE_S:.0f} s idle time included)"
         )
+
+
+async def test_learners_machine_is_there_while_its_group_is_whatever_others_ask(
+    tmp_path: Path, cluster: AutoscaledCluster
+) -> None:
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    one, other = (nodes.NodeRequest(name, expires_s=600.0) for name in ("one run", "another run"))
+
+    def has(resource: str) -> float:
+        return sum(node.total.get(resource, 0.0) for node in nodes.living().values())
+
+    one.ask([{"policy": 1.0}])
+    other.ask([{"policy": 1.0}])  # neither replaces the other: two nodes are wanted
+    await until(lambda: has("policy") == 2)
+    assert has("learner") == 0
+    group = LearnerGroup(
+        ActorConfig(resources={"learner": 1}), tmp_path, coming=lambda: bool(nodes.starting())
+    )
+    group.start()
+    life = group._life
+    assert life is not None
+    await until(lambda: has("learner") == 1)
+    await until(lambda: ray.get(life.mailbox.joined.remote()) == 1)
+    one.withdraw()
+    await until(lambda: has("policy") == 1)
+    group.shutdown()
+    await until(lambda: has("learner") == 0)
+    assert has("policy") == 1
+    other.withdraw()
+    await until(lambda: has("policy") == 0)

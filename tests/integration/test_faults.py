@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import pytest
 import ray
 
 from cluster.fleet.fleet import Fleet
+from cluster.fleet.keeper import PoolLostError
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
-from rollout.engine import EngineError, GenerationReply, GenerationRequest
+from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import make_problem
@@ -122,28 +124,52 @@ async def test_run_in_which_one_of_each_kind_is_killed_finds_the_same_trees(
         print("; ".join(outcome.loss_lines()))
 
 
+async def kill_policies(fleet: Fleet, until_done: Callable[[], bool]) -> None:
+    """Kill every policy replica as soon as it is READY."""
+    killed: set[str] = set()
+    while not until_done():
+        for name, handle in fleet.pools.handles("policy").items():
+            if name not in killed:
+                killed.add(name)
+                os.kill((await handle.ready.remote()).pid, signal.SIGKILL)
+        await asyncio.sleep(0.05)
+
+
+QUICK = {"look_s": 0.1, "backoff_s": 0.01, "max_failures": 1}
+
+
 async def test_replica_that_keeps_dying_ends_the_run_with_its_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = {"look_s": 0.1, "backoff_s": 0.01, "max_failures": 1}
-    fleet = make_fleet(tmp_path / "run", monkeypatch, supervision=quick, policy={"replicas": 1})
+    fleet = make_fleet(tmp_path / "run", monkeypatch, supervision=QUICK, policy={"replicas": 1})
     async with stopped_at_the_end(fleet):
         await start(fleet)
-        work = asyncio.create_task(rollout(fleet))
-
-        async def kill_all() -> None:
-            killed: set[str] = set()
-            while not work.done():
-                for name, handle in fleet.pools.handles("policy").items():
-                    if name not in killed:
-                        killed.add(name)
-                        os.kill((await handle.ready.remote()).pid, signal.SIGKILL)
-                await asyncio.sleep(0.05)
-
-        killing = asyncio.create_task(kill_all())
-        with pytest.raises(EngineError, match=r"2 deaths of a policy replica .*died"):
-            await asyncio.wait_for(work, 90)
+        work = asyncio.create_task(fleet.attempts("round 1: rollout", lambda: rollout(fleet)))
+        killing = asyncio.create_task(kill_policies(fleet, work.done))
+        message = (
+            r"round 1: rollout failed 3 times \(cluster.stage_attempts\), at last: "
+            r"2 deaths of a policy replica .*died.* start the same command again"
+        )
+        with pytest.raises(PoolLostError, match=message):
+            await asyncio.wait_for(work, 120)
         await killing
+
+
+async def test_rollout_whose_replicas_kept_dying_is_done_again_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = make_fleet(tmp_path / "run", monkeypatch, supervision=QUICK, policy={"replicas": 1})
+    notes: list[str] = []
+    fleet.note = notes.append
+    async with stopped_at_the_end(fleet):
+        await start(fleet)
+        work = asyncio.create_task(fleet.attempts("round 1: rollout", lambda: rollout(fleet)))
+        again = "done again: round 1: rollout, 1 of 3: 2 deaths of a policy replica"
+        await kill_policies(fleet, lambda: any(note.startswith(again) for note in notes))
+        outcome = await asyncio.wait_for(work, 90)
+    assert len(fleet.attempts.reasons) == 1
+    assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
+    assert outcome.manifest.failed == {}
 
 
 class HangingPolicyReplica(ScriptedPolicyReplica):

@@ -7,6 +7,8 @@ other nodes, by custom resources.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -25,6 +27,7 @@ from cluster.fleet.fleet import Fleet
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.machines import nodes
+from cluster.machines.spot import SpotConfig
 from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
 from rollout.search import SearchConfig
@@ -32,6 +35,7 @@ from rollout.store import RunStore, TrajectoryStore
 from tests.builders import make_problem
 from tests.saboteur import stopped_at_the_end, undisturbed, until
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
+from tests.standing import actors
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -249,6 +253,21 @@ async def test_three_of_four_replicas_are_enough_to_begin_and_to_go_on(
     }
     trees = TrajectoryStore(RunStore(str(tmp_path / "run")), 2).trees()
     assert {tree.policy_version for tree in trees} == {"policy-r2-d"}
+
+
+async def test_watcher_that_is_killed_watches_again(cluster: Cluster) -> None:
+    node = cluster.add_node(**NODE)
+    taken: set[int] = set()
+    async with preempting_cloud(taken) as url:
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        config = SpotConfig(url=url, interval_s=0.2, timeout_s=10.0)
+        watcher = nodes.start_spot_watcher(node.node_id, config)
+        await watcher.__ray_ready__.remote()
+        (first,) = [a for a in actors() if a.class_name == "NodeSpotWatcher"]
+        os.kill(first.pid, signal.SIGKILL)
+        await until(lambda: [a.num_restarts for a in actors()] == [1])
+        taken.add(node.all_processes["raylet"][0].process.pid)
+        await until(lambda: set(nodes.draining()) == {node.node_id})
 
 
 async def test_run_outlives_the_head_forgetting_its_memory(

@@ -82,7 +82,7 @@ class GpuLearner:
         self.actor: Any = None
         self.fits: list[Any] = []
 
-    def fit(self, request: Any, progress: Any) -> Any:
+    def fit(self, request: Any, progress: Any, again: Any) -> Any:
         if self.actor is None:
             holder = ray.remote(ScriptedPolicyReplica)
             options = holder.options(num_cpus=0, resources={"gpu_fake": 1})

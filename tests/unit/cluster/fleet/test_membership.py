@@ -100,6 +100,9 @@ def test_too_many_deaths_within_the_window_are_hopeless_and_name_the_last_cause(
         "the last one: m4: cause 4"
     )
     assert members.hopeless(101) == ""
+    assert members.due(5) == 0
+    members.forgive()
+    assert (members.hopeless(5), members.due(5)) == ("", 2)
 
 
 def test_drained_member_is_replaced_but_its_end_is_no_failure() -> None:

@@ -253,15 +253,14 @@ def test_failed_starts_pause_longer_each_time_until_one_succeeds() -> None:
 # -- what is asked of Ray
 
 
-def test_bundles_are_the_reserved_ones_then_pools_in_their_order() -> None:
+def test_bundles_are_those_of_the_pools_in_their_order() -> None:
     scaler = Scaler(
         {
             "policy": (config(min_replicas=2), {"GPU": 1.0}),
             "sandbox": (config(min_replicas=1), {"CPU": 4.0}),
-        },
-        reserved=[{"learner": 1.0}],
+        }
     )
-    assert scaler.decide(0).bundles == ({"learner": 1}, {"GPU": 1}, {"GPU": 1}, {"CPU": 4})
+    assert scaler.decide(0).bundles == ({"GPU": 1}, {"GPU": 1}, {"CPU": 4})
 
 
 def test_nodes_are_asked_for_only_while_replicas_are_missing() -> None:

@@ -125,9 +125,12 @@ async def test_aws_instance_action_gives_its_deadline_once() -> None:
         assert notices.queue.empty()
 
 
-async def test_aws_rebalance_is_advice_without_a_time() -> None:
+async def test_aws_rebalance_is_no_notice_unless_asked_for() -> None:
     service = FakeMetadata({TOKEN: "secret", REBALANCE: {"noticeTime": "2023-11-14T22:13:00Z"}})
     async with watching(service) as (_, notices):
+        await until(lambda: service.asked.count(ACTION) >= 3)
+        assert notices.queue.empty() and REBALANCE not in service.asked
+    async with watching(service, leave_on_rebalance=True) as (_, notices):
         notice = await notices.next()
         assert (notice.reason, notice.deadline_s, notice.left_s(NOW_S)) == ("rebalance", None, None)
 
@@ -247,15 +250,23 @@ async def test_outage_is_logged_once_and_the_notice_after_it_is_seen(
     ]
 
 
-async def test_error_of_the_caller_is_not_swallowed() -> None:
-    async def refuse(notice: SpotNotice) -> None:
-        raise RuntimeError("drain failed")
+async def test_notice_that_could_not_be_acted_on_is_told_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told: list[SpotNotice] = []
 
-    service = FakeMetadata({TOKEN: "t", REBALANCE: {"noticeTime": "2023-11-14T22:13:00Z"}})
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", service.handle)
-    async with TestServer(app) as server:
-        config = SpotConfig(url=str(server.make_url("/")).rstrip("/"), interval_s=0.01)
-        with pytest.raises(RuntimeError, match="drain failed"):
-            async with asyncio.timeout(5):
-                await SpotWatcher(refuse, config).run()
+    async def act(notice: SpotNotice) -> None:
+        told.append(notice)
+        if len(told) < 3:
+            raise RuntimeError("the head is away")
+
+    service = FakeMetadata(
+        {TOKEN: "t", ACTION: {"action": "terminate", "time": "2023-11-14T22:15:20Z"}}
+    )
+    async with watching(service) as (watcher, _):
+        watcher._on_notice = act
+        await until(lambda: len(told) == 3)
+        asked = service.asked.count(ACTION)
+        await until(lambda: service.asked.count(ACTION) >= asked + 3)
+        assert len(told) == 3
+    assert sum("told again" in record.getMessage() for record in caplog.records) == 2

@@ -1,14 +1,17 @@
-"""What a run of self-evolution refuses before anything is started."""
+"""What a run of self-evolution refuses before anything is started, and the order of its stages."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from cluster.fleet.keeper import PoolLostError
 from cluster.folder.config_file import ConfigError
+from cluster.jobs.attempts import Attempts
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve import Evolution
 from cluster.telemetry.progress import ProgressView
@@ -47,3 +50,77 @@ def test_worked_examples_are_for_the_first_round_alone(tmp_path: Path) -> None:
         evolution(tmp_path, "bootstrap", "bootstrap")._check_templates()
     with pytest.raises(ConfigError, match=r"rounds.0.template: bootstrap .* round 1"):
         evolution(tmp_path, "bootstrap", cold_start={})._check_templates()
+
+
+class FleetScript:
+    """What a run asks of its fleet, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.attempts = Attempts(
+            3, mend=lambda: self.events.append("mend"), note=lambda text: self.events.append(text)
+        )
+
+    async def start(self, policy: Path, *, marked: bool) -> None:
+        self.events.append("start")
+
+    def describe(self) -> str:
+        return ""
+
+    def want_learner(self) -> None:
+        self.events.append("want learner")
+
+    async def leave_learner(self) -> None:
+        self.events.append("leave learner")
+
+
+async def test_a_stage_that_loses_machines_is_done_again_and_the_learner_goes_after_its_last_fit(
+    tmp_path: Path,
+) -> None:
+    made = evolution(tmp_path, "rstar", base=GENERAL)
+    fleet = FleetScript()
+    lost = {"rollout": 1, "train_ppm": 2}
+
+    def stage(name: str, result: Any = None) -> Any:
+        async def work(*_: Any) -> Any:
+            fleet.events.append(name)
+            if lost.get(name, 0):
+                lost[name] -= 1
+                raise PoolLostError(f"{name} lost its machines")
+            made.folder.record_stage(1, name, 2.0, trees=7)
+            return result
+
+        return work
+
+    async def nothing(*_: Any) -> None:
+        return None
+
+    for name, value in {
+        "fleet": fleet,
+        "session": SimpleNamespace(record_start=nothing),
+        "_record_lineage": nothing,
+        "_rollout": stage("rollout"),
+        "_select": stage("select"),
+        "_train": lambda number, kind, *_: stage(f"train_{kind}", SimpleNamespace(path="x"))(),
+        "_evaluate": stage("evaluate"),
+    }.items():
+        setattr(made, name, value)
+    await made._rounds()
+    assert [event for event in fleet.events if not event.startswith("done again")] == [
+        *("start", "rollout", "mend", "rollout", "want learner", "select"),
+        *(
+            "train_policy",
+            "train_ppm",
+            "mend",
+            "train_ppm",
+            "mend",
+            "train_ppm",
+            "leave learner",
+            "evaluate",
+        ),
+    ]
+    record = made.folder.stage(1, "rollout")
+    reason = "round 1: rollout, 1 of 3: rollout lost its machines"
+    assert record == {"seconds": 2.0, "trees": 7, "retries": [reason]}
+    assert len(made.folder.stage(1, "train_ppm")["retries"]) == 2
+    assert "retries" not in made.folder.stage(1, "evaluate")
