@@ -57,6 +57,7 @@ from cluster.folder.run_folder import RunFolder
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
 from cluster.telemetry.process import end as end_telemetry
+from learner.candidates import Recipe
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
 from rollout.engine import EngineError
@@ -314,10 +315,14 @@ class Fleet:
         *,
         preference: bool,
         on_progress: Progress,
+        recipe: Recipe | None = None,
     ) -> RolloutOutcome:
         """Search the problems through all stages and seal the round.
 
         Cancelling drains: trees that are finished are committed, the rest is handed back.
+
+        Args:
+            recipe: by which trees are made into candidates for training; None: they are not.
         """
         endpoint = self.pools.endpoint
         self._rollout = Rollout(
@@ -333,6 +338,7 @@ class Fleet:
                 "ppm": self._preference_kind.version,
             },
             on_progress=on_progress,
+            recipe=recipe,
         )
         return await self._rollout.run()
 
