@@ -24,9 +24,9 @@ one problem after the other is decided, all its trees together, by counts; texts
 
     trees or their candidates --write_runs--> sorted runs --merged--> one problem --> row groups
 
-Memory is bounded: `memory_bytes` of texts three times over while a run is sorted, then half a MiB
-of each run (a round of 747,000 trees has about 150 runs of 128 MiB). Not covered: one problem whose
-candidates do not fit into memory; demonstrations are held.
+Memory is bounded: `memory_bytes` of texts three times over while a run is sorted, then one to two
+MiB of each run (a round of 747,000 trees has about 150 runs of 128 MiB). Not covered: one problem
+whose candidates do not fit into memory; demonstrations are held.
 """
 
 from __future__ import annotations

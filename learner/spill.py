@@ -146,8 +146,8 @@ def _read_run(run: IO[bytes]) -> Iterator[tuple[Any, bytes]]:
                 return
 
 
-BATCH_BYTES = 1 << 19
-"""Of a run: what is in memory of each while they are merged, once or twice."""
+BATCH_BYTES = 1 << 18
+"""Of a run: what is in memory of each while they are merged, up to twice."""
 
 BLOCK_BYTES = 8 << 20
 """Least size of a merged table: smaller ones would be all overhead."""
@@ -172,8 +172,8 @@ def write_run(tables: Sequence[pa.Table], path: Path, *, keys: Sequence[str]) ->
 def merged(runs: Sequence[Path], *, keys: Sequence[str]) -> Iterator[pa.Table]:
     """The rows of runs in order of their keys, by table; rows with the same first key are in one.
 
-    In memory are `BATCH_BYTES` of each run, more where one first key has more, and a few tables of
-    `BLOCK_BYTES`.
+    In memory are up to two batches of each run, more where one first key has more, and three times
+    what is yielded: `BLOCK_BYTES`, or a batch of each run where that is more.
     """
     readers = [pa.ipc.open_stream(pa.OSFile(str(path))) for path in runs]
     heads: list[_Head] = [(reader.schema.empty_table(), reader) for reader in readers]
@@ -203,8 +203,11 @@ _Head = tuple[pa.Table, pa.RecordBatchReader | None]
 
 
 def _longer(table: pa.Table, reader: pa.RecordBatchReader | None, key: str) -> _Head:
-    """The head of a run with rows of two keys, or with all that is left."""
-    while reader is not None and (not len(table) or table[key][0] == table[key][-1]):
+    """The head of a run with a batch of rows, of two keys at least, or with all that is left.
+
+    All runs are topped up together, so that a merge goes through them by batches, not by rows.
+    """
+    while reader is not None and (table.nbytes < BATCH_BYTES or table[key][0] == table[key][-1]):
         try:
             batch = reader.read_next_batch()
         except StopIteration:

@@ -181,8 +181,10 @@ class RoundSelection:
 
     def _read(self, shares: Sequence[_Share]) -> Iterator[_Read]:
         """What became of all shares, in any order."""
-        processes = self._num_processes or len(os.sched_getaffinity(0))
-        processes = min(processes, len(shares))
+        cores = len(os.sched_getaffinity(0))
+        # A process takes seconds to start.
+        enough = sum(len(share.files) for share in shares) // FILES_AT_ONCE
+        processes = self._num_processes or min(cores, enough)
         if processes <= 1:
             for share in shares:
                 yield _read_share(share, self._check)

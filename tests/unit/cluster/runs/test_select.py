@@ -67,7 +67,11 @@ def trees_of(number: int) -> list[Tree]:
     return [
         make_tree(*branches, problem=make_problem(name), round=number, index=index)
         for name, index, branches in (
-            ("p1", 0, (right("a = 1"), right("a = 1  # again"), wrong(f"b = {number}"))),
+            (
+                "p1",
+                0,
+                (right("a = 1"), right("a = 1  # again"), wrong(f"b = '{number}, another way'")),
+            ),
             ("p2", 0, (wrong("c = 1"), wrong("c = 2"), code("c = 3", failed()))),
             ("p2", 1, (right(f"d = {number}"), wrong("c = 1"), code("e = 1", right("f = 1")))),
             ("p3", 0, (wrong("g = '\ud800'"), right("h = '\ud800'"), right("i = 1"))),
