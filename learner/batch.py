@@ -1,9 +1,10 @@
 """Text to tensors: tokenise, mask, pack.
 
-A text is tokenised once, whole, and the loss mask is laid over it by character offsets. Step
-boundaries are special tokens, so the ids of `prefix + continuation` are those of the prefix
-followed by those of the continuation: what an engine sees at search time. Where a loss boundary
-falls inside a token all the same, the segments of that text are tokenised one by one.
+A text is tokenised once, whole, and the loss mask is laid over it by the step markers at its
+boundaries, or else by character offsets. Step boundaries are special tokens, so the ids of
+`prefix + continuation` are those of the prefix followed by those of the continuation: what an
+engine sees at search time. Where a loss boundary falls inside a token all the same, the segments of
+that text are tokenised one by one.
 
     texts or nodes of a share --pack_*--> one row of T tokens, without padding, and its `Layout`
 
@@ -15,9 +16,11 @@ Shapes: T tokens of a row, B texts, P positions that a loss reads, R pairs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any, Self
 
 import numpy as np
@@ -161,29 +164,105 @@ def tokenise_texts(
         texts: the segments of each.
         end_of_sequence: a text ends with that token.
     """
-    encoded = tokenizer(
-        ["".join(segment.text for segment in segments) for segments in texts],
-        return_offsets_mapping=True,
-    )
+    wholes = ["".join(segment.text for segment in segments) for segments in texts]
     found = []
-    for segments, ids, offsets in zip(
-        texts, encoded.input_ids, encoded.offset_mapping, strict=True
-    ):
-        lengths = [len(segment.text) for segment in segments]
-        wanted = np.repeat([segment.trained for segment in segments], lengths)
-        before = np.concatenate(([0], np.cumsum(wanted, dtype=np.int64)))
-        starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-        inside = before[stops] - before[starts]
-        if ((inside > 0) & (inside < stops - starts)).any():
-            ids, trained = _one_by_one(tokenizer, segments)
-        else:
-            trained = inside > 0
-        if end_of_sequence and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
+    marks = _marks(tokenizer)
+    if marks is None:
+        encoded = tokenizer(wholes, return_offsets_mapping=True)
+        pieces = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+        tokenised = (
+            _masked_by_offsets(tokenizer, segments, *piece)
+            for segments, piece in zip(texts, pieces, strict=True)
+        )
+    else:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        tokenised = (
+            _masked_by_marks(tokenizer, segments, np.asarray(encoding.ids, dtype=np.int32), marks)
+            for segments, encoding in zip(texts, backend.encode_batch_fast(wholes), strict=True)
+        )
+    for ids, trained in tokenised:
+        if end_of_sequence and not (len(ids) and ids[-1] == tokenizer.eos_token_id):
+            ids = np.append(ids, np.int32(tokenizer.eos_token_id))
             trained = np.append(trained, True)
         trained[:1] = False
-        found.append(TokenisedText(ids=np.asarray(ids, dtype=np.int32), trained=trained))
+        found.append(TokenisedText(ids=ids, trained=trained))
     return found
+
+
+_MARK = re.compile("|".join(map(re.escape, MARKERS)))
+
+
+def _marks(tokenizer: Any) -> np.ndarray | None:
+    """Ids of the step markers, if each stands for itself wherever it is written; None: it may not.
+
+    They are then cut out of a text before anything else is done to it, so that no token reaches
+    across one, and a text needs no character offsets, which take half as long again.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.num_special_tokens_to_add():
+        return None
+    added = {token.content: (n, token) for n, token in backend.get_added_tokens_decoder().items()}
+    ids = []
+    for marker in MARKERS:
+        number, token = added.get(marker, (0, None))
+        if token is None or token.lstrip or token.rstrip or token.single_word or token.normalized:
+            return None
+        ids.append(number)
+    return np.array(ids, dtype=np.int32)
+
+
+def _masked_by_marks(
+    tokenizer: Any, segments: Sequence[Segment], ids: np.ndarray, marks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a text and which are trained, by the markers at the boundaries of its segments."""
+    at = np.flatnonzero(np.isin(ids, marks))
+    trained = np.zeros(len(ids), dtype=bool)
+    runs = [
+        ("".join(segment.text for segment in run), wanted)
+        for wanted, run in groupby(segments, key=attrgetter("trained"))
+    ]
+    start = count = 0
+    for number, (text, wanted) in enumerate(runs):
+        found = _MARK.findall(text)
+        count += len(found)
+        if number == len(runs) - 1:
+            stop = len(ids)
+        elif found and text.endswith(found[-1]):
+            stop = int(at[count - 1]) + 1 if count <= len(at) else -1
+        elif _MARK.match(runs[number + 1][0]):
+            stop = int(at[count]) if count < len(at) else -1
+        else:
+            stop = -1
+        if stop < start:
+            break
+        trained[start:stop] = wanted
+        start = stop
+    else:
+        if count == len(at):
+            return ids, trained
+    # A boundary without a marker, or markers that the tokenizer sees otherwise.
+    encoded = tokenizer(["".join(text for text, _ in runs)], return_offsets_mapping=True)
+    return _masked_by_offsets(tokenizer, segments, encoded.input_ids[0], encoded.offset_mapping[0])
+
+
+def _masked_by_offsets(
+    tokenizer: Any,
+    segments: Sequence[Segment],
+    ids: list[int],
+    offsets: Sequence[tuple[int, int]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a text and which are trained, by what characters each stands for."""
+    lengths = [len(segment.text) for segment in segments]
+    wanted = np.repeat([segment.trained for segment in segments], lengths)
+    before = np.concatenate(([0], np.cumsum(wanted, dtype=np.int64)))
+    starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = before[stops] - before[starts]
+    trained = inside > 0
+    if (trained & (inside < stops - starts)).any():
+        ids, trained = _one_by_one(tokenizer, segments)
+    return np.asarray(ids, dtype=np.int32), trained
 
 
 def _one_by_one(tokenizer: Any, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray]:
@@ -202,8 +281,10 @@ def nodes_of(pairs: Iterable[PreferencePair]) -> Iterator[list[PreferencePair]]:
         yield list(members)
 
 
-def _node_of(pair: PreferencePair) -> tuple[Any, ...]:
-    return pair.problem_id, pair.round, pair.tree_index, pair.kind, pair.node, pair.prefix
+NODE_KEYS = ("problem_id", "round", "tree_index", "kind", "node", "prefix")
+"""In which pairs of a node are alike."""
+
+_node_of = attrgetter(*NODE_KEYS)
 
 
 def tokenise_pairs(tokenizer: Any, pairs: Iterable[PreferencePair]) -> list[PairGroup]:

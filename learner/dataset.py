@@ -19,11 +19,12 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -141,7 +142,8 @@ class DatasetWriter:
             name: pq.ParquetWriter(path, _SCHEMAS[name], compression="zstd")
             for name, path in self._hidden.items()
         }
-        self._held: dict[str, list[dict[str, Any]]] = {name: [] for name in FILES}
+        self._rows_held: dict[str, list[dict[str, Any]]] = {name: [] for name in FILES}
+        self._held = {name: _SCHEMAS[name].empty_table() for name in FILES}
         self._rows = dict.fromkeys(FILES, 0)
 
     def add(self, name: str, row: SFTExample | PreferencePair | ValuedNode) -> None:
@@ -150,10 +152,20 @@ class DatasetWriter:
         Raises:
             OSError: the disk is full.
         """
-        held = self._held[name]
+        held = self._rows_held[name]
         held.append(asdict(row))
         if len(held) >= _ROW_GROUP_ROWS:
-            self._flush(name)
+            self._take_rows(name)
+
+    def add_table(self, name: str, table: pa.Table) -> None:
+        """Append rows, the columns in any order; as `add`."""
+        self._take_rows(name)
+        schema = _SCHEMAS[name]
+        table = pa.concat_tables([self._held[name], table.select(schema.names).cast(schema)])
+        whole = len(table) - len(table) % _ROW_GROUP_ROWS
+        self._write(name, table.slice(0, whole))
+        # A copy, which does not keep all of what it was cut from.
+        self._held[name] = table.slice(whole).take(pa.array(np.arange(len(table) - whole)))
 
     def commit(
         self,
@@ -173,7 +185,8 @@ class DatasetWriter:
         """
         files, digests = {}, ""
         for name in FILES:
-            self._flush(name)
+            self._take_rows(name)
+            self._write(name, self._held[name])
             self._files[name].close()
             with self._hidden[name].open("rb") as written:
                 digest = hashlib.file_digest(written, "sha256").hexdigest()
@@ -201,11 +214,15 @@ class DatasetWriter:
             with contextlib.suppress(OSError, pa.ArrowException):
                 file.close()
 
-    def _flush(self, name: str) -> None:
-        rows, self._held[name] = self._held[name], []
+    def _take_rows(self, name: str) -> None:
+        rows, self._rows_held[name] = self._rows_held[name], []
         if rows:
-            self._files[name].write_table(pa.Table.from_pylist(rows, schema=_SCHEMAS[name]))
-            self._rows[name] += len(rows)
+            self.add_table(name, pa.Table.from_pylist(rows, schema=_SCHEMAS[name]))
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        if len(table):
+            self._files[name].write_table(table, row_group_size=_ROW_GROUP_ROWS)
+            self._rows[name] += len(table)
 
 
 @contextlib.contextmanager
@@ -244,20 +261,66 @@ def read_sft(directory: str | Path, split: str) -> Iterator[SFTExample]:
     Raises:
         DatasetError: the directory holds no complete dataset.
     """
-    for row in _rows(directory, f"sft_{split}"):
-        yield SFTExample(**row | {"segments": tuple(Segment(**s) for s in row["segments"])})
+    for piece in read_pieces(directory, f"sft_{split}", _BATCH_ROWS):
+        yield from sft_of(piece)
 
 
 def read_pairs(directory: str | Path, split: str) -> Iterator[PreferencePair]:
     """The preference pairs of a split, those of a node together; as `read_sft`."""
-    for row in _rows(directory, f"pairs_{split}"):
-        yield PreferencePair(**row | {"kind": PairKind(row["kind"])})
+    for piece in read_pieces(directory, f"pairs_{split}", _BATCH_ROWS):
+        yield from pairs_of(piece)
 
 
 def read_valued_nodes(directory: str | Path) -> Iterator[ValuedNode]:
     """The nodes whose steps have Q-values, of the training problems; as `read_sft`."""
-    for row in _rows(directory, "steps_train"):
+    for piece in read_pieces(directory, "steps_train", _BATCH_ROWS):
+        yield from valued_nodes_of(piece)
+
+
+def sft_of(rows: pa.Table) -> Iterator[SFTExample]:
+    """The examples in rows of an SFT file."""
+    for row in rows.to_pylist():
+        yield SFTExample(**row | {"segments": tuple(Segment(**s) for s in row["segments"])})
+
+
+def pairs_of(rows: pa.Table) -> Iterator[PreferencePair]:
+    """The pairs in rows of a file of pairs."""
+    for row in rows.to_pylist():
+        yield PreferencePair(**row | {"kind": PairKind(row["kind"])})
+
+
+def valued_nodes_of(rows: pa.Table) -> Iterator[ValuedNode]:
+    """The nodes in rows of a file of valued steps."""
+    for row in rows.to_pylist():
         yield ValuedNode(**row | {"steps": tuple(ValuedStep(**s) for s in row["steps"])})
+
+
+def read_pieces(
+    directory: str | Path, name: str, num_rows: int, *, together: Sequence[str] = ()
+) -> Iterator[pa.Table]:
+    """The rows of one of `FILES` as they stand there, about `num_rows` at a time.
+
+    Args:
+        together: rows that follow each other and are alike in these columns are in one piece.
+    Raises:
+        DatasetError: the directory holds no complete dataset.
+    """
+    left: pa.Table | None = None
+    for batch in _batches(directory, name, num_rows):
+        rows = pa.Table.from_batches([batch])
+        if left is not None:
+            rows = pa.concat_tables([left, rows]).combine_chunks()
+        cut = len(rows)
+        if together:
+            keys = rows.select(together)
+            last = keys.slice(cut - 1).to_pylist()
+            while cut and keys.slice(cut - 1, 1).to_pylist() == last:
+                cut -= 1
+        if cut:
+            yield rows.slice(0, cut)
+        left = rows.slice(cut)
+    if left is not None and len(left):
+        yield left
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:
@@ -322,7 +385,7 @@ def read_rows(path: Path, what: str, content: str) -> Iterator[Any]:
         raise DatasetError(f"cannot read {content} from {path}: {error}") from error
 
 
-def _rows(directory: str | Path, name: str) -> Iterator[dict[str, Any]]:
+def _batches(directory: str | Path, name: str, num_rows: int) -> Iterator[pa.RecordBatch]:
     directory = Path(directory)
     if read_manifest(directory) is None:
         raise DatasetError(f"no complete training data in {directory} ({MANIFEST} is missing)")
@@ -332,7 +395,6 @@ def _rows(directory: str | Path, name: str) -> Iterator[dict[str, Any]]:
             missing = [column for column in columns if column not in file.schema_arrow.names]
             if missing:
                 raise DatasetError(f"{directory / name}.parquet has no column {missing[0]!r}")
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                yield from batch.to_pylist()
+            yield from file.iter_batches(batch_size=num_rows, columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"cannot read {name} from {directory}: {error}") from error

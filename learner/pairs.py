@@ -255,16 +255,17 @@ def _answer_pairs(tree: Tree, template: PromptTemplate, config: PairConfig) -> l
         return program_of(trajectory.steps)
 
     ranked = trajectories(tree)
-    correct = one_per_program((t for t in ranked if t.correct), program)
-    incorrect = one_per_program((t for t in reversed(ranked) if t.correct is False), program)
+    correct = one_per_program((t for t in ranked if t.correct), program, config.best)
+    wrong = (t for t in reversed(ranked) if t.correct is False)
+    incorrect = one_per_program(wrong, program, config.worst)
     return _cross(
         tree,
         node=0,
         kind=PairKind.ANSWER,
         shared_steps=0,
         prefix=render_prompt(tree.problem.text, (), template),
-        positives=[(t.steps, t.mean_q) for t in correct[: config.best]],
-        negatives=[(t.steps, t.mean_q) for t in incorrect[: config.worst]],
+        positives=[(t.steps, t.mean_q) for t in correct],
+        negatives=[(t.steps, t.mean_q) for t in incorrect],
         config=config,
     )
 

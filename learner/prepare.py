@@ -9,6 +9,7 @@ that do not fit into the host memory of one rank while they are loaded.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from learner.fit import (
 )
 from learner.objectives import PolicyObjective, PreferenceObjective, untied_output
 from learner.preference_model import load_preference_model, new_preference_model
-from learner.ranks import on_all_ranks
+from learner.ranks import cores_of_a_rank, on_all_ranks
 from learner.task import Task, policy_task, preference_task
 
 Objective = PolicyObjective | PreferenceObjective
@@ -58,6 +59,8 @@ def prepare(request: FitRequest, tell: Tell = lambda phase, done, total: None) -
             cannot be read; alike on all ranks.
     """
     fit_id = request.fit_id
+    # Read by the tokenizer when it first works; ranks would else all use all cores.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(cores_of_a_rank()))
     tokenizer = on_all_ranks(lambda: _load_tokenizer(request), fit_id)
     make = policy_task if isinstance(request.config, PolicyTrainConfig) else preference_task
     splits = ("train", "validation")

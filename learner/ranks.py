@@ -9,8 +9,10 @@ import contextlib
 import ctypes
 import gc
 import os
+import platform
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from learner.checkpoint import CheckpointError
 from learner.dataset import DatasetError
 from learner.fit import LearnerError
+from learner.spill import DiskList
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,6 +89,32 @@ def from_all_ranks(function: Callable[[], T], fit_id: str) -> list[T]:
     if problem is not None:
         raise LearnerError(f"fit {fit_id!r}: {problem}")
     return [given for _, given in outcomes]
+
+
+def machine_list(folder: Path, fit_id: str) -> DiskList[Any]:
+    """A list whose file the ranks of a machine share: one of them writes what all are told.
+
+    Args:
+        folder: of the machine, on a disk with room for all records.
+    Raises:
+        LearnerError: a rank cannot write there; alike on all ranks.
+    """
+    kept = on_all_ranks(lambda: DiskList[Any](folder), fit_id)
+    try:
+        files = from_all_ranks(lambda: (platform.node(), kept.path), fit_id)
+        rank = dist.get_rank() if _num_ranks() > 1 else 0
+        # The same name may stand for two containers, the same folder for one of the network.
+        mine = (path for node, path in files if node == files[rank][0] and path.exists())
+        first = next(mine)
+        on_all_ranks(lambda: kept.follow(first) if first != kept.path else None, fit_id)
+    finally:
+        kept.hide()
+    return kept
+
+
+def cores_of_a_rank() -> int:
+    """Cores of this machine for each of its ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def share_out(

@@ -18,45 +18,70 @@ policy's nor in the PPM's training data, so a PPM whose trunk is that policy is 
 its weights never met. (A trunk that was fine-tuned on the accepted solutions of the same problems
 ranks their steps by memory.)
 
-A round is never held in memory. `select_dataset` streams trees, keeps what each may give in a sort
-on disk (`learner.spill`) and then sees one problem after the other, all its trees together:
+What a tree may give is known without the others (`learner.candidates`): workers write it as they
+commit, and where they did not it is made of the trees. Here it is sorted by problem, on disk, and
+one problem after the other is decided, all its trees together, by counts; texts pass by as columns:
 
-    trees --candidates of each--> sorted by problem id on disk --one problem--> row groups
+    trees or their candidates --write_runs--> sorted runs --merged--> one problem --> row groups
 
-Not covered: one problem whose trees do not fit into memory; demonstrations are held.
+Memory is bounded: `memory_bytes` of texts three times over while a run is sorted, then one to two
+MiB of each run (a round of 747,000 trees has about 150 runs of 128 MiB). Not covered: one problem
+whose candidates do not fit into memory; demonstrations are held.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
-from learner.dataset import Demonstration, SFTExample, unusable, writing_dataset
-from learner.pairs import (
-    PairConfig,
-    PairKind,
-    PreferencePair,
-    ValuedNode,
-    tree_pairs,
-    valued_nodes,
+from learner.candidates import (
+    MANY_VISITS,
+    SCHEMA,
+    TEXTS,
+    TOP,
+    Recipe,
+    candidates,
+    find,
+    kept_pairs,
+    row_of,
+    unusable_solution,
 )
-from learner.spill import SortedSpill
-from rollout.difficulty import difficulty_of, right_share
-from rollout.problem import Problem
-from rollout.programs import program_of
-from rollout.prompt import PromptTemplate, Step, render_segments
-from rollout.trajectory import Trajectory, trajectories
-from rollout.tree import Node, Tree
+from learner.dataset import (
+    DatasetError,
+    DatasetWriter,
+    Demonstration,
+    SFTExample,
+    writing_dataset,
+)
+from learner.pairs import PairConfig, PairKind, PreferencePair
+from learner.spill import merged, no_room, write_run
+from rollout.difficulty import difficulty_of
+from rollout.prompt import PromptTemplate, render_segments
+from rollout.trajectory import Trajectory
+from rollout.tree import Tree
 
-_MANY_VISITS = 5
-"""Nodes with so many visits are counted together."""
+MEMORY_BYTES = 128 << 20
+"""Of what trees may give, in a run."""
+
+_TREES = 64
+"""Whose candidates are one table, where no worker wrote it."""
+
+_KEYS = ("problem_id", "round", "tree_index")
+
+_VISITS = (*map(str, range(1, MANY_VISITS)), f"{MANY_VISITS}+")
 
 Rounds = Literal["all", "newest_solved", "this"]
 
@@ -111,29 +136,67 @@ class Chosen:
     mislabelled."""
     pairs: list[PreferencePair]
     """For the PPM."""
-    nodes: list[ValuedNode]
-    """For a PPM that learns Q-values; none of a held-out problem."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Runs:
+    """What trees may give, on disk, sorted by problem."""
+
+    paths: list[Path]
+    reached: Counter[int]
+    """Round -> trajectories of its trees; each round has an entry."""
+    correct: Counter[int]
+    """Of these."""
+
+    def __add__(self, other: Runs) -> Runs:
+        return Runs(
+            paths=self.paths + other.paths,
+            reached=_sum(self.reached, other.reached),
+            correct=_sum(self.correct, other.correct),
+        )
+
+    @classmethod
+    def none(cls) -> Runs:
+        return cls(paths=[], reached=Counter(), correct=Counter())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What one tree may give."""
+class _Row:
+    """A tree in a table of candidates, but for its texts; fields as of `learner.candidates.SCHEMA`,
+    and its row."""
 
-    problem: Problem
+    row: int
+    problem_id: str
+    original: str
+    source: str
+    level: str
+    labelled: bool
     round: int
     tree_index: int
+    reached: int
     answered: int
     correct: int
     right_share: float | None
-    programs: dict[bytes, Trajectory]
-    """Digest of a program -> the tree's best correct trajectory that holds it."""
-    pairs: tuple[PreferencePair, ...]
-    nodes: tuple[ValuedNode, ...]
-    visits: Counter[str]
-    """Rollouts that went through an inner node ("1" to "4", or "5+") -> how many such nodes."""
-    excluded: Counter[str]
-    """Reason -> correct trajectories that no dataset can hold."""
-    excluded_pairs: Counter[str]
+    empty: int
+    unrenderable: int
+    empty_pairs: int
+    unrenderable_pairs: int
+    visits: list[int]
+    programs: list[bytes]
+    num_pairs: int
+    pairs_agree: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What training takes of one problem, by where it stands in a table."""
+
+    split: str
+    trajectories: list[int]
+    """Numbers among all of the table, best first."""
+    pairs: np.ndarray
+    """Likewise, in order."""
+    nodes: np.ndarray
 
 
 def is_validation(original: str, config: DatasetConfig) -> bool:
@@ -146,6 +209,27 @@ def is_validation(original: str, config: DatasetConfig) -> bool:
     return int.from_bytes(digest[:8]) / 2**64 < config.validation_share
 
 
+def recipe_of(
+    config: DatasetConfig, template: PromptTemplate, *, valued_steps: bool = False
+) -> Recipe:
+    """What of a config is decided tree by tree."""
+    top = max(config.trajectories_per_problem, TOP)
+    return Recipe(template=template, pairs=config.pairs, valued_steps=valued_steps, top=top)
+
+
+def columns_of(config: DatasetConfig, *, newest: bool) -> list[str]:
+    """What of the candidates of a round may enter a dataset.
+
+    Args:
+        newest: it is the round that the dataset is for.
+    """
+    unread = set()
+    if not newest:
+        unread |= {"trajectories"} if config.sft_rounds == "this" else set()
+        unread |= {"pairs", "nodes"} if config.pair_rounds == "this" else set()
+    return [name for name in SCHEMA.names if name not in unread]
+
+
 def select_dataset(
     trees: Iterable[Tree],
     directory: str | Path,
@@ -155,7 +239,7 @@ def select_dataset(
     demonstrations: Sequence[Demonstration] = (),
     valued_steps: bool = False,
     info: Mapping[str, Any] | None = None,
-    memory_bytes: int = 64 << 20,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> dict[str, Any]:
     """Write what to train on as a dataset; what was there before is replaced.
 
@@ -166,6 +250,110 @@ def select_dataset(
         valued_steps: also write every step of `pair_rounds` with its Q-value, for objective
             q_regression: about as much again as all the rest.
         memory_bytes: held at a time of what trees may give.
+    Returns:
+        The manifest, as `select_runs`.
+    Raises:
+        DatasetError: the disk is full.
+    """
+    recipe = recipe_of(config, template, valued_steps=valued_steps)
+    with working_folder(directory) as folder:
+        return select_runs(
+            write_runs(candidates_of(trees, recipe), folder, "run", memory_bytes=memory_bytes),
+            directory,
+            template=template,
+            config=config,
+            demonstrations=demonstrations,
+            info=info,
+        )
+
+
+def candidates_of(trees: Iterable[Tree], recipe: Recipe) -> Iterator[pa.Table]:
+    """Tables of what trees may give, a few trees in memory at a time."""
+    left = iter(trees)
+    while some := list(islice(left, _TREES)):
+        yield candidates(some, recipe)
+
+
+@contextlib.contextmanager
+def working_folder(directory: str | Path) -> Iterator[Path]:
+    """A hidden folder in that of a dataset, gone at the end.
+
+    Raises:
+        DatasetError: the disk is full.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".", dir=directory, ignore_cleanup_errors=True
+        ) as hidden:
+            yield Path(hidden)
+    except OSError as error:
+        raise DatasetError(no_room(error, directory)) from error
+
+
+def write_runs(
+    tables: Iterable[pa.Table], folder: Path, name: str, *, memory_bytes: int = MEMORY_BYTES
+) -> Runs:
+    """Sort what trees may give into files of about `memory_bytes`.
+
+    Args:
+        tables: as `learner.candidates.candidates` makes them; columns of `TEXTS` may be missing.
+        name: of the files, before a number.
+    Raises:
+        OSError: the disk is full.
+    """
+    runs = Runs.none()
+    held: list[pa.Table] = []
+    size = 0
+
+    def write() -> None:
+        nonlocal held, size
+        path = folder / f"{name}-{len(runs.paths):05d}.arrow"
+        write_run(held, path, keys=_KEYS)
+        runs.paths.append(path)
+        held, size = [], 0
+
+    for table in map(_with_all_columns, tables):
+        sums = table.group_by("round").aggregate([("reached", "sum"), ("correct", "sum")])
+        for row in sums.to_pylist():
+            runs.reached[row["round"]] += row["reached_sum"]
+            runs.correct[row["round"]] += row["correct_sum"]
+        held.append(table)
+        size += table.nbytes
+        if size >= memory_bytes:
+            write()
+    if held:
+        write()
+    return runs
+
+
+def _with_all_columns(table: pa.Table) -> pa.Table:
+    """The table with empty lists for the texts that were not read."""
+    for name in TEXTS:
+        if name not in table.column_names:
+            none = pa.ListArray.from_arrays(
+                pa.array(np.zeros(len(table) + 1, dtype=np.int32)),
+                pa.array([], type=SCHEMA.field(name).type.value_type),
+            )
+            table = table.append_column(SCHEMA.field(name), none)
+    return table.select(SCHEMA.names)
+
+
+def select_runs(
+    runs: Runs,
+    directory: str | Path,
+    *,
+    template: PromptTemplate,
+    config: DatasetConfig,
+    demonstrations: Sequence[Demonstration] = (),
+    info: Mapping[str, Any] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Write what to train on as a dataset, of candidates that a recipe of the config gave.
+
+    Args:
+        check: called again and again; what it raises ends the selection.
     Returns:
         The manifest. Its `counts` are level (and "all") -> name -> count, of problems, solved,
         trees, trajectories_correct, trajectories_kept, sft_train, sft_validation, demonstrations,
@@ -182,24 +370,11 @@ def select_dataset(
     Raises:
         DatasetError: the disk is full.
     """
-    directory = Path(directory)
+    selection = _Selection(config, max(runs.reached, default=-1))
     with writing_dataset(directory) as writer:
-        with SortedSpill[_Found](directory, memory_bytes=memory_bytes) as spill:
-            newest = -1
-            for tree in trees:
-                found = _found(tree, template, config, valued_steps=valued_steps)
-                newest = max(newest, tree.round)
-                spill.add((tree.problem.id, *_tree_order(found)), found)
-            selection = _Selection(config, newest)
-            for _, members in groupby(spill, key=lambda found: found.problem.id):
-                chosen = selection.choose(list(members))
-                split = "validation" if chosen.held_out else "train"
-                for trajectory in chosen.trajectories:
-                    writer.add(f"sft_{split}", _example(trajectory, template))
-                for pair in chosen.pairs:
-                    writer.add(f"pairs_{split}", pair)
-                for node in chosen.nodes:
-                    writer.add("steps_train", node)
+        for table in merged(runs.paths, keys=_KEYS):
+            check()
+            _write(writer, table, selection)
         for example in selection.demonstrations(demonstrations, template):
             writer.add("sft_train", example)
         return writer.commit(
@@ -211,75 +386,128 @@ def select_dataset(
         )
 
 
+def _write(writer: DatasetWriter, table: pa.Table, selection: _Selection) -> None:
+    """Write what is chosen of the problems of a table."""
+    texts = _Texts(table)
+    choices = [
+        selection.choose(list(members), texts)
+        for _, members in groupby(_rows(table), key=attrgetter("problem_id"))
+    ]
+    for split in ("train", "validation"):
+        own = [choice for choice in choices if choice.split == split]
+        kept = np.array([n for choice in own for n in choice.trajectories], dtype=np.int64)
+        pairs = np.concatenate([np.empty(0, np.int64), *(choice.pairs for choice in own)])
+        writer.add_table(f"sft_{split}", texts.sft(kept))
+        writer.add_table(f"pairs_{split}", taken := texts.pairs(pairs))
+        selection.count_pairs(f"pairs_{split}", taken)
+    nodes = np.concatenate([np.empty(0, np.int64), *(choice.nodes for choice in choices)])
+    writer.add_table("steps_train", texts.steps(nodes))
+
+
 def choose_of_problem(
     trees: Iterable[Tree], *, template: PromptTemplate, config: DatasetConfig
 ) -> Chosen:
     """What `select_dataset` takes of one problem, given all its trees (at least one)."""
-    found = sorted((_found(tree, template, config) for tree in trees), key=_tree_order)
-    return _Selection(config, found[-1].round).choose(found)
-
-
-def _found(
-    tree: Tree, template: PromptTemplate, config: DatasetConfig, *, valued_steps: bool = False
-) -> _Found:
-    """What a tree may give, before the other trees of its problem are known."""
-    judged = [t for t in trajectories(tree) if t.correct is not None]
-    correct = [t for t in judged if t.correct]
-    excluded: Counter[str] = Counter()
-    excluded_pairs: Counter[str] = Counter()
-    programs: dict[bytes, Trajectory] = {}
-    for trajectory in correct:
-        reason = _unusable(tree.problem.text, trajectory.steps, template)
-        if reason is not None:
-            excluded[reason] += 1
-            continue
-        key = hashlib.sha256(program_of(trajectory.steps).encode(errors="replace")).digest()
-        programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
-    pairs = []
-    for pair in tree_pairs(tree, template=template, config=config.pairs):
-        sides = pair.chosen, pair.rejected
-        reason = unusable([pair.prefix, *sides], trained=sides)
-        if reason is None:
-            pairs.append(pair)
-        else:
-            excluded_pairs[f"{reason}_pair"] += 1
-    nodes: list[ValuedNode] = []
-    for node in valued_nodes(tree, template=template, config=config.pairs) if valued_steps else ():
-        texts = [step.text for step in node.steps]
-        if unusable([node.prefix, *texts], trained=texts) is None:
-            nodes.append(node)
-    return _Found(
-        problem=tree.problem,
-        round=tree.round,
-        tree_index=tree.index,
-        answered=len(judged),
-        correct=len(correct),
-        right_share=right_share(tree),
-        programs=programs,
-        pairs=tuple(pairs),
-        nodes=tuple(nodes),
-        visits=Counter(
-            _visits(node) for node in tree.nodes[1:] if node.expanded and node.num_passes
-        ),
-        excluded=excluded,
-        excluded_pairs=excluded_pairs,
+    recipe = recipe_of(config, template)
+    found = sorted(
+        (find(tree, recipe) for tree in trees), key=lambda f: (f.tree.round, f.tree.index)
+    )
+    table = pa.Table.from_pylist([row_of(one, recipe) for one in found], schema=SCHEMA)
+    texts = _Texts(table)
+    choice = _Selection(config, found[-1].tree.round).choose(_rows(table), texts)
+    trajectories = [t for one in found for _, t in one.programs[: recipe.top]]
+    pairs = [pair for one in found for pair in one.pairs]
+    return Chosen(
+        held_out=choice.split == "validation",
+        trajectories=[trajectories[number] for number in choice.trajectories],
+        pairs=[pairs[number] for number in choice.pairs],
     )
 
 
-def _visits(node: Node) -> str:
-    count = node.num_passes
-    return str(count) if count < _MANY_VISITS else f"{_MANY_VISITS}+"
+def _rows(table: pa.Table) -> list[_Row]:
+    names = [field.name for field in fields(_Row) if field.name != "row"]
+    return [_Row(row=n, **row) for n, row in enumerate(table.select(names).to_pylist())]
 
 
-def _unusable(question: str, steps: Sequence[Step], template: PromptTemplate) -> str | None:
-    """As `unusable`, of a solution."""
-    segments = render_segments(question, steps, template)
-    written = "".join(segment.text for segment in segments if segment.trained)
-    return unusable([segment.text for segment in segments], trained=[written])
+class _Texts:
+    """The texts of a table of candidates, by their number among all of the table."""
+
+    def __init__(self, table: pa.Table) -> None:
+        table = table.combine_chunks()
+        self._table = table
+        lists = {name: _only_chunk(table[name]) for name in TEXTS}
+        self._starts = {name: _starts(column) for name, column in lists.items()}
+        self._values = {name: column.flatten() for name, column in lists.items()}
+        self._steps = _starts(self._values["nodes"].field("steps"))
+
+    def numbers(self, name: str, row: int) -> np.ndarray:
+        """Of the texts of a tree; `name` is one of `TEXTS`."""
+        starts = self._starts[name]
+        return np.arange(starts[row], starts[row + 1])
+
+    def ranked(self, row: _Row) -> list[tuple[tuple[float, float, int, int, int], int]]:
+        """Trajectories of a tree: `learner.candidates.rank` and number."""
+        found = []
+        values = self._values["trajectories"]
+        for number in self.numbers("trajectories", row.row):
+            mean_q, min_q, node = (
+                values.field(name)[number].as_py() for name in ("mean_q", "min_q", "node")
+            )
+            found.append(((-mean_q, -min_q, -row.round, row.tree_index, node), int(number)))
+        return found
+
+    def pair_texts(self, row: int) -> list[tuple[str, str, str]]:
+        numbers = pa.array(self.numbers("pairs", row))
+        values = self._values["pairs"]
+        names = ("prefix", "chosen", "rejected")
+        columns = (values.field(name).take(numbers).to_pylist() for name in names)
+        return list(zip(*columns, strict=True))
+
+    def num_steps(self, row: int) -> int:
+        starts = self._starts["nodes"]
+        return int(self._steps[starts[row + 1]] - self._steps[starts[row]])
+
+    def sft(self, numbers: np.ndarray) -> pa.Table:
+        """Rows of an SFT file."""
+        table, values = self._taken("trajectories", numbers)
+        return pa.table(
+            {
+                **{name: table[name] for name in ("problem_id", "level")},
+                "origin": pa.repeat("tree", len(table)),
+                "round": table["round"],
+                **{name: values.field(name) for name in ("mean_q", "segments")},
+            }
+        )
+
+    def pairs(self, numbers: np.ndarray) -> pa.Table:
+        """Rows of a file of pairs."""
+        return self._with_tree("pairs", numbers)
+
+    def steps(self, numbers: np.ndarray) -> pa.Table:
+        """Rows of a file of valued nodes."""
+        return self._with_tree("nodes", numbers)
+
+    def _with_tree(self, name: str, numbers: np.ndarray) -> pa.Table:
+        table, values = self._taken(name, numbers)
+        own = {field.name: values.field(field.name) for field in values.type}
+        tree = ("problem_id", "level", "round", "tree_index")
+        return pa.table({**{column: table[column] for column in tree}, **own})
+
+    def _taken(self, name: str, numbers: np.ndarray) -> tuple[pa.Table, pa.StructArray]:
+        """For each of some texts its tree, without texts, and the text itself."""
+        rows = np.searchsorted(self._starts[name], numbers, side="right") - 1
+        keys = self._table.select(["problem_id", "level", "round", "tree_index"])
+        return keys.take(pa.array(rows)), self._values[name].take(pa.array(numbers))
 
 
-def _tree_order(found: _Found) -> tuple[int, int]:
-    return found.round, found.tree_index
+def _only_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _starts(column: pa.ListArray) -> np.ndarray:
+    """Where the list of each row begins among the flattened ones, and where the last ends."""
+    offsets = column.offsets.to_numpy()
+    return offsets - offsets[0]
 
 
 class _Selection:
@@ -296,35 +524,32 @@ class _Selection:
         self._config = config
         self._newest = newest
 
-    def choose(self, members: Sequence[_Found]) -> Chosen:
-        """What to take of the problem of some trees, which are all it has, in `_tree_order`."""
-        config, problem = self._config, members[0].problem
-        level = problem.level.value
-        counts, excluded = self.counts[level], self.excluded[level]
+    def choose(self, members: Sequence[_Row], texts: _Texts) -> _Choice:
+        """What to take of the problem of some trees, which are all it has, in order."""
+        config, problem = self._config, members[0]
+        counts, excluded = self.counts[problem.level], self.excluded[problem.level]
         held_out = is_validation(problem.original, config)
         split = "validation" if held_out else "train"
         counts["problems"] += 1
         counts["trees"] += len(members)
         self._classify(members)
-        for found in members:
-            self.node_visits[found.round].update(found.visits)
+        for tree in members:
+            visits = self.node_visits[tree.round]
+            for name, count in zip(_VISITS, tree.visits, strict=True):
+                _add(visits, name, count)
         of_sft = self._of_rounds(members, config.sft_rounds)
-        everywhere = sum(found.correct for found in members)
-        correct = sum(found.correct for found in of_sft)
-        # The best trajectory of each program over all trees.
-        programs: dict[bytes, Trajectory] = {}
-        for found in of_sft:
-            excluded.update(found.excluded)
-            for key, trajectory in found.programs.items():
-                programs[key] = min(programs.get(key, trajectory), trajectory, key=_rank)
-        if everywhere:
-            counts["trajectories_correct"] += everywhere
-        if everywhere > correct:
-            excluded["other_round"] += everywhere - correct
-        usable = correct - sum(f.excluded["empty"] + f.excluded["unrenderable"] for f in of_sft)
-        if usable > len(programs):
-            excluded["same_program"] += usable - len(programs)
-        kept: list[Trajectory] = []
+        everywhere = sum(tree.correct for tree in members)
+        correct = usable = 0
+        for tree in of_sft:
+            correct += tree.correct
+            usable += tree.correct - tree.empty - tree.unrenderable
+            _add(excluded, "empty", tree.empty)
+            _add(excluded, "unrenderable", tree.unrenderable)
+        num_programs = len({program for tree in of_sft for program in tree.programs})
+        _add(counts, "trajectories_correct", everywhere)
+        _add(excluded, "other_round", everywhere - correct)
+        _add(excluded, "same_program", usable - num_programs)
+        kept: list[tuple[int, int]] = []
         # A made problem answered right so rarely that its reference must be wrong.
         mislabelled = (
             everywhere > 0
@@ -335,60 +560,86 @@ class _Selection:
             counts["solved"] += 1
         if mislabelled:
             excluded["low_accuracy"] += 1
-        elif programs:
-            kept = sorted(programs.values(), key=_rank)[: config.trajectories_per_problem]
+        elif num_programs:
+            kept = _best(of_sft, texts, config.trajectories_per_problem)
             counts["trajectories_kept"] += len(kept)
-            excluded["beyond_top"] += len(programs) - len(kept)
+            excluded["beyond_top"] += num_programs - len(kept)
             counts[f"sft_{split}"] += len(kept)
-            self.origins[f"sft_{split}"].update(t.round for t in kept)
+            self.origins[f"sft_{split}"].update(round_ for round_, _ in kept)
         elif not everywhere:
             excluded["unsolved"] += 1
         elif not correct:
             excluded["solved_earlier"] += 1
         of_pairs = self._of_rounds(members, config.pair_rounds)
-        for found in of_pairs:
-            excluded.update(found.excluded_pairs)
-        found_pairs = [pair for found in of_pairs for pair in found.pairs]
-        left_out = sum(len(found.pairs) for found in members) - len(found_pairs)
-        if left_out:
-            excluded["other_round_pair"] += left_out
-        pairs = _consistent(found_pairs, excluded)
-        if pairs and mislabelled:
+        pairs = self._pairs(members, of_pairs, texts, excluded)
+        if len(pairs) and mislabelled:
             excluded["low_accuracy_pair"] += len(pairs)
-            pairs = []
-        if pairs:
-            counts[f"pairs_{split}"] += len(pairs)
-            self.origins[f"pairs_{split}"].update(pair.round for pair in pairs)
-            for pair in pairs:
-                if pair.kind is PairKind.STEP:
-                    self.step_pairs[pair.round][pair.shared_steps] += 1
-        trains = not held_out and not mislabelled
-        nodes = [node for found in of_pairs for node in found.nodes if trains]
-        if nodes:
-            counts["steps_train"] += sum(len(node.steps) for node in nodes)
-            for node in nodes:
-                self.origins["steps_train"][node.round] += 1
-        return Chosen(held_out=held_out, trajectories=kept, pairs=pairs, nodes=nodes)
+            pairs = pairs[:0]
+        _add(counts, f"pairs_{split}", len(pairs))
+        nodes = [np.empty(0, np.int64)]
+        for tree in of_pairs if not held_out and not mislabelled else ():
+            own = texts.numbers("nodes", tree.row)
+            if len(own):
+                nodes.append(own)
+                counts["steps_train"] += texts.num_steps(tree.row)
+                self.origins["steps_train"][tree.round] += len(own)
+        return _Choice(
+            split=split,
+            trajectories=[number for _, number in kept],
+            pairs=pairs,
+            nodes=np.concatenate(nodes),
+        )
 
-    def _of_rounds(self, members: Sequence[_Found], rounds: Rounds) -> Sequence[_Found]:
+    def _pairs(
+        self,
+        members: Sequence[_Row],
+        of_pairs: Sequence[_Row],
+        texts: _Texts,
+        excluded: Counter[str],
+    ) -> np.ndarray:
+        """Numbers of a problem's pairs, without repetitions and without those that another tree
+        turned round."""
+        for tree in of_pairs:
+            _add(excluded, "empty_pair", tree.empty_pairs)
+            _add(excluded, "unrenderable_pair", tree.unrenderable_pairs)
+        with_pairs = [tree for tree in of_pairs if tree.num_pairs]
+        everywhere = sum(tree.num_pairs for tree in members)
+        _add(excluded, "other_round_pair", everywhere - sum(t.num_pairs for t in with_pairs))
+        numbers = [texts.numbers("pairs", tree.row) for tree in with_pairs]
+        found = np.concatenate([np.empty(0, np.int64), *numbers])
+        if len(with_pairs) == 1 and with_pairs[0].pairs_agree:
+            return found
+        kept, reasons = kept_pairs([t for tree in with_pairs for t in texts.pair_texts(tree.row)])
+        excluded.update(reasons)
+        return found[np.array(kept, dtype=bool)]
+
+    def count_pairs(self, name: str, pairs: pa.Table) -> None:
+        """Count by round what was taken for one of the files of pairs."""
+        for row in pairs.group_by("round").aggregate([([], "count_all")]).to_pylist():
+            self.origins[name][row["round"]] += row["count_all"]
+        steps = pairs.filter(pc.equal(pairs["kind"], PairKind.STEP.value))
+        groups = steps.group_by(["round", "shared_steps"]).aggregate([([], "count_all")])
+        for row in groups.to_pylist():
+            self.step_pairs[row["round"]][row["shared_steps"]] += row["count_all"]
+
+    def _of_rounds(self, members: Sequence[_Row], rounds: Rounds) -> Sequence[_Row]:
         """The trees of a problem that may be used."""
         if rounds == "all":
             return members
         number = self._newest
         if rounds == "newest_solved":
-            number = max((found.round for found in members if found.correct), default=-1)
-        return [found for found in members if found.round == number]
+            number = max((tree.round for tree in members if tree.correct), default=-1)
+        return [tree for tree in members if tree.round == number]
 
-    def _classify(self, members: Sequence[_Found]) -> None:
+    def _classify(self, members: Sequence[_Row]) -> None:
         """Count how hard the problem of some trees was in the newest round."""
-        problem = members[0].problem
         of_round = [
-            (found.tree_index, found.correct, found.answered)
-            for found in members
-            if found.round == self._newest
+            (tree.tree_index, tree.correct, tree.answered)
+            for tree in members
+            if tree.round == self._newest
         ]
-        if of_round and problem.golds:
-            self.difficulty[problem.level.value][difficulty_of(of_round).value] += 1
+        if of_round and members[0].labelled:
+            self.difficulty[members[0].level][difficulty_of(of_round).value] += 1
 
     def rounds(self) -> dict[str, Any]:
         """What the manifest says of the rounds."""
@@ -418,12 +669,12 @@ class _Selection:
         for demonstration in demonstrations:
             counts = self.counts[demonstration.level]
             counts["demonstrations"] += 1
-            reason = _unusable(demonstration.problem, demonstration.steps, template)
+            segments = render_segments(demonstration.problem, demonstration.steps, template)
+            reason = unusable_solution(segments)
             if reason is not None:
                 self.excluded[demonstration.level][reason] += 1
                 continue
             counts["sft_train"] += repeat
-            segments = render_segments(demonstration.problem, demonstration.steps, template)
             example = SFTExample(
                 problem_id=demonstration.id,
                 level=demonstration.level,
@@ -435,54 +686,37 @@ class _Selection:
             yield from [example] * repeat
 
 
-def _accuracy(members: Sequence[_Found]) -> float:
+def _accuracy(members: Sequence[_Row]) -> float:
     """How often the policy is right in the newest round with an answer: the mean over its trees."""
-    graded = [(found.round, found.right_share) for found in members]
+    graded = [(tree.round, tree.right_share) for tree in members]
     newest = max(number for number, share in graded if share is not None)
     shares = [share for number, share in graded if number == newest and share is not None]
     return sum(shares) / len(shares)
 
 
-def _rank(trajectory: Trajectory) -> tuple[float, float, int, int, int]:
-    """Best first: mean Q, then min Q, then the later round; the rest makes the order total."""
-    return (
-        -trajectory.mean_q,
-        -trajectory.min_q,
-        -trajectory.round,
-        trajectory.tree_index,
-        trajectory.node,
-    )
+def _best(of_sft: Sequence[_Row], texts: _Texts, limit: int) -> list[tuple[int, int]]:
+    """(round, number) of the best trajectories of some trees, one of each program, best first."""
+    found = [tree for tree in of_sft if tree.programs]
+    if len(found) == 1:
+        numbers = texts.numbers("trajectories", found[0].row)[:limit]
+        return [(found[0].round, int(number)) for number in numbers]
+    # A program beyond those whose texts are kept has as many better ones in its own tree.
+    best: dict[bytes, tuple[tuple[float, float, int, int, int], int]] = {}
+    for tree in found:
+        for program, ranked in zip(tree.programs, texts.ranked(tree), strict=False):
+            best[program] = min(best.get(program, ranked), ranked)
+    return [(-rank[2], number) for rank, number in sorted(best.values())[:limit]]
 
 
-def _example(trajectory: Trajectory, template: PromptTemplate) -> SFTExample:
-    return SFTExample(
-        problem_id=trajectory.problem.id,
-        level=trajectory.problem.level.value,
-        origin="tree",
-        round=trajectory.round,
-        mean_q=trajectory.mean_q,
-        segments=tuple(render_segments(trajectory.problem.text, trajectory.steps, template)),
-    )
+def _add(counts: Counter[str], name: str, count: int) -> None:
+    """Count, but name nothing that never was."""
+    if count > 0:
+        counts[name] += count
 
 
-def _consistent(pairs: Sequence[PreferencePair], excluded: Counter[str]) -> list[PreferencePair]:
-    """Pairs of a problem in a fixed order, without repetitions and without those another tree
-    turned round."""
-    ordered = sorted(
-        pairs, key=lambda p: (p.problem_id, p.round, p.tree_index, p.kind, p.node, -p.margin)
-    )
-    known = {(p.problem_id, p.prefix, p.chosen, p.rejected) for p in ordered}
-    kept, seen = [], set()
-    for pair in ordered:
-        key = (pair.problem_id, pair.prefix, pair.chosen, pair.rejected)
-        if (pair.problem_id, pair.prefix, pair.rejected, pair.chosen) in known:
-            excluded["contradicted_pair"] += 1
-        elif key in seen:
-            excluded["duplicate_pair"] += 1
-        else:
-            seen.add(key)
-            kept.append(pair)
-    return kept
+def _sum(left: Counter[int], right: Counter[int]) -> Counter[int]:
+    """As `+`, zeros kept."""
+    return Counter({key: left[key] + right[key] for key in [*left, *right]})
 
 
 def _with_total(counts: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:

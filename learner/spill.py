@@ -1,6 +1,7 @@
-"""Records on disk instead of in memory: a sort and a list that hold only what they must.
+"""Records on disk instead of in memory: sorts and a list that hold only what they must.
 
     records --add--> SortedSpill --read back--> in order of their keys, one at a time
+    tables --write_run--> sorted runs --merged--> tables in order of their keys
     records --append--> DiskList --[i]--> any of them
 
 `SortedSpill` collects records up to a size, writes them as a sorted run, and merges the runs when
@@ -10,10 +11,13 @@ run while they are merged.
 
     memory --full--> run run run ... --16 of them--> run of level 1 --16--> level 2 ...
 
+`write_run` and `merged` do the same with Arrow tables, whole columns at a time; runs are files that
+several processes may have written, and all are merged at once.
+
 `DiskList` keeps where each record begins (8 bytes) and the records in one file. Its pages are the
 operating system's to cache.
 
-Both use files that have no name (or lose it at once) in a folder the caller names: they are gone
+The others are files that have no name (or lose it at once) in a folder the caller names: gone
 when the process is, however it ends. Records are pickled; nobody but the process that wrote them
 reads them.
 """
@@ -27,10 +31,13 @@ import pickle
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Generic, Self, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 T = TypeVar("T")
 
@@ -139,17 +146,118 @@ def _read_run(run: IO[bytes]) -> Iterator[tuple[Any, bytes]]:
                 return
 
 
+BATCH_BYTES = 1 << 18
+"""Of a run: what is in memory of each while they are merged, up to twice."""
+
+BLOCK_BYTES = 8 << 20
+"""Least size of a merged table: smaller ones would be all overhead."""
+
+
+def write_run(tables: Sequence[pa.Table], path: Path, *, keys: Sequence[str]) -> None:
+    """Write the rows of some tables to a file, sorted.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    table = _sorted(tables, keys)
+    rows = max(1, len(table) * BATCH_BYTES // max(table.nbytes, 1))
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, table.schema, options=options) as writer,
+    ):
+        writer.write_table(table, max_chunksize=rows)
+
+
+def merged(runs: Sequence[Path], *, keys: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of runs in order of their keys, by table; rows with the same first key are in one.
+
+    In memory are up to two batches of each run, more where one first key has more, and three times
+    what is yielded: `BLOCK_BYTES`, or a batch of each run where that is more.
+    """
+    readers = [pa.ipc.open_stream(pa.OSFile(str(path))) for path in runs]
+    heads: list[_Head] = [(reader.schema.empty_table(), reader) for reader in readers]
+    ready: list[pa.Table] = []
+    while heads:
+        heads = [_longer(*head, keys[0]) for head in heads]
+        # The last key of what is read of a run may go on in its next batch.
+        unsure = [table[keys[0]][-1].as_py() for table, reader in heads if reader is not None]
+        cutoff = min(unsure, default=None)
+        left = []
+        for table, reader in heads:
+            count = len(table)
+            if cutoff is not None:
+                count = pc.sum(pc.less(table[keys[0]], cutoff)).as_py() or 0
+            if count:
+                ready.append(table.slice(0, count))
+            if count < len(table) or reader is not None:
+                left.append((table.slice(count), reader))
+        heads = left
+        if ready and (not heads or sum(table.nbytes for table in ready) >= BLOCK_BYTES):
+            yield _sorted(ready, keys)
+            ready = []
+
+
+_Head = tuple[pa.Table, pa.RecordBatchReader | None]
+"""What is read of a run and not merged yet, and its rest."""
+
+
+def _longer(table: pa.Table, reader: pa.RecordBatchReader | None, key: str) -> _Head:
+    """The head of a run with a batch of rows, of two keys at least, or with all that is left.
+
+    All runs are topped up together, so that a merge goes through them by batches, not by rows.
+    """
+    while reader is not None and (table.nbytes < BATCH_BYTES or table[key][0] == table[key][-1]):
+        try:
+            batch = reader.read_next_batch()
+        except StopIteration:
+            return table, None
+        table = pa.concat_tables([table, pa.Table.from_batches([batch])])
+    return table, reader
+
+
+def _sorted(tables: Sequence[pa.Table], keys: Sequence[str]) -> pa.Table:
+    """The rows of some tables in order of their keys, in one piece."""
+    table = pa.concat_tables(tables).combine_chunks()
+    order = pc.sort_indices(table, sort_keys=[(key, "ascending") for key in keys])
+    return table.take(order).combine_chunks()
+
+
 class DiskList(Generic[T]):
-    """A growing list of records that are in a file; only where each begins is in memory."""
+    """A growing list of records that are in a file; only where each begins is in memory.
+
+    Several processes of a machine may hold the same list in one file: one writes, the others
+    `follow` it and are told the same records.
+    """
 
     def __init__(self, folder: Path) -> None:
         """
         Args:
             folder: existing, on a disk with room for all records.
         """
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=_BUFFER_BYTES)  # noqa: SIM115
+        self._file: IO[bytes] = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            dir=folder, buffering=_BUFFER_BYTES, delete=False
+        )
+        self.path = Path(self._file.name)
+        """Of the file, until `hide`."""
+        self._writes = True
         self._starts = array("q", [0])
         self._flushed = True
+
+    def follow(self, path: Path) -> None:
+        """Take the records from a file that another process writes; no record is held yet.
+
+        Raises:
+            OSError: there is no such file.
+        """
+        other = path.open("rb")
+        self.hide()
+        self._file.close()
+        self._file, self._writes = other, False
+
+    def hide(self) -> None:
+        """Take the name off the own file: it is gone when those who opened it are."""
+        self.path.unlink(missing_ok=True)
 
     def append(self, record: T) -> None:
         """Add a record.
@@ -157,9 +265,13 @@ class DiskList(Generic[T]):
         Raises:
             OSError: the disk is full.
         """
-        data = pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL)
-        self._file.write(data)
-        self._flushed = False
+        self.append_pickled(pickled(record))
+
+    def append_pickled(self, data: bytes) -> None:
+        """Add a record as `pickled` gives it."""
+        if self._writes:
+            self._file.write(data)
+            self._flushed = False
         self._starts.append(self._starts[-1] + len(data))
 
     def flush(self) -> None:
@@ -181,3 +293,8 @@ class DiskList(Generic[T]):
         self.flush()
         start, stop = self._starts[number], self._starts[number + 1]
         return pickle.loads(os.pread(self._file.fileno(), stop - start, start))
+
+
+def pickled(record: object) -> bytes:
+    """A record as it stands in a file."""
+    return pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL)

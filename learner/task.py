@@ -4,11 +4,11 @@
                                                             |
                                lengths in memory, token ids in a file (`learner.spill.DiskList`)
 
-Texts are read by row group and tokenised once, each by one of the ranks, which then tell each other
-the ids. What planning needs, a few numbers an example, stays in memory; the ids go to a file of
-each rank on a disk of its machine, and a step reads back those of its own rows. Shuffling is a
-permutation of example numbers, drawn from (seed, epoch), and packing goes by the lengths: neither
-touches the data.
+Texts are read in pieces and tokenised once, each piece by one of the ranks, which then tell each
+other the ids. What planning needs, a few numbers an example, stays in memory; the ids go to one
+file of each machine, on a disk of its own, and a step of a rank reads back those of its rows.
+Shuffling is a permutation of example numbers, drawn from (seed, epoch), and packing goes by the
+lengths: neither touches the data.
 
 An example that cannot be trained on is left out and counted: what a search accepts stops no fit.
 """
@@ -26,8 +26,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from learner.attention import documents, trees
 from learner.batch import (
+    NODE_KEYS,
     PairGroup,
     PolicyBatch,
     TokenisedText,
@@ -38,23 +42,24 @@ from learner.batch import (
     tokenise_pairs,
     tokenise_texts,
 )
-from learner.dataset import read_manifest, read_pairs, read_sft, read_valued_nodes
+from learner.dataset import pairs_of, read_manifest, read_pieces, sft_of, valued_nodes_of
 from learner.fit import FitRequest, LearnerError, PreferenceTrainConfig, TrainConfig
 from learner.packing import PlannedStep, Share, plan_epoch
-from learner.pairs import PairKind, PreferencePair, ValuedNode
-from learner.ranks import on_all_ranks, share_out
-from learner.spill import DiskList, no_room
-from rollout.prompt import Segment
+from learner.pairs import PairKind
+from learner.ranks import machine_list, on_all_ranks, share_out
+from learner.spill import DiskList, no_room, pickled
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 OnRead = Callable[[int], None]
 
-_TEXTS = 64
-"""Tokenised at a time by each rank."""
-_NODES = 16
-"""Likewise; of about four texts each."""
+_TEXTS = 256
+"""Rows tokenised at a time by each rank."""
+_PAIRS = 256
+"""Likewise; nodes are not cut."""
+_NODES = 64
+"""Likewise, of valued steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,30 +110,22 @@ def policy_task(
             is full; alike on all ranks.
     """
     limit = request.config.max_sequence_tokens
-    kept = on_all_ranks(lambda: DiskList[TokenisedText](spill), request.fit_id)
+    kept: DiskList[TokenisedText] = machine_list(spill, request.fit_id)
     lengths, attended, trained = array("q"), array("q"), array("q")
 
-    def read() -> Iterator[Sequence[Segment]]:
-        for number, example in enumerate(read_sft(request.data, split), start=1):
-            on_read(number)
-            yield example.segments
-
-    def take(text: TokenisedText) -> str | None:
+    def measure(text: TokenisedText) -> str | _Numbers:
         if not text.trained[:-1].any():  # but the end of sequence
             return "empty"
         if text.length > limit:
             return "too_long"
-        kept.append(text)
-        lengths.append(text.length)
-        attended.append(documents([text.length]).num_attended)
-        trained.append(text.num_trained)
-        return None
+        return text.length, documents([text.length]).num_attended, text.num_trained
 
     left_out = _tokenise(
-        read(),
+        _told(read_pieces(request.data, f"sft_{split}", _TEXTS), on_read),
+        lambda rows: [example.segments for example in sft_of(rows)],
         partial(tokenise_texts, tokenizer),
-        take,
-        size=_TEXTS,
+        measure,
+        [lengths, attended, trained],
         kept=kept,
         spill=spill,
         request=request,
@@ -162,53 +159,49 @@ def preference_task(
     config = request.config
     assert isinstance(config, PreferenceTrainConfig)
     of_steps = config.objective == "q_regression" and split == "train"
-    kept = on_all_ranks(lambda: DiskList[PairGroup](spill), request.fit_id)
+    kept: DiskList[PairGroup] = machine_list(spill, request.fit_id)
     names = ("tokens", "computed", "attended", "counts", "trained")
     numbers = {name: array("q") for name in names}
     weights = array("d")
+    if of_steps:
+        pieces = read_pieces(request.data, "steps_train", _NODES)
+    else:
+        pieces = read_pieces(request.data, f"pairs_{split}", _PAIRS, together=NODE_KEYS)
 
-    def read() -> Iterator[ValuedNode | list[PreferencePair]]:
-        num_read = 0
-        nodes: Iterable[ValuedNode | list[PreferencePair]]
-        if of_steps:
-            nodes = read_valued_nodes(request.data)
-        else:
-            nodes = nodes_of(read_pairs(request.data, split))
-        for node in nodes:
-            num_read += len(node.steps if isinstance(node, ValuedNode) else node)
-            on_read(num_read)
-            yield node
+    def items_of(rows: pa.Table) -> list[Any]:
+        return list(valued_nodes_of(rows) if of_steps else nodes_of(pairs_of(rows)))
 
     def tokenise(nodes: Sequence[Any]) -> list[PairGroup]:
         if of_steps:
             return tokenise_nodes(tokenizer, nodes)
         return tokenise_pairs(tokenizer, chain.from_iterable(nodes))
 
-    def take(group: PairGroup) -> str | None:
+    def measure(group: PairGroup) -> str | _Numbers:
         if not all(text.length for text in group.texts):
             return "empty"
         if group.length > config.max_sequence_tokens:
             return "too_long"
         outcome = config.objective == "outcome" and split == "train"
         if outcome and group.kind is not PairKind.ANSWER:
-            return None
-        kept.append(group)
-        numbers["tokens"].append(group.num_tokens)
-        numbers["computed"].append(group.num_computed)
-        numbers["attended"].append(trees([(group.num_shared, group.branches)]).num_attended)
-        numbers["counts"].append(len(group.texts if of_steps else group.weights))
+            return _PASSED_OVER
         auxiliary = config.lm_weight > 0.0
-        numbers["trained"].append(sum(t.num_trained for t in group.texts) if auxiliary else 0)
         pairwise = config.objective == "pairwise"
-        weights.append(sum(group.weights) if pairwise else float(len(group.texts)))
-        return None
+        return (
+            group.num_tokens,
+            group.num_computed,
+            trees([(group.num_shared, group.branches)]).num_attended,
+            len(group.texts if of_steps else group.weights),
+            sum(t.num_trained for t in group.texts) if auxiliary else 0,
+            sum(group.weights) if pairwise else float(len(group.texts)),
+        )
 
     what = "steps with a Q-value" if of_steps else "preference pairs"
     left_out = _tokenise(
-        read(),
+        _told(pieces, on_read, steps=of_steps),
+        items_of,
         tokenise,
-        take,
-        size=_NODES,
+        measure,
+        [*numbers.values(), weights],
         kept=kept,
         spill=spill,
         request=request,
@@ -228,22 +221,43 @@ def preference_task(
     )
 
 
+_Numbers = tuple[float, ...]
+"""What is kept in memory of an example."""
+
+_PASSED_OVER = ""
+"""In place of a reason: nobody asked for it."""
+
+
+def _told(
+    pieces: Iterable[pa.Table], on_read: OnRead, *, steps: bool = False
+) -> Iterator[pa.Table]:
+    """Pieces of a file, and how many rows (or steps) were read tells `on_read`."""
+    num_read = 0
+    for rows in pieces:
+        num_read += len(pc.list_flatten(rows["steps"])) if steps else len(rows)
+        on_read(num_read)
+        yield rows
+
+
 def _tokenise(
-    items: Iterable[T],
+    pieces: Iterable[pa.Table],
+    items_of: Callable[[pa.Table], list[T]],
     work: Callable[[Sequence[T]], list[R]],
-    take: Callable[[R], str | None],
+    measure: Callable[[R], str | _Numbers],
+    columns: Sequence[array[Any]],
     *,
-    size: int,
     kept: DiskList[R],
     spill: Path,
     request: FitRequest,
     what: str | None,
 ) -> Mapping[str, int]:
-    """Have all items tokenised, a share of them by each rank; why how many are left out.
+    """Have all pieces tokenised, a share of them by each rank; why how many items are left out.
 
     Args:
+        items_of: what stands in a piece; called for those of this rank alone.
         work: tokenises some items; may fail for one that the tokenizer refuses.
-        take: keeps a tokenised item on this rank's disk, or says why not.
+        measure: what is noted of a tokenised item, one number a column, or why it is left out.
+        columns: of numbers, one each of what is kept.
         what: the items, of which at least one must be kept or passed over; None: none need be.
     Raises:
         LearnerError: as `policy_task`.
@@ -252,19 +266,32 @@ def _tokenise(
     refusals: list[str] = []
     num_read = 0
 
-    def count(result: R | str) -> None:
+    def make(pieces: Sequence[pa.Table]) -> list[tuple[str | _Numbers, bytes]]:
+        found: list[tuple[str | _Numbers, bytes]] = []
+        for result in (r for rows in pieces for r in _each(work, items_of(rows))):
+            if isinstance(result, str):
+                found.append(("untokenisable", result.encode(errors="replace")))
+                continue
+            numbers = measure(result)
+            found.append((numbers, b"" if isinstance(numbers, str) else pickled(result)))
+        return found
+
+    def take(made: tuple[str | _Numbers, bytes]) -> None:
         nonlocal num_read
         num_read += 1
-        if isinstance(result, str):
-            left_out["untokenisable"] += 1
-            refusals[:] = refusals or [result]
+        numbers, data = made
+        if isinstance(numbers, str):
+            if numbers != _PASSED_OVER:
+                left_out[numbers] += 1
+            if numbers == "untokenisable":
+                refusals[:] = refusals or [data.decode()]
             return
         try:
-            reason = take(result)
+            kept.append_pickled(data)
         except OSError as error:
             raise LearnerError(_no_room(error, spill)) from error
-        if reason is not None:
-            left_out[reason] += 1
+        for column, number in zip(columns, numbers, strict=True):
+            column.append(number)
 
     def finish() -> None:
         try:
@@ -274,7 +301,7 @@ def _tokenise(
         if what is not None and num_read == left_out.total():
             raise LearnerError(_nothing_to_train(request, what, left_out, refusals))
 
-    share_out(items, partial(_each, work), count, size=size, fit_id=request.fit_id)
+    share_out(pieces, make, take, size=1, fit_id=request.fit_id)
     on_all_ranks(finish, request.fit_id)
     return dict(left_out)
 

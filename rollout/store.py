@@ -1,14 +1,16 @@
 """Finished trees on any fsspec store, exactly once.
 
     worker:  data/<shard>-<attempt>.parquet   a unique name, never written twice
+             derived/<kind>/<shard>-<attempt> what was made of it for a later stage
              commits/<shard>.json             create-only: the first to create it has committed
     round:   manifest.json                    create-only: what readers and the learner read
 
     <root>/trajectories/round=R/plans/<stage>.json     which problems a stage searches
                                /data/<shard>-<attempt>.parquet
+                               /derived/<kind>/<shard>-<attempt>
                                /commits/<shard>.json
                                /manifest.json
-                               /regrades/<NNNN>/plan.json, data/, commits/, manifest.json
+                               /regrades/<NNNN>/plan.json, data/, commits/, ..., manifest.json
     <root>/evaluations/round=R/...                     likewise, of the evaluation of round R
 
 The one decision, who has committed a shard, is the creation of one key, which a store either grants
@@ -18,6 +20,10 @@ the loser deletes its own data. No database, no lock and no memory of any proces
 
 A sealed round never changes. A newer grader writes its verdicts beside it, as a generation of their
 own (`rollout.regrade`) with the same shards and rules; readers take the newest one that is sealed.
+
+What is derived from a data file bears its name and is written before its marker, so it is of the
+same commit: that of a loser has another name and is never read. It can be made again, so it may be
+missing. Each generation has its own.
 
 A commit may cover only a part of its shard: `remaining` then names the groups of problems that
 were handed back, each the problems of one new shard. Part and rest are decided by the same marker.
@@ -91,6 +97,7 @@ class TrajectoryStore:
         info: Mapping[str, Any] | None = None,
         failed: Mapping[str, str] | None = None,
         remaining: Sequence[Sequence[str]] = (),
+        derived: Mapping[str, bytes] | None = None,
     ) -> bool:
         """Write the trees of a shard and claim it.
 
@@ -98,6 +105,7 @@ class TrajectoryStore:
             info: anything JSON can hold, kept in the marker.
             failed: quarantined problems of the shard, id -> error.
             remaining: problems of the shard handed back, in groups.
+            derived: kind -> what was made of these trees; see `read_derived`.
         Returns:
             False if somebody else had committed the shard; the data written here is deleted.
         Raises:
@@ -122,9 +130,16 @@ class TrajectoryStore:
             totals=Totals.of(trees),
             info=dict(info or {}),
         )
-        return self._commit_table(commit, table, generation=0)
+        return self._commit_table(commit, table, generation=0, derived=derived)
 
-    def _commit_table(self, commit: Commit, table: pa.Table, *, generation: int) -> bool:
+    def _commit_table(
+        self,
+        commit: Commit,
+        table: pa.Table,
+        *,
+        generation: int,
+        derived: Mapping[str, bytes] | None = None,
+    ) -> bool:
         """Write the data file of a commit and claim its shard; as `commit`."""
         data = table_to_bytes(table)
         attempt = uuid.uuid4().hex[:16]
@@ -138,11 +153,15 @@ class TrajectoryStore:
         )
         marker = self._marker(commit.shard, generation)
         self.store.put(path, data)
+        beside = {_derived(path, kind): made for kind, made in (derived or {}).items()}
+        for name, made in beside.items():
+            self.store.put(name, made)
         if self.store.create(marker, commit.to_json()):
             return True
         if _parse(Commit.from_json, self.store.read(marker), marker).attempt == attempt:
             return True
-        self.store.delete(path)
+        for name in (path, *beside):
+            self.store.delete(name)
         return False
 
     def seal(self, shard_ids: Iterable[str] | None = None) -> Manifest:
@@ -380,6 +399,19 @@ class TrajectoryStore:
             )
         return pq.read_table(io.BytesIO(data), columns=None if columns is None else list(columns))
 
+    # -- what is derived from data files
+
+    def read_derived(self, file: Commit | ManifestFile, kind: str) -> bytes | None:
+        """What was made of a data file; None if nobody did."""
+        try:
+            return self.store.read(_derived(file.path, kind))
+        except FileNotFoundError:
+            return None
+
+    def put_derived(self, file: Commit | ManifestFile, kind: str, data: bytes) -> None:
+        """Keep what was made of a data file."""
+        self.store.put(_derived(file.path, kind), data)
+
     # -- what killed workers left
 
     def remove_orphans(self, *, older_than_s: float, now_unix_s: float) -> list[str]:
@@ -404,7 +436,13 @@ class TrajectoryStore:
         for folder in ("data", "commits", "plans"):
             left += self.store.unfinished(f"{self.prefix}/{folder}")
         left += self.store.unfinished(self.prefix)
-        named = {commit.path for commit in self.commits(trees=False, generation=0).values()}
+        kinds = self.store.folders(f"{self.prefix}/derived")
+        for kind in kinds:
+            left += self.store.files(f"{self.prefix}/derived/{kind}")
+            left += self.store.unfinished(f"{self.prefix}/derived/{kind}")
+        named = set()
+        for commit in self.each_commit(trees=False, generation=0):
+            named |= {commit.path, *(_derived(commit.path, kind) for kind in kinds)}
         removed = []
         for path in left:
             if path in named:
@@ -479,6 +517,12 @@ def _listed(commits: Iterable[Commit]) -> tuple[list[ManifestFile], Totals]:
 
     total = Totals.sum(totals())
     return files, total
+
+
+def _derived(path: str, kind: str) -> str:
+    """Where what was made of a data file is."""
+    folder, name = path.rsplit("/data/", 1)
+    return f"{folder}/derived/{kind}/{name.removesuffix('.parquet')}"
 
 
 def _short_name(tree: TreeKey) -> int:

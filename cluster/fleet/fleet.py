@@ -63,6 +63,7 @@ from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
 from cluster.machines import nodes
 from cluster.telemetry.process import end as end_telemetry
+from learner.candidates import Recipe
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
 from rollout.engine import EngineError
@@ -341,10 +342,14 @@ class Fleet:
         *,
         preference: bool,
         on_progress: Progress,
+        recipe: Recipe | None = None,
     ) -> RolloutOutcome:
         """Search the problems through all stages and seal the round.
 
         Cancelling drains: trees that are finished are committed, the rest is handed back.
+
+        Args:
+            recipe: by which trees are made into candidates for training; None: they are not.
         """
         endpoint = self.pools.endpoint
         self._rollout = Rollout(
@@ -360,6 +365,7 @@ class Fleet:
                 "ppm": self._preference_kind.version,
             },
             on_progress=on_progress,
+            recipe=recipe,
         )
         return await self._rollout.run()
 

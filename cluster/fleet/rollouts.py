@@ -46,6 +46,7 @@ from cluster.jobs.ray_errors import cause
 from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from cluster.machines.scaler import PoolLoad
 from cluster.telemetry.progress import LEVELS_FACT, SHARE_FACT, solved_by_level
+from learner.candidates import Recipe
 from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
@@ -86,6 +87,8 @@ class Rollout:
     versions: Mapping[str, str]
     """Of the models, for the record of each tree."""
     on_progress: Progress
+    recipe: Recipe | None = None
+    """By which trees are made into candidates for training; None: they are not."""
     _workers: WorkerKind | None = None
     """Their kind, while there are any."""
     _endpoint_ended: bool = False
@@ -384,6 +387,7 @@ class Rollout:
                 config,
                 follows_engines=self.pools.endpoint is None,
                 info={**self.versions, "grader": GRADER_VERSION},
+                recipe=self.recipe,
             )
 
         self._workers = WorkerKind(

@@ -51,6 +51,7 @@ from cluster.jobs.coordinator_client import CoordinatorClient
 from cluster.jobs.queue import Lease, SearchTask
 from cluster.jobs.ray_errors import describe
 from cluster.telemetry import logs, metrics, tracing
+from learner.candidates import Recipe, candidates_file
 from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
@@ -174,6 +175,7 @@ class RolloutWorker:
         config: WorkerConfig | None = None,
         info: Mapping[str, Any] | None = None,
         follows_engines: bool = False,
+        recipe: Recipe | None = None,
     ) -> None:
         """
         Args:
@@ -183,6 +185,8 @@ class RolloutWorker:
             info: kept in each commit marker beside writer and stage.
             follows_engines: the number of open trees follows what `set_pressures` tells of the
                 policy; False: it is `max_open_trees`.
+            recipe: by which trees are made into candidates for training as they are committed;
+                None: nobody selects from them.
         """
         self.name = name
         self.config = config or WorkerConfig()
@@ -192,6 +196,7 @@ class RolloutWorker:
         self._search = search
         self._info = dict(info or {})
         self._follows_engines = follows_engines
+        self._recipe = recipe
         self._admission = AdmissionController(self.config.admission, self.config.max_open_trees)
         self._slots = TreeSlots(
             self._admission.limit if follows_engines else self.config.max_open_trees
@@ -611,6 +616,7 @@ class RolloutWorker:
                 info={**self._info, "stage": job.stage, "writer": self.name, "ended": shard.error},
                 failed=shard.failed,
                 remaining=handed_back,
+                derived=self._derived(shard.trees),
             )
 
         ended_s = time.monotonic()
@@ -630,6 +636,17 @@ class RolloutWorker:
                 await self._forget_open_trees(shard, [job.id])
         marker = await self._patiently(lambda: trajectories.read_commit(job.id), "read the marker")
         await self._coordinator.complete(job.id, lease.id, marker)
+
+    def _derived(self, trees: Sequence[Tree]) -> dict[str, bytes]:
+        """What selection reads in place of the trees; nothing where it cannot be made."""
+        if self._recipe is None:
+            return {}
+        try:
+            return {self._recipe.name: candidates_file(trees, self._recipe)}
+        except Exception:
+            # The trees count; selection will meet the same error where somebody is told.
+            logger.exception("Trees are committed without their candidates for training")
+            return {}
 
     async def _patiently(self, operation: Callable[[], Any], what: str) -> Any:
         """Run a store operation in a thread, again and again while the store fails."""

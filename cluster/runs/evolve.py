@@ -40,7 +40,7 @@ from learner.checkpoint import Checkpoint, CheckpointStore, Kind
 from learner.dataset import read_demonstrations, read_manifest
 from learner.fit import FitProgress, FitRequest, PolicyTrainConfig, PreferenceTrainConfig
 from learner.markers import with_markers
-from learner.select import select_dataset
+from learner.select import recipe_of, select_dataset
 from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
@@ -318,6 +318,11 @@ class Evolution:
             search_stages(search, settings.escalation, trees=settings.trees),
             preference=settings.preference,
             on_progress=self.view.update,
+            recipe=recipe_of(
+                self.config.dataset,
+                self.config.search.training_template,
+                valued_steps=self._valued_steps,
+            ),
         )
         totals = outcome.manifest.totals
         seconds = self.view.end(
@@ -342,6 +347,11 @@ class Evolution:
                 f"round {number}: {len(removed)} files removed that workers left unfinished"
             )
 
+    @property
+    def _valued_steps(self) -> bool:
+        """Whether the PPM learns the Q-value of every step."""
+        return self.config.train_ppm.objective == "q_regression"
+
     async def _select(self, number: int) -> None:
         """Trees of the rounds so far -> SFT examples; trees with outcomes -> pairs."""
         directory = self.folder.dataset(number)
@@ -349,7 +359,7 @@ class Evolution:
             self._skip(number, "select", "select")
             return
         self.view.begin("select", f"round {number}: select", round=number)
-        selection = RoundSelection(self.store, number)
+        selection = RoundSelection(self.store, number, keep=True)
         demonstrations = (
             read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
         )
@@ -360,10 +370,11 @@ class Evolution:
                 template=self.config.search.training_template,
                 config=self.config.dataset,
                 demonstrations=demonstrations,
-                valued_steps=self.config.train_ppm.objective == "q_regression",
+                valued_steps=self._valued_steps,
             )
         finally:
             selection.stop()
+        self._tell(selection.notes())
         counts = manifest["counts"]["all"]
         seconds = self.view.end(
             f"{counts.get('sft_train', 0)} SFT examples, {counts.get('pairs_train', 0)} pairs"

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from learner import task as task_module
 from learner.batch import tokenise_texts
-from learner.dataset import DatasetError, read_sft
+from learner.dataset import DatasetError, read_pieces
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
 from learner.packing import Share
-from learner.ranks import from_all_ranks, release_memory, share_out
+from learner.ranks import from_all_ranks, machine_list, release_memory, share_out
 from learner.select import DatasetConfig, select_dataset
 from learner.spill import DiskList
 from learner.task import Task, policy_task, preference_task
@@ -74,13 +74,13 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
 def room_for(room: int):
-    """`DiskList.append` on a disk with room for so many records."""
-    append = DiskList.append
+    """`DiskList.append_pickled` on a disk with room for so many records."""
+    append = DiskList.append_pickled
 
-    def limited(records, record):
+    def limited(records, data):
         if len(records) == room:
             raise NO_SPACE
-        append(records, record)
+        append(records, data)
 
     return limited
 
@@ -102,7 +102,7 @@ def scenarios(rank: int, folder: Path) -> dict[str, object]:
         tokenised.append(len(texts))
         return tokenise_texts(tokenizer, texts)
 
-    with mock.patch.multiple(task_module, _TEXTS=4, _NODES=4):
+    with mock.patch.multiple(task_module, _TEXTS=4, _PAIRS=4):
         with mock.patch.object(task_module, "tokenise_texts", counted):
             found["policy"] = content(policy(folder))
         found["num_tokenised"] = sum(tokenised)
@@ -110,15 +110,22 @@ def scenarios(rank: int, folder: Path) -> dict[str, object]:
         # Full at its first record, in the middle of a piece, at the last of all, when written.
         for room in (0, 5, len(policy(folder)) - 1):
             append = room_for(room)
-            found[f"full {room}"] = error_of(folder, DiskList, rank == 1, append=append)
+            found[f"full {room}"] = error_of(folder, DiskList, rank == 1, append_pickled=append)
         flush = mock.Mock(side_effect=NO_SPACE)
         found["full at last"] = error_of(folder, DiskList, rank == 0, flush=flush)
 
-        def broken(data, split):
-            yield from list(read_sft(data, split))[: NUM_TEXTS - 1]
+        def broken(data, name, num_rows):
+            yield from list(read_pieces(data, name, num_rows))[:-1]
             raise DatasetError("row 15 is bad")
 
-        found["bad row"] = error_of(folder, task_module, rank == 1, read_sft=broken)
+        found["bad row"] = error_of(folder, task_module, rank == 1, read_pieces=broken)
+        files = [machine_list(folder, "f") for _ in range(2)]
+        for number, records in enumerate(files):
+            records.append(f"record {number}")
+            records.flush()
+        dist.barrier()
+        found["shared"] = [records[0] for records in files]
+        found["file"] = os.fstat(files[0]._file.fileno()).st_ino
         found["afterwards"] = content(policy(folder))
     return found
 
@@ -167,6 +174,12 @@ def test_what_fails_on_one_rank_is_the_same_error_on_both(folder, ranks):
             assert message.startswith(f"fit 'f': cannot write {folder}: [Errno 28] No space left")
             assert message.endswith("TMPDIR names the folder that token ids go to")
     assert said["bad row"] == "fit 'f': row 15 is bad"
+
+
+def test_ranks_of_a_machine_share_one_file_which_has_no_name(folder, ranks):
+    assert [rank["shared"] for rank in ranks] == [["record 0", "record 1"]] * 2
+    assert ranks[0]["file"] == ranks[1]["file"]
+    assert not list(folder.glob("tmp*"))
 
 
 def test_group_goes_on_after_an_error(ranks):

@@ -3,10 +3,11 @@ from __future__ import annotations
 import random
 import tracemalloc
 
+import pyarrow as pa
 import pytest
 
 from learner import spill
-from learner.spill import DiskList, SortedSpill, no_room
+from learner.spill import DiskList, SortedSpill, merged, no_room, write_run
 
 
 def test_records_come_back_in_order_of_their_keys_whatever_the_memory(tmp_path):
@@ -57,10 +58,51 @@ def test_disk_list_is_a_list(tmp_path):
     assert records[10] == {"n": 10}
     with pytest.raises(IndexError, match="record 11 of 11"):
         records[11]
+    records.hide()
     assert not list(tmp_path.iterdir())
+    assert records[3] == {"n": 3}
 
 
 def test_failed_write_names_the_path_and_what_is_free(tmp_path):
     said = no_room(OSError(28, "No space left on device"), tmp_path / "not" / "there")
     assert f"cannot write {tmp_path / 'not' / 'there'}: [Errno 28] No space left" in said
     assert "GiB free on that disk" in said
+
+
+KEYS = ("name", "number")
+ROWS = pa.schema([("name", pa.string()), ("number", pa.int64()), ("texts", pa.list_(pa.string()))])
+
+
+def runs_of(folder, tables, count):
+    """The tables shared out to so many runs."""
+    paths = [folder / str(number) for number in range(count)]
+    for number, path in enumerate(paths):
+        write_run(tables[number::count], path, keys=KEYS)
+    return paths
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_runs_are_merged_in_order_and_what_is_of_one_name_stays_together(
+    tmp_path, monkeypatch, count
+):
+    monkeypatch.setattr(spill, "BATCH_BYTES", 200)
+    monkeypatch.setattr(spill, "BLOCK_BYTES", 1500)
+    # The last name has more rows than a batch, and is in each run.
+    rows = [(f"p{n % 40:02d}", n, ["text"] * (n % 3)) for n in range(160)]
+    rows += [("p99", n, []) for n in range(60)]
+    random.Random(0).shuffle(rows)
+    tables = [
+        pa.Table.from_pylist(
+            [dict(zip(ROWS.names, row, strict=True)) for row in rows[at : at + 10]], schema=ROWS
+        )
+        for at in range(0, len(rows), 10)
+    ]
+    found = list(merged(runs_of(tmp_path, tables, count), keys=KEYS))
+    assert [tuple(row.values()) for table in found for row in table.to_pylist()] == sorted(rows)
+    assert len(found) > 3
+    names = [set(table["name"].to_pylist()) for table in found]
+    assert sum(map(len, names)) == len(set.union(*names))
+
+
+def test_no_runs_are_merged_to_nothing():
+    assert list(merged([], keys=KEYS)) == []

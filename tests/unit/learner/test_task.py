@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from learner import dataset as dataset_module
+from learner import select as select_module
 from learner import spill as spill_module
 from learner import task as task_module
 from learner.dataset import SFTExample, read_pairs, read_sft, writing_dataset
@@ -75,12 +76,13 @@ def peak_bytes(work, *arguments) -> int:
 
 def test_memory_of_a_selection_grows_slower_than_its_trees(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_module, "_ROW_GROUP_ROWS", 16)
-    monkeypatch.setattr(spill_module, "_BUFFER_BYTES", 1 << 12)
+    monkeypatch.setattr(spill_module, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(select_module, "_TREES", 4)
     select(tmp_path / "warm", 10)
     small = peak_bytes(select, tmp_path / "small", 20)
     large = peak_bytes(select, tmp_path / "large", 120)
     assert sum(1 for _ in read_sft(tmp_path / "large", "train")) == 240
-    assert large < 3 * small  # six times the trees, and most of it are the merge's read buffers
+    assert large < 3 * small  # six times the trees
 
 
 def test_memory_of_a_fits_data_grows_by_a_few_numbers_an_example(tmp_path, tokenizer, monkeypatch):
@@ -227,7 +229,7 @@ def test_full_disk_is_an_error_that_names_its_folder(tmp_path, tokenizer, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_texts(tmp_path / "data", ["one"])
-    monkeypatch.setattr(DiskList, "append", full)
+    monkeypatch.setattr(DiskList, "append_pickled", full)
     with pytest.raises(LearnerError, match=f"cannot write {tmp_path}: .*No space left.*TMPDIR"):
         policy_task(
             tokenizer, request(tmp_path / "data", PolicyTrainConfig()), "train", spill=tmp_path

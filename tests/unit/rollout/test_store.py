@@ -97,6 +97,36 @@ def test_of_two_racing_committers_one_wins(
     assert len(store.files("trajectories/round=2/data")) == 1
 
 
+def test_what_a_late_zombie_derived_is_never_read(store: RunStore) -> None:
+    worker, zombie = TrajectoryStore(store, 2), TrajectoryStore(store, 2)
+    create = store.create
+
+    def late(path: str, data: bytes) -> bool:
+        """The zombie has written all of its files before the worker claims the shard."""
+        store.create = create  # type: ignore[method-assign]
+        assert worker.commit("s1", trees("a"), derived={"made": b"worker"})
+        assert len(store.files("trajectories/round=2/derived/made")) == 2
+        return create(path, data)
+
+    store.create = late  # type: ignore[method-assign]
+    assert not zombie.commit("s1", trees("a"), derived={"made": b"zombie"})
+    (file,) = worker.seal().files
+    assert worker.read_derived(file, "made") == b"worker"
+    assert worker.read_derived(file, "other") is None
+    assert len(store.files("trajectories/round=2/derived/made")) == 1
+
+
+def test_what_a_killed_worker_derived_is_removed_and_the_committed_stays(tmp_path: Path) -> None:
+    round_ = TrajectoryStore(RunStore(tmp_path, backoff_s=0), 2)
+    round_.commit("s1", trees("a"), derived={"made": b"mine"})
+    (mine,) = round_.store.files("trajectories/round=2/derived/made")
+    left = f"{mine[:-1]}{'0' if mine[-1] != '0' else '1'}"
+    round_.store.put(left, b"left")
+    round_.seal()
+    assert round_.remove_orphans(older_than_s=-1e9, now_unix_s=0.0) == [left]
+    assert round_.store.read(mine) == b"mine"
+
+
 def test_a_part_names_what_it_hands_back_and_what_failed(store: RunStore) -> None:
     round_ = TrajectoryStore(store, 2)
     round_.commit("s1", trees("a"), failed={"b": "ValueError: \udc80"}, remaining=[["c", "d"]])

@@ -14,9 +14,12 @@ from cluster.jobs.audit import audit_round
 from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.queue import JobState, Lease, QueueConfig, SearchTask, StagePlan
 from cluster.jobs.worker import RolloutWorker, WorkerConfig
+from learner.candidates import Recipe, table_from_bytes
+from learner.select import DatasetConfig, recipe_of
 from rollout.engine import EngineError
 from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
+from rollout.prompt import SHORT_TEMPLATE
 from rollout.search import SearchError
 from rollout.store import Commit, StoreError, TrajectoryStore
 from rollout.tree import Tree
@@ -137,6 +140,7 @@ class Setting:
         search: Callable[[Problem, SearchTask, Tree], Awaitable[Tree]] | None = None,
         unknown: Sequence[str] = (),
         follows_engines: bool = False,
+        recipe: Recipe | None = None,
     ) -> RolloutWorker:
         problems = {p: make_problem(p) for p in self.problem_ids if p not in unknown}
         return RolloutWorker(
@@ -148,6 +152,7 @@ class Setting:
             config,
             info={"versions": {"rstar": "1"}},
             follows_engines=follows_engines,
+            recipe=recipe,
         )
 
     @asynccontextmanager
@@ -656,3 +661,31 @@ async def test_all_trees_of_a_search_are_committed_and_count_as_one_search(
     assert trees == [(name, index) for name in "abc" for index in (0, 1, 5)]
     progress = worker.progress()
     assert (progress.searches, progress.finished.trees) == (3, 9)
+
+
+RECIPE = recipe_of(DatasetConfig(), SHORT_TEMPLATE)
+
+
+async def test_candidates_stand_beside_a_shard_as_it_is_committed(setting):
+    setting.plan("p1", "p2", shard_size=2)
+    async with setting.running(setting.worker(recipe=RECIPE)):
+        await setting.finish()
+    (commit,) = setting.store.commits().values()
+    data = setting.store.read_derived(commit, RECIPE.name)
+    found = table_from_bytes(data, ["problem_id", "correct"]).to_pylist()
+    assert found == [{"problem_id": p, "correct": 1} for p in ("p1", "p2")]
+
+
+async def test_trees_whose_candidates_cannot_be_made_are_committed_all_the_same(
+    setting, monkeypatch
+):
+    def broken(trees, recipe):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("cluster.jobs.worker.candidates_file", broken)
+    setting.plan("p1")
+    async with setting.running(setting.worker(recipe=RECIPE)):
+        await setting.finish()
+    (commit,) = setting.store.commits().values()
+    assert commit.totals.trees == 1
+    assert setting.store.read_derived(commit, RECIPE.name) is None
