@@ -25,8 +25,11 @@ from rollout.engine import EngineError
 
 Fingerprint = tuple[float, ...]
 
-TOLERANCE = 0.1
-"""Largest mean distance; log-probabilities of a policy, values of a PPM."""
+POLICY_TOLERANCE = 0.1
+"""Largest mean distance of log-probabilities."""
+
+PREFERENCE_TOLERANCE = 0.05
+"""Largest mean distance of values in (-1, 1)."""
 
 
 async def take_weights(handle: Any, path: str, version: str, *, again: bool = False) -> Fingerprint:
@@ -49,9 +52,7 @@ async def take_weights(handle: Any, path: str, version: str, *, again: bool = Fa
     return tuple(await handle.fingerprint.remote())
 
 
-def odd_ones(
-    fingerprints: Mapping[str, Fingerprint], *, tolerance: float = TOLERANCE
-) -> dict[str, str]:
+def odd_ones(fingerprints: Mapping[str, Fingerprint], *, tolerance: float) -> dict[str, str]:
     """Why, of each that does not say what the others do.
 
     Args:

@@ -32,7 +32,13 @@ from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.engines.endpoint import EndpointActor, EndpointStats
 from cluster.engines.lifecycle import ReplicaStats
 from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
-from cluster.engines.weight_sync import Fingerprint, odd_ones, take_weights
+from cluster.engines.weight_sync import (
+    POLICY_TOLERANCE,
+    PREFERENCE_TOLERANCE,
+    Fingerprint,
+    odd_ones,
+    take_weights,
+)
 from cluster.fleet.config import MembersConfig
 from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
@@ -103,6 +109,9 @@ class BesideDriver(RayKind):
 
 class EngineKind(RayKind):
     """Replicas that serve a checkpoint."""
+
+    tolerance: float
+    """See `odd_ones`."""
 
     def __init__(
         self, settings: MembersConfig, engine: EngineConfig, *, stage_weights: Path | None = None
@@ -187,7 +196,7 @@ class EngineKind(RayKind):
         return await take_weights(handle, self.path, self.version, again=again)
 
     def odd_ones(self, said: Mapping[str, Fingerprint]) -> dict[str, str]:
-        return odd_ones(said)
+        return odd_ones(said, tolerance=self.tolerance)
 
     async def leave(self, handle: Any) -> None:
         await handle.shutdown.remote()
@@ -199,6 +208,7 @@ class PolicyKind(EngineKind):
     kind = "policy replica"
     prefix = "policy"
     actor = PolicyReplicaActor
+    tolerance = POLICY_TOLERANCE
 
 
 class PreferenceKind(EngineKind):
@@ -207,6 +217,7 @@ class PreferenceKind(EngineKind):
     kind = "PPM replica"
     prefix = "ppm"
     actor = PreferenceReplicaActor
+    tolerance = PREFERENCE_TOLERANCE
 
 
 class SandboxKind(RayKind):

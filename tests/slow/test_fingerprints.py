@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from cluster.engines.weight_sync import TOLERANCE, odd_ones
+from cluster.engines.weight_sync import POLICY_TOLERANCE, odd_ones
 from tests.fingerprints import fingerprint, load_policy, with_noisy_layer
 from tests.pretrained import smollm2
 
@@ -36,8 +36,8 @@ def test_rounding_is_accepted_and_one_wrong_layer_of_thirty_is_found(
         for name, (one, other) in rows.items():
             apart = [abs(a - b) for a, b in zip(one, other, strict=True)]
             print(f"{name}: mean {fmean(apart):.3f}, largest {max(apart):.3f}")
-    assert max(abs(a - b) for a, b in zip(*half.values(), strict=True)) > TOLERANCE
-    assert odd_ones({"policy-0": exact, **half}) == {}
+    assert max(abs(a - b) for a, b in zip(*half.values(), strict=True)) > POLICY_TOLERANCE
+    assert odd_ones({"policy-0": exact, **half}, tolerance=POLICY_TOLERANCE) == {}
     for share in (0.1, 0.3):
         said = {"policy-0": exact, **half, "wrong": wrong[share]}
-        assert list(odd_ones(said)) == ["wrong"]
+        assert list(odd_ones(said, tolerance=POLICY_TOLERANCE)) == ["wrong"]

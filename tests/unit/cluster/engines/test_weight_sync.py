@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.engines.model_check import ModelCheckError
-from cluster.engines.weight_sync import odd_ones, take_weights
+from cluster.engines.weight_sync import POLICY_TOLERANCE, take_weights
+from cluster.engines.weight_sync import odd_ones as odd_ones_of
 from rollout.engine import EngineError
 from tests.fingerprints import fingerprint, load_policy, with_noisy_layer
 from tests.models import write_tiny_policy
@@ -63,6 +65,9 @@ async def test_replica_with_a_dead_engine_or_another_version_did_not_take_them()
     replica.load = SimpleNamespace(remote=nothing)  # type: ignore[attr-defined]
     with pytest.raises(EngineError, match="serves 'v0' instead of 'v1'"):
         await take_weights(replica, "path", "v1")
+
+
+odd_ones = partial(odd_ones_of, tolerance=POLICY_TOLERANCE)
 
 
 def noisy(numbers: list[float], seed: int, sigma: float) -> tuple[float, ...]:

@@ -93,7 +93,7 @@ class Things(ActorKind):
         return (float(self.version.removeprefix("v")),)
 
     def odd_ones(self, said: Mapping[str, tuple[float, ...]]) -> dict[str, str]:
-        return odd_ones(said)
+        return odd_ones(said, tolerance=0.1)
 
     def lost(self, name: str) -> None:
         self.gone.append(name)
