@@ -118,10 +118,10 @@ def choose(loads: Sequence[Load], key: str, spill_over: int) -> str:
         raise ValueError("no replica to choose from")
     paces = [load.pace_s for load in loads if load.pace_s]
     if paces:
-        slow_s = SLOW * statistics.median_low(paces)
+        usual_s = statistics.median_low(paces)
         loads = [
-            load._replace(load=load.load * load.pace_s * SLOW / slow_s)
-            if load.pace_s and load.pace_s > slow_s
+            load._replace(load=load.load * load.pace_s / usual_s)
+            if load.pace_s and load.pace_s > SLOW * usual_s
             else load
             for load in loads
         ]
