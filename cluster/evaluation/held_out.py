@@ -1,6 +1,6 @@
 """Held-out accuracy of a round's policy and PPM: greedy, majority vote, best-of-N and search.
 
-    held-out problems --a job each--> workers: `answer_by_all` --> trees of the problem
+    held-out problems --leased--> workers: `evaluate_problem` --> trees of each problem
                                       --> RUN/evaluations/round=R/
     trees of the problems, what was set aside --read--> `Evaluation`
 

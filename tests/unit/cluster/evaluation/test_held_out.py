@@ -227,6 +227,12 @@ def test_seeded_evaluation_is_what_it_always_was() -> None:
     assert [[str(value) for value in row] for row in found] == rows
 
 
+@pytest.fixture(autouse=True)
+def whole_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer here needs the symbolic stage, whose process takes seconds to start."""
+    monkeypatch.setattr("cluster.fleet.stages.start_symbolic_worker", lambda: True)
+
+
 class LocalFleet:
     """Rollouts in this process: coordinator, worker and store as they are, without Ray."""
 

@@ -75,3 +75,12 @@ def test_plot_of_the_rounds_is_a_png(tmp_path: Path) -> None:
     write_png(rounds_figure(report()), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_held_out_problems_that_were_set_aside_are_named_with_their_reasons() -> None:
+    output = io.StringIO()
+    reasons = {f"q{n}": "OverflowError: five" for n in range(5)}
+    print_report({**report(), "set_aside": {"2": reasons}}, Console(file=output, width=80))
+    told = " ".join(output.getvalue().split())
+    assert "round 2: 5 held-out problems were set aside and count as wrong (q0: Over" in told
+    assert "q2: OverflowError: five; and 2 more)" in told
