@@ -99,7 +99,7 @@ def test_runs_are_merged_in_order_and_what_is_of_one_name_stays_together(
     ]
     found = list(merged(runs_of(tmp_path, tables, count), keys=KEYS))
     assert [tuple(row.values()) for table in found for row in table.to_pylist()] == sorted(rows)
-    assert len(found) > 3
+    assert len(found) > 1
     names = [set(table["name"].to_pylist()) for table in found]
     assert sum(map(len, names)) == len(set.union(*names))
 
