@@ -34,6 +34,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from ray.util.placement_group import placement_group_table
 
 from cluster.fleet.config import ActorConfig
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
+from rollout.store import RunStore, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +222,7 @@ class LearnerGroup:
         stalled_after_s: float = 1800.0,
         why_pending: Callable[[], str] = lambda: "",
         note: Callable[[str], None] = lambda text: None,
+        store: RunStore | None = None,
     ) -> None:
         """
         Args:
@@ -229,7 +232,9 @@ class LearnerGroup:
             stalled_after_s: a fit that reports nothing for so long is one, too.
             why_pending: why the ranks find no place, in words; "" if it is not known.
             note: told what a person should know now.
+            store: of the run, by its id, which each rank has to find before a fit; None: any.
         """
+        self._store = store
         self.num_workers = settings.replicas
         self._resources = settings.learner_bundle()
         self._use_gpu = settings.num_gpus > 0
@@ -357,7 +362,7 @@ class LearnerGroup:
         try:
             trainer = Trainer(
                 _train_loop,
-                train_loop_config={"mailbox": self._mailbox},
+                train_loop_config={"mailbox": self._mailbox, "store": self._store},
                 torch_config=train_torch.TorchConfig(timeout_s=COLLECTIVE_S),
                 scaling_config=train.ScalingConfig(
                     num_workers=self.num_workers,
@@ -389,7 +394,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
-    from learner.ranks import release_memory
+    from learner.ranks import on_all_ranks, release_memory
     from learner.trainer import run_fit, warm_up
 
     # DeepSpeed calls functions that newer torch renamed; nothing a user of ours can change.
@@ -417,6 +422,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             mailbox.report.remote(number, report)
 
         try:
+            on_all_ranks(partial(_find_store, config["store"]), ticket.request.fit_id)
             result = run_fit(ticket.request, rank=rank, world_size=world_size, progress=progress)
         except RankError as error:
             ray.get(mailbox.finish.remote(number, Outcome(error=str(error))))
@@ -432,6 +438,15 @@ def _train_loop(config: dict[str, Any]) -> None:
             if rank == 0:
                 ray.get(mailbox.finish.remote(number, Outcome(result=result)))
         release_memory()
+
+
+def _find_store(store: RunStore | None) -> None:
+    """Raises LearnerError if the run's store is not on this rank's machine."""
+    try:
+        if store is not None:
+            store.check_run()
+    except StoreError as error:
+        raise LearnerError(str(error)) from error
 
 
 def _standing(progress: FitProgress | None) -> str:

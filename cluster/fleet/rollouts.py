@@ -50,6 +50,7 @@ from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
 from rollout.search import SearchError
 from rollout.store import Totals, TrajectoryStore
+from rollout.stored_problems import StoredProblems
 from verifier import GRADER_VERSION
 
 logger = logging.getLogger(__name__)
@@ -353,7 +354,10 @@ class Rollout:
     async def _start_workers(self, search: StageSearch) -> None:
         cluster, home = self.config.cluster, self.pools.home
         assert home is not None
-        shared = ray.put(dict(self.problems))
+        ordered = (
+            self.problems[problem_id] for problem_id in hardest_first(self.problems.values())
+        )
+        shared = ray.put(await asyncio.to_thread(StoredProblems.write, self.trees.store, ordered))
         config = WorkerConfig(
             max_open_trees=cluster.max_open_trees,
             admission=cluster.admission,
@@ -374,6 +378,7 @@ class Rollout:
                 config,
                 engines=engines,
                 info={**self.versions, "grader": GRADER_VERSION},
+                run_id=self.trees.store.run_id,
             )
 
         self._workers = WorkerKind(

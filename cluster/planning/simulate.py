@@ -185,8 +185,7 @@ class Simulation:
         coordinator = self._or_later(self._complete, lease)
         if coordinator is None:
             return
-        marker = self._trajectories.read_commit(lease.job.id)
-        coordinator.complete(lease.job.id, lease.id, marker)
+        coordinator.complete(lease.job.id, lease.id)
         if coordinator.status(ROUND).finished:
             self._finished_s = min(self._finished_s, self.now_s)
 
