@@ -6,9 +6,10 @@
 Parts:
 * actor: the real coordinator actor on real Ray, pinned to one core. Simulated workers in this
   process, on the other cores, lease every problem, renew and complete, as rollout workers do it:
-  each holds four jobs, one renewal names them all. Nothing is searched and nothing is written (the
-  workers write the markers, not the coordinator). `problems_per_s` is by the clock,
-  `problems_per_cpu_s` by the CPU time of the actor's process, which other load disturbs less.
+  each holds four jobs, one renewal names them all. Nothing is searched and nothing is written: the
+  markers, which the coordinator reads, stand on the local disk before. `problems_per_s` is by the
+  clock, `problems_per_cpu_s` by the CPU time of the actor's process, which other load disturbs
+  less.
 * rebuild: as many commit markers as the round has jobs, of 30 trees each, on the local disk; the
   time in which a new coordinator has read them and knows what is left. The markers are fresh, so
   the file system has them in memory.
@@ -179,7 +180,7 @@ async def work(name: str, coordinator: RemoteCoordinator) -> int:
         dropped = await coordinator.renew(name, held, WorkerProgress(open_trees=64))
         assert not dropped, dropped
         for lease in leases:
-            assert await coordinator.complete(lease.job.id, lease.id, make_commit(lease.job))
+            assert await coordinator.complete(lease.job.id, lease.id)
             done += len(lease.job.problem_ids)
 
 
@@ -203,8 +204,10 @@ def actor_figures(num_problems: int, shard_size: int) -> dict[str, float]:
                 pin(os.getpid(), set(cores[1:]))
             empty_mib = memory_mib(pid, "VmRSS")
             began_s = time.perf_counter()
-            ray.get(actor.plan.remote(make_plan(num_problems, shard_size)))
+            plan = make_plan(num_problems, shard_size)
+            ray.get(actor.plan.remote(plan))
             plan_s = time.perf_counter() - began_s
+            write_markers(root, plan, plan_jobs(plan))
             coordinator = RemoteCoordinator(actor)
 
             async def everybody() -> int:

@@ -5,6 +5,11 @@
 
 What is built on it (`rollout.store`) needs one promise: of several creators of a key one succeeds.
 `RunStore.self_check` refuses a store that does not keep it.
+
+On many machines a path may mean a folder of each one's own. So a run has an id, which stands in its
+store (`run.id`) and is handed to every process of the run: a store opened with it reads it back
+before each write, makes no folder on a disk that is not the run's, and says on which machine it
+found what instead.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import contextlib
 import errno
 import io
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -34,6 +40,9 @@ class StoreError(RuntimeError):
     """The store cannot be used, or holds something other than what was written."""
 
 
+RUN_ID = "run.id"
+"""File that tells a run from all others, also from one that was in the same place before."""
+
 NUM_ATTEMPTS = 4
 """Tries of one operation."""
 
@@ -49,22 +58,69 @@ class RunStore:
     with back-off; what still fails is a `StoreError` that names the path.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, backoff_s: float = 0.2) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        run_id: str | None = None,
+        backoff_s: float = 0.2,
+    ) -> None:
         """
         Args:
-            root: a folder or an fsspec URL such as s3://bucket/run; made on the first write.
+            root: a folder or an fsspec URL such as s3://bucket/run.
+            run_id: of the run whose store it has to be (`identify`), see `check_run`; None: it may
+                be any, and is made on the first write.
             backoff_s: pause before the second try; doubled each time.
         """
         self.root = os.fspath(root)
+        self.run_id = run_id
         self.backoff_s = backoff_s
         self._fs, self._base = fsspec.core.url_to_fs(self.root)
         self._base = self._base.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
 
+    def identify(self) -> str:
+        """The id of the run that stands here, a new one where there is none; this store is known
+        by it from now on.
+
+        Raises:
+            StoreError: the root cannot be written or read.
+        """
+        self.create(RUN_ID, uuid.uuid4().hex.encode())
+        self.run_id = self.read(RUN_ID).decode(errors="replace")
+        return self.run_id
+
+    def check_run(self) -> None:
+        """Prove, without writing anything, that this is the store of run `run_id`.
+
+        Raises:
+            StoreError: it is not; names machine, root, what is there, and the remedy.
+        """
+        if self.run_id is None:
+            return
+        try:
+            found = self.read(RUN_ID).decode(errors="replace")
+        except FileNotFoundError:
+            there = "has no run.id" if self.exists("") else "is not there"
+        else:
+            if found == self.run_id:
+                return
+            there = f"is of another run ({RUN_ID}: {found[:40]!r})"
+        raise StoreError(
+            f"store {self.root} {there} on machine {socket.gethostname()}, where run "
+            f"{self.run_id!r} was looked for: have every machine mount the file system that the "
+            "driver's run_dir lies on, at the same place, or choose a run_dir that all of them see"
+        )
+
     def put(self, path: str, data: bytes) -> None:
-        """Write a file whole, replacing one that exists."""
+        """Write a file whole, replacing one that exists.
+
+        Raises:
+            StoreError: it cannot be written, or the store is not the run's (`check_run`).
+        """
         full = self._full(path)
         if self._local:
+            self.check_run()
             self._retry("write", path, lambda: atomic_write(Path(full), data, durable=True))
         else:
             self._retry("write", path, lambda: self._fs.pipe_file(full, data))
@@ -74,7 +130,12 @@ class RunStore:
 
         After a failure whose outcome is unknown the retry may find its own file and answer False:
         callers compare the content where that matters.
+
+        Raises:
+            StoreError: as `put`.
         """
+        if self._local:  # a bucket is nowhere mounted, so it does not go away either
+            self.check_run()
         return self._retry("create", path, lambda: self._create(path, data))
 
     def read(self, path: str) -> bytes:

@@ -34,8 +34,12 @@ file is older than any lease (`TrajectoryStore.remove_orphans`).
 The store itself is `rollout.run_store`, the records of markers and manifests `rollout.commits`;
 other packages take them from here.
 
-Not covered: local file systems without hard links, which `self_check` refuses; NFS clients that
-cache directory listings may see a commit late, never wrongly.
+A listing on a network file system may be a minute old, so what has to be complete goes by names: a
+seal looks each shard up that a listing lacks, and the markers of a sealed round are those of the
+files in its manifest.
+
+Not covered: local file systems without hard links, which `self_check` refuses; what is listed of a
+round that is not sealed may lack the commits of the last minute, and never shows wrong ones.
 """
 
 from __future__ import annotations
@@ -43,9 +47,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import posixpath
+import time
 import uuid
 from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -74,6 +80,12 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", Commit, ManifestFile)
+
+LISTING_S = 60.0
+"""What a listing lacks is looked up by name for so long before it counts as missing."""
+
+LOOK_UP_PAUSE_S = 2.0
 
 _MARKERS_AT_ONCE = 4096
 """Bounds the memory of reading a round's markers, which are many times larger than what is kept."""
@@ -98,10 +110,13 @@ class TrajectoryStore:
         failed: Mapping[str, str] | None = None,
         remaining: Sequence[Sequence[str]] = (),
         derived: Mapping[str, bytes] | None = None,
+        attempt: str | None = None,
     ) -> bool:
         """Write the trees of a shard and claim it.
 
         Args:
+            attempt: unique to this result, letters and digits; given again with a second call for
+                the same trees after a failure, it tells one's own marker. None: a new one.
             info: anything JSON can hold, kept in the marker.
             failed: quarantined problems of the shard, id -> error.
             remaining: problems of the shard handed back, in groups.
@@ -110,14 +125,15 @@ class TrajectoryStore:
             False if somebody else had committed the shard; the data written here is deleted.
         Raises:
             StoreError: the store failed; nothing is committed by this call, unless the answer to
-                the last request was lost, which calling again finds out.
+                the last request was lost, which calling again with the same `attempt` finds out.
         """
+        attempt = attempt or _new_attempt()
         if self.store.exists(self._marker(shard_id)):
-            return False
+            return self._is_own(shard_id, attempt, derived or (), generation=0)
         table = trees_to_table(trees)
         commit = Commit(
             shard=shard_id,
-            attempt="",
+            attempt=attempt,
             path="",
             num_rows=table.num_rows,
             num_bytes=0,
@@ -142,25 +158,29 @@ class TrajectoryStore:
     ) -> bool:
         """Write the data file of a commit and claim its shard; as `commit`."""
         data = table_to_bytes(table)
-        attempt = uuid.uuid4().hex[:16]
-        path = f"{self._folder(generation)}/data/{commit.shard}-{attempt}.parquet"
+        path = self._data(commit.shard, commit.attempt, generation)
         commit = replace(
             commit,
-            attempt=attempt,
             path=path,
             num_bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
         )
-        marker = self._marker(commit.shard, generation)
         self.store.put(path, data)
         beside = {_derived(path, kind): made for kind, made in (derived or {}).items()}
         for name, made in beside.items():
             self.store.put(name, made)
-        if self.store.create(marker, commit.to_json()):
+        if self.store.create(self._marker(commit.shard, generation), commit.to_json()):
             return True
-        if _parse(Commit.from_json, self.store.read(marker), marker).attempt == attempt:
+        return self._is_own(commit.shard, commit.attempt, derived or (), generation=generation)
+
+    def _is_own(
+        self, shard_id: str, attempt: str, kinds: Iterable[str], *, generation: int
+    ) -> bool:
+        """Whether the marker that stands is of this attempt; what it wrote goes if not."""
+        if self.read_commit(shard_id, trees=False, generation=generation).attempt == attempt:
             return True
-        for name in (path, *beside):
+        path = self._data(shard_id, attempt, generation)
+        for name in (path, *(_derived(path, kind) for kind in kinds)):
             self.store.delete(name)
         return False
 
@@ -180,12 +200,11 @@ class TrajectoryStore:
         names = array("Q")
 
         def taken() -> Iterator[Commit]:
-            for commit in self.each_commit(generation=0):
-                if wanted is None or commit.shard in wanted:
-                    names.extend(_short_name(tree) for tree in commit.trees)
-                    if commit.failed:
-                        failed[commit.shard] = commit.failed
-                    yield commit
+            for commit in self._wanted(wanted, generation=0):
+                names.extend(_short_name(tree) for tree in commit.trees)
+                if commit.failed:
+                    failed[commit.shard] = commit.failed
+                yield commit
 
         files, totals = _listed(taken())
         files.sort(key=lambda file: file.shard)
@@ -249,6 +268,7 @@ class TrajectoryStore:
         """
         if self.store.exists(self._marker(commit.shard, generation)):
             return False
+        commit = replace(commit, attempt=_new_attempt())
         return self._commit_table(commit, table, generation=generation)
 
     def seal_regrade(self, generation: int) -> Manifest:
@@ -264,7 +284,8 @@ class TrajectoryStore:
             return sealed
         before = self.manifest()
         assert before is not None
-        commits = self.commits(generation=generation)
+        shards = {file.shard for file in before.files}
+        commits = {c.shard: c for c in self._wanted(shards, generation=generation)}
         missing = [file.shard for file in before.files if file.shard not in commits]
         if missing:
             raise StoreError(
@@ -283,15 +304,17 @@ class TrajectoryStore:
 
     # -- reading
 
-    def read_commit(self, shard_id: str) -> Commit:
-        """The marker of a committed shard.
+    def read_commit(self, shard_id: str, *, trees: bool = True, generation: int = 0) -> Commit:
+        """The marker of a committed shard, looked up by name.
 
+        Args:
+            trees: as of `commits`.
         Raises:
             FileNotFoundError: the shard is not committed.
             StoreError: the marker cannot be read.
         """
-        path = self._marker(shard_id)
-        return _parse(Commit.from_json, self.store.read(path), path)
+        path = self._marker(shard_id, generation)
+        return self._parse_commit(self.store.read(path), path, trees=trees)
 
     def commits(self, *, trees: bool = True, generation: int | None = None) -> dict[str, Commit]:
         """All markers of the round by shard id.
@@ -312,12 +335,60 @@ class TrajectoryStore:
         Raises:
             StoreError: a marker cannot be read; the message names it.
         """
-        folder = self._folder(self.generation() if generation is None else generation)
-        paths = [p for p in self.store.files(f"{folder}/commits") if p.endswith(".json")]
+        number = self.generation() if generation is None else generation
+        sealed = self.manifest(number)
+        if sealed is not None:
+            paths = [self._marker(file.shard, number) for file in sealed.files]
+        else:
+            listed = self.store.files(f"{self._folder(number)}/commits")
+            paths = [path for path in listed if path.endswith(".json")]
         for start in range(0, len(paths), _MARKERS_AT_ONCE):
-            some = self.store.read_many(paths[start : start + _MARKERS_AT_ONCE])
+            try:
+                some = self.store.read_many(paths[start : start + _MARKERS_AT_ONCE])
+            except FileNotFoundError as error:
+                raise StoreError(
+                    f"a commit marker of round {self.round} of {self.store.root} is missing: "
+                    f"{error}"
+                ) from error
             for path, data in some.items():
-                yield _parse(partial(Commit.from_json, trees=trees), data, path)
+                yield self._parse_commit(data, path, trees=trees)
+
+    def _wanted(self, shard_ids: Set[str] | None, generation: int) -> Iterator[Commit]:
+        """The markers of these shards (None: all that are listed), each once; those that a listing
+        lacks by name, again and again for `LISTING_S`."""
+        left = set(shard_ids or ())
+        for commit in self.each_commit(generation=generation):
+            if shard_ids is None or commit.shard in left:
+                left.discard(commit.shard)
+                yield commit
+        give_up_s = time.monotonic() + LISTING_S
+        while left:
+            for shard_id in sorted(left):
+                try:
+                    yield self.read_commit(shard_id, generation=generation)
+                except FileNotFoundError:
+                    continue
+                left.discard(shard_id)
+            if not left or time.monotonic() > give_up_s:
+                return
+            time.sleep(min(LOOK_UP_PAUSE_S, LISTING_S))
+
+    def _parse_commit(self, data: bytes, path: str, *, trees: bool = True) -> Commit:
+        return self._inside(_parse(partial(Commit.from_json, trees=trees), data, path), path)
+
+    def _inside(self, file: F, source: str) -> F:
+        """A record of a data file, if the file is one of this round.
+
+        Raises:
+            StoreError: whoever wrote the record has named a file elsewhere.
+        """
+        path = file.path
+        if not path.startswith(f"{self.prefix}/") or posixpath.normpath(path) != path:
+            raise StoreError(
+                f"file {source} of {self.store.root} names {path!r}, which is no data file of "
+                f"round {self.round}"
+            )
+        return file
 
     def solved(self, generation: int | None = None) -> set[str]:
         """Problems that some committed tree solves, read from the markers alone.
@@ -339,7 +410,10 @@ class TrajectoryStore:
             data = self.store.read(path)
         except FileNotFoundError:
             return None
-        return _parse(Manifest.from_json, data, path)
+        manifest = _parse(Manifest.from_json, data, path)
+        for file in manifest.files:
+            self._inside(file, path)
+        return manifest
 
     def trees(self) -> Iterator[Tree]:
         """All trees of a sealed round, one file in memory at a time.
@@ -481,6 +555,9 @@ class TrajectoryStore:
     def _manifest_path(self, generation: int) -> str:
         return f"{self._folder(generation)}/manifest.json"
 
+    def _data(self, shard_id: str, attempt: str, generation: int) -> str:
+        return f"{self._folder(generation)}/data/{shard_id}-{attempt}.parquet"
+
     def _marker(self, shard_id: str, generation: int = 0) -> str:
         return f"{self._folder(generation)}/commits/{shard_id}.json"
 
@@ -495,6 +572,10 @@ class TrajectoryStore:
                         f"round {self.round} cannot be sealed: tree {tree.index} of problem "
                         f"{tree.problem_id} is in shards {other} and {commit.shard}"
                     )
+
+
+def _new_attempt() -> str:
+    return uuid.uuid4().hex[:16]
 
 
 def _listed(commits: Iterable[Commit]) -> tuple[list[ManifestFile], Totals]:

@@ -49,6 +49,7 @@ from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
 from cluster.machines.staging import Stager
+from rollout.store import RunStore
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
 
@@ -112,6 +113,8 @@ class EngineKind(RayKind):
 
     tolerance: float
     """See `odd_ones`."""
+    store: RunStore | None = None
+    """Of the run whose checkpoints they are to read; None: they only serve what was given."""
 
     def __init__(
         self, settings: MembersConfig, engine: EngineConfig, *, stage_weights: Path | None = None
@@ -181,6 +184,8 @@ class EngineKind(RayKind):
         await handle.stats.remote()
 
     async def ready(self, handle: Any) -> None:
+        if self.store is not None:
+            await handle.__ray_call__.remote(lambda _, store: store.check_run(), self.store)
         await handle.ready.remote()
 
     async def look(self, name: str, handle: Any) -> Look:
@@ -255,13 +260,13 @@ class CoordinatorKind(BesideDriver):
     prefix = COORDINATOR
     actor = CoordinatorActor
 
-    def __init__(self, root: str, queue: QueueConfig, *, patience_s: float) -> None:
+    def __init__(self, store: RunStore, queue: QueueConfig, *, patience_s: float) -> None:
         """
         Args:
-            root: of the run's store.
+            store: of the run, whose id it knows.
             patience_s: it may be silent so long while it reads the store.
         """
-        super().__init__(root, queue)
+        super().__init__(store.root, queue, store.run_id)
         self.silent_s = patience_s
         self._epoch = ""
         self._heard_s = 0.0

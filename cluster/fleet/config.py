@@ -96,6 +96,16 @@ class MembersConfig(ActorConfig):
     )
 
 
+def check_run_dir(run_dir: Path, address: str, *, key: str = "cluster.address") -> None:
+    """Raises ValueError if a run on several machines would have a folder on each."""
+    if address != "local" and not run_dir.is_absolute():
+        raise ValueError(
+            f"run_dir must be absolute unless {key} is local, got {str(run_dir)!r}: each machine "
+            "would have its own; give a folder that all machines mount, as with "
+            "--set run_dir=/mnt/shared/runs/..."
+        )
+
+
 class CostConfig(Config):
     """What the machines cost, for the progress view and `rstar status`."""
 
@@ -231,6 +241,11 @@ class ServingConfig(Config):
     tracing: TracingConfig = Field(
         default_factory=TracingConfig, description="which problems leave a trace (docs/logs.md)"
     )
+
+    @model_validator(mode="after")
+    def _run_dir_of_all_machines(self) -> Self:
+        check_run_dir(self.run_dir, self.cluster.address)
+        return self
 
     @model_validator(mode="after")
     def _gpus_of_replicas(self) -> Self:

@@ -80,6 +80,7 @@ class Fleet:
     def __init__(self, config: ServingConfig, folder: RunFolder) -> None:
         self.config = config
         self.folder = folder
+        self.store = RunStore(str(folder.root))
         self.note: Callable[[str], None] = logger.info
         """Told what a person should know now."""
         self.pools = Pools(
@@ -161,6 +162,10 @@ class Fleet:
         cluster = self.config.cluster
         namespace = await asyncio.to_thread(namespace_of, self.folder.root)
         self.pools.home = Home(namespace=namespace)
+        # Every process of the run that writes there, or reads what others do, is told its id.
+        await asyncio.to_thread(self.store.identify)
+        if learner:
+            self._policy_kind.store = self._preference_kind.store = self.store
         self._start_ray(namespace)
         self.meter.start()
         if cluster.address != "local":
@@ -181,11 +186,12 @@ class Fleet:
                 why_pending=lambda: why_learner_waits(cluster, self.pools.keepers),
                 coming=lambda: bool(nodes.starting()),
                 note=lambda text: self.note(text),
+                store=self.store,
             )
             if cluster.address == "local":
                 self.want_learner()
         coordinator = CoordinatorKind(
-            str(self.folder.root), queue_config(cluster), patience_s=cluster.start_timeout_s
+            self.store, queue_config(cluster), patience_s=cluster.start_timeout_s
         )
         scaled = cluster.autoscale.get("sandbox")
         sandbox = SandboxKind(
@@ -356,7 +362,7 @@ class Fleet:
             config=self.config,
             pools=self.pools,
             meter=self.meter,
-            trees=TrajectoryStore(RunStore(str(self.folder.root)), round),
+            trees=TrajectoryStore(self.store, round),
             problems={problem.id: problem for problem in problems},
             stages=stages,
             preference=preference,

@@ -38,6 +38,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from cluster.fleet.config import ActorConfig
 from cluster.jobs.attempts import GO_ON, LostError
 from cluster.machines import nodes
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
+from rollout.store import RunStore, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -300,6 +302,7 @@ class LearnerGroup:
         why_pending: Callable[[], str] = lambda: "",
         coming: Callable[[], bool] = lambda: False,
         note: Callable[[str], None] = lambda text: None,
+        store: RunStore | None = None,
     ) -> None:
         """
         Args:
@@ -312,7 +315,9 @@ class LearnerGroup:
             why_pending: why the ranks find no place, in words; "" if it is not known.
             coming: whether nodes are on their way.
             note: told what a person should know now.
+            store: of the run, by its id, which each rank has to find before a fit; None: any.
         """
+        self._store = store
         self.num_workers = settings.replicas
         self._resources = settings.learner_bundle()
         self._use_gpu = settings.num_gpus > 0
@@ -511,7 +516,7 @@ class LearnerGroup:
         try:
             trainer = Trainer(
                 _train_loop,
-                train_loop_config={"mailbox": mailbox},
+                train_loop_config={"mailbox": mailbox, "store": self._store},
                 torch_config=train_torch.TorchConfig(timeout_s=COLLECTIVE_S),
                 scaling_config=train.ScalingConfig(
                     num_workers=self.num_workers,
@@ -544,7 +549,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
-    from learner.ranks import release_memory
+    from learner.ranks import on_all_ranks, release_memory
     from learner.trainer import run_fit, warm_up
 
     # DeepSpeed calls functions that newer torch renamed; nothing a user of ours can change.
@@ -572,6 +577,7 @@ def _train_loop(config: dict[str, Any]) -> None:
             mailbox.report.remote(number, report)
 
         try:
+            on_all_ranks(partial(_find_store, config["store"]), ticket.request.fit_id)
             result = run_fit(ticket.request, rank=rank, world_size=world_size, progress=progress)
         except RankError as error:
             ray.get(mailbox.finish.remote(number, Outcome(error=str(error))))
@@ -587,6 +593,15 @@ def _train_loop(config: dict[str, Any]) -> None:
             if rank == 0:
                 ray.get(mailbox.finish.remote(number, Outcome(result=result)))
         release_memory()
+
+
+def _find_store(store: RunStore | None) -> None:
+    """Raises LearnerError if the run's store is not on this rank's machine."""
+    try:
+        if store is not None:
+            store.check_run()
+    except StoreError as error:
+        raise LearnerError(str(error)) from error
 
 
 def _standing(progress: FitProgress | None) -> str:

@@ -82,9 +82,7 @@ def namespace_of(root: Path) -> str:
     Raises:
         StoreError: the folder cannot be written.
     """
-    store = RunStore(str(root))
-    store.create("run.id", uuid.uuid4().hex.encode())
-    identity = store.read("run.id") + str(root).encode()
+    identity = (RunStore(str(root)).identify() + str(root)).encode()
     return f"rstar-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
 
 

@@ -52,6 +52,7 @@ from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
 from rollout.search import SearchError
 from rollout.store import Totals, TrajectoryStore
+from rollout.stored_problems import StoredProblems
 from verifier import GRADER_VERSION
 
 logger = logging.getLogger(__name__)
@@ -367,7 +368,10 @@ class Rollout:
     async def _start_workers(self, search: StageSearch) -> None:
         cluster, home = self.config.cluster, self.pools.home
         assert home is not None
-        shared = ray.put(dict(self.problems))
+        ordered = (
+            self.problems[problem_id] for problem_id in hardest_first(self.problems.values())
+        )
+        shared = ray.put(await asyncio.to_thread(StoredProblems.write, self.trees.store, ordered))
         config = WorkerConfig(
             max_open_trees=cluster.max_open_trees,
             admission=cluster.admission,
@@ -388,6 +392,7 @@ class Rollout:
                 follows_engines=self.pools.endpoint is None,
                 info={**self.versions, "grader": GRADER_VERSION},
                 recipe=self.recipe,
+                run_id=self.trees.store.run_id,
             )
 
         self._workers = WorkerKind(

@@ -18,7 +18,6 @@ from cluster.folder.lineage import record_start
 from cluster.folder.run_folder import RunFolder
 from cluster.telemetry.live import LiveFile
 from cluster.telemetry.progress import ProgressView
-from rollout.store import RunStore
 
 
 class Session:
@@ -28,8 +27,8 @@ class Session:
         self.config = config
         self.view = view
         self.folder = RunFolder(config.run_dir)
-        self.store = RunStore(str(self.folder.root))
         self.fleet = Fleet(config, self.folder)
+        self.store = self.fleet.store
         self.fleet.note = view.note
 
     @contextmanager

@@ -8,6 +8,7 @@
     RUN/logs/, RUN/traces/             what each process logged, and traced if asked (docs/logs.md)
     RUN/metrics/                       what to scrape, and the last hour of samples (exporter)
     RUN/problems.parquet               id and level of every problem to search
+    RUN/problem_blocks/                the problems themselves, for the workers (stored_problems)
     RUN/problems/, RUN/base/           only with the miniature: generated files, initial weights
     RUN/base_with_markers/             only if the base model's tokenizer lacks step markers
     RUN/trajectories/round=R/          trees (rollout.store)
@@ -21,8 +22,9 @@
     RUN/report.json, report.png, report.html    what it all showed
 
 A stage is done when its product is there, written whole; nothing else is remembered. The folder
-must be on a file system that all machines of the cluster see. `rstar status` reads it from any
-machine, at any time, and writes nothing.
+must be on a file system that all machines of the cluster see, which each process of the run that
+needs it checks by the run's id before it begins (`rollout.run_store`). `rstar status` reads it from
+any machine, at any time, and writes nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import fcntl
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -73,6 +76,9 @@ RESUMABLE = (
 """What may differ when a run is continued: it says where it runs, not what it makes."""
 
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""s3://bucket/run, and what a `Path` makes of it; of one letter it could be a drive."""
+
 REPORT = "report.json"
 """What a finished run showed, under its folder."""
 
@@ -85,6 +91,17 @@ class RunFolder:
     """Paths and small records of one run."""
 
     def __init__(self, root: str | Path) -> None:
+        """
+        Raises:
+            RunFolderError: an address (s3://bucket/run) instead of a folder.
+        """
+        if _ADDRESS.match(str(root)):
+            raise RunFolderError(
+                f"{root}: a run's folder has to be a path, not an address: checkpoints and "
+                "datasets are files there; mount a file system that all machines share (NFS, EFS, "
+                "Filestore, Azure Files) and name a folder on it, as with "
+                "--set run_dir=/mnt/shared/runs/..."
+            )
         self.root = Path(root).absolute()
 
     def dataset(self, round: int) -> Path:
@@ -112,7 +129,7 @@ class RunFolder:
         """Make the folder and hold it: one driver at a time.
 
         Raises:
-            RunFolderError: no write permission, or another process holds it.
+            RunFolderError: no write permission, no locks, or another process holds it.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -125,7 +142,13 @@ class RunFolder:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    raise RunFolderError(
+                        f"{self.root}: its file system locks no files ({error.strerror}), so that "
+                        "two drivers could write it at once; mount it with NFS 4, or NFS 3 with "
+                        "its lock service running, or choose another folder with --set run_dir=..."
+                    ) from error
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
                 raise RunFolderError(

@@ -2,7 +2,8 @@
 
     plan(stage)  -> trajectories/round=R/plans/<stage>.json (create-only), jobs queued
     grant/renew  -> a lease, in memory only
-    complete     -> after the worker has committed: the job is done, its handed-back part is queued
+    complete     -> the marker the worker has committed is read from the store: the job is done, its
+                    handed-back part is queued
     job out of attempts -> an empty shard is committed that hands each problem back as a job of its
                     own (several problems) or quarantines it with its error (one problem)
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,7 @@ import ray
 from cluster.jobs.queue import (
     Job,
     JobQueue,
+    JobState,
     Lease,
     LeaseCounters,
     QueueConfig,
@@ -135,14 +138,19 @@ class Coordinator:
         self,
         root: str,
         config: QueueConfig | None = None,
+        run_id: str | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
+        Args:
+            root, run_id: see `RunStore`.
         Raises:
-            StoreError: the store cannot be written, or lets a key be created twice.
+            StoreError: the store is not the run's, cannot be written, or lets a key be created
+                twice.
         """
-        self.store = RunStore(root)
+        self.store = RunStore(root, run_id=run_id)
+        self.store.check_run()
         self.store.self_check()
         self.epoch = uuid.uuid4().hex[:8]
         self._clock = clock
@@ -256,15 +264,28 @@ class Coordinator:
         self._tick()
         return dropped
 
-    def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool:
-        """Take note that a job's shard is committed; False if that was known.
+    def complete(self, job_id: str, lease_id: str) -> bool:
+        """Take note that a job's shard is committed, whoever did it; False if that was known.
 
-        Args:
-            commit: the marker that stands in the store, whoever wrote it; `trees` may be left out.
+        What is committed is read from the marker, which nobody is believed to have written.
+
+        Raises:
+            StoreError: there is no marker, or it cannot be read; the job stays as it was.
         """
-        if self._queue.state(job_id) is None:
-            return False  # of a round that is sealed
-        self._trace("coordinator.complete", self._queue.job(job_id), lease=lease_id)
+        if self._queue.state(job_id) in (None, JobState.DONE):  # None: of a round that is sealed
+            return False
+        job = self._queue.job(job_id)
+        try:
+            commit = self._of_round(job.round).read_commit(job_id, trees=False)
+        except FileNotFoundError:
+            message = (
+                f"job {job_id} is said to be committed, and store {self.store.root} has no marker "
+                f"of it on machine {socket.gethostname()}, where the coordinator runs: have all "
+                "machines mount the same file system there, or choose another run_dir"
+            )
+            logger.error("%s job=%s lease=%s", message, job_id, lease_id)
+            raise StoreError(message) from None
+        self._trace("coordinator.complete", job, lease=lease_id)
         return self._record(job_id, lease_id, commit)
 
     def release(self, job_id: str, lease_id: str) -> bool:
@@ -370,7 +391,7 @@ class Coordinator:
             info={"stage": job.stage, "writer": "coordinator", "error": error},
         )
         # Whoever won: what stands in the store counts.
-        self._record(job.id, "", trajectories.read_commit(job.id))
+        self._record(job.id, "", trajectories.read_commit(job.id, trees=False))
         logger.warning(
             "A job out of attempts was %s: %s job=%s",
             "quarantined" if single else "split",

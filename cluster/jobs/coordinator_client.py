@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.queue import Lease
-from rollout.store import Commit
 
 
 class CoordinatorClient(Protocol):
@@ -24,7 +22,7 @@ class CoordinatorClient(Protocol):
         self, worker: str, leases: Sequence[tuple[str, str]], progress: WorkerProgress
     ) -> list[str]: ...
 
-    async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool: ...
+    async def complete(self, job_id: str, lease_id: str) -> bool: ...
 
     async def release(self, job_id: str, lease_id: str) -> bool: ...
 
@@ -61,9 +59,8 @@ class RemoteCoordinator:
     ) -> list[str]:
         return await self._call("renew", worker, leases, progress)
 
-    async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool:
-        # The coordinator needs the sums and the parts; the names of the trees are most of a marker.
-        return await self._call("complete", job_id, lease_id, replace(commit, trees=()))
+    async def complete(self, job_id: str, lease_id: str) -> bool:
+        return await self._call("complete", job_id, lease_id)
 
     async def release(self, job_id: str, lease_id: str) -> bool:
         return await self._call("release", job_id, lease_id)

@@ -13,12 +13,16 @@ taken as soon as a slot would stay empty. Their number follows the policy engine
 a pause that doubles, so that a thousand idle ones do not keep the coordinator busy. Problems of a
 shard do not depend on each other, nor on what else the worker runs.
 
-Whether a shard is done is decided in the store (`TrajectoryStore.commit`). The worker then reports
-the marker that stands there, its own or another's, so the coordinator learns what is covered even
-when this worker lost its lease long ago.
+Whether a shard is done is decided in the store (`TrajectoryStore.commit`). The worker then says
+that a marker stands there, its own or another's, so the coordinator, which reads it, learns what is
+covered even when this worker lost its lease long ago.
 
-While the store cannot be written a finished shard waits in memory, its lease is renewed, no new
-lease is taken, and the commit is tried again with back-off.
+A worker is of one run, by whose id it knows the store (`RunStore.check_run`): on a machine that has
+another folder in its place, or none, it does not start. While the store cannot be written, is gone,
+or the coordinator does not find there what was committed, a finished shard waits in memory, its
+lease is renewed, no new lease is taken, and the commit is tried again with back-off.
+
+Of all problems that may be leased a worker holds those of its shards.
 
 A search fills a tree that the worker holds, so it goes on from there after an engine failure. What
 is handed back takes its open trees along (`rollout.open_trees`), under the id of the job it
@@ -37,9 +41,10 @@ import logging
 import os
 import random
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field
@@ -48,8 +53,8 @@ from ray.exceptions import RayActorError
 from cluster.jobs.admission import AdmissionConfig, AdmissionController, EnginePressure, TreeSlots
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.coordinator_client import CoordinatorClient
-from cluster.jobs.queue import Lease, SearchTask
-from cluster.jobs.ray_errors import describe
+from cluster.jobs.queue import Job, Lease, SearchTask
+from cluster.jobs.ray_errors import describe, plain
 from cluster.telemetry import logs, metrics, tracing
 from learner.candidates import Recipe, candidates_file
 from rollout.engine import EngineError
@@ -61,6 +66,8 @@ from rollout.table import trees_to_table
 from rollout.tree import Discard, Tree
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Search = Callable[[Problem, SearchTask, Tree], Awaitable[Sequence[Tree]]]
 """Searches one problem, filling the tree it is given, which may hold a part of the search already.
@@ -143,6 +150,8 @@ class _Shard:
     lease: Lease
     unstarted: int
     """Problems that wait for a slot."""
+    problems: Mapping[str, Problem] = field(default_factory=dict)
+    """Those of the job that were read, by id."""
     trees: list[Tree] = field(default_factory=list)
     open: dict[str, Tree] = field(default_factory=dict)
     """Trees in search, by problem."""
@@ -176,22 +185,26 @@ class RolloutWorker:
         info: Mapping[str, Any] | None = None,
         follows_engines: bool = False,
         recipe: Recipe | None = None,
+        run_id: str | None = None,
     ) -> None:
         """
         Args:
             name: unique among the workers of the run, other incarnations included.
-            root: of the run's store.
-            problems: every problem that may be leased, by id.
+            root, run_id: of the run's store, see `RunStore`.
+            problems: every problem that may be leased, by id; asked in a thread, job by job.
             info: kept in each commit marker beside writer and stage.
             follows_engines: the number of open trees follows what `set_pressures` tells of the
                 policy; False: it is `max_open_trees`.
             recipe: by which trees are made into candidates for training as they are committed;
                 None: nobody selects from them.
+        Raises:
+            StoreError: the store on this machine is not the run's.
         """
         self.name = name
         self.config = config or WorkerConfig()
         self._coordinator = coordinator
-        self._store = RunStore(root)
+        self._store = RunStore(root, run_id=run_id)
+        self._store.check_run()
         self._problems = problems
         self._search = search
         self._info = dict(info or {})
@@ -369,7 +382,12 @@ class RolloutWorker:
     async def _work(self, shard: _Shard) -> None:
         job = shard.lease.job
         try:
-            if not await self._committed_already(shard):
+            if not await self._patiently(
+                lambda: self._committed_already(shard), f"read the marker job={job.id}"
+            ):
+                shard.problems = await self._patiently(
+                    lambda: asyncio.to_thread(self._problems_of, job), f"read problems job={job.id}"
+                )
                 await self._take_over(shard)
                 await self._search_all(shard)
                 if not shard.dropped:
@@ -399,11 +417,16 @@ class RolloutWorker:
         """True if somebody committed the shard and died before saying so; says it for them."""
         trajectories = TrajectoryStore(self._store, shard.lease.job.round)
         try:
-            commit = await asyncio.to_thread(trajectories.read_commit, shard.lease.job.id)
+            await asyncio.to_thread(trajectories.read_commit, shard.lease.job.id)
         except FileNotFoundError:
             return False
-        await self._coordinator.complete(shard.lease.job.id, shard.lease.id, commit)
+        await self._coordinator.complete(shard.lease.job.id, shard.lease.id)
         return True
+
+    def _problems_of(self, job: Job) -> dict[str, Problem]:
+        """Those problems of a job that can be leased; blocks."""
+        found = ((problem_id, self._problems.get(problem_id)) for problem_id in job.problem_ids)
+        return {problem_id: problem for problem_id, problem in found if problem is not None}
 
     async def _search_all(self, shard: _Shard) -> None:
         """Run the searches of a shard until all have ended or the shard is stopped."""
@@ -449,7 +472,7 @@ class RolloutWorker:
 
     async def _search_with_retries(self, shard: _Shard, problem_id: str) -> None:
         task = shard.lease.job.task(problem_id)
-        problem = self._problems.get(problem_id)
+        problem = shard.problems.get(problem_id)
         if problem is None:
             self._quarantine(shard, problem_id, "no problem of this id was read")
             return
@@ -608,20 +631,26 @@ class RolloutWorker:
         position = {problem_id: i for i, problem_id in enumerate(job.problem_ids)}
         shard.trees.sort(key=lambda tree: position[tree.problem.id])
         trajectories = TrajectoryStore(self._store, job.round)
+        attempt = uuid.uuid4().hex[:16]
+        derived = await asyncio.to_thread(self._derived, shard.trees)
 
-        def commit() -> bool:
-            return trajectories.commit(
+        async def commit() -> bool:
+            written = await asyncio.to_thread(
+                trajectories.commit,
                 job.id,
                 shard.trees,
                 info={**self._info, "stage": job.stage, "writer": self.name, "ended": shard.error},
                 failed=shard.failed,
                 remaining=handed_back,
-                derived=self._derived(shard.trees),
+                derived=derived,
+                attempt=attempt,
             )
+            metrics.observe(metrics.COMMIT_SECONDS, time.monotonic() - ended_s)
+            await self._coordinator.complete(job.id, lease.id)
+            return written
 
         ended_s = time.monotonic()
         written = await self._patiently(commit, f"commit job={job.id}")
-        metrics.observe(metrics.COMMIT_SECONDS, time.monotonic() - ended_s)
         metrics.count(metrics.COMMITS, outcome="written" if written else "late")
         if written:
             self._progress.committed = Totals.sum(
@@ -634,8 +663,6 @@ class RolloutWorker:
             shard.stop.set()
             if shard.has_file:
                 await self._forget_open_trees(shard, [job.id])
-        marker = await self._patiently(lambda: trajectories.read_commit(job.id), "read the marker")
-        await self._coordinator.complete(job.id, lease.id, marker)
 
     def _derived(self, trees: Sequence[Tree]) -> dict[str, bytes]:
         """What selection reads in place of the trees; nothing where it cannot be made."""
@@ -648,19 +675,19 @@ class RolloutWorker:
             logger.exception("Trees are committed without their candidates for training")
             return {}
 
-    async def _patiently(self, operation: Callable[[], Any], what: str) -> Any:
-        """Run a store operation in a thread, again and again while the store fails."""
+    async def _patiently(self, operation: Callable[[], Awaitable[T]], what: str) -> T:
+        """Do something with the store, again and again while the store fails."""
         give_up_s = time.monotonic() + self.config.commit_patience_s
         pause_s = 0.5
         waiting = False
         try:
             while True:
                 try:
-                    return await asyncio.to_thread(operation)
+                    return await operation()
                 except StoreError as error:
                     self._progress.error = describe(error)
                     metrics.count(metrics.STORE_ERRORS, operation=what.split()[0])
-                    logger.error("The store failed at %s: %s", what, error)
+                    logger.error("The store failed at %s: %s", what, plain(error))
                     if self._draining.is_set() or time.monotonic() > give_up_s:
                         raise
                     if not waiting:

@@ -303,8 +303,7 @@ class Simulation:
         if coordinator is None:
             return
         job = lease.job
-        marker = self._trajectories[job.round].read_commit(job.id)
-        coordinator.complete(job.id, lease.id, marker)
+        coordinator.complete(job.id, lease.id)
         if job.round == self._searched and coordinator.status(job.round).finished:
             self._search_ends(coordinator)
 

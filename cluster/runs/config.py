@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.evaluation.config import EvaluationConfig
-from cluster.fleet.config import ActorConfig, GivenModelsConfig, ServingConfig
+from cluster.fleet.config import ActorConfig, GivenModelsConfig, ServingConfig, check_run_dir
 from cluster.folder.config_file import Config
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig
@@ -238,3 +238,8 @@ class TrainRunConfig(Config):
     train_ppm: PreferenceTrainConfig = Field(
         default_factory=PreferenceTrainConfig, description="rstar train ppm"
     )
+
+    @model_validator(mode="after")
+    def _run_dir_of_all_machines(self) -> TrainRunConfig:
+        check_run_dir(self.run_dir, self.address, key="address")
+        return self

@@ -260,7 +260,9 @@ def _train_on_group(
         raise LearnerError(
             f"Ray could not be started at address={config.address!r}: {error}"
         ) from error
-    group = LearnerGroup(settings, storage)
+    store = RunStore(config.run_dir.absolute())
+    store.identify()
+    group = LearnerGroup(settings, storage, store=store)
     try:
         return group.fit(request, show)
     finally:

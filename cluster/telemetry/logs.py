@@ -113,7 +113,7 @@ def begin(run_dir: str | Path, process: str, **process_ids: Any) -> None:
     end()
     folder = Path(run_dir) / FOLDER
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # the run's folder is the driver's to make
     except OSError:
         return
     root = logging.getLogger()

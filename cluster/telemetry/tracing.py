@@ -95,7 +95,7 @@ class _File(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         lines = "".join(json.dumps(_as_record(span)) + "\n" for span in spans)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(exist_ok=True)  # the run's folder is the driver's to make
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)
         except OSError:

@@ -23,12 +23,13 @@ from cluster.jobs.coordinator import CoordinatorActor, RoundStatus
 from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, SandboxPool
 from cluster.jobs.queue import JobState, QueueConfig, SearchTask, StagePlan
+from cluster.jobs.ray_errors import describe
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.jobs.worker import RolloutWorkerActor, WorkerConfig
 from rollout.engine import EngineError, GenerationReply, GenerationRequest
 from rollout.problem import Problem
 from rollout.search import SearchConfig, run_search
-from rollout.store import RunStore, TrajectoryStore
+from rollout.store import RunStore, StoreError, TrajectoryStore
 from rollout.tree import Tree
 from tests.builders import answered, make_problem, make_tree
 from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
@@ -195,6 +196,38 @@ def hold(tmp_path: Path, name: str) -> Path:
     path = tmp_path / f"hold-{name}"
     path.touch()
     return path
+
+
+@ray.remote(num_cpus=0)
+class Liar:
+    """Leases everything and says that it is committed."""
+
+    def __init__(self, coordinator: RemoteCoordinator) -> None:
+        self.coordinator = coordinator
+
+    async def lie(self) -> list[str]:
+        """What it was answered."""
+        answers = []
+        while (lease := await self.coordinator.grant("liar")) is not None:
+            try:
+                answers.append(str(await self.coordinator.complete(lease.job.id, lease.id)))
+            except StoreError as error:
+                answers.append(describe(error))
+        return answers
+
+
+def test_worker_that_commits_nothing_is_not_believed(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = start(8)
+    liar = Liar.remote(RemoteCoordinator(run.coordinator))
+    run.workers.append(liar)
+    answers = ray.get(liar.lie.remote())
+    assert len(answers) == 2 and all("has no marker of it on machine" in a for a in answers)
+    assert run.done() == 0 and not run.status().finished
+    ray.get(run.coordinator.forget_worker.remote("liar"))
+    run.worker("w1", HeldSearch(run.started, tmp_path / "no-hold"))
+    run.finish()
 
 
 @ray.remote(num_cpus=0)

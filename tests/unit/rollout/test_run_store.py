@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import socket
 import threading
 from pathlib import Path
 
@@ -55,6 +56,44 @@ def test_what_is_put_is_read_and_listed(store: RunStore) -> None:
     assert store.files("a") == ["a/y.bin"]
     with pytest.raises(FileNotFoundError):
         store.read("a/x.bin")
+
+
+def test_a_run_keeps_its_id(store: RunStore) -> None:
+    first = store.identify()
+    assert first and RunStore(store.root).identify() == first
+    again = RunStore(store.root, run_id=first, backoff_s=0)
+    again.check_run()
+    again.put("a", b"1")
+    assert again.create("b", b"2") and again.read("a") == b"1"
+
+
+def test_a_store_of_another_run_is_refused(store: RunStore) -> None:
+    store.put("something", b"")
+    wanted = RunStore(store.root, run_id="wanted", backoff_s=0)
+    where = f"on machine {socket.gethostname()}, .*'wanted' .*have every machine mount"
+    with pytest.raises(StoreError, match=rf"{store.root} has no run\.id {where}"):
+        wanted.check_run()
+    other = store.identify()
+    with pytest.raises(
+        StoreError, match=rf"{store.root} is of another run \(run\.id: '{other}'\) "
+    ):
+        wanted.check_run()
+
+
+def test_a_folder_that_is_not_the_runs_is_never_made_or_written(tmp_path: Path) -> None:
+    """A machine without the mount, and one whose mount goes while it works."""
+    wanted = RunStore(tmp_path / "mount" / "run", run_id="wanted", backoff_s=0)
+    for write in (wanted.check_run, lambda: wanted.put("a", b""), lambda: wanted.create("a", b"")):
+        with pytest.raises(StoreError, match="mount/run is not there on machine"):
+            write()
+    assert not (tmp_path / "mount").exists()
+    run = RunStore(tmp_path / "mount" / "run", backoff_s=0)
+    run.identify()
+    (tmp_path / "mount").rename(tmp_path / "gone")
+    with pytest.raises(StoreError, match="is not there"):
+        run.put("a", b"")
+    (tmp_path / "gone").rename(tmp_path / "mount")
+    run.put("a", b"")
 
 
 def test_a_key_is_created_once(store: RunStore) -> None:

@@ -45,6 +45,80 @@ def test_a_commit_whose_answer_was_lost_is_still_ones_own(
     assert len(store.files("trajectories/round=2/data")) == 1
 
 
+def test_a_commit_that_is_tried_again_finds_its_own_marker(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marker was created, and nothing more was heard of the store for a while."""
+    read = RunStore.read
+    cut_off = [True]
+
+    def away(self: RunStore, path: str) -> bytes:
+        if cut_off and path.endswith("s1.json"):
+            raise StoreError("the store is away")
+        return read(self, path)
+
+    create = RunStore.create
+    monkeypatch.setattr(RunStore, "create", lambda *given: create(*given) and not cut_off)
+    monkeypatch.setattr(RunStore, "read", away)
+    round_ = TrajectoryStore(store, 2)
+    with pytest.raises(StoreError, match="away"):
+        round_.commit("s1", trees("a"), attempt="mine")
+    cut_off.clear()
+    assert round_.commit("s1", trees("a"), attempt="mine")
+    assert not round_.commit("s1", trees("a"), attempt="other")
+    assert not round_.commit("s1", trees("a"))
+    assert len(store.files("trajectories/round=2/data")) == 1
+    assert store.exists(round_.read_commit("s1").path)
+
+
+def test_the_data_of_a_try_that_was_overtaken_goes(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = TrajectoryStore(store, 2)
+    create = RunStore.create
+
+    def fails(*given: object) -> bool:
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(RunStore, "create", fails)
+    with pytest.raises(StoreError, match="away"):
+        round_.commit("s1", trees("a"), attempt="late")
+    monkeypatch.setattr(RunStore, "create", create)
+    assert round_.commit("s1", trees("a", solved=False), attempt="first")
+    assert not round_.commit("s1", trees("a"), attempt="late")
+    assert store.files("trajectories/round=2/data") == [round_.read_commit("s1").path]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "run.id",
+        "../other/trajectories/round=2/data/s1-x.parquet",
+        "trajectories/round=1/data/s1-x.parquet",
+        "trajectories/round=2/data/../../../secret.parquet",
+        "/trajectories/round=2/data/s1-x.parquet",
+    ],
+)
+def test_a_marker_that_names_a_file_elsewhere_is_refused(store: RunStore, path: str) -> None:
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", trees("a"))
+    marker = "trajectories/round=2/commits/s1.json"
+    store.put(marker, replace(round_.read_commit("s1"), path=path).to_json())
+    for read in (round_.commits, round_.seal, lambda: round_.read_commit("s1")):
+        with pytest.raises(StoreError, match=r"s1\.json .* no data file of round 2"):
+            read()
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(store: RunStore) -> None:
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", trees("a"))
+    manifest = round_.seal()
+    wrong = replace(manifest, files=(replace(manifest.files[0], path="../x.parquet"),))
+    store.put("trajectories/round=2/manifest.json", wrong.to_json())
+    with pytest.raises(StoreError, match=r"manifest\.json .* no data file of round 2"):
+        list(round_.trees())
+
+
 def test_markers_can_be_read_without_the_names_of_their_trees(store: RunStore) -> None:
     round_ = TrajectoryStore(store, 2)
     round_.commit("s1", trees("a", "b"), failed={"c": "error"}, remaining=[["d"]])
@@ -158,11 +232,81 @@ def test_the_first_seal_stands(store: RunStore) -> None:
     assert sealed.totals.trees == 1
 
 
-def test_sealing_uncommitted_shards_is_refused(store: RunStore) -> None:
+def test_sealing_uncommitted_shards_is_refused(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout.store.LISTING_S", 0.0)
     round_ = TrajectoryStore(store, 2)
     round_.commit("s1", trees("a"))
     with pytest.raises(StoreError, match="1 of 2 shards are not committed, the first is s2"):
         round_.seal(["s1", "s2"])
+
+
+def old_listings(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Listings without the files of this name, as of a client that holds on to old ones."""
+    files = RunStore.files
+    monkeypatch.setattr(
+        RunStore,
+        "files",
+        lambda self, prefix: [path for path in files(self, prefix) if missing not in path],
+    )
+
+
+def test_shards_that_a_listing_lacks_are_sealed(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = TrajectoryStore(store, 2)
+    for name in ("s1", "s2", "s3"):
+        round_.commit(name, trees(f"problem-{name}"))
+    old_listings(monkeypatch, "s2")
+    assert [file.shard for file in round_.seal(["s1", "s2", "s3"]).files] == ["s1", "s2", "s3"]
+    # From here on what is read goes by the manifest.
+    assert sorted(round_.commits()) == ["s1", "s2", "s3"]
+    assert round_.solved() == {"problem-s1", "problem-s2", "problem-s3"}
+    assert round_.remove_orphans(older_than_s=-1e9, now_unix_s=2e9) == []
+    assert len(list(round_.trees())) == 3
+
+
+def test_a_shard_that_appears_late_is_waited_for(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", trees("a"))
+    old_listings(monkeypatch, "s2")
+    pauses: list[float] = []
+
+    def appears(pause_s: float) -> None:
+        pauses.append(pause_s)
+        if len(pauses) == 3:
+            round_.commit("s2", trees("b"))
+
+    monkeypatch.setattr("rollout.store.time.sleep", appears)
+    assert round_.seal(["s1", "s2"]).totals.trees == 2
+    assert len(pauses) == 3
+
+
+def test_regraded_shards_that_a_listing_lacks_are_sealed(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = TrajectoryStore(store, 2)
+    for name in ("s1", "s2"):
+        round_.commit(name, trees(name))
+    manifest = round_.seal()
+    generation = round_.begin_regrade("answers-2")
+    for file in manifest.files:
+        commit = round_.read_commit(file.shard)
+        assert round_.commit_regrade(generation, commit, round_.read_table(file))
+    old_listings(monkeypatch, "commits/s2")
+    assert len(round_.seal_regrade(generation).files) == 2
+
+
+def test_a_marker_that_went_after_the_seal_is_named(tmp_path: Path) -> None:
+    round_ = TrajectoryStore(RunStore(tmp_path, backoff_s=0), 2)
+    round_.commit("s1", trees("a"))
+    round_.seal()
+    (tmp_path / "trajectories/round=2/commits/s1.json").unlink()
+    with pytest.raises(StoreError, match=r"marker of round 2 .* is missing: .*s1\.json"):
+        round_.commits()
 
 
 def test_sealing_the_same_tree_twice_is_refused(store: RunStore) -> None:

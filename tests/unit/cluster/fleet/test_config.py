@@ -25,6 +25,17 @@ def test_ranks_of_a_replica_have_a_bundle_each() -> None:
     assert ActorConfig().rank_bundles(2) == []
 
 
+def test_run_dir_of_several_machines_is_no_relative_path() -> None:
+    data = {"run_dir": "runs/a", "problems": "p.jsonl", "policy": "x"}
+    assert make_config(data, kind=RolloutConfig, source="test").run_dir == Path("runs/a")
+    with pytest.raises(
+        ConfigError, match=r"run_dir must be absolute unless cluster.address .*mount"
+    ):
+        make_config(data, ["cluster.address=auto"], kind=RolloutConfig, source="test")
+    overrides = ["cluster.address=auto", "run_dir=/mnt/shared/a"]
+    make_config(data, overrides, kind=RolloutConfig, source="test")
+
+
 def test_gpus_of_a_replica_must_be_those_of_its_engine(tmp_path: Path) -> None:
     data = {
         "run_dir": tmp_path,

@@ -4,14 +4,22 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.fleet import learner_group
 from cluster.fleet.config import ActorConfig
-from cluster.fleet.learner_group import LearnerGroup, LearnerLostError, Mailbox, Outcome
+from cluster.fleet.learner_group import (
+    LearnerGroup,
+    LearnerLostError,
+    Mailbox,
+    Outcome,
+    _find_store,
+)
 from learner.fit import FitProgress, FitRequest, LearnerError, PolicyTrainConfig
+from rollout.store import RunStore
 
 
 def request(name: str = "round=1/policy") -> FitRequest:
@@ -28,6 +36,14 @@ def request(name: str = "round=1/policy") -> FitRequest:
 
 def at_step(step: int) -> FitProgress:
     return FitProgress(fit_id="f", step=step, num_steps=9, loss=1.0, tokens_per_s=1.0)
+
+
+def test_rank_on_a_machine_without_the_runs_store_trains_nothing(tmp_path: Path):
+    run_id = RunStore(tmp_path / "run").identify()
+    _find_store(RunStore(tmp_path / "run", run_id=run_id))
+    with pytest.raises(LearnerError, match=r"elsewhere is not there on machine .*mount"):
+        _find_store(RunStore(tmp_path / "elsewhere", run_id=run_id))
+    assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_rank_waits_until_a_request_comes():

@@ -67,6 +67,26 @@ def test_folder_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refused(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refused)
+    folder = RunFolder(tmp_path / "run")
+    wanted = rf"run: its file system locks no files \({os.strerror(code)}\).* NFS 4"
+    with pytest.raises(RunFolderError, match=wanted), folder.locked():
+        pass
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/run", Path("s3://bucket/run"), "gs:/b", "file:///x"])
+def test_address_is_no_run_folder(root: str | Path) -> None:
+    with pytest.raises(RunFolderError, match=r"has to be a path, not an address.*mount"):
+        RunFolder(root)
+
+
 def test_problems_are_read_back_with_their_levels(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.problem_levels() == {}

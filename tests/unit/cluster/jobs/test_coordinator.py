@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from cluster.jobs.coordinator import Coordinator, WorkerProgress
 from cluster.jobs.coordinator_client import RemoteCoordinator
 from cluster.jobs.queue import JobState, Lease, QueueConfig, StagePlan
 from rollout.open_trees import OpenTreeStore
-from rollout.store import Commit, RunStore, StoreError, TrajectoryStore
+from rollout.store import RunStore, StoreError, TrajectoryStore
 from rollout.table import trees_to_table
 from rollout.tree import Tree
 from tests.builders import answered, make_problem, make_tree
@@ -61,14 +60,14 @@ def work(
     only: tuple[str, ...] | None = None,
     failed: dict[str, str] | None = None,
 ) -> bool:
-    """Do what a worker does with a lease: commit, then report the marker that stands."""
+    """Do what a worker does with a lease: commit, then say so."""
     job = lease.job
     done = job.problem_ids if only is None else only
     rest = [p for p in job.problem_ids if p not in done and p not in (failed or {})]
     store = TrajectoryStore(coordinator.store, job.round)
     trees = [tree(p, job.tree_index) for p in done if p not in (failed or {})]
     store.commit(job.id, trees, failed=failed, remaining=[rest] if rest else [])
-    return coordinator.complete(job.id, lease.id, store.read_commit(job.id))
+    return coordinator.complete(job.id, lease.id)
 
 
 def grant(coordinator: Coordinator, worker: str = "w1") -> Lease:
@@ -343,31 +342,42 @@ def test_forgotten_worker_loses_its_leases(coordinator: Coordinator) -> None:
 def test_completion_of_an_unknown_job_is_ignored(coordinator: Coordinator) -> None:
     store = TrajectoryStore(coordinator.store, 9)
     store.commit("alien", [tree("z")])
-    assert not coordinator.complete("alien", "x", store.read_commit("alien"))
+    assert not coordinator.complete("alien", "x")
 
 
-async def test_sums_and_parts_of_a_marker_are_sent_the_names_of_its_trees_are_not(
-    coordinator: Coordinator,
-) -> None:
+def test_completion_without_a_marker_is_not_believed(coordinator: Coordinator) -> None:
+    """A worker that lies, or writes to a disk of its own."""
+    coordinator.plan(plan("a", "b"))
+    lease = grant(coordinator)
+    elsewhere = TrajectoryStore(RunStore(f"{coordinator.store.root}-of-another-machine"), 1)
+    elsewhere.commit(lease.job.id, [tree("a"), tree("b")])
+    with pytest.raises(StoreError, match=f"{lease.job.id} is said .* no marker .* machine .*mount"):
+        coordinator.complete(lease.job.id, lease.id)
+    assert not coordinator.status(1).finished and coordinator.status(1).totals.trees == 0
+    assert work(coordinator, lease)
+    assert coordinator.status(1).finished
+
+
+def test_coordinator_counts_what_the_marker_says(coordinator: Coordinator) -> None:
     coordinator.plan(plan("a", "b"))
     lease = grant(coordinator)
     store = TrajectoryStore(coordinator.store, 1)
     store.commit(lease.job.id, [tree("a")], remaining=[["b"]])
-    sent = []
-
-    class Method:
-        async def remote(self, job_id: str, lease_id: str, commit: Commit) -> bool:
-            sent.append(commit)
-            return coordinator.complete(job_id, lease_id, commit)
-
-    class Handle:
-        complete = Method()
-
-    marker = store.read_commit(lease.job.id)
-    assert await RemoteCoordinator(Handle()).complete(lease.job.id, lease.id, marker)
-    assert sent == [replace(marker, trees=())]
+    assert coordinator.complete(lease.job.id, lease.id)
+    assert not coordinator.complete(lease.job.id, lease.id)
     assert coordinator.status(1).totals.trees == 1
     assert grant(coordinator).job.problem_ids == ("b",)
+
+
+def test_coordinator_of_another_run_does_not_start(tmp_path: Path) -> None:
+    run = RunStore(tmp_path / "run").identify()
+    RunStore(tmp_path / "other").identify()
+    with pytest.raises(StoreError, match=f"other is of another run .*{run}"):
+        Coordinator(str(tmp_path / "other"), run_id=run)
+    with pytest.raises(StoreError, match=r"nowhere is not there"):
+        Coordinator(str(tmp_path / "nowhere"), run_id=run)
+    assert not (tmp_path / "nowhere").exists()
+    assert Coordinator(str(tmp_path / "run"), run_id=run).plan(plan("a")).round == 1
 
 
 async def test_worker_finds_the_coordinator_that_took_the_place_of_a_dead_one(

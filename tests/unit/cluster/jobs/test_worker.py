@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
 from rollout.prompt import SHORT_TEMPLATE
 from rollout.search import SearchError
-from rollout.store import Commit, StoreError, TrajectoryStore
+from rollout.store import StoreError, TrajectoryStore
 from rollout.tree import Tree
 from tests.builders import answered, make_problem, make_tree
 
@@ -56,8 +57,8 @@ class LocalCoordinator:
         self.renewals += 1
         return self.inner.renew(worker, leases, progress)
 
-    async def complete(self, job_id: str, lease_id: str, commit: Commit) -> bool:
-        return self.inner.complete(job_id, lease_id, commit)
+    async def complete(self, job_id: str, lease_id: str) -> bool:
+        return self.inner.complete(job_id, lease_id)
 
     async def release(self, job_id: str, lease_id: str) -> bool:
         return self.inner.release(job_id, lease_id)
@@ -141,6 +142,7 @@ class Setting:
         unknown: Sequence[str] = (),
         follows_engines: bool = False,
         recipe: Recipe | None = None,
+        run_id: str | None = None,
     ) -> RolloutWorker:
         problems = {p: make_problem(p) for p in self.problem_ids if p not in unknown}
         return RolloutWorker(
@@ -153,6 +155,7 @@ class Setting:
             info={"versions": {"rstar": "1"}},
             follows_engines=follows_engines,
             recipe=recipe,
+            run_id=run_id,
         )
 
     @asynccontextmanager
@@ -567,7 +570,7 @@ async def test_lost_lease_stops_the_shard(setting: Setting) -> None:
         (job,) = setting.inner._queue.jobs(1)
         trees = [make_tree(problem=make_problem(p), round=1) for p in "ab"]
         setting.store.commit(job.id, trees)
-        setting.inner.complete(job.id, "", setting.store.read_commit(job.id))
+        setting.inner.complete(job.id, "")
         await setting.until(lambda: not setting.searches.open)
     assert worker.progress().lost_leases == 1
     setting.check()
@@ -626,6 +629,88 @@ async def test_failing_store_is_waited_out_while_the_lease_is_renewed(
         failing.clear()
         await setting.finish()
     assert sorted(setting.searches.started) == problem_ids
+    setting.check()
+
+
+async def test_marker_whose_creation_was_unclear_is_the_workers_own(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part of a job is handed back as the store answers nothing any more: all was written."""
+    setting.plan(*"ab")
+    search = GrowingSearch()
+    search.hold_at = {"b": 3}
+    commit = TrajectoryStore.commit
+    unclear = [True]
+
+    def answer_is_lost(self: TrajectoryStore, *given: Any, **named: Any) -> bool:
+        written = commit(self, *given, **named)
+        if unclear:
+            unclear.clear()
+            raise StoreError("no answer")
+        return written
+
+    monkeypatch.setattr(TrajectoryStore, "commit", answer_is_lost)
+    config = FAST.model_copy(update={"engine_attempts": 1})
+    worker = setting.worker(search=search, config=config)
+    async with setting.running(worker):
+        await setting.until(lambda: search.held == {"b"} and worker.progress().finished.trees == 1)
+        (shard,) = worker._shards.values()
+        shard.error = "the engines fail"
+        shard.stop.set()
+        # What was handed back is gone on with, by whoever gets it.
+        search.hold_at = {}
+        await setting.finish()
+        assert worker.progress().committed.trees == 2
+        assert worker.progress().resumed_trees == 1
+    assert len(setting.inner.store.files(f"{setting.store.prefix}/data")) == 2
+    setting.check()
+
+
+async def test_worker_waits_for_a_mount_that_is_gone(tmp_path: Path) -> None:
+    """The mount of the worker's machine is gone for a while: nothing is written into its place."""
+    setting = Setting(tmp_path / "run")
+    setting.plan(*"abcdefgh")
+    run = Path(setting.inner.store.root)
+    worker = setting.worker(run_id=setting.inner.store.identify())
+    gone = run.with_name("gone")
+    setting.searches.hold("a")
+    async with setting.running(worker):
+        await setting.until(lambda: "a" in setting.searches.open)
+        run.rename(gone)
+        setting.searches.let_go("a")
+        await setting.until(lambda: worker.progress().waiting_commits > 0)
+        assert "is not there on machine" in worker.progress().error
+        assert not run.exists()
+        gone.rename(run)
+        await setting.finish()
+    assert sorted(setting.searches.started) == list("abcdefgh")
+    setting.check()
+
+
+async def test_worker_of_another_run_does_not_start(setting: Setting) -> None:
+    setting.inner.store.identify()
+    with pytest.raises(StoreError, match="is of another run"):
+        setting.worker(run_id="wanted")
+
+
+async def test_problems_of_a_store_that_is_away_are_waited_for(setting: Setting) -> None:
+    """An outage of reading must quarantine nothing."""
+    setting.plan(*"abcdefgh")
+    failing = [True]
+
+    class Problems(dict[str, Problem]):
+        def get(self, problem_id: str, default: Any = None) -> Any:
+            if failing:
+                raise StoreError("the store is away")
+            return super().get(problem_id, default)
+
+    worker = setting.worker()
+    worker._problems = Problems({p: make_problem(p) for p in "abcdefgh"})
+    async with setting.running(worker):
+        await setting.until(lambda: worker.progress().waiting_commits > 0)
+        assert "away" in worker.progress().error and setting.searches.started == []
+        failing.clear()
+        await setting.finish()
     setting.check()
 
 

@@ -199,7 +199,10 @@ def test_each_grader_writes_its_own_generation(run: Path) -> None:
     assert {tree.grader_version for tree in trees.trees()} == {"answers-2"}
 
 
-def test_what_an_older_grader_left_unfinished_is_not_mixed_in(run: Path) -> None:
+def test_what_an_older_grader_left_unfinished_is_not_mixed_in(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout.store.LISTING_S", 0.0)
     trees = TrajectoryStore(RunStore(run), 1)
     assert trees.begin_regrade("answers-1") == 1
     assert trees.begin_regrade("answers-1") == 1
