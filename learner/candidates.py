@@ -304,11 +304,12 @@ def kept_pairs(texts: Sequence[tuple[str, str, str]]) -> tuple[list[bool], Count
 def _as_stored(tree: Tree) -> Tree:
     """The tree as it is read back from the store."""
     problem = tree.problem
+    texts = [problem.id, problem.source, problem.text, problem.rewording_of]
+    for node in tree.nodes:
+        if node.step is not None and node.discard is None:
+            texts += node.step.text, node.step.output or ""
     try:
-        f"{problem.id}{problem.source}{problem.text}{problem.rewording_of}".encode()
-        for node in tree.nodes:
-            if node.step is not None and node.discard is None:
-                f"{node.step.text}{node.step.output}".encode()
+        "".join(texts).encode()
     except UnicodeEncodeError:
         return table_to_trees(trees_to_table([tree]))[0]
     return tree

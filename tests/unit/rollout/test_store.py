@@ -197,7 +197,7 @@ def test_what_a_killed_worker_derived_is_removed_and_the_committed_stays(tmp_pat
     left = f"{mine[:-1]}{'0' if mine[-1] != '0' else '1'}"
     round_.store.put(left, b"left")
     round_.seal()
-    assert round_.remove_orphans(older_than_s=-1e9, now_unix_s=0.0) == [left]
+    assert round_.remove_orphans(older_than_s=-1e10, now_unix_s=0.0) == [left]
     assert round_.store.read(mine) == b"mine"
 
 
