@@ -21,7 +21,7 @@ Parts:
   more than an open tree has. `checkpoint_loop_s` holds the worker's searches up, `checkpoint_s` is
   all of it, by CPU time; `checkpoint_mib` goes to the store, here the local disk.
 * simulation: `rstar simulate` with its defaults; what its figures mean is printed by that command.
-* short, losses, zone, learner: the same at a smaller size (`SCENARIOS`), each in two CPU minutes:
+* short, losses, zone, learner: the same at a smaller size (`SCENARIOS`), for two CPU minutes each:
   one of 16 machines is not to be had for an hour; 20 % of the replicas are lost an hour; a third of
   them goes for ten minutes; the learner's machine comes, is lost, and goes. Figures end with the
   name of the part; after it `_old` are those of the rules before (`OLD_RULES`: all replicas are
