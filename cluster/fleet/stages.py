@@ -122,7 +122,7 @@ class StageSearch:
         if isinstance(engine, ReplicaPool):
             engine.set_pressures(pressures)
 
-    def _engine(self, pool: str) -> PolicyEngine | PreferenceEngine | StepSandbox | None:
+    def _engine(self, pool: str) -> object:
         return {"policy": self.policy, "ppm": self.preference, "sandbox": self.sandbox}[pool]
 
     async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> list[Tree]:
