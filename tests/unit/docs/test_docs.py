@@ -142,7 +142,8 @@ def test_a_module_that_is_run_is_there_and_knows_its_options(shown: Shown) -> No
     module = words[2]
     if module.split(".")[0] not in PACKAGES:
         return
-    path = ROOT / (module.replace(".", "/") + ".py")
+    place = ROOT / module.replace(".", "/")
+    path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
     assert path.exists(), f"{shown.page}:{shown.line}: no {module}"
     source = path.read_text(encoding="utf-8")
     for word in words[3:]:
