@@ -347,7 +347,7 @@ def simulation_figures(config: SimulationConfig, curve: LatencyCurve) -> dict[st
 
 
 def scenario_figures(name: str, curve: LatencyCurve) -> dict[str, float]:
-    figures = {}
+    figures: dict[str, float] = {}
     for rules, changes in VARIANTS.get(name, {"": {}}).items():
         config = SimulationConfig(**SCENARIOS[name] | changes)
         found = simulation_figures(config, curve)

@@ -60,7 +60,8 @@ def _write(node: ast.AST, words: list[str]) -> None:
         words.append(f"={node.kind} {node.value!r}")
         return
     words.append(f"({node.__class__.__name__}")
-    for name in _fields(node.__class__):
+    kind: Any = node.__class__  # `AST` itself has no hash for a type checker
+    for name in _fields(kind):
         value = getattr(node, name, None)
         if isinstance(value, ast.AST):
             _write(value, words)

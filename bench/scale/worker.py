@@ -112,7 +112,7 @@ def _measure(root: str, num_problems: int) -> dict[str, float]:
 
     def worker(name: str, known: Any) -> tuple[Any, int]:
         client = RemoteCoordinator(coordinator)
-        made = RolloutWorkerActor.remote(
+        made: Any = RolloutWorkerActor.remote(
             name, client, root, known, NoSearch(), WorkerConfig(), run_id=run_id
         )
         pid: Any = ray.get(made.pid.remote())

@@ -163,7 +163,8 @@ class EvaluationRun:
         before = (self.folder.read(name) or {}).get("seconds", 0.0)
         outcome: RolloutOutcome | None = None
         solve = partial(
-            *(fleet.rollout, arm.round, jobs, [stage]),
+            fleet.rollout,
+            *(arm.round, jobs, [stage]),
             preference=guided,
             on_progress=self.view.update,
         )

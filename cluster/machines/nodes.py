@@ -85,7 +85,7 @@ def most_by_autoscaler() -> dict[str, float]:
     without an autoscaler."""
     from ray._private.state import state
 
-    return state.get_max_resources_from_cluster_config() or {}
+    return dict(state.get_max_resources_from_cluster_config() or {})
 
 
 def groups_made_by(actor: Any) -> dict[str, bool]:

@@ -19,7 +19,7 @@ from cluster.folder.run_folder import RunFolder
 from cluster.jobs.coordinator import Coordinator
 from cluster.jobs.queue import QueueConfig, StagePlan
 from cluster.jobs.worker import RolloutWorker, WorkerConfig
-from rollout.engine import Completion, FinishReason, GenerationRequest
+from rollout.engine import Completion, FinishReason, GenerationReply, GenerationRequest
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig, SearchError
 from rollout.store import RunStore, TrajectoryStore, evaluation_of, stored_rounds
@@ -339,8 +339,25 @@ async def test_engines_that_fail_cost_retries_and_change_nothing(tmp_path: Path)
     assert sum(p.search is not None for p in expected.problems) == 8
 
 
+class StuckPolicy(ScriptedPolicy):
+    """Answers about so many problems, and never about another one."""
+
+    def __init__(self, script: Any, *, after: int) -> None:
+        super().__init__(script)
+        self.after = after
+        self.known: set[str] = set()
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        if len(self.known) < self.after:
+            self.known.add(request.routing_key)
+        if request.routing_key not in self.known:
+            await asyncio.Event().wait()
+        return await super().generate(request)
+
+
 async def test_what_is_committed_is_not_evaluated_again(tmp_path: Path) -> None:
     first = local(tmp_path / "cut")
+    first.policy = StuckPolicy(random_steps, after=7)
     work = asyncio.create_task(first.evaluate(TWELVE))
     while not first.committed:
         await asyncio.sleep(0.005)
