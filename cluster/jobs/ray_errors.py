@@ -7,6 +7,9 @@ told from other errors: commands that start no Ray explain errors too.
 
 from __future__ import annotations
 
+_CREATION = "raised in its creation task"
+"""What Ray says of an actor whose `__init__` raised."""
+
 
 def plain(error: BaseException) -> BaseException:
     """The error as it was raised, in whatever process."""
@@ -26,6 +29,11 @@ def cause(error: BaseException) -> str:
     if plain(error) is not error:
         return describe(error)
     text = str(error).strip()
+    if _CREATION in text:
+        # A traceback of the other process, whose last lines are the error.
+        lines = text.splitlines()
+        frames = [number for number, line in enumerate(lines) if line.startswith(" ")]
+        return " ".join(" ".join(lines[frames[-1] + 1 if frames else 0 :]).split())
     if isinstance(error, RayActorError):
         # Before this Ray says which actor, behind it what kills processes in general.
         said = text.partition("The actor is dead because ")[2] or text

@@ -21,12 +21,23 @@ def test_an_error_of_an_actor_is_told_without_its_traceback() -> None:
     assert cause(from_an_actor(inner)) == "EngineError: out of memory"
 
 
+IN_CREATION = """ray::worker.__init__() (pid=7)
+  File "worker.py", line 7, in __init__
+    found = open()
+rollout.store.StoreError: the store
+is not there"""
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (EngineError("not ready after 3 s"), "not ready after 3 s"),
         (EngineError("Traceback ...\n  here\nit broke\n"), "it broke"),
         (EngineError(), "EngineError"),
+        (
+            ActorDiedError(RayTaskError("__init__", IN_CREATION, EngineError())),
+            "rollout.store.StoreError: the store is not there",
+        ),
         (ActorDiedError(), "The actor died unexpectedly before finishing this task."),
     ],
 )
