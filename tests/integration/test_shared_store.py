@@ -65,7 +65,8 @@ def make(cluster: Cluster, **other: Any) -> tuple[Fleet, Path]:
     """A fleet whose rollout workers stand on nodes that offer `worker`, and its hold file."""
     one: dict[str, Any] = {"replicas": 1, "resources": {"spot": 1}}
     workers = {"replicas": 1, "resources": {"worker": 1}}
-    fleet = make_fleet(RUN, cluster, policy=one, sandbox=one, **{"workers": workers} | other)
+    pools = {"policy": one, "sandbox": one, "workers": workers} | other
+    fleet = make_fleet(RUN, cluster, **pools)
     hold = fleet.folder.root / "hold"
     hold.touch()
     return fleet, hold
