@@ -51,12 +51,12 @@ async def test_resource_that_no_node_has_is_named_then_ends_the_start(
         began_s = time.monotonic()
         starting = asyncio.create_task(fleet.start(tmp_path / "x", version="r0", learner=False))
         await until(
-            lambda: any("waits for a place" in text for _, text in notes) or starting.done()
+            lambda: any("waits for a place: " in text for _, text in notes) or starting.done()
         )
         with pytest.raises(EngineError) as caught:
             await starting
     said = "policy replica (1 policy): no node has policy; the cluster has CPU"
-    (told,) = [(when_s, text) for when_s, text in notes if "waits for a place" in text]
+    (told,) = [(when_s, text) for when_s, text in notes if "waits for a place: " in text]
     told_first = f"0 of 1 policy replicas serve; 1 waits for a place: {said}"
     assert told[1].startswith(told_first)
     assert str(caught.value).startswith(told_first)
