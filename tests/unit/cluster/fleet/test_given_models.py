@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
 
 from cluster.engines.model_check import ModelCheckError
-from cluster.fleet.given_models import form_note, with_policy_form
+from cluster.fleet import given_models
+from cluster.fleet.given_models import form_note, given_checkpoint, with_policy_form
 from cluster.folder.config_file import ConfigError
 from cluster.runs.config import RolloutConfig
 from rollout.prompt import render_question
@@ -87,3 +90,19 @@ def test_an_endpoint_is_asked_in_the_chat_form_of_a_named_tokenizer(tmp_path: Pa
     endpoint["tokenizer"] = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"nothing: no tokenizer for search\.bootstrap\.chat"):
         with_policy_form(RolloutConfig.model_validate(asked))
+
+
+async def test_the_event_loop_runs_on_while_a_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looped = threading.Event()
+
+    def digest(path: Path) -> str:
+        assert looped.wait(60), "the event loop stood still"
+        return "0123456789"
+
+    monkeypatch.setattr(given_models, "directory_digest", digest)
+    reading = asyncio.create_task(given_checkpoint("policy", tmp_path))
+    await asyncio.sleep(0.05)
+    looped.set()
+    assert (await reading).version == "policy-r0-01234567"

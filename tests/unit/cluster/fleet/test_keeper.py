@@ -489,6 +489,7 @@ async def test_start_is_not_given_up_because_the_event_loop_stood_still() -> Non
     starting = asyncio.create_task(at.keeper.start())
     await asyncio.sleep(0.01)
     time.sleep(0.6)
+    await asyncio.sleep(0.02)
     await places(at, 1)
     await starting
     await at.keeper.stop()
