@@ -41,7 +41,7 @@ def without_reservation() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     alive = gcs_pb2.ActorTableData.ActorState.ALIVE
     for data in actors():
-        if data.state == alive and not data.required_resources:
+        if data.state == alive and set(data.required_resources) <= {"memory"}:
             found.setdefault(data.class_name, []).append(data.address.node_id.hex())
     return found
 

@@ -77,7 +77,12 @@ def node_of(handle: Any) -> str:
 def near_driver(*, soft: bool = True) -> dict[str, Any]:
     """Placed on the driver's machine, which is no spot node: as a wish, or nowhere else."""
     node_id = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft)}
+    return {
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft),
+        # What asks for nothing is placed by any node, and one that has just joined does not know
+        # this one yet; what asks for a byte is placed by the driver's own.
+        "memory": 1,
+    }
 
 
 def most_by_autoscaler() -> dict[str, float]:
