@@ -39,9 +39,9 @@ WORDS = ("let", "be", "the", "all", "positive", "such", "that", "find", "x", "\\
 class NoSearch:
     """Each search ends at once, with the root alone."""
 
-    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> Tree:
+    async def __call__(self, problem: Problem, task: SearchTask, tree: Tree) -> list[Tree]:
         await asyncio.sleep(0)
-        return tree
+        return [tree]
 
 
 def make_problems(count: int) -> Iterator[Problem]:
