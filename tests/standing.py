@@ -32,6 +32,7 @@ OF_RAY = {
     "TrainController": DRIVER,
     "SynchronizationActor": DRIVER,
     "_AutoscalingCoordinatorActor": DRIVER,
+    "DatasetManager": DRIVER,
 }
 """What Ray Train starts beside the learner's ranks; it chooses these places itself."""
 

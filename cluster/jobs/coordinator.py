@@ -272,8 +272,11 @@ class Coordinator:
         Raises:
             StoreError: there is no marker, or it cannot be read; the job stays as it was.
         """
-        if self._queue.state(job_id) in (None, JobState.DONE):  # None: of a round that is sealed
+        state = self._queue.state(job_id)
+        if state is None:  # of a round that is sealed
             return False
+        if state is JobState.DONE:  # counted as late
+            return self._queue.complete(job_id, lease_id)
         job = self._queue.job(job_id)
         try:
             commit = self._of_round(job.round).read_commit(job_id, trees=False)

@@ -108,7 +108,7 @@ async def test_replicas_that_are_to_read_checkpoints_of_the_run_do_not_start_wit
     fleet, hold = make(cluster, policy={"replicas": 1, "resources": {"gpu": 1}})
     fleet._policy_kind.store = fleet.store  # as of a run that trains
     async with stopped_at_the_end(fleet, processes=False):
-        with pytest.raises(EngineError, match=f"policy-0 .* store {RUN} is not there on machine"):
+        with pytest.raises(EngineError, match=f"policy-0: .*store {RUN} is not there on machine"):
             await start(fleet, hold)
 
 
