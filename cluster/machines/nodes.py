@@ -76,11 +76,14 @@ def node_of(handle: Any) -> str:
 
 def near_driver(*, soft: bool = True) -> dict[str, Any]:
     """Placed on the driver's machine, which is no spot node: as a wish, or nowhere else."""
-    node_id = ray.get_runtime_context().get_node_id()
+    return _on(ray.get_runtime_context().get_node_id(), soft=soft)
+
+
+def _on(node_id: str, *, soft: bool = False) -> dict[str, Any]:
     return {
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node_id, soft=soft),
         # What asks for nothing is placed by any node, and one that has just joined does not know
-        # this one yet; what asks for a byte is placed by the driver's own.
+        # the others yet; what asks for a byte is placed by the driver's own.
         "memory": 1,
     }
 
@@ -190,7 +193,6 @@ SpotActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(No
 
 def start_spot_watcher(node_id: str, config: SpotConfig) -> Any:
     """A watcher on a node; returns its handle."""
-    here = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-    actor = SpotActor.options(scheduling_strategy=here).remote(config)
+    actor = SpotActor.options(**_on(node_id)).remote(config)
     actor.run.remote()
     return actor
