@@ -643,6 +643,10 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
 
 def main() -> None:
     """Entry point of `rstar`."""
+    # A shell starts the background jobs of a script with SIGINT ignored; `kill -INT` is how a
+    # person asks such a run to stop in good order.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except Exception as error:
