@@ -176,7 +176,7 @@ def find(tree: Tree, recipe: Recipe) -> Found:
         program = program_of(trajectory.steps).encode(errors="replace")
         programs.setdefault(hashlib.sha256(program).digest()[:16], trajectory)
     pairs = []
-    for pair in tree_pairs(tree, template=recipe.template, config=recipe.pairs):
+    for pair in tree_pairs(tree, template=recipe.template, config=recipe.pairs, ranked=reached):
         sides = pair.chosen, pair.rejected
         reason = unusable([pair.prefix, *sides], trained=sides)
         if reason is None:
