@@ -221,7 +221,8 @@ class Evolution:
             asked_first = self.untrained
         await self.fleet.start(asked_first, marked=not bootstraps)
         await recording
-        self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
+        again = {"retries": reasons} if (reasons := self.fleet.attempts.reasons) else {}
+        self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()), **again)
         if self.config.cold_start is not None:
             cold_start = partial(self._cold_start, self.config.cold_start)
             policy = await self._attempted(0, "train_policy", cold_start)
