@@ -108,6 +108,7 @@ async def test_stopped_rollout_commits_what_is_finished_by_its_deadline_and_keep
     rest = [p for commit in parts.values() for group in commit.remaining for p in group]
     assert sorted(rest) == sorted(HELD_IDS)
     assert len(store.files("trajectories/round=1/open")) == 2
+    assert len(store.files("problem_blocks")) == 1, "who comes next needs it"
 
     hold.unlink()
     second = make_fleet(root)
@@ -117,6 +118,7 @@ async def test_stopped_rollout_commits_what_is_finished_by_its_deadline_and_keep
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
     assert outcome.resumed_trees == 2
     assert store.files("trajectories/round=1/open") == []
+    assert store.files("problem_blocks") == []
     with capsys.disabled():
         print(
             f"\ndrained in {drained_s:.1f} s of {DRAIN_S:.0f} s and the time to store; 6 trees "
