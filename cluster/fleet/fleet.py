@@ -120,6 +120,13 @@ class Fleet:
     def sandbox(self) -> SandboxPool:
         return self.pools.sandbox
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the models that serve, for the record of each tree; "" of one that never did."""
+        endpoint = self.pools.endpoint
+        policy = self._policy_kind if endpoint is None else endpoint.endpoint
+        return {"policy": policy.version, "ppm": self._preference_kind.version}
+
     def progress(self) -> list[WorkerProgress]:
         """Last report of each worker of the rollout in hand; none without one."""
         return self._rollout.progress() if self._rollout is not None else []
@@ -369,7 +376,6 @@ class Fleet:
         Args:
             recipe: by which trees are made into candidates for training; None: they are not.
         """
-        endpoint = self.pools.endpoint
         self._rollout = Rollout(
             config=self.config,
             pools=self.pools,
@@ -378,10 +384,7 @@ class Fleet:
             problems={problem.id: problem for problem in problems},
             stages=stages,
             preference=preference,
-            versions={
-                "policy": (self._policy_kind if endpoint is None else endpoint.endpoint).version,
-                "ppm": self._preference_kind.version,
-            },
+            versions=self.versions,
             on_progress=on_progress,
             recipe=recipe,
         )
