@@ -391,9 +391,7 @@ async def test_evaluation_begun_with_other_models_is_refused(tmp_path: Path, cha
         await work
     forced = local(tmp_path)
     forced.versions = {**first.versions, changed: "promoted"}
-    wanted = (
-        rf"round=2: .* begun with policy policy-r2-a .* {changed} promoted.* remove"
-    )
+    wanted = rf"round=2: .* begun with policy policy-r2-a .* {changed} promoted.* remove"
     with pytest.raises(RunFolderError, match=wanted):
         await forced.evaluate(TWELVE)
     assert not forced.asked

@@ -226,7 +226,7 @@ class FakeFleet:
         self.policy = ScriptedPolicy(self._write, failures=type(self).failures)
         self.preference = TablePreference({SEVEN: 0.5}, default=-0.5)
         self.sandbox = ScriptedSandbox(default="7\n")
-        self.attempts = Attempts(1, mend=lambda: None, note=lambda text: None)
+        self.attempts = Attempts(1, note=lambda text: None)
 
     @staticmethod
     def _write(request: GenerationRequest) -> list[str]:
