@@ -191,7 +191,7 @@ class ClusterConfig(Config):
     stage_attempts: int = Field(
         3,
         ge=1,
-        description="times a fit, a rollout, an evaluation or, on a cluster, the start of a pool is "
+        description="times a fit, a rollout, an evaluation or, on a cluster, a start of actors is "
         "tried when actors or machines are lost or do not come; then the run stops",
     )
     autoscale: dict[Literal["policy", "ppm", "sandbox"], ScalerConfig] = Field(
