@@ -56,7 +56,7 @@ def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> F
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # All of them, since the tests kill the first of each kind.
     two = {"replicas": 2, "min_ready": 1}
-    usual = {"policy": two, "sandbox": two, "workers": two}
+    usual: dict[str, Any] = {"policy": two, "sandbox": two, "workers": two}
     usual |= {"shard_size": 4, "max_open_trees": 4, "checkpoint_open_trees_s": 1.0}
     return scripted_fleet(root, seed=SEED, **usual | cluster)
 

@@ -76,7 +76,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def make_fleet(root: Path, cluster: Cluster, **other: Any) -> Fleet:
     spot = {"resources": {"spot": 1}}
     two = {"replicas": 2, **spot}
-    usual = {"policy": two, "sandbox": two, "workers": two}
+    usual: dict[str, Any] = {"policy": two, "sandbox": two, "workers": two}
     usual |= {"shard_size": 4, "max_open_trees": 4, "checkpoint_open_trees_s": 1.0}
     return scripted_fleet(root, address=cluster.address, **usual | other)
 
