@@ -35,8 +35,8 @@ The store itself is `rollout.run_store`, the records of markers and manifests `r
 other packages take them from here.
 
 A listing on a network file system may be a minute old, so what has to be complete goes by names: a
-seal looks each shard up that a listing lacks, and the markers of a sealed round are those of the
-files in its manifest.
+seal looks each shard up that a listing lacks, and so does whoever knows which are committed
+(`named_commits`); the markers of a sealed round are those of the files in its manifest.
 
 Not covered: local file systems without hard links, which `self_check` refuses; what is listed of a
 round that is not sealed may lack the commits of the last minute, and never shows wrong ones.
@@ -326,6 +326,21 @@ class TrajectoryStore:
             StoreError: a marker cannot be read; the message names it.
         """
         return {c.shard: c for c in self.each_commit(trees=trees, generation=generation)}
+
+    def named_commits(self, shard_ids: Iterable[str]) -> dict[str, Commit]:
+        """The markers of shards that are known to be committed, whatever a listing says.
+
+        Raises:
+            StoreError: a marker is missing or cannot be read; the message names it.
+        """
+        wanted = set(shard_ids)
+        found = {commit.shard: commit for commit in self._wanted(wanted, generation=0)}
+        if missing := sorted(wanted - found.keys()):
+            raise StoreError(
+                f"{len(missing)} commit markers of round {self.round} of {self.store.root} are "
+                f"missing, the first is {self._marker(missing[0])}"
+            )
+        return found
 
     def each_commit(self, *, trees: bool = True, generation: int | None = None) -> Iterator[Commit]:
         """The markers of the round one after the other, a bounded number of them in memory.

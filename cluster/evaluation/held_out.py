@@ -12,7 +12,8 @@ no answer counts as wrong.
 
 An evaluation is a round of its own (`rollout.store.evaluation_of`), with the leases, retries and
 exactly-once commits of any other: what dies costs a retry, what is committed is not done again, and
-a problem that fails again and again is set aside and counts as wrong, with its reason.
+a problem that fails again and again is set aside and counts as wrong, with its reason. One that was
+begun with other models (`--force` promoted a checkpoint meanwhile) is not gone on with.
 
 This is the evaluation inside a run, after each round, and small. Benchmarks, intervals and curves
 over budgets are `rstar evaluate` (`cluster.evaluation.benchmarks`).
@@ -21,10 +22,11 @@ over budgets are `rstar evaluate` (`cluster.evaluation.benchmarks`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from cluster.evaluation.config import EvaluationConfig
@@ -32,6 +34,7 @@ from cluster.evaluation.shares import shares_by_level
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.rollouts import Progress
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
+from cluster.folder.run_folder import RunFolderError
 from rollout.engine import PolicyEngine, PreferenceEngine
 from rollout.methods import Method, MethodConfig, Solver, SolveResult, choose, search_solutions
 from rollout.problem import Problem
@@ -39,7 +42,7 @@ from rollout.sampling import Solution
 from rollout.search import SearchConfig, SearchError, StepSandbox
 from rollout.seeds import derive_seed
 from rollout.solution_tree import chain_solutions, fill_tree, grade_tree
-from rollout.store import RunStore, TrajectoryStore, evaluation_of, folder_of
+from rollout.store import TrajectoryStore, evaluation_of, folder_of
 from rollout.tree import Tree
 
 _SHARD_SIZE = 4
@@ -156,6 +159,7 @@ async def evaluate(
         round: of the models.
     Raises:
         EngineError: members of a pool died too often.
+        RunFolderError: what was committed is of other models; says what to do.
         SearchError: no problem at all could be evaluated; says why, and what to do.
     """
     chosen = balanced(problems, config.num_problems)
@@ -168,6 +172,10 @@ async def evaluate(
         shard_size=_SHARD_SIZE,
     )
     number = evaluation_of(round)
+    folder = fleet.folder.root / folder_of(number)
+    trees = TrajectoryStore(fleet.store, number)
+    models = {kind: fleet.versions[kind] for kind in ("policy", "ppm")[: 1 + preference]}
+    await asyncio.to_thread(_check_models, trees, models, folder)
     # What takes longest begins first.
     ordered = sorted(chosen, key=lambda problem: problem.id not in searched)
     outcome = await fleet.rollout(
@@ -176,19 +184,32 @@ async def evaluate(
     failed = outcome.manifest.failed
     if len(failed) == len(chosen):
         name, why = next(iter(failed.items()))
-        folder = fleet.folder.root / folder_of(number)
         raise SearchError(
             f"none of {len(chosen)} problems could be evaluated, {name} for: {why}; "
             f"when that is mended, remove {folder} and start again"
         )
-    trees = TrajectoryStore(RunStore(str(fleet.folder.root)), number).trees()
-    found = await asyncio.to_thread(judge, trees, top_k=config.vote_top_k)
+    found = await asyncio.to_thread(judge, trees.trees(), top_k=config.vote_top_k)
     for problem in chosen:
         if problem.id in failed:
             found[problem.id] = _set_aside(
                 problem, failed[problem.id], searched=problem.id in searched
             )
     return Evaluation(round=round, problems=tuple(found[p.id] for p in chosen)), outcome
+
+
+def _check_models(trees: TrajectoryStore, models: Mapping[str, str], folder: Path) -> None:
+    """Raises RunFolderError if trees of other models are committed: no figure may mix them."""
+    for commit in trees.each_commit(trees=False):
+        made_by = {kind: commit.info.get(kind, "") for kind in models}
+        if made_by != models:
+            raise RunFolderError(
+                f"{folder}: this evaluation was begun with {_names(made_by)}, and "
+                f"{_names(models)} serve now; remove that folder to begin it again with these"
+            )
+
+
+def _names(models: Mapping[str, str]) -> str:
+    return " and ".join(f"{kind} {version}" for kind, version in models.items())
 
 
 async def evaluate_problem(

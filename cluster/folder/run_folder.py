@@ -8,7 +8,7 @@
     RUN/logs/, RUN/traces/             what each process logged, and traced if asked (docs/logs.md)
     RUN/metrics/                       what to scrape, and the last hour of samples (exporter)
     RUN/problems.parquet               id and level of every problem to search
-    RUN/problem_blocks/                the problems themselves, for the workers (stored_problems)
+    RUN/problem_blocks/                the problems themselves, for the workers of the round in hand
     RUN/problems/, RUN/base/           only with the miniature: generated files, initial weights
     RUN/base_with_markers/             only if the base model's tokenizer lacks step markers
     RUN/trajectories/round=R/          trees (rollout.store)

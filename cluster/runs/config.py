@@ -232,6 +232,11 @@ class TrainRunConfig(Config):
     learner: ActorConfig = Field(
         default_factory=ActorConfig, description="ranks; one trains in this process"
     )
+    stage_attempts: int = Field(
+        3,
+        ge=1,
+        description="times that more than one rank try when actors or machines are lost",
+    )
     train_policy: PolicyTrainConfig = Field(
         default_factory=PolicyTrainConfig, description="rstar train policy"
     )

@@ -45,7 +45,7 @@ from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
-from rollout.store import TrajectoryStore
+from rollout.store import TrajectoryStore, evaluation_of, folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,8 @@ class Evolution:
             asked_first = self.untrained
         await self.fleet.start(asked_first, marked=not bootstraps)
         await recording
-        self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
+        again = {"retries": reasons} if (reasons := self.fleet.attempts.reasons) else {}
+        self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()), **again)
         if self.config.cold_start is not None:
             cold_start = partial(self._cold_start, self.config.cold_start)
             policy = await self._attempted(0, "train_policy", cold_start)
@@ -337,14 +338,18 @@ class Evolution:
         serving = {"serving_s": serving_s, "weights_stage_s": dict(self.fleet.weights_stage_s)}
         facts = outcome.facts() | levels | serving
         self.folder.record_stage(number, "rollout", seconds, **facts)
+        await self._remove_orphans(number)
+
+    async def _remove_orphans(self, number: int) -> None:
+        """Remove what killed workers left of a round that is sealed."""
         removed = await asyncio.to_thread(
-            trees.remove_orphans,
+            TrajectoryStore(self.store, number).remove_orphans,
             older_than_s=self.config.cluster.lease_s,
             now_unix_s=time.time(),
         )
         if removed:
             self.view.note(
-                f"round {number}: {len(removed)} files removed that workers left unfinished"
+                f"{folder_of(number)}: {len(removed)} files removed that workers left unfinished"
             )
 
     @property
@@ -499,6 +504,7 @@ class Evolution:
         self.folder.record_stage(
             number, "evaluate", seconds, **outcome.facts(), serving_s=serving_s
         )
+        await self._remove_orphans(evaluation_of(number))
 
 
 def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> list[Problem]:

@@ -2,7 +2,8 @@
 
     CONFIG --> data: RUN/datasets/round=R, or built from the trees of RUN, or from files
            --> base: as given, or what that round of RUN starts from
-           --> fit: in this process (one rank) or on a group over Ray (more)
+           --> fit: in this process (one rank) or on a group over Ray (more), which is done again
+                    if its machines are lost (`cluster.jobs.attempts`)
            --> RUN_DIR/checkpoints/round=R/{policy,ppm}
 
 The same command goes on after a stop: from the last state inside a fit, and a finished fit is only
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from cluster.folder.config_file import load_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.jobs.attempts import Attempts
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.runs.select import RoundSelection
@@ -217,9 +219,15 @@ async def _fit(
             raise _Interrupted
         loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
 
+    attempts = Attempts(
+        config.stage_attempts,
+        key="stage_attempts",
+        note=lambda text: loop.call_soon_threadsafe(view.note, text),
+    )
+
     def train() -> FitResult:
         if config.learner.replicas > 1:
-            return _train_on_group(request, config, folder.root / "ray_train", show)
+            return _train_on_group(request, config, folder.root / "ray_train", show, attempts)
         from learner.trainer import run_fit
 
         return run_fit(request, progress=show)
@@ -245,7 +253,9 @@ def _train_on_group(
     config: TrainRunConfig,
     storage: Path,
     show: Callable[[FitProgress], None],
+    attempts: Attempts,
 ) -> FitResult:
+    """Blocks until it is done, or was lost too often."""
     import ray
 
     from cluster.fleet.learner_group import LearnerGroup
@@ -262,9 +272,13 @@ def _train_on_group(
         ) from error
     store = RunStore(config.run_dir.absolute())
     store.identify()
-    group = LearnerGroup(settings, storage, store=store)
+    group = LearnerGroup(settings, storage, attempts=config.stage_attempts, store=store)
+
+    async def fit() -> FitResult:
+        return group.fit(request, show, attempts.again)
+
     try:
-        return group.fit(request, show)
+        return asyncio.run(attempts(f"train {request.kind}", fit))
     finally:
         group.shutdown(5.0)
         ray.shutdown()

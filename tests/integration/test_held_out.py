@@ -21,8 +21,6 @@ from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate, evaluate_problem, judge
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.stages import RolloutOutcome
-from cluster.folder.run_folder import RunFolder
-from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.problem import Level, Problem
@@ -32,10 +30,10 @@ from rollout.tree import Tree
 from tests.builders import make_problem
 from tests.fakes import ScriptedPolicy, TablePreference, random_steps
 from tests.saboteur import Saboteur, stopped_at_the_end, until
+from tests.scripted_fleet import scripted_fleet
 from tests.scripted_replicas import (
     HELD,
     ScriptedPolicyReplica,
-    ScriptedPreferenceReplica,
     hash_value,
 )
 from verifier import AsyncSandbox
@@ -70,26 +68,9 @@ class BreakingPolicyReplica(ScriptedPolicyReplica):
 
 def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> Fleet:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    config = RolloutConfig.model_validate(
-        {
-            "run_dir": root,
-            "problems": "unused",
-            "policy": "unused",
-            "seed": SEED,
-            "cluster": {
-                "num_cpus": 2,
-                "object_store_mib": 80,
-                "max_open_trees": 4,
-                "supervision": {"look_s": 0.2, "backoff_s": 0.2, "max_failures": 20},
-                **cluster,
-            },
-        }
+    return scripted_fleet(
+        root, replica=BreakingPolicyReplica, seed=SEED, max_open_trees=4, **cluster
     )
-    root.mkdir(parents=True, exist_ok=True)
-    fleet = Fleet(config, RunFolder(root))
-    fleet._policy_kind.actor = ray.remote(BreakingPolicyReplica)
-    fleet._preference_kind.actor = ray.remote(ScriptedPreferenceReplica)
-    return fleet
 
 
 async def start(fleet: Fleet) -> Path:

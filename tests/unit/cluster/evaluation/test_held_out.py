@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate, evaluate_problem, judge
 from cluster.fleet.stages import RolloutStage, StageSearch
-from cluster.folder.run_folder import RunFolder
+from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.jobs.coordinator import Coordinator
 from cluster.jobs.queue import QueueConfig, StagePlan
 from cluster.jobs.worker import RolloutWorker, WorkerConfig
@@ -238,7 +239,9 @@ class LocalFleet:
 
     def __init__(self, root: Path, policy: ScriptedPolicy, preference: TablePreference) -> None:
         self.folder = RunFolder(root)
+        self.store = RunStore(str(root))
         self.policy, self.preference = policy, preference
+        self.versions = {"policy": "policy-r2-a", "ppm": "ppm-r2-a"}
         self.sandbox = ScriptedSandbox({"bad": Failure()}, default="3\n")
 
     async def rollout(
@@ -274,6 +277,7 @@ class LocalFleet:
                 sandbox=self.sandbox,
             ),
             WorkerConfig(max_open_trees=4, poll_s=0.01, engine_backoff_s=0.01),
+            info=self.versions,
         )
         running = asyncio.create_task(worker.run())
         try:
@@ -373,6 +377,26 @@ async def test_what_is_committed_is_not_evaluated_again(tmp_path: Path) -> None:
     assert found == await local(tmp_path / "whole").evaluate(TWELVE)
     third = local(tmp_path / "cut")
     assert await third.evaluate(TWELVE) == found and not third.asked
+
+
+@pytest.mark.parametrize("changed", ["policy", "ppm"])
+async def test_evaluation_begun_with_other_models_is_refused(tmp_path: Path, changed: str) -> None:
+    first = local(tmp_path)
+    first.policy = StuckPolicy(random_steps, after=7)
+    work = asyncio.create_task(first.evaluate(TWELVE))
+    while not first.committed:
+        await asyncio.sleep(0.005)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    forced = local(tmp_path)
+    forced.versions = {**first.versions, changed: "promoted"}
+    wanted = rf"round=2: .* begun with policy policy-r2-a .* {changed} promoted.* remove"
+    with pytest.raises(RunFolderError, match=wanted):
+        await forced.evaluate(TWELVE)
+    assert not forced.asked
+    shutil.rmtree(tmp_path / "evaluations/round=2")
+    assert await forced.evaluate(TWELVE) == await local(tmp_path / "whole").evaluate(TWELVE)
 
 
 def breaking(request: GenerationRequest) -> list[str]:

@@ -63,6 +63,7 @@ class FleetScript:
 
     async def start(self, policy: Path, *, marked: bool) -> None:
         self.events.append("start")
+        self.attempts.reasons = ["start, 1 of 3: no place"]
 
     def describe(self) -> str:
         return ""
@@ -119,6 +120,7 @@ async def test_a_stage_that_loses_machines_is_done_again_and_the_learner_goes_af
             "evaluate",
         ),
     ]
+    assert made.folder.stage(0, "start")["retries"] == ["start, 1 of 3: no place"]
     record = made.folder.stage(1, "rollout")
     reason = "round 1: rollout, 1 of 3: rollout lost its machines"
     assert record == {"seconds": 2.0, "trees": 7, "retries": [reason]}

@@ -14,6 +14,7 @@ from rich.console import Console
 import cluster.runs.solve
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
+from cluster.jobs.attempts import Attempts
 from cluster.runs.solve import (
     PathLog,
     SolveView,
@@ -225,6 +226,7 @@ class FakeFleet:
         self.policy = ScriptedPolicy(self._write, failures=type(self).failures)
         self.preference = TablePreference({SEVEN: 0.5}, default=-0.5)
         self.sandbox = ScriptedSandbox(default="7\n")
+        self.attempts = Attempts(1, note=lambda text: None)
 
     @staticmethod
     def _write(request: GenerationRequest) -> list[str]:

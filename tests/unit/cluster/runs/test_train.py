@@ -8,12 +8,15 @@ import pytest
 import yaml
 from rich.console import Console
 
+from cluster.fleet.config import ActorConfig
+from cluster.fleet.learner_group import LearnerLostError
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.train import print_train_report, run_train
 from learner.checkpoint import CheckpointStore
-from learner.fit import LearnerError
+from learner.fit import FitResult, LearnerError
 from learner.select import DatasetConfig, select_dataset
+from learner.trainer import run_fit
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_byte_tokenizer, write_tiny_policy
@@ -85,6 +88,56 @@ async def test_both_models_train_on_a_committed_round(tmp_path, base, quiet):
     config = write_config(tmp_path / "q.yaml", base=str(base), data=data, train_ppm=head)
     with pytest.raises(RunFolderError, match="round 1 is not committed"):
         await run_train("ppm", config, console=quiet)
+
+
+class LostGroup:
+    """A learner group that loses its machines so many times."""
+
+    losses = 0
+    ended = 0
+
+    def __init__(self, settings: ActorConfig, storage: Path, **named: object) -> None:
+        assert settings.replicas == 2
+
+    def fit(self, request, show, again) -> FitResult:
+        cls = type(self)
+        if cls.losses:
+            cls.losses -= 1
+            raise LearnerLostError("learner group ended: node 7 is gone")
+        return run_fit(request, progress=show)
+
+    def shutdown(self, timeout_s: float) -> None:
+        type(self).ended += 1
+
+
+@pytest.fixture
+def group(monkeypatch):
+    class Own(LostGroup):
+        pass
+
+    monkeypatch.setattr("cluster.fleet.learner_group.LearnerGroup", Own)
+    monkeypatch.setattr("ray.init", lambda **named: None)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    return Own
+
+
+async def test_ranks_that_lose_their_machines_train_again_and_say_why(tmp_path, base, quiet, group):
+    rows = [{"prompt": f"{n}?", "response": "<answer>7<end_of_answer>"} for n in range(24)]
+    data = {"train": str(write_set(tmp_path / "set.jsonl", rows))}
+    config = write_config(
+        tmp_path / "c.yaml", base=str(base), data=data, learner={"replicas": 2}, stage_attempts=2
+    )
+    group.losses = 1
+    result = await run_train("policy", config, console=quiet)
+    lost = "learner group ended: node 7 is gone"
+    assert f"done again: train policy, 1 of 2: {lost}" in " ".join(quiet.file.getvalue().split())
+    assert (tmp_path / "out/checkpoints").is_dir() and result.steps > 0
+
+    group.losses = 2
+    again = [f"run_dir={tmp_path / 'other'}"]
+    with pytest.raises(LearnerLostError, match=rf"failed 2 times \(stage_attempts\), .*{lost}"):
+        await run_train("policy", config, again, console=quiet)
+    assert (group.losses, group.ended) == (0, 2)
 
 
 async def test_bad_input_is_one_line(tmp_path, base, quiet):
