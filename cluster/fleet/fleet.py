@@ -355,6 +355,7 @@ class Fleet:
         Cancelling drains: trees that are finished are committed, the rest is handed back.
 
         Args:
+            preference: whether the PPM takes part.
             recipe: by which trees are made into candidates for training; None: they are not.
         """
         endpoint = self.pools.endpoint
@@ -368,7 +369,7 @@ class Fleet:
             preference=preference,
             versions={
                 "policy": (self._policy_kind if endpoint is None else endpoint.endpoint).version,
-                "ppm": self._preference_kind.version,
+                "ppm": self._preference_kind.version if preference else "",
             },
             on_progress=on_progress,
             recipe=recipe,
