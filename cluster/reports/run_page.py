@@ -58,6 +58,12 @@ STAGES = {
 
 UNPASSED = " *"
 
+
+def mark_of(entry: Mapping[str, Any]) -> str:
+    """Behind what was chosen with the PPM of a round's entry, if it did not pass its ruler."""
+    return "" if (entry.get("ruler") or {}).get("passes", True) else UNPASSED
+
+
 UNPASSED_NOTE = (
     "* The PPM of this round did not pass its ruler: it steers no search of the run, and what it "
     "chooses here (best-of-N, MCTS) is shown all the same."
@@ -111,7 +117,8 @@ def _results(facts: RunFacts) -> str:
         before = f", {percent(cold['all'])} % after the cold start" if cold else ""
         shown.append((f"{percent(last['greedy']['all'])} %", f"held out, greedy{before}"))
     if last.get("search"):
-        shown.append((f"{percent(last['search']['all'])} %", "held out, MCTS + PPM"))
+        what = f"held out, MCTS + PPM{mark_of(last)}"
+        shown.append((f"{percent(last['search']['all'])} %", what))
     tokens = sum(entry["generated_tokens"] for entry in rounds)
     shown.append((f"{tokens:,}", "tokens generated in search"))
     if report.get("seconds_total") is not None:
@@ -200,8 +207,7 @@ def _accuracy(facts: RunFacts) -> str:
         count = entry.get("samples_per_problem")
         samples = "" if count is None else f"{count:.1f}"
         ratio = token_ratio(entry.get("search_over_samples_tokens"))
-        mark = "" if (entry.get("ruler") or {}).get("passes", True) else UNPASSED
-        rows.append([f"round {number}{mark}", *shares, samples, ratio, beside])
+        rows.append([f"round {number}{mark_of(entry)}", *shares, samples, ratio, beside])
     header = ["% right", *plots.HELD_OUT.values(), "samples a problem", "tokens, search / samples"]
     header.append("paper, MATH-500: greedy / searched")
     made = report.get("evaluation") or {}

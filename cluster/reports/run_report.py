@@ -25,7 +25,7 @@ from cluster.reports.evaluation_page import page as evaluation_page
 from cluster.reports.evaluation_page import print_evaluation
 from cluster.reports.page import write_page
 from cluster.reports.run_facts import read_run
-from cluster.reports.run_page import STAGES, UNPASSED, figures, run_page
+from cluster.reports.run_page import STAGES, figures, mark_of, run_page
 
 
 def show_report(run: Path, console: Console, *, page: Path | None = None) -> None:
@@ -107,9 +107,8 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
     if report.get("cold_start"):
         table.add_row("cold", "", _cells(report["cold_start"].get("greedy")))
     for entry in report["rounds"]:
-        mark = "" if (entry.get("ruler") or {}).get("passes", True) else UNPASSED
         table.add_row(
-            f"{entry['round']}{mark}",
+            f"{entry['round']}{mark_of(entry)}",
             _cells(entry["coverage"]),
             *(
                 _cells(entry.get(method))

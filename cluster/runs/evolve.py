@@ -574,7 +574,10 @@ class Evolution:
         )
         if record["why"]:
             self.view.note(f"round {number}: the PPM steers no search: {record['why']}")
-        facts = outcome.facts() if outcome is not None else {}
+        facts = {}
+        if outcome is not None:
+            self._tell(outcome.loss_lines())
+            facts = outcome.facts()
         self.folder.record_stage(number, "ruler", seconds, **facts, serving_s=serving_s)
 
     async def _evaluate(
