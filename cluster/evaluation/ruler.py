@@ -17,8 +17,10 @@ Not covered: verdicts of a later regrade, which change no ruler.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from cluster.fleet.rollouts import Progress
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.jobs.pool import PolicyPool, PreferencePool
 from learner.candidates import Recipe
+from learner.checkpoint import Checkpoint
 from learner.dataset import read_pairs
 from learner.ruler import (
     ComparedProblem,
@@ -46,8 +49,9 @@ from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore, ruler_of
 from rollout.tasks import all_of
 
-_AT_ONCE = 32
-"""Problems about which the models are asked at a time."""
+_AT_ONCE = 8
+"""Problems about which the models are asked at a time: few, since a request that waits behind all
+others on a slow machine would run out of time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +79,18 @@ async def measure(
     search: SearchConfig,
     recipe: Recipe,
     round: int,
+    policy: Checkpoint,
+    ppm: Checkpoint,
     on_progress: Progress,
 ) -> tuple[dict[str, Any], RolloutOutcome | None]:
-    """Measure the PPM that a fleet serves, beside the policy it serves.
+    """Measure the PPM that a fleet serves, beside the policy that it serves.
 
     Args:
         problems: held out for pairs; none: the validation pairs of `dataset` are taken.
         search: of the pair problems.
         recipe: how trees give pairs.
-        round: of the models.
+        round: the one that ends with these models; they may be of an earlier one.
+        policy, ppm: what the fleet serves.
     Returns:
         The ruler's record: what `learner.ruler.measured` gives, with `round`, `policy` and `ppm`
         (versions), `source` ("pair problems" or "validation pairs"), `num_searched` (problems),
@@ -107,17 +114,21 @@ async def measure(
         compared = await asyncio.to_thread(
             compared_pairs, pairs, recipe.template, config.num_pair_problems
         )
-    asked = _Asked(fleet.policy, fleet.preference, recipe.template)
-    await asked.about(compared, on_progress)
-    measure = measured(asked.comparisons, asked.outcomes)
+    room = asyncio.Semaphore(_AT_ONCE)
+    ask = partial(
+        _ask, policy=fleet.policy, preference=fleet.preference, template=recipe.template, room=room
+    )
+    found = await all_of(ask(problem) for problem in compared)
+    comparisons = [comparison for of_problem, _ in found for comparison in of_problem]
+    measure = measured(comparisons, [outcome for _, of_problem in found for outcome in of_problem])
     why = why_not(measure, config.min_pair_accuracy)
     record = {
         "round": round,
-        "policy": asked.policy_version,
-        "ppm": asked.preference_version,
+        "policy": policy.version,
+        "ppm": ppm.version,
         "source": "pair problems" if problems else "validation pairs",
         "num_searched": len(compared),
-        "left_out": sum(len(problem.pairs) for problem in compared) - len(asked.comparisons),
+        "left_out": sum(len(problem.pairs) for problem in compared) - len(comparisons),
         "min_pair_accuracy": config.min_pair_accuracy,
         "passes": not why,
         "why": why,
@@ -126,68 +137,34 @@ async def measure(
     return record, outcome
 
 
-class _Asked:
-    """What both models say of problems, and what comes of it; in the order of the problems."""
-
-    def __init__(
-        self, policy: PolicyPool, preference: PreferencePool, template: PromptTemplate
-    ) -> None:
-        self.comparisons: list[Comparison] = []
-        self.outcomes: list[tuple[float, bool]] = []
-        self.policy_version = self.preference_version = ""
-        self._policy, self._preference, self._template = policy, preference, template
-
-    async def about(self, problems: Sequence[ComparedProblem], on_progress: Progress) -> None:
-        """Ask, a few problems at a time."""
-        room, done = asyncio.Semaphore(_AT_ONCE), 0
-
-        async def one(problem: ComparedProblem) -> Found:
-            nonlocal done
-            async with room:
-                found = await self._about(problem)
-            done += 1
-            on_progress(done, len(problems), {"now": "measuring"})
-            return found
-
-        for comparisons, outcomes in await all_of(one(problem) for problem in problems):
-            self.comparisons += comparisons
-            self.outcomes += outcomes
-
-    async def _about(self, problem: ComparedProblem) -> Found:
-        values = await self._values(problem)
-        logprobs = await self._logprobs(problem)
-        outcomes = [
-            (values[text], right)
-            for text, right in problem.solutions.items()
-            if values[text] == values[text]
-        ]
-        return rank(problem, values, logprobs, self._template), outcomes
-
-    async def _values(self, problem: ComparedProblem) -> dict[str, float]:
-        texts = tuple(problem.texts(self._template))
-        if not texts:
-            return {}
+async def _ask(
+    problem: ComparedProblem,
+    *,
+    policy: PolicyPool,
+    preference: PreferencePool,
+    template: PromptTemplate,
+    room: asyncio.Semaphore,
+) -> tuple[list[Comparison], list[tuple[float, bool]]]:
+    """What both models say of a problem: its pairs, and the value and verdict of its solutions."""
+    texts = tuple(problem.texts(template))
+    if not texts:
+        return [], []
+    async with room:
         request = EvaluationRequest(texts=texts, routing_key=problem.problem_id)
-        reply = await self._preference.evaluate(request)
-        self.preference_version = reply.preference_version
-        values = values_of(request, reply)
-        return {
-            text: float("nan") if value is None else value
-            for text, value in zip(texts, values, strict=True)
+        told = values_of(request, await preference.evaluate(request))
+        values = {
+            text: math.nan if value is None else value
+            for text, value in zip(texts, told, strict=True)
         }
-
-    async def _logprobs(self, problem: ComparedProblem) -> dict[tuple[str, str], float]:
-        sides: Iterable[tuple[str, str]] = (
-            (pair.prefix, text) for pair in problem.pairs for text in (pair.chosen, pair.rejected)
-        )
+        sides = [(pair.prefix, t) for pair in problem.pairs for t in (pair.chosen, pair.rejected)]
         keys = list(dict.fromkeys(sides))
-        if not keys:
-            return {}
-        texts = tuple(segments_of(*key) for key in keys)
-        request = LogprobRequest(texts=texts, routing_key=problem.problem_id)
-        reply = await self._policy.logprobs(request)
-        self.policy_version = reply.policy_version
-        return dict(zip(keys, reply.values, strict=True))
-
-
-Found = tuple[list[Comparison], list[tuple[float, bool]]]
+        written = tuple(segments_of(*key) for key in keys)
+        asked = LogprobRequest(texts=written, routing_key=problem.problem_id)
+        likely = (await policy.logprobs(asked)).values if keys else ()
+    logprobs = dict(zip(keys, likely, strict=True))
+    outcomes = [
+        (values[text], right)
+        for text, right in problem.solutions.items()
+        if not math.isnan(values[text])
+    ]
+    return rank(problem, values, logprobs, template), outcomes

@@ -562,6 +562,8 @@ class Evolution:
             search=self.config.search.trained(),
             recipe=recipe_of(self.config.dataset, self.config.search.training_template),
             round=number,
+            policy=policy,
+            ppm=ppm,
             on_progress=self.view.update,
         )
         self.fleet.meter.tell_ruler(record)

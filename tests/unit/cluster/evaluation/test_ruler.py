@@ -10,6 +10,7 @@ import pytest
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.ruler import Steering, measure, steering_of
 from learner.candidates import Recipe
+from learner.checkpoint import Checkpoint
 from learner.dataset import writing_dataset
 from learner.pairs import PairConfig, tree_pairs
 from rollout.engine import GenerationRequest
@@ -20,6 +21,8 @@ from tests.builders import answered, code, make_problem, make_tree
 from tests.fakes import ScriptedPolicy, TablePreference
 from tests.local_fleet import LocalFleet
 
+POLICY = Checkpoint(kind="policy", round=2, path="unused", digest="d" * 64)
+PPM = Checkpoint(kind="ppm", round=1, path="unused", digest="e" * 64)
 RECIPE = Recipe(template=SHORT_TEMPLATE, pairs=PairConfig())
 PROBLEMS = [make_problem(f"p{n:02}", text=f"How many in {n}?", answer="3") for n in range(24)]
 
@@ -38,7 +41,7 @@ def script(request: GenerationRequest) -> list[str]:
 
 
 def fleet(root: Path, ppm: Any) -> LocalFleet:
-    made = LocalFleet(root, ScriptedPolicy(script, version="policy-r2"), ppm)
+    made = LocalFleet(root, ScriptedPolicy(script), ppm)
     made.sandbox.outputs = {"print(4 * 1)": "4\n"}
     return made
 
@@ -53,6 +56,8 @@ async def ruler(root: Path, ppm: Any, **config: Any) -> dict[str, Any]:
         search=SearchConfig(template="short", num_candidates=2, num_rollouts=4),
         recipe=RECIPE,
         round=2,
+        policy=POLICY,
+        ppm=PPM,
         on_progress=lambda done, total, facts: None,
     )
     return record
@@ -63,9 +68,9 @@ def knows(text: str) -> float:
 
 
 async def test_pair_problems_are_searched_without_the_ppm_and_rank_it(tmp_path: Path) -> None:
-    preference = TablePreference(knows, version="ppm-r2-d")
+    preference = TablePreference(knows)
     record = await ruler(tmp_path / "run", preference)
-    assert (record["policy"], record["ppm"]) == ("policy-r2", "ppm-r2-d")
+    assert (record["policy"], record["ppm"]) == (POLICY.version, PPM.version)
     assert (record["num_searched"], record["num_problems"]) == (24, 24)
     assert record["num_pairs"] >= 48 and record["left_out"] == 0
     means = {name: own["mean"] for name, own in record["rankings"].items()}
@@ -86,6 +91,8 @@ async def test_pair_problems_are_searched_without_the_ppm_and_rank_it(tmp_path: 
         search=SearchConfig(template="short", num_candidates=2, num_rollouts=4),
         recipe=RECIPE,
         round=2,
+        policy=POLICY,
+        ppm=PPM,
         on_progress=lambda done, total, facts: None,
     )
     assert found == record and not again.policy.requests
@@ -97,7 +104,7 @@ async def test_ppm_that_guesses_does_not_steer(tmp_path: Path) -> None:
     assert not steering_of(record).steers
     assert "the lower bound has to be above 55" in steering_of(record).why
     free = await ruler(tmp_path / "free", TablePreference(lambda text: 0.0), min_pair_accuracy=None)
-    assert steering_of(free) == Steering(ppm="table-preference", steers=True, why="")
+    assert steering_of(free) == Steering(ppm=PPM.version, steers=True, why="")
 
 
 async def test_without_pair_problems_the_validation_pairs_are_taken(tmp_path: Path) -> None:
