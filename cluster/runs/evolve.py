@@ -312,7 +312,8 @@ class Evolution:
         return result
 
     async def _record_lineage(self, number: int, steering: Steering | None = None) -> None:
-        await asyncio.to_thread(record_lineage, self.folder, number, steering and asdict(steering))
+        decided = asdict(steering) if steering is not None else None
+        await asyncio.to_thread(record_lineage, self.folder, number, decided)
 
     def _steering(self, number: int) -> Steering | None:
         """Whether the PPM before a round takes part in it; None: the config does not ask for that.
@@ -576,10 +577,9 @@ class Evolution:
         )
         if record["why"]:
             self.view.note(f"round {number}: the PPM steers no search: {record['why']}")
-        facts = {}
         if outcome is not None:
             self._tell(outcome.loss_lines())
-            facts = outcome.facts()
+        facts = outcome.facts() if outcome is not None else {}
         self.folder.record_stage(number, "ruler", seconds, **facts, serving_s=serving_s)
 
     async def _evaluate(
