@@ -376,7 +376,9 @@ def ruler_by_round(rounds: Sequence[Mapping[str, Any]]) -> Figure:
             linewidth=1.2,
             label="the PPM's lower bound has to be above",
         )
-    _rounds_axis(panel)
+    panel.set_xlabel("round")
+    panel.set_xticks([entry["round"] for entry in measured])
+    panel.margins(x=0.15)
     _percent(panel)
     _legend(panel, loc="lower right")
     figure.tight_layout()

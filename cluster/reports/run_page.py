@@ -237,7 +237,9 @@ def _reliability_bins(facts: RunFacts) -> dict[str, Bins]:
         bins[f"steps of round {number}"] = facts.rounds[number].step_bins
     trained = [n for n, stage in facts.stages if stage == "train_ppm"]
     if trained:
-        told = facts.stages[max(trained), "train_ppm"].get("calibration") or []
+        measured = {e["round"]: e["ruler"] for e in facts.report["rounds"] if e.get("ruler")}
+        source = measured.get(max(trained)) or facts.stages[max(trained), "train_ppm"]
+        told = source.get("calibration") or []
         if told:
             rows = [(int(count), chance, share) for count, chance, share in told]
             bins[f"held-out answers, PPM of round {max(trained)}"] = rows
