@@ -299,14 +299,14 @@ def _ruler(facts: RunFacts) -> str:
                 f"{ruler['num_problems']:,} of {ruler['num_searched']:,}",
                 "" if error is None else f"{error:.3f}",
                 interval(entry.get("head_room")),
-                "may steer" if ruler["passes"] else "no",
+                "may" if ruler["passes"] else "no",
             ]
         )
         for group, own in ruler["groups"].items():
             shares = (interval(own["rankings"].get(ranking)) for ranking in plots.RANKINGS)
             parts.append([f"{name}, {group}", *shares, f"{own['num_pairs']:,}"])
-    header = ["% of pairs right", *plots.RANKINGS.values(), "pairs", "problems with pairs"]
-    head = [*header, "calibration error", "any sample - majority, points", "the next search"]
+    header = ["% of pairs right", "PPM", "log-probability", "blind", "pairs"]
+    head = [*header, "problems with pairs", "calibration", "head-room", "steers"]
     source = (
         "Pairs of problems that are searched for this alone, with the round's policy and without "
         "the PPM, and never trained on."
@@ -329,11 +329,12 @@ def _ruler(facts: RunFacts) -> str:
         + paragraph(
             f"{source} In brackets 95 % bootstrap intervals over problems; guessing is 50. The "
             "policy's log-probability is of the step or solution; blind is the PPM shown another "
-            "problem's question. Above what any sample has right beyond the majority no choice "
-            "among the samples can get."
+            "problem's question. Calibration is the mean distance of its values from the shares "
+            "that were right. Head-room, in points: what any sample has right beyond the majority "
+            "of the held-out problems, and no choice among samples can exceed."
         )
         + "".join(steered)
-        + f"<details><summary>by kind and shared steps</summary>{html_table(header[:-1], parts)}"
+        + f"<details><summary>by kind and shared steps</summary>{html_table(header, parts)}"
         "</details>"
     )
 
