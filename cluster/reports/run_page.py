@@ -56,7 +56,7 @@ STAGES = {
 """Of a round, in order: name of the record -> name for people."""
 
 
-UNPASSED = " *"
+UNPASSED = "*"
 
 
 def mark_of(entry: Mapping[str, Any]) -> str:

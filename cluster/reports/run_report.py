@@ -99,10 +99,12 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
         box=box.SIMPLE,
         padding=(0, 0, 0, 1),
     )
-    table.add_column("round")
+    # Where there is a ruler, its line says more of the pairs.
+    ruled = any(entry.get("ruler") for entry in report["rounds"])
+    table.add_column("" if ruled else "round", no_wrap=ruled)
     for name in ("coverage", "greedy", "majority", "best-of-N", "MCTS+PPM"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("ratio", "pairs"):
+    for name in ("ratio",) if ruled else ("ratio", "pairs"):
         table.add_column(name, justify="right", no_wrap=True)
     if report.get("cold_start"):
         table.add_row("cold", "", _cells(report["cold_start"].get("greedy")))
@@ -115,7 +117,7 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
                 for method in ("greedy", "majority", "best_of_n", "search")
             ),
             token_ratio(entry.get("search_over_samples_tokens")),
-            percent(entry.get("ppm_pair_accuracy")),
+            *(() if ruled else (percent(entry.get("ppm_pair_accuracy")),)),
         )
     return table
 
@@ -124,7 +126,7 @@ def _cost_table(report: Mapping[str, Any]) -> Table:
     table = Table(
         title="what each round made, and seconds per stage", box=box.SIMPLE, padding=(0, 0, 0, 1)
     )
-    names = ("round", "trees", "correct/all", "tokens", "tok/s", "steps/s")
+    names = ("", "trees", "right/all", "tokens", "tok/s", "steps/s")
     for name in (*names, "roll", "sel", "SFT", "PPM", "rul", "eval"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in report["rounds"]:

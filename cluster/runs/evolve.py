@@ -217,7 +217,7 @@ class Evolution:
         """Whether round 1 without a cold start asks the base model as it was given."""
         return self.config.endpoint is None and self.untrained != self.base_model
 
-    def _make_miniature(self) -> tuple[list[Path], Path, Path | None]:
+    def _make_miniature(self) -> tuple[list[Path], Path | None, Path | None]:
         from learner.miniature import write_base_model
         from rollout.problems.miniature import generate, write_miniature
 

@@ -227,7 +227,7 @@ def test_page_tells_what_the_ppm_ranks_right_and_labels_what_it_chose(tmp_path: 
     output = io.StringIO()
     show_report(run, Console(file=output, width=200))
     text = (run / "report.html").read_text()
-    assert "round 3 *" in text and "did not pass its ruler" in text
+    assert "round 3*" in text and "did not pass its ruler" in text
     assert "24 of 30" in text and "15.0 [10.0, 20.0]" in text and "round 3, depth 2" in text
     assert "Round 3 stayed terminal-guided: ppm-r2-d did not pass, at chance." in text
     assert (run / "report-ruler.png").stat().st_size > 5000
