@@ -12,6 +12,7 @@
                                /manifest.json
                                /regrades/<NNNN>/plan.json, data/, commits/, ..., manifest.json
     <root>/evaluations/round=R/...                     likewise, of the evaluation of round R
+    <root>/rulers/round=R/...                          likewise, of what its PPM is measured on
 
 The one decision, who has committed a shard, is the creation of one key, which a store either grants
 once or is refused at the start (`RunStore.self_check`). Two workers that hold the same shard, a
@@ -76,6 +77,7 @@ __all__ = [
     "TreeKey",
     "evaluation_of",
     "folder_of",
+    "ruler_of",
     "stored_rounds",
 ]
 
@@ -636,8 +638,18 @@ def evaluation_of(round: int) -> int:
     return -1 - round
 
 
+_RULERS = -(1 << 20)
+
+
+def ruler_of(round: int) -> int:
+    """Likewise of the trees that a round's PPM is measured on; below those of all evaluations."""
+    return _RULERS - round
+
+
 def folder_of(round: int) -> str:
     """Where a round is kept, under the store's root."""
+    if round <= _RULERS:
+        return f"rulers/round={ruler_of(round)}"
     if round < 0:
         return f"evaluations/round={evaluation_of(round)}"
     return f"trajectories/round={round}"
@@ -647,7 +659,7 @@ def stored_rounds(store: RunStore, *, evaluations: bool = False) -> list[int]:
     """Rounds that have anything stored, ascending.
 
     Args:
-        evaluations: those of evaluations too, see `evaluation_of`.
+        evaluations: those of evaluations and rulers too, see `evaluation_of` and `ruler_of`.
     """
 
     def numbers(folder: str) -> list[int]:
@@ -657,6 +669,7 @@ def stored_rounds(store: RunStore, *, evaluations: bool = False) -> list[int]:
     found = numbers("trajectories")
     if evaluations:
         found += map(evaluation_of, numbers("evaluations"))
+        found += map(ruler_of, numbers("rulers"))
     return sorted(found)
 
 

@@ -31,6 +31,20 @@ class EvaluationConfig(Config):
     num_candidates: int = Field(8, ge=1, description="candidates per expansion of search")
     vote_top_k: int = Field(4, ge=1, description="answers that vote, best PPM value first")
     max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
+    num_pair_problems: int = Field(
+        600,
+        ge=1,
+        description="most problems held out for pairs that are searched, levels balanced; without "
+        "any, most validation problems whose pairs the PPM is measured on",
+    )
+    min_pair_accuracy: float | None = Field(
+        0.55,
+        ge=0.0,
+        lt=1.0,
+        description="a PPM steers the search of the next round only if the lower bound (2.5 %, "
+        "over at least 20 problems) of its held-out pair accuracy is above this; null: every PPM "
+        "does",
+    )
 
 
 class EvaluateConfig(GivenModelsConfig):

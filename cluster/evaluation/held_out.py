@@ -44,6 +44,7 @@ from rollout.seeds import derive_seed
 from rollout.solution_tree import chain_solutions, fill_tree, grade_tree
 from rollout.store import TrajectoryStore, evaluation_of, folder_of
 from rollout.tree import Tree
+from verifier.bootstrap import bootstrap_difference
 
 _SHARD_SIZE = 4
 """Problems per job, few, as each is several searches; alone in its file, one takes seven times the
@@ -120,6 +121,18 @@ class Evaluation:
             round=record["round"],
             problems=tuple(ProblemEvaluation(**row) for row in record["problems"]),
         )
+
+
+def head_room(evaluation: Evaluation) -> dict[str, float] | None:
+    """How much more of the sampled problems any sample has right than majority vote: what no choice
+    among the samples can exceed. Mean, low and high of a paired bootstrap; None without samples."""
+    rows = [p for p in evaluation.problems if p.majority is not None]
+    if not rows:
+        return None
+    found = bootstrap_difference(
+        [float(bool(p.majority)) for p in rows], [float(bool(p.any_sample)) for p in rows]
+    )
+    return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
 def balanced(problems: Sequence[Problem], count: int | None) -> list[Problem]:

@@ -374,6 +374,7 @@ class Fleet:
         Cancelling drains: trees that are finished are committed, the rest is handed back.
 
         Args:
+            preference: whether the PPM takes part.
             recipe: by which trees are made into candidates for training; None: they are not.
         """
         self._rollout = Rollout(
@@ -384,7 +385,7 @@ class Fleet:
             problems={problem.id: problem for problem in problems},
             stages=stages,
             preference=preference,
-            versions=self.versions,
+            versions=self.versions if preference else {**self.versions, "ppm": ""},
             on_progress=on_progress,
             recipe=recipe,
         )

@@ -341,6 +341,50 @@ def reliability(bins: Mapping[str, Bins]) -> Figure:
     return figure
 
 
+RANKINGS = {
+    "ppm": "PPM",
+    "logprob": "policy's log-probability",
+    "blind": "PPM, question-blind",
+}
+"""Ranking, as a ruler's record has it -> its name for people."""
+
+
+def ruler_by_round(rounds: Sequence[Mapping[str, Any]]) -> Figure:
+    """Share of held-out pairs ranked right, with intervals, by round; the gate and chance beside.
+
+    Args:
+        rounds: entries of a run's report.
+    """
+    figure, panel = _panel()
+    measured = [entry for entry in rounds if entry.get("ruler")]
+    for place, (ranking, name) in enumerate(RANKINGS.items()):
+        told = [
+            (entry["round"] + 0.06 * (place - 1), entry["ruler"]["rankings"][ranking])
+            for entry in measured
+            if ranking in entry["ruler"]["rankings"]
+        ]
+        _line(panel, [x for x, _ in told], [own["mean"] for _, own in told], name, place)
+        lows, highs = [own["low"] for _, own in told], [own["high"] for _, own in told]
+        panel.vlines([x for x, _ in told], lows, highs, color=COLOURS[place], alpha=0.5)
+    panel.axhline(0.5, color=_FAINT, linestyle=":", linewidth=1.2, label="chance")
+    gate = measured[-1]["ruler"]["min_pair_accuracy"] if measured else None
+    if gate is not None:
+        panel.axhline(
+            gate,
+            color=_FAINT,
+            linestyle="--",
+            linewidth=1.2,
+            label="the PPM's lower bound has to be above",
+        )
+    panel.set_xlabel("round")
+    panel.set_xticks([entry["round"] for entry in measured])
+    panel.margins(x=0.15)
+    _percent(panel)
+    _legend(panel, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
 def q_histograms(rounds: Mapping[int, RoundFacts]) -> Figure:
     """Q-values of visited steps, by round: those that led to a right answer and the others."""
     columns = min(max(len(rounds), 1), 4)

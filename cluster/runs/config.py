@@ -28,6 +28,9 @@ class MiniatureConfig(Config):
     num_demonstrations: int = Field(450, ge=1, description="written solutions for the cold start")
     num_train: int = Field(600, ge=1, description="problems to search")
     num_test: int = Field(300, ge=1, description="held-out problems")
+    num_pair_problems: int = Field(
+        0, ge=0, description="problems held out to measure the PPM on; 0: none"
+    )
     families: list[str] | None = Field(None, description="problem families; null: all 18")
     seed: int | None = Field(None, description="of the world; null: the run's seed")
 
@@ -37,6 +40,18 @@ class ProblemsConfig(Config):
 
     train: list[Path] = Field(default_factory=list, description="problem files to search")
     test: Path | None = Field(None, description="held-out problem file; null: no evaluation")
+    pairs: Path | None = Field(
+        None,
+        description="problem file held out to measure the PPM on: searched after each round, "
+        "never trained on; null: none",
+    )
+    pair_share: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="instead: share of the training files' problems, variations together, taken "
+        "out of them for that",
+    )
     demonstrations: Path | None = Field(
         None, description="written solutions for a cold start; null: none"
     )
@@ -49,6 +64,11 @@ class ProblemsConfig(Config):
     def _one_source(self) -> ProblemsConfig:
         if bool(self.train) == bool(self.miniature):
             raise ValueError("give either problems.train files or problems.miniature, not both")
+        if self.pair_share and (self.pairs is not None or self.miniature is not None):
+            raise ValueError(
+                "pair_share is of problems.train and instead of problems.pairs; the miniature has "
+                "num_pair_problems"
+            )
         return self
 
 

