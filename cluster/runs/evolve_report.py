@@ -76,7 +76,10 @@ def _round_entry(
     evaluation = _evaluation(folder, trees.round)
     shares = {
         method: evaluation.shares(method) if evaluation is not None else None
-        for method in ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
+        for method in (
+            *("greedy", "majority", "best_of_n", "weighted_majority", "search"),
+            *("any_sample", "any_search"),
+        )
     }
     return {
         "round": trees.round,
