@@ -90,7 +90,7 @@ def _accuracy_table(report: Mapping[str, Any], *, wide: bool) -> Table:
         caption = (
             f"held-out: greedy on {evaluation['num_problems']} problems; search of "
             f"{evaluation['num_rollouts']} rollouts on {evaluation['num_search_problems']}, "
-            "majorities and best-of-N of as many samples as its tokens pay for; ratio: generated "
+            "majority and best-of-N of as many samples as its tokens pay for; ratio: generated "
             "tokens, search over samples"
         )
     table = Table(
