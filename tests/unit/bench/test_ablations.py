@@ -89,7 +89,7 @@ async def test_a_solution_whose_code_fails_has_no_plain_form() -> None:
 
 def test_shipped_configs_are_whole_and_name_their_references() -> None:
     tables = {table.table: table for table in read_tables(CONFIGS, [])}
-    assert set(tables) == {"data", "heads", "rounds", "search"}
+    assert set(tables) == {"data", "heads", "trunks", "rounds", "search"}
     for table in tables.values():
         for arm in table.arms.values():
             SearchConfig.model_validate(arm.search)
