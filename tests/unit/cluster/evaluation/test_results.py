@@ -285,3 +285,5 @@ def test_labels_name_the_budget() -> None:
     assert method_label("majority", 8, 4) == "maj@8"
     assert method_label("top-k-vote", 8, 4) == "top-4 vote of 8"
     assert method_label("mcts", 64, 4) == "mcts, 64 traj."
+    assert method_label("weighted-majority", 8, 4) == "weighted maj@8"
+    assert method_label("best-of-n + logprob", 8, 4) == "best-of-8 + logprob"
