@@ -385,7 +385,10 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder with the problem files.")] = None,
     method: Annotated[
         str,
-        typer.Option(help="Some of greedy, majority, best-of-n, beam, mcts; by default greedy."),
+        typer.Option(
+            help="Some of greedy, majority, best-of-n, weighted-majority, beam, mcts; by default "
+            "greedy."
+        ),
     ] = "",
     trajectories: Annotated[
         str, typer.Option(help="Budgets, as 1,2,4,8,16,32,64; by default 1,2,4,8.")

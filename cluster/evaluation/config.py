@@ -57,8 +57,8 @@ class EvaluateConfig(GivenModelsConfig):
     methods: list[Method] = Field(
         default_factory=lambda: [Method.GREEDY],
         min_length=1,
-        description="greedy | majority | best-of-n | beam | mcts; majority and best-of-n choose "
-        "among the same samples",
+        description="greedy | majority | best-of-n | weighted-majority | beam | mcts; those with "
+        "n samples choose among the same ones, weighted-majority wherever best-of-n does",
     )
     trajectories: list[int] = Field(
         default_factory=lambda: [1, 2, 4, 8],
@@ -80,6 +80,12 @@ class EvaluateConfig(GivenModelsConfig):
     vote_top_k: int = Field(
         4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
     )
+    logprob_weight: float = Field(
+        0.0,
+        ge=0.0,
+        description="also rank and weigh the samples by PPM and policy together: how much the "
+        "policy's mean log-probability of a token counts; needs policy_engine.logprobs; 0: not",
+    )
     max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
     beam_width: int = Field(8, ge=1, description="paths kept after each step of a beam")
     beam_candidates: int = Field(8, ge=1, description="candidates per path and step of a beam")
@@ -98,4 +104,6 @@ class EvaluateConfig(GivenModelsConfig):
             raise ValueError(f"trajectories must be >= 1, got {self.trajectories}")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError("methods names a method twice")
+        if self.logprob_weight and not self.policy_engine.logprobs:
+            raise ValueError("logprob_weight needs policy_engine.logprobs: true")
         return self

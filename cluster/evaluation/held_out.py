@@ -1,14 +1,14 @@
-"""Held-out accuracy of a round's policy and PPM: greedy, majority vote, best-of-N and search.
+"""Held-out accuracy of a round's policy and PPM: greedy, votes, best-of-N and search.
 
     held-out problems --leased--> workers: `evaluate_problem` --> trees of each problem
                                       --> RUN/evaluations/round=R/
     trees of the problems, what was set aside --read--> `Evaluation`
 
-All four are methods of `rollout.methods`, with its accounting. Search makes its rollouts, and then
+All are methods of `rollout.methods`, with its accounting. Search makes its rollouts, and then
 samples are drawn until they have generated as many tokens: a search cannot end within a rollout, a
-sample is small beside it. Majority and best-of-N choose among these samples. How near the tokens of
-search and samples came is measured (`Evaluation.search_over_samples_tokens`). A problem that yields
-no answer counts as wrong.
+sample is small beside it. Majority, weighted majority and best-of-N choose among these samples. How
+near the tokens of search and samples came is measured (`Evaluation.search_over_samples_tokens`). A
+problem that yields no answer counts as wrong.
 
 An evaluation is a round of its own (`rollout.store.evaluation_of`), with the leases, retries and
 exactly-once commits of any other: what dies costs a retry, what is committed is not done again, and
@@ -63,6 +63,7 @@ class ProblemEvaluation:
     greedy: bool
     majority: bool | None = None
     best_of_n: bool | None = None
+    weighted_majority: bool | None = None
     search: bool | None = None
     any_sample: bool | None = None
     """Some sample was right: what a perfect choice among them would reach."""
@@ -321,6 +322,7 @@ def _judge_problem(trees: Sequence[Tree], top_k: int) -> ProblemEvaluation:
         first,
         majority=chosen(drawn, Method.MAJORITY),
         best_of_n=chosen(drawn, Method.BEST_OF_N),
+        weighted_majority=chosen(drawn, Method.WEIGHTED_MAJORITY),
         search=chosen(reached, Method.MCTS),
         any_sample=samples.solved,
         any_search=any(tree.solved for tree in searches),
@@ -339,6 +341,7 @@ def _set_aside(problem: Problem, why: str, *, searched: bool) -> ProblemEvaluati
         greedy=False,
         majority=wrong,
         best_of_n=wrong,
+        weighted_majority=wrong,
         search=wrong,
         any_sample=wrong,
         any_search=wrong,

@@ -124,6 +124,11 @@ class RunFolder:
         return self.root / "base_with_markers"
 
     @property
+    def marked_trunk(self) -> Path:
+        """Likewise, of the model that the PPM grows from, where it is neither base nor policy."""
+        return self.root / "trunk_with_markers"
+
+    @property
     def problems(self) -> Path:
         return self.root / "problems"
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.evaluation import paper
 from cluster.evaluation.reliability import Bins
-from cluster.evaluation.results import METHODS, method_label
+from cluster.evaluation.results import METHODS, WITH_LOGPROB, method_label
 from cluster.evaluation.shares import COLUMNS
 from cluster.reports.run_facts import Q_EDGES, RoundFacts
 from rollout.files import replacing
@@ -43,6 +43,7 @@ HELD_OUT = {
     "greedy": "greedy",
     "majority": "majority",
     "best_of_n": "best-of-N by PPM",
+    "weighted_majority": "weighted majority",
     "search": "MCTS + PPM",
     "any_sample": "some sample (oracle)",
 }
@@ -205,6 +206,9 @@ def _family(method: str, top_k: int) -> str:
     names = {"majority": "majority", "best-of-n": "best-of-N by PPM", "pass@k": "pass@k (oracle)"}
     names |= {"mcts": f"mcts, top-{top_k} vote", "mcts pass@k": "mcts pass@k (oracle)"}
     names |= {"top-k-vote": f"top-{top_k} vote", "beam": f"beam, top-{top_k} vote"}
+    names |= {"weighted-majority": "weighted majority"}
+    if method.endswith(WITH_LOGPROB):
+        return f"{_family(method.removesuffix(WITH_LOGPROB), top_k)}{WITH_LOGPROB}"
     return names.get(method) or method_label(method, 1, top_k)
 
 
@@ -289,7 +293,7 @@ def rounds_figure(report: Mapping[str, Any]) -> Figure:
         )
     left.set_title("training problems solved by search")
     cold = [{"round": 0, **report["cold_start"]}] if report.get("cold_start") else []
-    for method, name in tuple(HELD_OUT.items())[:4]:
+    for method, name in tuple(HELD_OUT.items())[:-1]:
         entries = [*(cold if method == "greedy" else []), *rounds]
         shares = [(entry["round"], (entry.get(method) or {}).get("all")) for entry in entries]
         _dots(right, shares, name)

@@ -194,7 +194,9 @@ def _accuracy(facts: RunFacts) -> str:
     rows = []
     cold = report.get("cold_start")
     if cold and cold.get("greedy"):
-        rows.append(["cold start", percent(cold["greedy"]["all"]), *("" for _ in range(7))])
+        rows.append(
+            ["cold start", percent(cold["greedy"]["all"]), *[""] * (len(plots.HELD_OUT) + 2)]
+        )
     for entry in rounds:
         shares = [_share(entry.get(method), "all") for method in plots.HELD_OUT]
         number = entry["round"]

@@ -27,6 +27,9 @@ from cluster.reports.page import write_page
 from cluster.reports.run_facts import read_run
 from cluster.reports.run_page import STAGES, figures, mark_of, run_page
 
+WIDE = 96
+"""Characters from which on the table also shows weighted majority."""
+
 
 def show_report(run: Path, console: Console, *, page: Path | None = None) -> None:
     """Print the tables of a run or an evaluation and write its page.
@@ -61,7 +64,7 @@ def show_report(run: Path, console: Console, *, page: Path | None = None) -> Non
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """The table: one row for the cold start and one per round."""
-    console.print(_accuracy_table(report))
+    console.print(_accuracy_table(report, wide=console.width >= WIDE))
     console.print(_cost_table(report))
     own = [percent(r.get("newest_round_share"), digits=0) for r in report["rounds"]]
     line = f"SFT trajectories that the round itself found, %: {', '.join(own)}"
@@ -83,7 +86,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     console.print(line, markup=False, highlight=False)
 
 
-def _accuracy_table(report: Mapping[str, Any]) -> Table:
+def _accuracy_table(report: Mapping[str, Any], *, wide: bool) -> Table:
+    methods = {"greedy": "greedy", "majority": "majority", "best_of_n": "best-of-N"}
+    if wide:
+        methods["weighted_majority"] = "weighted maj."
+    methods["search"] = "MCTS+PPM"
     evaluation = report.get("evaluation", {})
     caption = ""
     if evaluation:
@@ -102,7 +109,7 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
     # Where there is a ruler, its line says more of the pairs.
     ruled = any(entry.get("ruler") for entry in report["rounds"])
     table.add_column("" if ruled else "round", no_wrap=ruled)
-    for name in ("coverage", "greedy", "majority", "best-of-N", "MCTS+PPM"):
+    for name in ("coverage", *methods.values()):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("ratio",) if ruled else ("ratio", "pairs"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -112,10 +119,7 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
         table.add_row(
             f"{entry['round']}{mark_of(entry)}",
             _cells(entry["coverage"]),
-            *(
-                _cells(entry.get(method))
-                for method in ("greedy", "majority", "best_of_n", "search")
-            ),
+            *(_cells(entry.get(method)) for method in methods),
             token_ratio(entry.get("search_over_samples_tokens")),
             *(() if ruled else (percent(entry.get("ppm_pair_accuracy")),)),
         )

@@ -111,6 +111,10 @@ class RoundConfig(Config):
         return SearchConfig.model_validate(base.model_dump() | own)
 
 
+Trunk = Literal["policy", "cold_start", "base"]
+"""A checkpoint of a run: the round's own policy, that of round 0, the base model."""
+
+
 class LineageConfig(Config):
     """Which weights training starts from."""
 
@@ -119,6 +123,11 @@ class LineageConfig(Config):
     )
     policy_init: Literal["base", "previous"] = Field(
         "base", description="start of each round's SFT: base (paper) or the previous policy"
+    )
+    ppm_trunk: Trunk | Path = Field(
+        "policy",
+        description="start of each round's PPM: the round's policy (paper), cold_start or base, "
+        "which never saw the trees' solutions, or the directory of another causal language model",
     )
 
 
@@ -136,6 +145,12 @@ class SolveConfig(GivenModelsConfig):
     method: MethodConfig = Field(
         default_factory=MethodConfig, description="how the answer is found, and its budget"
     )
+
+    @model_validator(mode="after")
+    def _has_logprobs(self) -> SolveConfig:
+        if self.method.logprob_weight and not self.policy_engine.logprobs:
+            raise ValueError("method.logprob_weight needs policy_engine.logprobs: true")
+        return self
 
 
 class RolloutConfig(GivenModelsConfig):
@@ -206,6 +221,8 @@ class RunConfig(ServingConfig):
         )
         if self.cold_start is not None and not has_demonstrations:
             raise ValueError("cold_start needs problems.demonstrations")
+        if self.models.ppm_trunk == "cold_start" and self.cold_start is None:
+            raise ValueError("models.ppm_trunk: cold_start, but the run has no cold_start section")
         return self
 
 
@@ -238,7 +255,12 @@ class TrainRunConfig(Config):
     seed: int = Field(0, ge=0, description="every random choice follows from it")
     base: Path | None = Field(
         None,
-        description="checkpoint to start from, for a PPM the policy; null: that of data.run",
+        description="checkpoint to start from, for a PPM its trunk; null: that of data.run",
+    )
+    ppm_trunk: Trunk | None = Field(
+        None,
+        description="rstar train ppm: which checkpoint of data.run is the trunk; null: base, else "
+        "as that run has it",
     )
     previous: Path | None = Field(
         None, description="checkpoint in service, which stays there if the new one is worse"
@@ -267,4 +289,12 @@ class TrainRunConfig(Config):
     @model_validator(mode="after")
     def _run_dir_of_all_machines(self) -> TrainRunConfig:
         check_run_dir(self.run_dir, self.address, key="address")
+        return self
+
+    @model_validator(mode="after")
+    def _one_base(self) -> TrainRunConfig:
+        if self.ppm_trunk is not None and self.base is not None:
+            raise ValueError("give either base or ppm_trunk, not both")
+        if self.ppm_trunk is not None and self.data.run is None:
+            raise ValueError("ppm_trunk names a checkpoint of data.run, which is not given")
         return self

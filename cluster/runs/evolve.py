@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
-from cluster.engines.model_check import check_policy_checkpoint
+from cluster.engines.model_check import ModelCheckError, check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
 from cluster.evaluation.ruler import Steering, measure, steering_of
 from cluster.evaluation.shares import problems_by_level, set_aside_lines
@@ -43,7 +43,7 @@ from cluster.runs.evolve_report import evolution_report
 from cluster.runs.rollout import search_stages
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ROUND_STAGES, ProgressView
-from learner.checkpoint import Checkpoint, CheckpointStore, Kind
+from learner.checkpoint import Checkpoint, CheckpointStore, Kind, checkpoint_directory
 from learner.dataset import read_demonstrations, read_manifest
 from learner.fit import FitProgress, FitRequest, PolicyTrainConfig, PreferenceTrainConfig
 from learner.markers import with_markers
@@ -84,6 +84,8 @@ class Evolution:
         """Its tokenizer holds the step markers; what every fit starts from."""
         self.untrained = Path()
         """The base model as it was given."""
+        self.given_trunk: Path | None = None
+        """What every PPM starts from; None: a policy of the run."""
         self.inputs: list[Path | None] = []
         """Files and model directories the run starts from."""
 
@@ -128,6 +130,7 @@ class Evolution:
         check_policy_checkpoint(self.base_model, markers=())
         self.untrained = self.base_model
         self.base_model = with_markers(self.base_model, self.folder.marked_base)
+        self.given_trunk = self._given_trunk()
         self._check_templates()
         seen: dict[str, Path] = {}
         for path in train_files:
@@ -177,6 +180,37 @@ class Evolution:
                     f"problems.pairs: problem {problem.id!r} of {path} is {same} too, or a "
                     "variation of it; what the PPM is measured on may be used for nothing else"
                 )
+
+    def _given_trunk(self) -> Path | None:
+        """The trunk of every PPM that no fit of the run makes, markers included.
+
+        Raises:
+            ConfigError: its directory holds no causal language model.
+        """
+        trunk = self.config.models.ppm_trunk
+        if trunk == "base":
+            return self.base_model
+        if not isinstance(trunk, Path):
+            return None
+        trunk = checkpoint_directory(trunk).absolute()
+        self.inputs.append(trunk)
+        try:
+            check_policy_checkpoint(trunk, markers=())
+        except ModelCheckError as error:
+            raise ConfigError(
+                f"models.ppm_trunk: {error}; expected policy, cold_start, base or such a directory"
+            ) from error
+        return with_markers(trunk, self.folder.marked_trunk)
+
+    def _trunk(self, policy: Checkpoint) -> Path:
+        """What the PPM of a round starts from, given the round's policy."""
+        if self.given_trunk is not None:
+            return self.given_trunk
+        if self.config.models.ppm_trunk == "cold_start":
+            cold = self.checkpoints.current("policy", 0)
+            assert cold is not None
+            policy = cold
+        return Path(policy.path)
 
     def _check_templates(self) -> None:
         """Each round's template must be one that its policy knows.
@@ -295,7 +329,7 @@ class Evolution:
             fit = partial(self._train, number, "policy", start, self.config.train_policy, policy)
             policy = await self._attempted(number, "train_policy", fit)
             await self._record_lineage(number)
-            trunk = Path(policy.path)
+            trunk = self._trunk(policy)
             fit = partial(self._train, number, "ppm", trunk, self.config.train_ppm, ppm)
             ppm = await self._attempted(number, "train_ppm", fit)
             await self.fleet.leave_learner()

@@ -78,7 +78,10 @@ def _round_entry(
     ruler = folder.read(folder.ruler_name(trees.round)) or {}
     shares = {
         method: evaluation.shares(method) if evaluation is not None else None
-        for method in ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
+        for method in (
+            *("greedy", "majority", "best_of_n", "weighted_majority", "search"),
+            *("any_sample", "any_search"),
+        )
     }
     return {
         "round": trees.round,

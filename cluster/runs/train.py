@@ -185,20 +185,26 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
     """The checkpoint to start from."""
     if config.base is not None:
         base = checkpoint_directory(config.base).absolute()
-        # A PPM's trunk is a policy that was trained on the markers; a base model may lack them.
-        return with_markers(base, folder.marked_base) if kind == "policy" else base
+        return with_markers(base, folder.marked_base if kind == "policy" else folder.marked_trunk)
     if config.data.run is None:
         raise RunFolderError("base is missing: files do not say which checkpoint to start from")
     run = RunFolder(config.data.run)
+    models = read_yaml(run.root / "config.yaml").get("models", {})
+    trunk = "base"
     if kind == "ppm":
-        policy = CheckpointStore(run.checkpoints).current("policy", number)
+        trunk = config.ppm_trunk or models.get("ppm_trunk", "policy")
+    if trunk in ("policy", "cold_start"):
+        made_in = number if trunk == "policy" else 0
+        policy = CheckpointStore(run.checkpoints).current("policy", made_in)
         if policy is None:
-            raise RunFolderError(f"{run.root}: round {number} has no policy; give base")
+            raise RunFolderError(f"{run.root}: round {made_in} has no policy; give base")
         return Path(policy.path)
+    if trunk != "base":
+        return with_markers(checkpoint_directory(trunk).absolute(), folder.marked_trunk)
     for candidate in (run.marked_base, run.base_model):
         if candidate.exists():
             return candidate
-    named = read_yaml(run.root / "config.yaml").get("models", {}).get("base_model")
+    named = models.get("base_model")
     if named is None:
         raise RunFolderError(f"{run.root}: its config names no base model; give base")
     return Path(named)

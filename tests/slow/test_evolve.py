@@ -151,7 +151,8 @@ def assert_report_is_complete(report: dict) -> None:
     first, last = report["rounds"]
     assert first["coverage"]["all"] > 0.1
     for entry in (first, last):
-        for name in ("coverage", "greedy", "majority", "best_of_n", "search"):
+        shown = ("coverage", "greedy", "majority", "best_of_n", "weighted_majority", "search")
+        for name in shown:
             assert set(entry[name]) == set(COLUMNS), name
         assert set(entry["seconds"]) == {
             "rollout",

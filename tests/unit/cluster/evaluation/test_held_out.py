@@ -155,12 +155,18 @@ def test_best_of_n_follows_the_ppm_and_majority_the_count() -> None:
     assert by_id["a"].num_samples >= 4
     assert (by_id["a"].majority, by_id["a"].best_of_n) == (True, False)
     assert (by_id["b"].majority, by_id["b"].best_of_n) == (False, True)
+    # three chances of .05 against one of .95
+    assert [by_id[name].weighted_majority for name in "ab"] == [False, True]
 
 
 def test_record_is_plain_data_and_reads_back_equal() -> None:
     evaluation = run(ScriptedPolicy(always_three), TablePreference({}), num_rollouts=2)
     record = json.loads(json.dumps(evaluation.as_record()))
     assert Evaluation.from_record(record) == evaluation
+    # of a run that began before weighted majority was measured
+    for problem in record["problems"]:
+        del problem["weighted_majority"]
+    assert Evaluation.from_record(record).shares("weighted_majority") is None
 
 
 def test_balanced_choice_takes_levels_in_turn() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from cluster.evaluation.ruler import Steering
 from cluster.fleet.keeper import PoolLostError
@@ -18,7 +19,9 @@ from cluster.runs.config import RunConfig
 from cluster.runs.evolve import Evolution
 from cluster.telemetry.progress import ProgressView
 from rollout.problem import Level, Problem
+from rollout.prompt import MARKERS
 from rollout.store import TrajectoryStore
+from tests.models import write_byte_tokenizer, write_tiny_policy
 
 GENERAL, MARKED = Path("general"), Path("run/base_with_markers")
 
@@ -54,6 +57,40 @@ def test_worked_examples_are_for_the_first_round_alone(tmp_path: Path) -> None:
         evolution(tmp_path, "bootstrap", "bootstrap")._check_templates()
     with pytest.raises(ConfigError, match=r"rounds.0.template: bootstrap .* round 1"):
         evolution(tmp_path, "bootstrap", cold_start={})._check_templates()
+
+
+@pytest.mark.parametrize("trunk", ["policy", "cold_start", "base"])
+def test_ppm_grows_from_the_checkpoint_the_config_names(tmp_path: Path, trunk: str) -> None:
+    models = {"base_model": GENERAL, "ppm_trunk": trunk}
+    run = evolution(tmp_path, "rstar", cold_start={}, models=models)
+    for number in (0, 1):
+        run.checkpoints.publish("policy", number, lambda folder: (folder / "weights").touch(), {})
+    run.given_trunk = run._given_trunk()
+    policy = run.checkpoints.current("policy", 1)
+    cold = run.checkpoints.current("policy", 0)
+    assert policy is not None and cold is not None
+    wanted = {"policy": Path(policy.path), "cold_start": Path(cold.path), "base": MARKED}
+    assert run._trunk(policy) == wanted[trunk]
+
+
+def test_a_directory_as_trunk_gets_the_markers_and_is_an_input_of_the_run(tmp_path: Path) -> None:
+    plain = write_tiny_policy(tmp_path / "plain", hidden=32, layers=1)
+    write_byte_tokenizer(plain, markers=MARKERS[1:])
+    run = evolution(tmp_path, "rstar", models={"base_model": GENERAL, "ppm_trunk": str(plain)})
+    made = run._given_trunk()
+    assert made == run.folder.marked_trunk
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    assert all(len(tokenizer(mark, add_special_tokens=False).input_ids) == 1 for mark in MARKERS)
+    assert run.inputs == [plain]
+    assert run._given_trunk() == made
+
+
+def test_a_trunk_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    models = {"base_model": GENERAL, "ppm_trunk": "cold-start"}
+    with pytest.raises(ConfigError, match=r"models.ppm_trunk: .*cold-start.*expected policy, cold"):
+        evolution(tmp_path, "rstar", models=models)._given_trunk()
+    with pytest.raises(ValueError, match="ppm_trunk: cold_start, but the run has no cold_start"):
+        evolution(tmp_path, "rstar", models=models | {"ppm_trunk": "cold_start"})
 
 
 class FleetScript:

@@ -148,6 +148,9 @@ def test_what_is_missing_for_a_solve_is_named(tmp_path: Path, finished_run: Path
         solve_config(tmp_path, run=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"unknown key 'method\.beam_with'; did you mean"):
         solve_config(tmp_path, policy=policy, overrides=["method.beam_with=2"])
+    weighed = ["method.logprob_weight=1", "method.name=weighted-majority", "ppm=p"]
+    with pytest.raises(ConfigError, match=r"needs policy_engine\.logprobs: true"):
+        solve_config(tmp_path, policy=policy, overrides=weighed)
 
 
 # ---------------------------------------------------------------- while it goes
