@@ -69,6 +69,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     own = [percent(r.get("newest_round_share"), digits=0) for r in report["rounds"]]
     line = f"SFT trajectories that the round itself found, %: {', '.join(own)}"
     console.print(line, markup=False, highlight=False)
+    if not any(r.get("ruler") for r in report["rounds"]):
+        pairs = ", ".join(percent(r.get("ppm_pair_accuracy")) for r in report["rounds"])
+        line = f"validation pairs that the round's PPM ranks right, %: {pairs}"
+        console.print(line, markup=False, highlight=False)
     for entry in report["rounds"]:
         if entry.get("ruler"):
             line = f"round {entry['round']}: {ruler_text(entry['ruler'])}"
@@ -106,13 +110,10 @@ def _accuracy_table(report: Mapping[str, Any], *, wide: bool) -> Table:
         box=box.SIMPLE,
         padding=(0, 0, 0, 1),
     )
-    # Where there is a ruler, its line says more of the pairs.
-    ruled = any(entry.get("ruler") for entry in report["rounds"])
-    table.add_column("" if ruled else "round", no_wrap=ruled)
+    table.add_column("", no_wrap=True)
     for name in ("coverage", *methods.values()):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("ratio",) if ruled else ("ratio", "pairs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
     if report.get("cold_start"):
         table.add_row("cold", "", _cells(report["cold_start"].get("greedy")))
     for entry in report["rounds"]:
@@ -121,7 +122,6 @@ def _accuracy_table(report: Mapping[str, Any], *, wide: bool) -> Table:
             _cells(entry["coverage"]),
             *(_cells(entry.get(method)) for method in methods),
             token_ratio(entry.get("search_over_samples_tokens")),
-            *(() if ruled else (percent(entry.get("ppm_pair_accuracy")),)),
         )
     return table
 
