@@ -38,7 +38,7 @@ from learner.ruler import accuracies
 from verifier.bootstrap import NUM_DRAWS, bootstrap_difference
 
 DIFFERENCES = {
-    "vote_minus_majority": ("value_vote", "majority"),
+    "vote_minus_majority": ("weighted_majority", "majority"),
     "best_of_n_minus_majority": ("best_of_n", "majority"),
     "mcts_minus_majority": ("search", "majority"),
     "mcts_minus_greedy": ("search", "greedy"),

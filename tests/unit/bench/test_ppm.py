@@ -30,7 +30,7 @@ def test_figures_of_two_runs_and_what_they_lack(tmp_path: Path) -> None:
         [row(True, True, True), row(False, False, True), row(True, None, None)],
         {"p": {"pairs": 3.0, "ppm": 3.0, "logprob": 1.0}, "q": {"pairs": 1.0, "ppm": 0.0}},
     )
-    more = {"value_vote": True}
+    more = {"weighted_majority": True}
     rows = [row(False, False, False, **more), row(True, True, True, **more)]
     second = run(tmp_path / "b", rows, None)
     found = figures([first, second])
@@ -44,7 +44,7 @@ def test_figures_of_two_runs_and_what_they_lack(tmp_path: Path) -> None:
     assert entry["vote_minus_majority"]["of_runs"] == {str(second): [50.0, 0.0, 100.0]}
     assert found["missing"] == [
         f"{second}, round 2: no ruler",
-        f"{first}, round 2: no value_vote, so no vote_minus_majority",
+        f"{first}, round 2: no weighted_majority, so no vote_minus_majority",
     ]
     with pytest.raises(RunFolderError, match=r"none: no evaluation of a round"):
         figures([tmp_path / "none"])
