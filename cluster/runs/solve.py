@@ -84,8 +84,13 @@ def read_problem(argument: str, stdin: TextIO) -> Problem:
             f'{where} is empty; give its text, as in rstar solve "What is 3 + 4?", or - for '
             "stdin, or @FILE"
         )
+    return asked_problem(text, source="command line")
+
+
+def asked_problem(text: str, *, source: str) -> Problem:
+    """A problem that somebody asks: equal texts have equal ids."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    return Problem(id=f"asked-{digest}", source="command line", level=Level.MATH, text=text)
+    return Problem(id=f"asked-{digest}", source=source, level=Level.MATH, text=text)
 
 
 def solve_config(
