@@ -1,4 +1,4 @@
-"""What an HTTP stack adds to a request: aiohttp, FastAPI on uvicorn, Ray Serve; a handler that does nothing.
+"""What an HTTP stack adds to a request whose handler does nothing: aiohttp, FastAPI, Ray Serve.
 
     python -m bench.http_stack [--requests N] [--stack NAME ...]
 

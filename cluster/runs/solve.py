@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -48,6 +48,8 @@ from rollout.problem import Level, Problem
 from rollout.prompt import END_OF_ANSWER, Step, StepKind, parse_response
 from verifier.accuracy import RankedAnswer
 from verifier.verify import start_symbolic_worker
+
+S = TypeVar("S", bound=SolveConfig)
 
 RUN_SECTIONS = ("seed", "cluster", "policy_engine", "ppm_engine", "sandbox", "search")
 """What a run's config tells about serving its models."""
@@ -103,11 +105,13 @@ def solve_config(
     trajectories: int | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
-) -> SolveConfig:
+    kind: type[S] = SolveConfig,  # type: ignore[assignment]
+) -> S:
     """The config of one `rstar solve`; the later of run, config file, command line, --set wins.
 
     Args:
         scratch: folder for what Ray's actors write; nothing in it is of use afterwards.
+        kind: a further one that asks the same: then there are as many actors as it says.
     Raises:
         ConfigError, RunFolderError, CheckpointError: what is missing or wrong, named.
     """
@@ -127,17 +131,16 @@ def solve_config(
     given = {name: value for name, value in asked.items() if value is not None}
     data["method"] = {**(data.get("method") or {}), **given}
     source = str(config or run or "rstar solve")
-    made = make_config(data, overrides, kind=SolveConfig, source=source)
+    made = make_config(data, overrides, kind=kind, source=source)
     if made.method.name.needs_preference and made.ppm is None:
         raise ConfigError(
             f"method {made.method.name} needs a PPM: give --ppm DIR, or choose another --method"
         )
-    one_each = {
-        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
-        for name in ("policy", "ppm", "sandbox")
-    }
-    cluster = made.cluster.model_copy(update={"dashboard_port": None, **one_each})
-    made = made.model_copy(update={"cluster": cluster})
+    changed: dict[str, Any] = {"dashboard_port": None}
+    if kind is SolveConfig:
+        for name in ("policy", "ppm", "sandbox"):
+            changed[name] = getattr(made.cluster, name).model_copy(update={"replicas": 1})
+    made = made.model_copy(update={"cluster": made.cluster.model_copy(update=changed)})
     return with_prompt_template(with_checkpoint_directories(made))
 
 

@@ -87,7 +87,7 @@ def test_who_was_away_has_no_credit_and_who_leaves_and_returns_gains_nothing() -
     assert order(queue, 4) in (["busy", "new"] * 2, ["new", "busy"] * 2)
     queue.add(("greedy",), 1)
     queue.charge(("greedy",), 10_000)
-    (ticket,) = [t for t in queue._waiting[("greedy",)]]
+    (ticket,) = list(queue._waiting[("greedy",)])
     queue.leave(ticket)
     queue.add(("greedy",), 1)
     assert "greedy" not in order(queue, 4)

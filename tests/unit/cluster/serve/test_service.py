@@ -16,12 +16,13 @@ from cluster.serve.service import (
     StoppingError,
 )
 from cluster.telemetry import metrics
-from rollout.engine import EngineError, GenerationRequest
+from rollout.engine import EngineError
 from rollout.methods import Ending, Event, Method, MethodConfig, Solver
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig
 from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference, random_steps
 from tests.scripted_replicas import hash_value
+from tests.serving import Stuck
 
 SEARCH = SearchConfig(template="short", num_candidates=3)
 
@@ -153,19 +154,6 @@ async def test_tree_that_opens_after_its_search_was_cancelled_is_closed() -> Non
     await running.settled()
     assert [event[0] for event in own.sandbox.events] == ["open", "close"]  # type: ignore[attr-defined]
     assert own.sandbox.open_trees == []  # type: ignore[attr-defined]
-
-
-class Stuck(ScriptedPolicy):
-    """Answers so many requests and no more."""
-
-    def __init__(self, requests: int) -> None:
-        super().__init__(random_steps)
-        self.most = requests
-
-    async def generate(self, request: GenerationRequest) -> Any:
-        if len(self.requests) >= self.most:
-            await asyncio.Event().wait()
-        return await super().generate(request)
 
 
 async def test_deadline_gives_the_best_answer_so_far() -> None:
