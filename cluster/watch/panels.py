@@ -537,8 +537,8 @@ SERVE = Dashboard(
         _lines(
             "Requests by outcome",
             "/s",
-            "late: the deadline came first, with the best answer so far. cancelled: the client left. "
-            "refused: the queue was full, or the turn did not come in time.",
+            "late: the deadline came first, with the best answer so far. cancelled: the client "
+            "left. refused: the queue was full, or the turn did not come in time.",
             (Rate(m.SERVE_REQUESTS, by=("outcome",)), "{outcome}"),
         ),
         _lines(
