@@ -83,9 +83,7 @@ class Served:
 
 
 @asynccontextmanager
-async def server(
-    run: Path, monkeypatch: pytest.MonkeyPatch, **given: Any
-) -> AsyncIterator[Served]:
+async def server(run: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> AsyncIterator[Served]:
     """`rstar serve --follow RUN`, ended as by SIGTERM."""
     out = io.StringIO()
     kept: list[ServedModels] = []
