@@ -64,6 +64,8 @@ class ServedModels:
         self._service = service
         self._note = note
         self._renewing = asyncio.Lock()
+        self._refused: Pair | None = None
+        """What was found last and could not be served."""
 
     @property
     def pair(self) -> Pair:
@@ -83,11 +85,11 @@ class ServedModels:
             look: only by where they lie, which is free; else by what they hold.
         """
         async with self._renewing:
+            pair = self.pair
             try:
-                pair = self.pair
                 if run is not None:
                     pair = Pair(*await asyncio.to_thread(models_of_run, run))
-                if look and pair == self.pair:
+                if look and pair in (self.pair, self._refused):
                     return False
                 return await self._serve(pair)
             except (
@@ -98,6 +100,7 @@ class ServedModels:
                 OSError,
                 RunFolderError,
             ) as error:
+                self._refused = pair
                 self._note(f"no other checkpoint is served: {error}")
                 logger.warning("A checkpoint was not taken: %s", error)
                 return False

@@ -1,20 +1,31 @@
 from __future__ import annotations
 
+import asyncio
+import io
+import os
+import re
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import aiohttp
 import pytest
+from rich.console import Console
 
+import cluster.serve.models
 from cluster.folder.config_file import ConfigError
-from cluster.serve.command import bound, keys_for, serve_config
+from cluster.serve.command import bound, keys_for, run_serve, serve_config
 from cluster.serve.keys import read_keys
-from learner.checkpoint import CheckpointStore, Kind, write_prompt_template
+from learner.checkpoint import Checkpoint, CheckpointStore, Kind, write_prompt_template
 from rollout.methods import Method
+from tests.serving import scripted_engines
 
 
-def publish(run: Path, kind: Kind, round: int) -> None:
+def publish(run: Path, kind: Kind, round: int, *, template: str = "short") -> None:
     def write(directory: Path) -> None:
-        (directory / "config.json").write_text("{}")
-        write_prompt_template(directory, "short")
+        (directory / "config.json").write_text(f'{{"round": {round}}}')
+        write_prompt_template(directory, template)
 
     CheckpointStore(run / "checkpoints").publish(kind, round, write)
 
@@ -105,3 +116,110 @@ def test_port_in_use_is_named_before_engines_start(run: Path) -> None:
         port = door.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: .*--port"):
             bound(serve_config(run=run, follow=None, port=port))
+
+
+# ---------------------------------------------------------------- the whole command
+
+
+class FakePools:
+    keepers: ClassVar[dict[str, Any]] = {}
+
+    def handles(self, name: str) -> dict[str, Any]:
+        return {name: object()}
+
+    def check(self) -> None:
+        return None
+
+
+class FakeMeter:
+    def tell_service(self, *, running: int, waiting: int) -> None:
+        return None
+
+
+class FakeFleet:
+    """Scripted engines in place of Ray and vLLM, which note what they were told to serve."""
+
+    served: ClassVar[list[str]] = []
+
+    def __init__(self, config: Any, folder: Any) -> None:
+        engines = scripted_engines()
+        self.policy, self.preference, self.sandbox = (
+            engines.policy,
+            engines.preference,
+            engines.sandbox,
+        )
+        self.pools, self.meter = FakePools(), FakeMeter()
+        self.pools.keepers.clear()
+
+    def _keep(self, name: str, version: str) -> None:
+        self.pools.keepers[name] = SimpleNamespace(kind=SimpleNamespace(version=version))
+        self.served.append(version)
+
+    async def start(self, policy: Path, *, version: str, learner: bool) -> None:
+        self._keep("policy", version)
+
+    async def serve_policy(self, base: Path, checkpoint: Checkpoint, *, marked: bool) -> None:
+        self._keep("policy", checkpoint.version)
+
+    async def serve_preference(self, checkpoint: Checkpoint) -> None:
+        self._keep("ppm", checkpoint.version)
+
+    def describe(self) -> str:
+        return "fakes"
+
+    async def stop(self, note: Any) -> None:
+        self.served.append("stopped")
+
+
+async def until(found: Any) -> None:
+    async with asyncio.timeout(20):
+        while not found():
+            await asyncio.sleep(0.02)
+
+
+async def test_server_starts_answers_follows_its_run_and_stops(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.serve.models, "Fleet", FakeFleet)
+    monkeypatch.setattr(cluster.serve.models, "with_policy_form", lambda config: config)
+    for name in ("check_policy_checkpoint", "check_preference_checkpoint"):
+        monkeypatch.setattr(cluster.serve.models, name, lambda path: None)
+    FakeFleet.served.clear()
+    out = io.StringIO()
+    folder = tmp_path / "serve"
+    given = [f"run_dir={folder}", "serve.follow_s=0.05"]
+    serving = run_serve(Console(file=out, width=200), follow=run, port=0, overrides=given)
+    task = asyncio.create_task(serving)
+    try:
+        await until(lambda: task.done() or "http://" in out.getvalue())
+        assert not task.done(), f"{task.exception()!r} after {out.getvalue()}"
+        url = re.search(r"http://\S+", out.getvalue())
+        assert url is not None and "this machine only; Ctrl-C ends" in out.getvalue()
+        assert (folder / "config.yaml").is_file() and (folder / "live.json").is_file()
+        first = [version[:7] for version in FakeFleet.served]
+        assert first == ["policy-", "ppm-r0-"]
+        body = {"model": "rstar-mcts-2", "messages": [{"role": "user", "content": "3"}]}
+        async with aiohttp.ClientSession() as session:
+            async with session.post(f"{url[0]}/v1/chat/completions", json=body) as reply:
+                assert reply.status == 200
+            publish(run, "policy", 2, template="rstar")  # of another kind: refused, and said
+            publish(run, "ppm", 2)
+            await until(lambda: "no other checkpoint is served" in out.getvalue())
+            assert "trained with prompt template 'rstar', and this server asks with 'short'" in (
+                out.getvalue().replace("\n", " ")
+            )
+            await asyncio.sleep(0.3)
+            assert out.getvalue().count("no other checkpoint") == 1
+            publish(run, "policy", 3)
+            publish(run, "ppm", 3)
+            await until(lambda: len(FakeFleet.served) == 4)
+            await until(lambda: out.getvalue().rstrip().endswith("served"))
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.sleep(0.2)
+            assert len(FakeFleet.served) == 4
+            async with session.get(f"{url[0]}/ready") as reply:
+                assert reply.status == 200
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert FakeFleet.served[-1] == "stopped"
