@@ -83,6 +83,11 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    @property
+    def outcome(self) -> str:
+        """As it is counted, of an error that is the server's."""
+        return "refused" if self.status in (429, 503) else "failed"
+
 
 def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):

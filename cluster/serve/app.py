@@ -220,7 +220,7 @@ class Server:
             raise
         except Exception as error:
             told = _explained(error, request[REQUEST_ID])
-            outcome = "refused" if told.status in (429, 503) else "failed"
+            outcome = told.outcome
             raise told from error
         finally:
             method = asked.method if asked is not None else "none"
@@ -272,9 +272,9 @@ class Server:
                     choice(index, lambda text: None) for index in range(len(asked.asks))
                 )
                 response = web.json_response(reply.completion(answers))
+        if isinstance(answers, ApiError):
+            return response, answers.outcome
         self._count(asked, answers, began_s)
-        if answers is None:
-            return response, "failed"
         late = any(answer.result.ended is Ending.TIME for answer in answers)
         return response, "late" if late else "ok"
 
@@ -283,8 +283,8 @@ class Server:
         request: web.Request,
         reply: Reply,
         choice: Callable[[int, Tell], Awaitable[Answer]],
-    ) -> tuple[web.StreamResponse, list[Answer] | None]:
-        """Answer in pieces as they come; None in place of answers if there are none."""
+    ) -> tuple[web.StreamResponse, list[Answer] | ApiError]:
+        """Answer in pieces as they come; what went wrong is told in the stream."""
         asked = reply.asked
         response = web.StreamResponse(
             headers={
@@ -304,15 +304,16 @@ class Server:
                 chunks.put_nowait(chunk)
             return answer
 
-        async def all_choices() -> list[Answer] | None:
+        async def all_choices() -> list[Answer] | ApiError:
             try:
                 answers = await all_of(one(index) for index in range(len(asked.asks)))
                 if asked.include_usage:
                     chunks.put_nowait(reply.usage(answers))
                 return answers
             except Exception as error:
-                chunks.put_nowait(_explained(error, request[REQUEST_ID]).body)
-                return None
+                told = _explained(error, request[REQUEST_ID])
+                chunks.put_nowait(told.body)
+                return told
             finally:
                 chunks.put_nowait(None)
 
@@ -330,9 +331,7 @@ class Server:
             searching.cancel()
             await asyncio.gather(searching, return_exceptions=True)
 
-    def _count(self, asked: Asked, answers: list[Answer] | None, began_s: float) -> None:
-        if answers is None:
-            return
+    def _count(self, asked: Asked, answers: list[Answer], began_s: float) -> None:
         took_s = time.monotonic() - began_s
         metrics.observe(metrics.SERVE_ANSWER, took_s, method=asked.method)
         for answer in answers:

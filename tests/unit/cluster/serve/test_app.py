@@ -36,7 +36,7 @@ def texts(found: Any) -> list[str]:
 
 async def raw(url: str, path: str = "/v1/chat/completions", **other: Any) -> tuple[int, Any]:
     async with aiohttp.ClientSession() as session:
-        method = "POST" if other else "GET"
+        method = other.pop("method", "POST" if other else "GET")
         async with session.request(method, f"{url}{path}", **other) as reply:
             return reply.status, await reply.json()
 
@@ -341,6 +341,27 @@ async def test_failing_engine_is_a_server_error_that_tells_nothing_of_the_inside
                 pass
 
 
+async def test_stream_whose_turn_does_not_come_in_time_says_so_and_counts_as_refused() -> None:
+    engines = scripted_engines()
+    engines = type(engines)(policy=Stuck(0), preference=None, sandbox=engines.sandbox)
+    config = serve_config(serve={"max_running": 1})
+    with metrics.recorded() as counted:
+        async with serving(engines, config=config) as (url, _):
+            asking = client(url).chat.completions
+            first = asyncio.create_task(asking.create(model="rstar", messages=QUESTION))
+            await asyncio.sleep(0.2)
+            stream = await asking.create(
+                model="rstar", messages=QUESTION, stream=True, extra_body={"timeout_s": 0.2}
+            )
+            with pytest.raises(openai.APIError, match=r"waited 0\.2 s for its turn"):
+                async for _ in stream:
+                    pass
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+    assert counted.total(metrics.SERVE_REQUESTS, outcome="refused") == 1
+    assert counted.total(metrics.SERVE_REQUESTS, outcome="failed") == 0
+
+
 # ---------------------------------------------------------------- cancellation
 
 
@@ -439,8 +460,8 @@ async def test_problems_are_logged_only_if_asked(caplog: pytest.LogCaptureFixtur
 async def test_without_keys_only_a_loopback_name_is_answered() -> None:
     async with serving() as (url, _):
         for path in ("/", "/v1/models"):
-            status, reply = await raw(url, path, json=None, headers={"Host": "evil.example"})
-            assert status == 403 if path == "/" else 403, reply
+            status, reply = await raw(url, path, method="GET", headers={"Host": "evil.example"})
+            assert status == 403 and "its own machine only" in reply["error"]["message"]
 
 
 async def test_ready_says_why_not() -> None:
