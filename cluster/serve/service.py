@@ -21,6 +21,7 @@ import asyncio
 import logging
 import math
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from rollout.methods import Event, MethodConfig, OnEvent, Solver, SolveResult
 from rollout.problem import Problem
 from rollout.search import SearchConfig, SearchError, StepSandbox
 from verifier import SandboxError, StepResult
+from verifier.sandbox_wire import TWIN
 
 logger = logging.getLogger(__name__)
 
@@ -276,8 +278,9 @@ class Service:
 class OwnSandbox:
     """The sandbox as one search sees it: its trees are its own, and none stays open.
 
-    Opening and closing go on when the search is cancelled in the middle of them: what was opened
-    for nobody is closed.
+    They are twins of those that other searches of the same problem and seed have, with the same
+    random state. Opening and closing go on when the search is cancelled in the middle of them: what
+    was opened for nobody is closed.
     """
 
     def __init__(
@@ -287,7 +290,7 @@ class OwnSandbox:
     ) -> None:
         self._sandbox = sandbox
         self._spawn = spawn
-        self._owner = f"{id(self):x}-{time.monotonic_ns():x}"
+        self._owner = uuid.uuid4().hex
 
     async def open(self, tree_id: str) -> str:
         """As `StepSandbox`."""
@@ -311,4 +314,4 @@ class OwnSandbox:
         await self._sandbox.close(self._named(tree_id))
 
     def _named(self, tree_id: str) -> str:
-        return f"{self._owner}/{tree_id}"
+        return f"{tree_id}{TWIN}{self._owner}"

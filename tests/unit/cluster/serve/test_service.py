@@ -23,6 +23,7 @@ from rollout.search import SearchConfig
 from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference, random_steps
 from tests.scripted_replicas import hash_value
 from tests.serving import Stuck
+from verifier.sandbox_wire import TWIN
 
 SEARCH = SearchConfig(template="short", num_candidates=3)
 
@@ -83,6 +84,8 @@ async def test_equal_requests_at_one_time_have_sandboxes_of_their_own() -> None:
     found = await asyncio.gather(*(asked(running, ask()) for _ in range(8)))
     assert len({result.ranked for result in found}) == 1
     await running.settled()
+    names = {event[1] for event in own.sandbox.events if event[0] == "open"}  # type: ignore[attr-defined]
+    assert len(names) == 8 and len({name.partition(TWIN)[0] for name in names}) == 1
     assert own.sandbox.open_trees == []  # type: ignore[attr-defined]
 
 
