@@ -163,6 +163,7 @@ async def from_clients(url: str, wanted: Sequence[Wanted], users: int) -> list[G
     ours, theirs = context.Pipe()
     process = context.Process(target=clients, args=(url, list(wanted), users, theirs))
     process.start()
+    theirs.close()  # so that a client that dies ends the wait
     try:
         return await asyncio.to_thread(ours.recv)
     finally:
@@ -326,7 +327,7 @@ class Bench:
                 problems[n % len(problems)].text,
                 1000 + n,
                 stream=bool(n % 2),
-                leave_after_s=rng.uniform(0.0, 2.0) if n % 10 == 0 else None,
+                leave_after_s=rng.uniform(0.0, 0.5) if n % 10 == 0 else None,
             )
             for n in range(count)
         ]
