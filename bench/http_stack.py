@@ -59,14 +59,12 @@ def serve(stack: str, port: int) -> None:
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-    deployment = ray_serve.deployment(max_ongoing_requests=CONNECTIONS)
 
-    @deployment
-    @ray_serve.ingress(api)
     class Ingress:
         pass
 
-    ray_serve.run(Ingress.bind())  # type: ignore[attr-defined]
+    made: Any = ray_serve.deployment(max_ongoing_requests=CONNECTIONS)
+    ray_serve.run(made(ray_serve.ingress(api)(Ingress)).bind())
     while True:
         time.sleep(1)
 

@@ -262,13 +262,14 @@ class Bench:
         """Generated tokens per second with all users at it, and without HTTP, queue and method."""
         users, rollouts = self.arguments.users, self.arguments.rollouts
         problems = self.models.problems[: users * SEARCHES_PER_USER]
-        recorder = Recorder(service.engines.policy, service.engines.preference)  # type: ignore[arg-type]
+        assert service.engines.preference is not None
+        recorder = Recorder(service.engines.policy, service.engines.preference)
         _, window = await search_all(
             problems, self.search, recorder, recorder, service.engines.sandbox, users
         )
         bare_s = window.supplied_s - window.began_s
         bare = recorder.tokens(0.0, window.supplied_s) / bare_s
-        recorder = Recorder(service.engines.policy, service.engines.preference)  # type: ignore[arg-type]
+        recorder = Recorder(service.engines.policy, service.engines.preference)
         plain = service.engines
         service.engines = Engines(policy=recorder, preference=recorder, sandbox=plain.sandbox)
         wanted = [Wanted(f"rstar-mcts-{rollouts}", p.text, n) for n, p in enumerate(problems)]
@@ -344,9 +345,12 @@ class Bench:
         wrong = 0
         for got in stayed:
             result = service.found.get((got.wanted.problem, got.wanted.seed))
-            own = result is not None and result.problem_id == problem_id(got.wanted.problem)
-            if got.content is not None and not (own and content_of(result) == got.content):  # type: ignore[arg-type]
-                wrong += 1
+            own = (
+                result is not None
+                and result.problem_id == problem_id(got.wanted.problem)
+                and content_of(result) == got.content
+            )
+            wrong += got.content is not None and not own
         return {
             "requests": len(found),
             "left": len(found) - len(stayed),

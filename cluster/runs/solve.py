@@ -95,7 +95,18 @@ def asked_problem(text: str, *, source: str) -> Problem:
     return Problem(id=f"asked-{digest}", source=source, level=Level.MATH, text=text)
 
 
-def solve_config(
+def solve_config(scratch: Path, **given: Any) -> SolveConfig:
+    """The config of one `rstar solve`, as `asked_config` makes it, with one actor of each kind."""
+    made = asked_config(SolveConfig, scratch, **given)
+    one_each = {
+        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
+        for name in ("policy", "ppm", "sandbox")
+    }
+    return made.model_copy(update={"cluster": made.cluster.model_copy(update=one_each)})
+
+
+def asked_config(
+    kind: type[S],
     scratch: Path,
     *,
     policy: Path | None = None,
@@ -105,13 +116,11 @@ def solve_config(
     trajectories: int | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
-    kind: type[S] = SolveConfig,  # type: ignore[assignment]
 ) -> S:
-    """The config of one `rstar solve`; the later of run, config file, command line, --set wins.
+    """The config of a command that asks; the later of run, config file, command line, --set wins.
 
     Args:
-        scratch: folder for what Ray's actors write; nothing in it is of use afterwards.
-        kind: a further one that asks the same: then there are as many actors as it says.
+        scratch: folder for what Ray's actors write.
     Raises:
         ConfigError, RunFolderError, CheckpointError: what is missing or wrong, named.
     """
@@ -136,11 +145,8 @@ def solve_config(
         raise ConfigError(
             f"method {made.method.name} needs a PPM: give --ppm DIR, or choose another --method"
         )
-    changed: dict[str, Any] = {"dashboard_port": None}
-    if kind is SolveConfig:
-        for name in ("policy", "ppm", "sandbox"):
-            changed[name] = getattr(made.cluster, name).model_copy(update={"replicas": 1})
-    made = made.model_copy(update={"cluster": made.cluster.model_copy(update=changed)})
+    cluster = made.cluster.model_copy(update={"dashboard_port": None})
+    made = made.model_copy(update={"cluster": cluster})
     return with_prompt_template(with_checkpoint_directories(made))
 
 
@@ -454,9 +460,9 @@ async def run_solve(problem: str, *, as_json: bool = False, **given: Any) -> Non
     Args:
         problem: as `read_problem` takes it.
         as_json: stdout gets the JSON object and nothing else; everything else goes to stderr.
-        given: what `solve_config` takes.
+        given: what `asked_config` takes.
     Raises:
-        As `read_problem`, `solve_config` and `solve`.
+        As `read_problem`, `asked_config` and `solve`.
     """
     asked = read_problem(problem, sys.stdin)
     stdout = stdout_for_result() if as_json else contextlib.nullcontext(sys.stdout)

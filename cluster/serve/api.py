@@ -187,7 +187,9 @@ def read_request(body: bytes, config: ServeConfig, *, chat: bool) -> Asked:
     if not isinstance(data, dict):
         raise ApiError(400, f"the body must be a JSON object, got {type(data).__name__}")
     data = _without_neutral(data)
-    kind = ChatRequest if chat else CompletionRequest
+    kind: type[_Request] = ChatRequest if chat else CompletionRequest
+    limits: tuple[int | None, ...]
+    notes: tuple[str, ...]
     try:
         request = kind.model_validate(data)
     except ValidationError as error:

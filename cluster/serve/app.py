@@ -117,13 +117,13 @@ class Server:
             response = _error_response(error)
         except web.HTTPRequestEntityTooLarge:
             most = self.config.serve.max_request_kib
-            error = ApiError(413, f"the body has more than {most} KiB", code="request_too_large")
-            response = _error_response(error)
-        except web.HTTPException as error:
-            if error.status < 400:
+            said = f"the body has more than {most} KiB"
+            response = _error_response(ApiError(413, said, code="request_too_large"))
+        except web.HTTPException as refusal:
+            if refusal.status < 400:
                 raise
-            said = f"{request.method} {request.path}: {error.reason}"
-            response = _error_response(ApiError(error.status, said))
+            said = f"{request.method} {request.path}: {refusal.reason}"
+            response = _error_response(ApiError(refusal.status, said))
         if not response.prepared:
             response.headers["X-Request-Id"] = request[REQUEST_ID]
         return response

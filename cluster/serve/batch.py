@@ -23,13 +23,14 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from cluster.folder.config_file import ConfigError
-from cluster.runs.solve import solve_config
+from cluster.runs.solve import asked_config
 from cluster.serve.api import ApiError, read_request
 from cluster.serve.config import ServeConfig
 from cluster.serve.models import started
 from cluster.serve.replies import Answer, Reply, Thinking
 from cluster.serve.service import Service
 from cluster.telemetry.progress import say
+from rollout.methods import Event
 from rollout.tasks import all_of
 
 URLS = {"/v1/chat/completions": True, "/v1/completions": False}
@@ -155,7 +156,11 @@ async def _answer(line: Line, service: Service, config: ServeConfig) -> tuple[in
 
         async def choice(index: int) -> Answer:
             thinking = Thinking()
-            result = await service.solve(tickets[index], asked.asks[index], thinking.more)
+
+            def on_event(event: Event) -> None:
+                thinking.more(event)
+
+            result = await service.solve(tickets[index], asked.asks[index], on_event)
             return Answer(result=result, thinking=thinking.text, tree=None)
 
         answers = await all_of(choice(index) for index in range(len(asked.asks)))
@@ -167,9 +172,9 @@ async def run_batch(batch: Path, out: Path, console: Console, **given: Any) -> N
     """Answer what of a file is not answered yet.
 
     Args:
-        given: what `solve_config` takes.
+        given: what `asked_config` takes.
     Raises:
-        As `read_batch`, `answered_ids`, `solve_config` and `answer_batch`.
+        As `read_batch`, `answered_ids`, `asked_config` and `answer_batch`.
     """
     lines = read_batch(batch)
     known = answered_ids(out)
@@ -179,7 +184,7 @@ async def run_batch(batch: Path, out: Path, console: Console, **given: Any) -> N
     if not left:
         return
     with tempfile.TemporaryDirectory(prefix="rstar-solve-") as scratch:
-        config = solve_config(Path(scratch), kind=ServeConfig, **given)
+        config = asked_config(ServeConfig, Path(scratch), **given)
         # A batch waits for itself: every choice of what runs has its place.
         room = config.serve.max_running * config.serve.max_choices
         serve = config.serve.model_copy(update={"max_queued": room})

@@ -24,7 +24,7 @@ from rich.console import Console
 from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder
-from cluster.runs.solve import solve_config
+from cluster.runs.solve import asked_config
 from cluster.serve.app import Server
 from cluster.serve.config import ServeConfig
 from cluster.serve.keys import VARIABLE, Keys, read_keys
@@ -55,7 +55,7 @@ def serve_config(
     overrides: tuple[str, ...] | list[str] = (),
     **given: Any,
 ) -> ServeConfig:
-    """The config of one `rstar serve`; as `solve_config`, with the server's own options.
+    """The config of one `rstar serve`; as `asked_config`, with the server's own options.
 
     Raises:
         ConfigError: also where the address needs API keys and there are none.
@@ -64,11 +64,11 @@ def serve_config(
         raise ConfigError("give --run, or --follow, which takes its models too; not both")
     own = {"host": host, "port": port, "keys": keys}
     asked = [f"serve.{name}={value}" for name, value in own.items() if value is not None]
-    return solve_config(
+    return asked_config(
+        ServeConfig,
         Path("runs") / "serve",
         run=run or follow,
         overrides=[*overrides, *asked],
-        kind=ServeConfig,
         **given,
     )
 
