@@ -102,6 +102,7 @@ async def server(run: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> As
     task = asyncio.create_task(serving)
     try:
         while not (found := re.search(r"http://\S+", out.getvalue())):
+            # told as text: the errors of actors refer to each other
             assert not task.done(), f"{task.exception()!r} after {out.getvalue()}"
             await asyncio.sleep(0.1)
         yield Served(found[0], kept[0], task)
