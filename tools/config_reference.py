@@ -25,6 +25,7 @@ from cluster.fleet.config import ServingConfig
 from cluster.folder.config_file import presets, section_in
 from cluster.runs.config import RolloutConfig, RunConfig, SolveConfig
 from cluster.runs.synthesize import SynthesizeConfig
+from cluster.serve.config import ServeConfig
 from tools.generated import main
 
 PATH = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -33,6 +34,7 @@ COMMANDS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("rstar evolve", RunConfig),
     ("rstar rollout", RolloutConfig),
     ("rstar solve", SolveConfig),
+    ("rstar serve", ServeConfig),
     ("rstar evaluate", EvaluateConfig),
     ("rstar problems synthesize", SynthesizeConfig),
 )

@@ -91,7 +91,7 @@ class Fleet:
             config.metrics, folder, self.pools.keepers, budget_usd=config.cost.budget_usd
         )
         self.attempts = Attempts(
-            config.cluster.stage_attempts, mend=self._mend, note=lambda text: self.note(text)
+            config.cluster.stage_attempts, mend=self.mend, note=lambda text: self.note(text)
         )
         """Does a stage of the run again that lost actors or machines."""
         stage = config.cluster.stage_weights
@@ -391,7 +391,7 @@ class Fleet:
         )
         return await self._rollout.run()
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
         """Replace members again in pools where too many died to go on."""
         for keeper in self.pools.keepers.values():
             if keeper.hopeless:

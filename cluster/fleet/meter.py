@@ -157,6 +157,11 @@ class Meter:
         self._look_at_run()
         self._stalls, self._open_trees = (), 0
 
+    def tell_service(self, *, running: int, waiting: int) -> None:
+        """Searches that `rstar serve` has in hand."""
+        self._exporter.set(metrics.SERVE_SEARCHES, running, state="running")
+        self._exporter.set(metrics.SERVE_SEARCHES, waiting, state="waiting")
+
     def tell_fit(self, progress: FitProgress) -> None:
         """Where a training run stands; any thread."""
         if progress.phase != "training":

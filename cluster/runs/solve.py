@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -48,6 +48,8 @@ from rollout.problem import Level, Problem
 from rollout.prompt import END_OF_ANSWER, Step, StepKind, parse_response
 from verifier.accuracy import RankedAnswer
 from verifier.verify import start_symbolic_worker
+
+S = TypeVar("S", bound=SolveConfig)
 
 RUN_SECTIONS = ("seed", "cluster", "policy_engine", "ppm_engine", "sandbox", "search")
 """What a run's config tells about serving its models."""
@@ -84,11 +86,27 @@ def read_problem(argument: str, stdin: TextIO) -> Problem:
             f'{where} is empty; give its text, as in rstar solve "What is 3 + 4?", or - for '
             "stdin, or @FILE"
         )
+    return asked_problem(text, source="command line")
+
+
+def asked_problem(text: str, *, source: str) -> Problem:
+    """A problem that somebody asks: equal texts have equal ids."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    return Problem(id=f"asked-{digest}", source="command line", level=Level.MATH, text=text)
+    return Problem(id=f"asked-{digest}", source=source, level=Level.MATH, text=text)
 
 
-def solve_config(
+def solve_config(scratch: Path, **given: Any) -> SolveConfig:
+    """The config of one `rstar solve`, as `asked_config` makes it, with one actor of each kind."""
+    made = asked_config(SolveConfig, scratch, **given)
+    one_each = {
+        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
+        for name in ("policy", "ppm", "sandbox")
+    }
+    return made.model_copy(update={"cluster": made.cluster.model_copy(update=one_each)})
+
+
+def asked_config(
+    kind: type[S],
     scratch: Path,
     *,
     policy: Path | None = None,
@@ -98,11 +116,11 @@ def solve_config(
     trajectories: int | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
-) -> SolveConfig:
-    """The config of one `rstar solve`; the later of run, config file, command line, --set wins.
+) -> S:
+    """The config of a command that asks; the later of run, config file, command line, --set wins.
 
     Args:
-        scratch: folder for what Ray's actors write; nothing in it is of use afterwards.
+        scratch: folder for what Ray's actors write.
     Raises:
         ConfigError, RunFolderError, CheckpointError: what is missing or wrong, named.
     """
@@ -122,16 +140,12 @@ def solve_config(
     given = {name: value for name, value in asked.items() if value is not None}
     data["method"] = {**(data.get("method") or {}), **given}
     source = str(config or run or "rstar solve")
-    made = make_config(data, overrides, kind=SolveConfig, source=source)
+    made = make_config(data, overrides, kind=kind, source=source)
     if made.method.name.needs_preference and made.ppm is None:
         raise ConfigError(
             f"method {made.method.name} needs a PPM: give --ppm DIR, or choose another --method"
         )
-    one_each = {
-        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
-        for name in ("policy", "ppm", "sandbox")
-    }
-    cluster = made.cluster.model_copy(update={"dashboard_port": None, **one_each})
+    cluster = made.cluster.model_copy(update={"dashboard_port": None})
     made = made.model_copy(update={"cluster": cluster})
     return with_prompt_template(with_checkpoint_directories(made))
 
@@ -451,9 +465,9 @@ async def run_solve(problem: str, *, as_json: bool = False, **given: Any) -> Non
     Args:
         problem: as `read_problem` takes it.
         as_json: stdout gets the JSON object and nothing else; everything else goes to stderr.
-        given: what `solve_config` takes.
+        given: what `asked_config` takes.
     Raises:
-        As `read_problem`, `solve_config` and `solve`.
+        As `read_problem`, `asked_config` and `solve`.
     """
     asked = read_problem(problem, sys.stdin)
     stdout = stdout_for_result() if as_json else contextlib.nullcontext(sys.stdout)

@@ -211,7 +211,7 @@ def make_app(root: Path, source: Source, *, token: str = "") -> web.Application:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not token:
-            if not _is_loopback(urlsplit(f"//{request.host}").hostname or ""):
+            if not is_loopback(urlsplit(f"//{request.host}").hostname or ""):
                 raise web.HTTPForbidden(text="this page is served to this machine only\n")
             return await handler(request)
         given = request.query.get("token")
@@ -286,7 +286,7 @@ async def serve_dashboard(
     """
     root = run_root(run)
     source = PrometheusSource(prometheus, root.name) if prometheus else SampleSource(root)
-    secret = "" if _is_loopback(host) and token is None else token or secrets.token_urlsafe(18)
+    secret = "" if is_loopback(host) and token is None else token or secrets.token_urlsafe(18)
     app = make_app(root, source, token=secret)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
@@ -316,7 +316,7 @@ def _equal(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
