@@ -86,9 +86,9 @@ def evolve(
     view = ProgressView(console)
     evolution = Evolution(settings, view, force=force)
     _run(evolution.run(), again=command_line(), view=view)
-    root = evolution.folder.root
-    show_report(root, console)
-    say(console, f"all of it in {root}")
+    run = evolution.folder.store.root
+    show_report(settings.run_dir, console)
+    say(console, f"all of it in {run}")
 
 
 @app.command()
@@ -132,7 +132,7 @@ def rollout(
     run = RolloutRun(settings, view)
     outcome = _run(run.run(), again=command_line(), view=view)
     print_rollout_report(outcome, console)
-    say(console, f"trees in {run.folder.root}")
+    say(console, f"trees in {run.folder.store.root}")
 
 
 @app.command()
@@ -436,9 +436,9 @@ def evaluate(
     view = ProgressView(console)
     run = EvaluationRun(settings, view)
     found = _run(run.run(), again=command_line(), view=view)
-    write_evaluation(run.folder.root, found)
+    write_evaluation(run.folder, found)
     print_evaluation(found, console)
-    say(console, f"answers, results, tables and report.html in {run.folder.root}")
+    say(console, f"answers, results, tables and report.html in {run.folder.store.root}")
 
 
 @app.command()

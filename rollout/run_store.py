@@ -15,16 +15,17 @@ found what instead.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import io
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
@@ -64,10 +65,12 @@ class RunStore:
         *,
         run_id: str | None = None,
         backoff_s: float = 0.2,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             root: a folder or an fsspec URL such as s3://bucket/run.
+            options: of fsspec's client, as an endpoint; credentials are found by the client itself.
             run_id: of the run whose store it has to be (`identify`), see `check_run`; None: it may
                 be any, and is made on the first write.
             backoff_s: pause before the second try; doubled each time.
@@ -75,7 +78,7 @@ class RunStore:
         self.root = os.fspath(root)
         self.run_id = run_id
         self.backoff_s = backoff_s
-        self._fs, self._base = fsspec.core.url_to_fs(self.root)
+        self._fs, self._base = fsspec.core.url_to_fs(self.root, **(options or {}))
         self._base = self._base.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
 
@@ -112,16 +115,30 @@ class RunStore:
             "driver's run_dir lies on, at the same place, or choose a run_dir that all of them see"
         )
 
-    def put(self, path: str, data: bytes) -> None:
+    def below(self, path: str) -> Self:
+        """The store of a folder of this one, reached in the same way."""
+        other = copy.copy(self)
+        other.root, other._base = f"{self.root}/{path}", self._full(path)
+        other.run_id = None
+        return other
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, if it is one of this machine."""
+        return Path(self._base) if self._local else None
+
+    def put(self, path: str, data: bytes, *, durable: bool = True) -> None:
         """Write a file whole, replacing one that exists.
 
+        Args:
+            durable: ask a local disk to keep it before this returns.
         Raises:
             StoreError: it cannot be written, or the store is not the run's (`check_run`).
         """
         full = self._full(path)
         if self._local:
             self.check_run()
-            self._retry("write", path, lambda: atomic_write(Path(full), data, durable=True))
+            self._retry("write", path, lambda: atomic_write(Path(full), data, durable=durable))
         else:
             self._retry("write", path, lambda: self._fs.pipe_file(full, data))
 
@@ -138,16 +155,16 @@ class RunStore:
             self.check_run()
         return self._retry("create", path, lambda: self._create(path, data))
 
-    def read(self, path: str) -> bytes:
-        """The content of a file.
+    def read(self, path: str, *, start: int = 0) -> bytes:
+        """The content of a file, from a byte on.
 
         Raises:
             FileNotFoundError: there is none.
         """
         full = self._full(path)
         if self._local:
-            return self._retry("read", path, lambda: _read_whole(full))
-        return self._retry("read", path, lambda: self._fs.cat_file(full))
+            return self._retry("read", path, lambda: _read_whole(full, start))
+        return self._retry("read", path, lambda: self._fs.cat_file(full, start=start or None))
 
     def read_many(self, paths: Sequence[str]) -> dict[str, bytes]:
         """The contents of several files; remote ones are fetched side by side."""
@@ -168,6 +185,15 @@ class RunStore:
         """Paths of all files directly in a folder, sorted; empty if there is no such folder."""
         names = self._names(prefix, "file")
         return [f"{prefix.strip('/')}/{name}" for name in names if not name.startswith(".")]
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of each file directly in a folder; empty if there is no such folder."""
+        found = {}
+        for entry in self._entries(prefix):
+            name = _last(entry["name"])
+            if entry["type"] == "file" and not name.startswith("."):
+                found[f"{prefix.strip('/')}/{name}"] = entry["size"]
+        return found
 
     def folders(self, prefix: str) -> list[str]:
         """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
@@ -271,13 +297,21 @@ class RunStore:
             with os.scandir(folder) as entries:
                 return [entry.name for entry in entries if is_kind(entry)]
 
-        def remote() -> list[str]:
+        if not self._local:
+            return sorted(_last(e["name"]) for e in self._entries(prefix) if e["type"] == kind)
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(self._retry("list", prefix, local))
+        return []
+
+    def _entries(self, prefix: str) -> list[dict[str, Any]]:
+        """What is directly in a folder, as fsspec tells it; [] if there is no such folder."""
+
+        def listed() -> list[dict[str, Any]]:
             self._fs.invalidate_cache()
-            entries = self._fs.ls(folder, detail=True)
-            return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind]
+            return self._fs.ls(self._full(prefix.strip("/")), detail=True)
 
         with contextlib.suppress(FileNotFoundError):
-            return sorted(self._retry("list", prefix, local if self._local else remote))
+            return self._retry("list", prefix, listed)
         return []
 
 
@@ -288,7 +322,13 @@ def _has_own_create(fs: AbstractFileSystem) -> bool:
     return type(fs).pipe_file is not AbstractFileSystem.pipe_file
 
 
-def _read_whole(path: str) -> bytes:
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _read_whole(path: str, start: int) -> bytes:
     # Unbuffered and without a Path: a restart reads tens of thousands of small files.
     with io.FileIO(path) as file:
+        if start:
+            file.seek(start)
         return file.readall()

@@ -230,7 +230,7 @@ class EvaluationRun:
         )
         report = {
             "kind": "evaluation",
-            "name": self.folder.root.name,
+            "name": self.folder.name,
             "models": {
                 kind: {"path": str(path), "version": (await given_checkpoint(kind, path)).version}
                 for kind in ("policy", "ppm")

@@ -39,7 +39,7 @@ from rollout.sampling import Solution
 from rollout.search import SearchConfig, SearchError, StepSandbox
 from rollout.seeds import derive_seed
 from rollout.solution_tree import chain_solutions, fill_tree, grade_tree
-from rollout.store import RunStore, TrajectoryStore, evaluation_of, folder_of
+from rollout.store import TrajectoryStore, evaluation_of, folder_of
 from rollout.tree import Tree
 
 _SHARD_SIZE = 4
@@ -176,12 +176,12 @@ async def evaluate(
     failed = outcome.manifest.failed
     if len(failed) == len(chosen):
         name, why = next(iter(failed.items()))
-        folder = fleet.folder.root / folder_of(number)
+        folder = fleet.folder.at(folder_of(number))
         raise SearchError(
             f"none of {len(chosen)} problems could be evaluated, {name} for: {why}; "
             f"when that is mended, remove {folder} and start again"
         )
-    trees = TrajectoryStore(RunStore(str(fleet.folder.root)), number).trees()
+    trees = TrajectoryStore(fleet.folder.store, number).trees()
     found = await asyncio.to_thread(judge, trees, top_k=config.vote_top_k)
     for problem in chosen:
         if problem.id in failed:

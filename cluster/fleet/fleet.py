@@ -68,7 +68,7 @@ from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
 from rollout.engine import EngineError
 from rollout.problem import Problem
-from rollout.store import RunStore, TrajectoryStore
+from rollout.store import TrajectoryStore
 from rollout.tasks import all_of
 
 logger = logging.getLogger(__name__)
@@ -80,11 +80,11 @@ class Fleet:
     def __init__(self, config: ServingConfig, folder: RunFolder) -> None:
         self.config = config
         self.folder = folder
-        self.store = RunStore(str(folder.root))
+        self.store = folder.store
         self.note: Callable[[str], None] = logger.info
         """Told what a person should know now."""
         self.pools = Pools(
-            config, folder.root, note=lambda text: self.note(text), tried=self._tried
+            config, folder.store, note=lambda text: self.note(text), tried=self._tried
         )
         self.meter = Meter(
             config.metrics, folder, self.pools.keepers, budget_usd=config.cost.budget_usd
@@ -160,7 +160,7 @@ class Fleet:
         """
         self.pools.telemetry.begin(f"driver-{os.getpid()}")
         cluster = self.config.cluster
-        namespace = await asyncio.to_thread(namespace_of, self.folder.root)
+        namespace = await asyncio.to_thread(namespace_of, self.store)
         self.pools.home = Home(namespace=namespace)
         # Every process of the run that writes there, or reads what others do, is told its id.
         await asyncio.to_thread(self.store.identify)

@@ -43,7 +43,7 @@ class Session:
         with self.folder.locked():
             self.folder.keep_config(self.config)
             self.store.self_check()
-            with LiveFile(self.folder.root, self.view.snapshot) as live:
+            with LiveFile(self.folder.store, self.view.snapshot) as live:
                 self.view.seconds_before = live.seconds_before
                 self.view.usd_per_hour = self.config.cost.usd_per_hour
                 yield live

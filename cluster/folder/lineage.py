@@ -21,13 +21,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from cluster.folder.machine import code_version, command_line, hardware, versions
-from cluster.folder.run_folder import RunFolder
+from cluster.folder.run_folder import RunFolder, dataset_name
 from learner.checkpoint import CheckpointStore, Kind, directory_digest
-from learner.dataset import read_manifest
-from rollout.store import RunStore, TrajectoryStore
+from rollout.store import TrajectoryStore, folder_of
 from verifier import GRADER_VERSION
 
 VERSIONS = "versions.json"
@@ -70,7 +67,7 @@ def record_lineage(folder: RunFolder, round: int) -> dict[str, Any]:
     name = lineage_name(round)
     record = folder.read(name) or {"round": round}
     before = dict(record)
-    trees = TrajectoryStore(RunStore(folder.root), round)
+    trees = TrajectoryStore(folder.store, round)
     if "trajectories" not in record and round > 0 and trees.manifest() is not None:
         record |= _of_search(folder, trees)
     if "dataset" not in record:
@@ -123,8 +120,9 @@ def _of_search(folder: RunFolder, trees: TrajectoryStore) -> dict[str, Any]:
             if commit.info.get(kind):
                 counts[str(commit.info[kind])] += commit.totals.trees
     if not said["grader"] and first:
-        column = pq.read_table(folder.root / first, columns=["grader_version"])["grader_version"]
-        said["grader"].update(filter(None, set(column.to_pylist())))
+        table = folder.read_table(first, ["grader_version"])
+        assert table is not None
+        said["grader"].update(filter(None, set(table["grader_version"].to_pylist())))
     manifest = trees.store.read(f"{trees.prefix}/manifest.json")
     sealed = trees.manifest()
     assert sealed is not None
@@ -175,14 +173,14 @@ def _given(folder: RunFolder, digest: str) -> dict[str, Any]:
 
 
 def _of_dataset(folder: RunFolder, round: int) -> dict[str, Any]:
-    manifest = read_manifest(folder.dataset(round))
+    manifest = folder.dataset_manifest(round)
     if manifest is None:
         return {}
     rounds: Sequence[int] = manifest["info"].get("rounds", [])
     made_from = {f"round={number}": _manifest_digest(folder, number) for number in rounds}
     return {
         "dataset": {
-            "path": f"datasets/round={round}",
+            "path": dataset_name(round),
             "sha256": manifest["digest"],
             "template": manifest["template"],
             "trajectories": made_from,
@@ -191,11 +189,8 @@ def _of_dataset(folder: RunFolder, round: int) -> dict[str, Any]:
 
 
 def _manifest_digest(folder: RunFolder, round: int) -> str | None:
-    try:
-        path = folder.root / f"trajectories/round={round}/manifest.json"
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return None
+    manifest = folder.read_bytes(f"{folder_of(round)}/manifest.json")
+    return None if manifest is None else hashlib.sha256(manifest).hexdigest()
 
 
 def _of_checkpoint(folder: RunFolder, kind: Kind, round: int) -> dict[str, Any]:

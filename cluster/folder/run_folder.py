@@ -1,6 +1,7 @@
 """Where a run keeps what it made, and how it knows what is done.
 
     RUN/config.yaml                    the effective config of the first start
+    RUN/drivers/NNNNN.json             who has the run (lease)
     RUN/run.id                         tells a new run in the same place from the one before
     RUN/versions.json                  each start: code, packages, machine, problem files (lineage)
     RUN/lineage/round=R.json           which models, grader and data made what (lineage)
@@ -31,11 +32,11 @@ from __future__ import annotations
 
 import difflib
 import errno
-import fcntl
 import io
 import json
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -47,9 +48,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from cluster.folder.config_file import Config, ConfigError
+from cluster.folder.lease import LeaseHeldError, RunLease
+from learner.dataset import MANIFEST
 from rollout.difficulty import SuspectLabel
-from rollout.files import atomic_write
 from rollout.problem import Problem
+from rollout.run_store import RunStore, StoreError
 
 RESUMABLE = (
     "cluster",
@@ -79,8 +82,11 @@ RESUMABLE = (
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """s3://bucket/run, and what a `Path` makes of it; of one letter it could be a drive."""
 
+CONFIG = "config.yaml"
+PROBLEMS = "problems.parquet"
 REPORT = "report.json"
 """What a finished run showed, under its folder."""
+PAGE = "report.html"
 
 
 class RunFolderError(RuntimeError):
@@ -103,9 +109,19 @@ class RunFolder:
                 "--set run_dir=/mnt/shared/runs/..."
             )
         self.root = Path(root).absolute()
+        self.store = RunStore(self.root)
+
+    @property
+    def name(self) -> str:
+        """Of the run, for people: the last part of where it is."""
+        return self.root.name
 
     def dataset(self, round: int) -> Path:
-        return self.root / "datasets" / f"round={round}"
+        return self.root / dataset_name(round)
+
+    def dataset_manifest(self, round: int) -> dict[str, Any] | None:
+        """Of a round's dataset; None if it is not complete."""
+        return self.read(f"{dataset_name(round)}/{MANIFEST}")
 
     @property
     def checkpoints(self) -> Path:
@@ -126,44 +142,35 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and hold it: one driver at a time.
+        """Make the folder and hold it: one driver at a time (`cluster.folder.lease`).
 
         Raises:
-            RunFolderError: no write permission, no locks, or another process holds it.
+            RunFolderError: it cannot be written, another process holds it, or took it meanwhile.
         """
+        lease = RunLease(self.store, lost=lambda: os.kill(os.getpid(), signal.SIGINT))
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / ".lock").open("a+")
-        except OSError as error:
+            lease.take()
+        except StoreError as error:
             raise RunFolderError(
-                f"{self.root}: {why_not_written(error)}; choose another folder with "
-                "--set run_dir=..."
+                f"{self.store.root}: {_why(error)}; choose another folder with --set run_dir=..."
             ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):
-                    raise RunFolderError(
-                        f"{self.root}: its file system locks no files ({error.strerror}), so that "
-                        "two drivers could write it at once; mount it with NFS 4, or NFS 3 with "
-                        "its lock service running, or choose another folder with --set run_dir=..."
-                    ) from error
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                raise RunFolderError(
-                    f"{self.root}: in use by {holder}; wait for it, or choose another folder "
-                    "with --set run_dir=..."
-                ) from None
-            try:
-                lock.truncate(0)
-                os.write(lock.fileno(), f"process {os.getpid()}".encode())
-            except OSError as error:
-                raise RunFolderError(
-                    f"{self.root}: {why_not_written(error)}; free some space, or choose another "
-                    "folder with --set run_dir=..."
-                ) from error
+        except LeaseHeldError as error:
+            raise RunFolderError(
+                f"{self.store.root}: in use by {error}; wait for it, or choose another folder "
+                "with --set run_dir=..."
+            ) from None
+        try:
             yield
+        except BaseException:
+            if lease.taken_by is None:
+                raise
+        finally:
+            lease.release()
+        if lease.taken_by is not None:
+            raise RunFolderError(
+                f"{self.store.root}: {lease.taken_by} has taken over this run, since nothing was "
+                "heard of this process for a while; what is committed stays"
+            )
 
     def keep_config(self, config: Config) -> None:
         """Store the effective config, or check that the run was started with an equal one.
@@ -171,12 +178,11 @@ class RunFolder:
         Raises:
             ConfigError: it was started with another one; names the keys that differ.
         """
-        path = self.root / "config.yaml"
         effective = config.effective()
-        if not path.exists():
-            self._write(path, yaml.safe_dump(effective, sort_keys=False))
+        earlier = self.config()
+        if earlier is None:
+            self.write_bytes(CONFIG, yaml.safe_dump(effective, sort_keys=False).encode())
             return
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
         changed = [
             name
             for name in _differences(earlier, effective)
@@ -184,26 +190,112 @@ class RunFolder:
         ]
         if changed:
             raise ConfigError(
-                f"{path}: this run was started with other values of {', '.join(changed[:5])}; "
-                "continue with those, or choose another folder with --set run_dir=..."
+                f"{self.at(CONFIG)}: this run was started with other values of "
+                f"{', '.join(changed[:5])}; continue with those, or choose another folder "
+                "with --set run_dir=..."
             )
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON record by its path under the run; None if it is not there."""
+    def config(self) -> dict[str, Any] | None:
+        """The config the run was started with, unchecked; None: it never was.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        data = self.read_bytes(CONFIG)
+        if data is None:
+            return None
         try:
-            return json.loads((self.root / name).read_text(encoding="utf-8"))
+            config = yaml.safe_load(data)
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{self.at(CONFIG)}: cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise RunFolderError(
+                f"{self.at(CONFIG)}: expected a YAML mapping, got {type(config).__name__}"
+            )
+        return config
+
+    def at(self, name: str) -> str:
+        """Where something of the run is, for people."""
+        return f"{self.store.root}/{name}"
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """A file by its path under the run; None if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        try:
+            return self.store.read(name)
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
-            raise RunFolderError(f"{self.root / name}: not JSON: {error}") from error
+        except StoreError as error:
+            raise RunFolderError(f"{self.at(name)}: cannot be read: {error}") from error
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file whole.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        try:
+            self.store.put(name, data, durable=False)
+        except StoreError as error:
+            raise RunFolderError(f"{self.at(name)}: {_why(error)}") from error
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON record by its path under the run; None if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        data = self.read_bytes(name)
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError as error:
+            raise RunFolderError(f"{self.at(name)}: not JSON: {error}") from error
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Write a JSON record whole."""
-        self._write(self.root / name, json.dumps(record, indent=1) + "\n")
+        self.write_bytes(name, (json.dumps(record, indent=1) + "\n").encode())
 
-    def write_lines(self, name: str, lines: Sequence[str]) -> None:
-        """Write a text file of lines whole."""
-        self._write(self.root / name, "".join(f"{line}\n" for line in lines))
+    def read_lines(self, name: str) -> list[Any]:
+        """The records of a file of JSON lines; [] if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        try:
+            return [json.loads(line) for line in (self.read_bytes(name) or b"").splitlines()]
+        except ValueError as error:
+            raise RunFolderError(f"{self.at(name)}: cannot be read: {error}") from error
+
+    def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write a file of JSON lines whole."""
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self.write_bytes(name, "".join(lines).encode())
+
+    def read_table(self, name: str, columns: Sequence[str]) -> pa.Table | None:
+        """Columns of a Parquet file; None if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        data = self.read_bytes(name)
+        try:
+            return None if data is None else pq.read_table(io.BytesIO(data), columns=list(columns))
+        except (OSError, pa.ArrowException) as error:
+            raise RunFolderError(f"{self.at(name)}: cannot be read: {error}") from error
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file whole."""
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, sink.getvalue())
+
+    def rounds(self, folder: str) -> list[int]:
+        """Numbers of the rounds that have something in a folder of the run, ascending."""
+        names = (name.removeprefix("round=") for name in self.store.folders(folder))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def stage(self, round: int, stage: str) -> dict[str, Any]:
         """Seconds and facts of a finished stage; {} if it was never recorded."""
@@ -211,6 +303,20 @@ class RunFolder:
 
     def record_stage(self, round: int, stage: str, seconds: float, **facts: Any) -> None:
         self.write(_stage_name(round, stage), {"seconds": round_to(seconds), **facts})
+
+    def stages(self) -> dict[tuple[int, str], dict[str, Any]]:
+        """Every finished stage's record, by round and name."""
+        found = {}
+        for path in self.store.files("stages"):
+            name = path.removeprefix("stages/").removesuffix(".json")
+            number, _, stage = name.removeprefix("round=").partition("-")
+            if number.isdigit():
+                found[int(number), stage] = self.stage(int(number), stage)
+        return found
+
+    def training_log(self, kind: str, round: int) -> bytes:
+        """What the training of a model logged; empty if it did not."""
+        return self.read_bytes(f"checkpoints/round={round}/{kind}/metrics.jsonl") or b""
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Write which problems are searched: the one place that tells their number and levels."""
@@ -220,9 +326,7 @@ class RunFolder:
                 "level": pa.array([p.level.value for p in problems], pa.string()),
             }
         )
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        self._write(self.root / "problems.parquet", sink.getvalue())
+        self.write_table(PROBLEMS, table)
 
     def problem_levels(self) -> dict[str, str]:
         """Level of every problem that is searched, by id; {} if they are not written yet.
@@ -230,29 +334,23 @@ class RunFolder:
         Raises:
             RunFolderError: the file cannot be read.
         """
-        path = self.root / "problems.parquet"
-        try:
-            table = pq.read_table(path, columns=["id", "level"])
-        except FileNotFoundError:
+        table = self.read_table(PROBLEMS, ["id", "level"])
+        if table is None:
             return {}
-        except (OSError, pa.ArrowException) as error:
-            raise RunFolderError(f"{path}: cannot be read: {error}") from error
         ids, levels = (table[name].to_pylist() for name in ("id", "level"))
         return dict(zip(ids, levels, strict=True))
 
     def write_suspects(self, round: int, suspects: Sequence[SuspectLabel]) -> None:
         """Write the suspect labels of a round, a JSON line each, for a person to look at."""
-        lines = [json.dumps(asdict(suspect), ensure_ascii=False) for suspect in suspects]
-        self.write_lines(f"suspects/round={round}.jsonl", lines)
+        self.write_lines(suspects_name(round), map(asdict, suspects))
 
     def evaluation_name(self, round: int) -> str:
         return f"evaluations/round={round}.json"
 
-    def _write(self, path: Path, data: str | bytes) -> None:
-        try:
-            atomic_write(path, data)
-        except OSError as error:
-            raise RunFolderError(f"{path}: {why_not_written(error)}") from error
+
+def _why(error: StoreError) -> str:
+    cause = error.__cause__
+    return why_not_written(cause) if isinstance(cause, OSError) else str(error)
 
 
 def why_not_written(error: OSError) -> str:
@@ -268,6 +366,16 @@ def why_not_written(error: OSError) -> str:
 def round_to(seconds: float) -> float:
     """Seconds as they are recorded."""
     return float(f"{seconds:.2f}")
+
+
+def dataset_name(round: int) -> str:
+    """Of the folder of a round's dataset, under the run."""
+    return f"datasets/round={round}"
+
+
+def suspects_name(round: int) -> str:
+    """Of a round's suspect labels, under the run."""
+    return f"suspects/round={round}.jsonl"
 
 
 def _stage_name(round: int, stage: str) -> str:

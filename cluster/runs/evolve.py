@@ -37,7 +37,7 @@ from cluster.runs.rollout import search_stages
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ROUND_STAGES, ProgressView
 from learner.checkpoint import Checkpoint, CheckpointStore, Kind
-from learner.dataset import read_demonstrations, read_manifest
+from learner.dataset import read_demonstrations
 from learner.fit import FitProgress, FitRequest, PolicyTrainConfig, PreferenceTrainConfig
 from learner.markers import with_markers
 from learner.select import recipe_of, select_dataset
@@ -279,7 +279,7 @@ class Evolution:
         assert self.demonstrations is not None
         self.view.begin("cold start", "cold start: SFT on demonstrations")
         directory = self.folder.dataset(0)
-        if read_manifest(directory) is None:
+        if self.folder.dataset_manifest(0) is None:
             select_dataset(
                 (),
                 directory,
@@ -355,7 +355,7 @@ class Evolution:
     async def _select(self, number: int) -> None:
         """Trees of the rounds so far -> SFT examples; trees with outcomes -> pairs."""
         directory = self.folder.dataset(number)
-        if read_manifest(directory) is not None:
+        if self.folder.dataset_manifest(number) is not None:
             self._skip(number, "select", "select")
             return
         self.view.begin("select", f"round {number}: select", round=number)

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.folder.config_file import load_config, read_yaml
+from cluster.folder.config_file import load_config
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
@@ -34,7 +34,7 @@ from learner.markers import with_markers
 from learner.plain import write_plain_dataset
 from rollout.prompt import TEMPLATES
 from rollout.search import SearchConfig
-from rollout.store import RunStore, TrajectoryStore
+from rollout.store import RunStore, TrajectoryStore, stored_rounds
 
 
 class _Interrupted(Exception):
@@ -137,7 +137,7 @@ def _data(kind: Kind, config: TrainRunConfig, folder: RunFolder) -> tuple[int, P
     assert source.run is not None
     run = RunFolder(source.run)
     number = source.round if source.round is not None else _last_round(run)
-    newest = verdicts_of(RunStore(str(run.root)), range(1, number + 1))
+    newest = verdicts_of(run.store, range(1, number + 1))
     directory = folder.dataset(number)
     valued_steps = kind == "ppm" and config.train_ppm.objective == "q_regression"
     for made in (run.dataset(number), directory):
@@ -152,13 +152,11 @@ def _data(kind: Kind, config: TrainRunConfig, folder: RunFolder) -> tuple[int, P
 
 def _last_round(run: RunFolder) -> int:
     """The last round of a run that was committed."""
-    found = [
-        int(path.parent.name.removeprefix("round="))
-        for pattern in ("datasets/round=*/manifest.json", "trajectories/round=*/manifest.json")
-        for path in run.root.glob(pattern)
-    ]
+    found = [number for number in run.rounds("datasets") if run.dataset_manifest(number)]
+    trees = (TrajectoryStore(run.store, number) for number in stored_rounds(run.store))
+    found += [each.round for each in trees if each.manifest() is not None]
     if not found:
-        raise RunFolderError(f"{run.root}: no committed round in this folder")
+        raise RunFolderError(f"{run.store.root}: no committed round in this folder")
     return max(found)
 
 
@@ -166,11 +164,11 @@ def _select(
     run: RunFolder, number: int, config: TrainRunConfig, directory: Path, *, valued_steps: bool
 ) -> None:
     """Build a round's dataset from the trees of the rounds up to it."""
-    store = RunStore(str(run.root))
+    store = run.store
     for r in range(1, max(number, 1) + 1):
         if TrajectoryStore(store, r).manifest() is None:
-            raise RunFolderError(f"{run.root}: round {r} is not committed")
-    search = SearchConfig.model_validate(read_yaml(run.root / "config.yaml").get("search", {}))
+            raise RunFolderError(f"{store.root}: round {r} is not committed")
+    search = SearchConfig.model_validate((run.config() or {}).get("search", {}))
     RoundSelection(store, number).select(
         directory,
         template=search.training_template,
@@ -191,14 +189,14 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
     if kind == "ppm":
         policy = CheckpointStore(run.checkpoints).current("policy", number)
         if policy is None:
-            raise RunFolderError(f"{run.root}: round {number} has no policy; give base")
+            raise RunFolderError(f"{run.store.root}: round {number} has no policy; give base")
         return Path(policy.path)
     for candidate in (run.marked_base, run.base_model):
         if candidate.exists():
             return candidate
-    named = read_yaml(run.root / "config.yaml").get("models", {}).get("base_model")
+    named = (run.config() or {}).get("models", {}).get("base_model")
     if named is None:
-        raise RunFolderError(f"{run.root}: its config names no base model; give base")
+        raise RunFolderError(f"{run.store.root}: its config names no base model; give base")
     return Path(named)
 
 
@@ -219,7 +217,7 @@ async def _fit(
 
     def train() -> FitResult:
         if config.learner.replicas > 1:
-            return _train_on_group(request, config, folder.root / "ray_train", show)
+            return _train_on_group(request, config, folder.root / "ray_train", folder.store, show)
         from learner.trainer import run_fit
 
         return run_fit(request, progress=show)
@@ -244,6 +242,7 @@ def _train_on_group(
     request: FitRequest,
     config: TrainRunConfig,
     storage: Path,
+    store: RunStore,
     show: Callable[[FitProgress], None],
 ) -> FitResult:
     import ray
@@ -260,7 +259,6 @@ def _train_on_group(
         raise LearnerError(
             f"Ray could not be started at address={config.address!r}: {error}"
         ) from error
-    store = RunStore(config.run_dir.absolute())
     store.identify()
     group = LearnerGroup(settings, storage, store=store)
     try:
