@@ -319,6 +319,32 @@ def regrade(
 
 
 @app.command()
+def copy(
+    run: Annotated[Path, typer.Argument(help="A run: a folder, or s3://, gs://, az://.")],
+    to: Annotated[Path, typer.Argument(help="Where its copy goes, likewise.")],
+) -> None:
+    """Copy a run to another store, checking digests; run it again to go on after a break."""
+    from rich.progress import Progress
+
+    from cluster.folder.run_folder import RunFolder
+    from cluster.runs.copy import copy_run
+
+    target = RunFolder(to)
+    with _interruptible(f"stopped; to go on: rstar copy {run} {to}"), Progress() as bar:
+        task = bar.add_task("bytes", total=None)
+        copied = copy_run(
+            RunFolder(run),
+            target,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    say(
+        Console(),
+        f"{copied.files:,} files copied, {copied.there:,} were there, "
+        f"{copied.bytes / 2**20:,.1f} MiB in {target.store.root}",
+    )
+
+
+@app.command()
 def simulate(
     overrides: Annotated[
         list[str] | None,

@@ -42,13 +42,13 @@ from cluster.engines.weight_sync import (
 from cluster.fleet.config import MembersConfig
 from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
+from cluster.folder.staging import Stager
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
 from cluster.jobs.ray_errors import cause, plain
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
-from cluster.machines.staging import Stager
 from rollout.store import RunStore
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
@@ -127,7 +127,7 @@ class EngineKind(RayKind):
         super().__init__(settings)
         self.engine = engine
         self.take_s = engine.load_timeout_s
-        self.stage = None if stage_weights is None else Stager(stage_weights)
+        self.stage = Stager(stage_weights)
         self.path = ""
         self._groups: dict[str, PlacementGroup] = {}
 
@@ -160,9 +160,8 @@ class EngineKind(RayKind):
         return {"replica": name, f"{self.prefix}_version": self.version}
 
     def start(self, name: str) -> Any:
-        staged = {} if self.stage is None else {"stage": self.stage}
         return self.actor.options(**self.options(name)).remote(
-            self.path, self.engine, version=self.version, name=name, **staged
+            self.path, self.engine, version=self.version, name=name, stage=self.stage
         )
 
     def lost(self, name: str) -> None:

@@ -27,9 +27,9 @@ learner ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +50,7 @@ from cluster.fleet.actors import (
 )
 from cluster.fleet.config import ServingConfig
 from cluster.fleet.keeper import PoolKeeper
-from cluster.fleet.learner_group import LearnerGroup
+from cluster.fleet.learner_group import RAY_TRAIN, LearnerGroup
 from cluster.fleet.left_over import Home, end_all, end_left_over, namespace_of, remove_groups
 from cluster.fleet.meter import Meter
 from cluster.fleet.minding import Minder, why_learner_waits
@@ -68,6 +68,7 @@ from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
 from rollout.engine import EngineError
 from rollout.problem import Problem
+from rollout.run_store import StoreError
 from rollout.store import TrajectoryStore
 from rollout.tasks import all_of
 
@@ -179,14 +180,14 @@ class Fleet:
         if learner:
             self._learner = LearnerGroup(
                 cluster.learner,
-                self.folder.root / "ray_train",
+                self.store,
                 start_timeout_s=cluster.start_timeout_s,
                 stalled_after_s=cluster.fit_stalled_after_s,
                 attempts=cluster.stage_attempts,
                 why_pending=lambda: why_learner_waits(cluster, self.pools.keepers),
                 coming=lambda: bool(nodes.starting()),
                 note=lambda text: self.note(text),
-                store=self.store,
+                stage=cluster.stage_weights,
             )
             if cluster.address == "local":
                 self.want_learner()
@@ -232,7 +233,7 @@ class Fleet:
             await keeper.serve()
         else:
             return keeper
-        if kind.stage is not None:
+        if kind.stage.always or self.store.local is None:
             await self._tell_staging(name, keeper)
         return keeper
 
@@ -436,7 +437,8 @@ class Fleet:
         ray.shutdown()
         self._ray_started = False
         end_telemetry()
-        shutil.rmtree(self.folder.root / "ray_train", ignore_errors=True)
+        with contextlib.suppress(StoreError):
+            self.store.delete_folder(RAY_TRAIN)
 
 
 def _port_is_free(port: int) -> bool:

@@ -26,7 +26,7 @@ class Session:
     def __init__(self, config: ServingConfig, view: ProgressView) -> None:
         self.config = config
         self.view = view
-        self.folder = RunFolder(config.run_dir)
+        self.folder = RunFolder(config.run_dir, storage=config.storage.client)
         self.fleet = Fleet(config, self.folder)
         self.store = self.fleet.store
         self.fleet.note = view.note

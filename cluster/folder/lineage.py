@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.folder.machine import code_version, command_line, hardware, versions
-from cluster.folder.run_folder import RunFolder, dataset_name
+from cluster.folder.run_folder import BASE, MARKED_BASE, RunFolder, dataset_name
+from cluster.folder.staging import at_hand
 from learner.checkpoint import CheckpointStore, Kind, directory_digest
+from rollout.run_store import absolute
 from rollout.store import TrajectoryStore, folder_of
 from verifier import GRADER_VERSION
 
@@ -87,16 +89,16 @@ def lineage_name(round: int) -> str:
 
 def _input(path: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Path, size, time and digest; the digest of an earlier start if size and time are the same."""
-    path = path.absolute()
+    place, path = absolute(path), at_hand(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stats = [file.stat() for file in files]
     entry: dict[str, Any] = {
-        "path": str(path),
+        "path": place,
         "is_directory": path.is_dir(),
         "bytes": sum(stat.st_size for stat in stats),
         "modified_unix_s": max((stat.st_mtime for stat in stats), default=0.0),
     }
-    earlier = known.get(str(path), {})
+    earlier = known.get(place, {})
     same = all(earlier.get(key) == value for key, value in entry.items())
     entry["sha256"] = earlier.get("sha256") if same else _digest(path)
     return entry
@@ -154,9 +156,10 @@ def _model(folder: RunFolder, version: str) -> dict[str, Any]:
         else:
             found |= _given(folder, version.rpartition("-")[2])
     elif version == "base":
-        for path in (folder.marked_base, folder.base_model):
-            if path.is_dir():
-                found |= {"path": _relative(folder, path), "sha256": directory_digest(path)}
+        for name in (MARKED_BASE, BASE):
+            if folder.store.exists(name):
+                digest = directory_digest(at_hand(folder.place(name)))
+                found |= {"path": name, "sha256": digest}
                 break
         else:
             found |= _given(folder, "")
@@ -214,5 +217,4 @@ def _of_checkpoint(folder: RunFolder, kind: Kind, round: int) -> dict[str, Any]:
 
 def _relative(folder: RunFolder, path: str | os.PathLike[str]) -> str:
     """Under the run where it is there, so that a run can be moved."""
-    path = Path(path)
-    return str(path.relative_to(folder.root)) if path.is_relative_to(folder.root) else str(path)
+    return absolute(path).removeprefix(f"{folder.store.root}/")

@@ -22,10 +22,16 @@
     RUN/stages/round=R-STAGE.json      seconds and facts of each finished stage
     RUN/report.json, report.png, report.html    what it all showed
 
-A stage is done when its product is there, written whole; nothing else is remembered. The folder
-must be on a file system that all machines of the cluster see, which each process of the run that
-needs it checks by the run's id before it begins (`rollout.run_store`). `rstar status` reads it from
-any machine, at any time, and writes nothing.
+Everything is written and read through the run's store (`rollout.run_store`), by the names above,
+which no other module joins to a path: the folder is on a file system that all machines of the
+cluster see, which each process of the run that needs it checks by the run's id before it begins, or
+on a bucket (s3://bucket/runs/demo). What is created once: shards' markers, manifests, CURRENT.json,
+drivers/. What is replaced whole: every other record. What grows: logs/, traces/, metrics/, on a
+bucket by parts (`cluster.telemetry.lines`). What is read as files (datasets, checkpoints): made on
+a machine's disk and uploaded, and copied to one where it is needed (`cluster.folder.staging`).
+
+A stage is done when its product is there, written whole; nothing else is remembered. `rstar status`
+reads it from any machine, at any time, and writes nothing.
 """
 
 from __future__ import annotations
@@ -35,8 +41,8 @@ import errno
 import io
 import json
 import os
-import re
 import signal
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -51,8 +57,9 @@ from cluster.folder.config_file import Config, ConfigError
 from cluster.folder.lease import LeaseHeldError, RunLease
 from learner.dataset import MANIFEST
 from rollout.difficulty import SuspectLabel
+from rollout.files import new_folder
 from rollout.problem import Problem
-from rollout.run_store import RunStore, StoreError
+from rollout.run_store import RunStore, StoreError, absolute
 
 RESUMABLE = (
     "cluster",
@@ -63,6 +70,7 @@ RESUMABLE = (
     "name",
     "run_dir",
     "sandbox",
+    "storage",
     "tracing",
     "endpoint.api_key_env",
     "endpoint.base_url",
@@ -79,11 +87,10 @@ RESUMABLE = (
 """What may differ when a run is continued: it says where it runs, not what it makes."""
 
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""s3://bucket/run, and what a `Path` makes of it; of one letter it could be a drive."""
-
 CONFIG = "config.yaml"
 PROBLEMS = "problems.parquet"
+BASE = "base"
+MARKED_BASE = "base_with_markers"
 REPORT = "report.json"
 """What a finished run showed, under its folder."""
 PAGE = "report.html"
@@ -96,28 +103,38 @@ class RunFolderError(RuntimeError):
 class RunFolder:
     """Paths and small records of one run."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, storage: Mapping[str, Any] | None = None) -> None:
         """
+        Args:
+            root: a folder, or an address as s3://bucket/run.
+            storage: arguments of a bucket's client.
         Raises:
-            RunFolderError: an address (s3://bucket/run) instead of a folder.
+            StoreError: nothing here can open such an address.
         """
-        if _ADDRESS.match(str(root)):
-            raise RunFolderError(
-                f"{root}: a run's folder has to be a path, not an address: checkpoints and "
-                "datasets are files there; mount a file system that all machines share (NFS, EFS, "
-                "Filestore, Azure Files) and name a folder on it, as with "
-                "--set run_dir=/mnt/shared/runs/..."
-            )
-        self.root = Path(root).absolute()
-        self.store = RunStore(self.root)
+        self.store = RunStore(absolute(root), options=storage)
+
+    @property
+    def root(self) -> Path:
+        """The folder on a file system of this machine.
+
+        Raises:
+            RunFolderError: it is on a bucket.
+        """
+        if self.store.local is None:
+            raise RunFolderError(f"{self.store.root}: no folder of this machine")
+        return self.store.local
 
     @property
     def name(self) -> str:
         """Of the run, for people: the last part of where it is."""
-        return self.root.name
+        return self.store.root.rpartition("/")[2]
+
+    def place(self, name: str) -> Path:
+        """Where something of the run is, as a path that may stand for an address."""
+        return Path(self.at(name))
 
     def dataset(self, round: int) -> Path:
-        return self.root / dataset_name(round)
+        return self.place(dataset_name(round))
 
     def dataset_manifest(self, round: int) -> dict[str, Any] | None:
         """Of a round's dataset; None if it is not complete."""
@@ -125,20 +142,42 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
+        return self.place("checkpoints")
 
     @property
     def base_model(self) -> Path:
-        return self.root / "base"
+        return self.place(BASE)
 
     @property
     def marked_base(self) -> Path:
         """The base model with the step markers added, if its tokenizer lacked any."""
-        return self.root / "base_with_markers"
+        return self.place(MARKED_BASE)
 
     @property
     def problems(self) -> Path:
-        return self.root / "problems"
+        return self.place("problems")
+
+    @contextmanager
+    def filling(self, name: str, *, last: str, whole: bool = False) -> Iterator[Path]:
+        """A directory of this machine for what is to stand in a folder of the run.
+
+        On a bucket what is in it is uploaded as the block ends, `last` after all else.
+
+        Args:
+            whole: on a file system, a hidden directory that takes its place as the block ends;
+                False: the folder itself, whose files whoever writes them replaces whole.
+        Raises:
+            OSError, StoreError: it cannot be written.
+        """
+        if self.store.local is None:
+            with tempfile.TemporaryDirectory(prefix="rstar-") as scratch:
+                yield Path(scratch)
+                self.store.upload(Path(scratch), name, last=last)
+        elif whole:
+            with new_folder(self.root / name) as hidden:
+                yield hidden
+        else:
+            yield self.root / name
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -350,7 +389,9 @@ class RunFolder:
 
 def _why(error: StoreError) -> str:
     cause = error.__cause__
-    return why_not_written(cause) if isinstance(cause, OSError) else str(error)
+    # What a bucket's client raises has a message and no number.
+    of_disk = isinstance(cause, OSError) and cause.errno is not None
+    return why_not_written(cause) if of_disk else str(error)
 
 
 def why_not_written(error: OSError) -> str:

@@ -26,22 +26,21 @@ import pyarrow.parquet as pq
 from cluster.engines.model_check import check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
 from cluster.evaluation.shares import problems_by_level, set_aside_lines
-from cluster.fleet.given_models import check_own_examples, with_chat_turns
+from cluster.fleet.given_models import check_own_examples, marked_base, with_chat_turns
 from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
 from cluster.folder.lineage import record_lineage
-from cluster.folder.run_folder import REPORT
+from cluster.folder.run_folder import BASE, REPORT, dataset_name
+from cluster.folder.staging import at_hand
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve_report import evolution_report
 from cluster.runs.rollout import search_stages
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ROUND_STAGES, ProgressView
 from learner.checkpoint import Checkpoint, CheckpointStore, Kind
-from learner.dataset import read_demonstrations
+from learner.dataset import MANIFEST, read_demonstrations
 from learner.fit import FitProgress, FitRequest, PolicyTrainConfig, PreferenceTrainConfig
-from learner.markers import with_markers
 from learner.select import recipe_of, select_dataset
-from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.seeds import derive_seed
@@ -115,17 +114,19 @@ class Evolution:
             assert self.config.models.base_model is not None
             self.base_model = self.config.models.base_model
         self.inputs = [*train_files, test_file, self.demonstrations, self.base_model]
-        check_policy_checkpoint(self.base_model, markers=())
+        check_policy_checkpoint(at_hand(self.base_model), markers=())
         self.untrained = self.base_model
-        self.base_model = with_markers(self.base_model, self.folder.marked_base)
+        self.base_model = marked_base(self.base_model, self.folder)
         self._check_templates()
         seen: dict[str, Path] = {}
         for path in train_files:
-            found, report = read_problems(path, default_level=problems.default_level)
+            found, report = read_problems(at_hand(path), default_level=problems.default_level)
             self._tell(report.lines())
             self.train += _new_problems(found, path, seen)
         if test_file is not None:
-            self.test, report = read_problems(test_file, default_level=problems.default_level)
+            self.test, report = read_problems(
+                at_hand(test_file), default_level=problems.default_level
+            )
             self._tell(report.lines())
 
     def _check_templates(self) -> None:
@@ -138,7 +139,7 @@ class Evolution:
         endpoint = self.config.endpoint
         if endpoint is not None or self._is_untrained:
             tokenizer = self.untrained if endpoint is None else endpoint.tokenizer
-            search = with_chat_turns(self.config.search, tokenizer)
+            search = with_chat_turns(self.config.search, tokenizer and at_hand(tokenizer))
             self.config = self.config.model_copy(update={"search": search})
         for number, settings in enumerate(self.config.rounds, start=1):
             untrained = number == 1 and self.config.cold_start is None
@@ -181,16 +182,19 @@ class Evolution:
             num_test=world.num_test,
             families=world.families,
         )
-        files = write_miniature(self.folder.problems, miniature)
-        self.demonstrations = files.demonstrations
-        self.base_model = self.config.models.base_model or self.folder.base_model
-        if self.config.models.base_model is None and not self.base_model.exists():
+        with self.folder.filling("problems", last="test.parquet") as directory:
+            files = write_miniature(directory, miniature)
             table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
             texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
             texts += pq.read_table(files.train, columns=["problem"])["problem"].to_pylist()
-            with new_folder(self.base_model) as made:
-                write_base_model(made, seed=derive_seed(self.config.seed, "base"), texts=texts)
-        return [files.train], files.test
+        self.demonstrations = self.folder.problems / files.demonstrations.name
+        self.base_model = self.config.models.base_model or self.folder.base_model
+        made = self.folder.store.exists(f"{BASE}/config.json")
+        if self.config.models.base_model is None and not made:
+            with self.folder.filling(BASE, last="config.json", whole=True) as directory:
+                seed = derive_seed(self.config.seed, "base")
+                write_base_model(directory, seed=seed, texts=texts)
+        return [self.folder.problems / files.train.name], self.folder.problems / files.test.name
 
     def _tell(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -278,15 +282,15 @@ class Evolution:
             return existing
         assert self.demonstrations is not None
         self.view.begin("cold start", "cold start: SFT on demonstrations")
-        directory = self.folder.dataset(0)
         if self.folder.dataset_manifest(0) is None:
-            select_dataset(
-                (),
-                directory,
-                template=self.config.search.training_template,
-                config=self.config.dataset,
-                demonstrations=read_demonstrations(self.demonstrations),
-            )
+            with self.folder.filling(dataset_name(0), last=MANIFEST) as directory:
+                select_dataset(
+                    (),
+                    directory,
+                    template=self.config.search.training_template,
+                    config=self.config.dataset,
+                    demonstrations=read_demonstrations(at_hand(self.demonstrations)),
+                )
         return await self._fit(0, "policy", self.base_model, config)
 
     async def _rollout(
@@ -354,24 +358,27 @@ class Evolution:
 
     async def _select(self, number: int) -> None:
         """Trees of the rounds so far -> SFT examples; trees with outcomes -> pairs."""
-        directory = self.folder.dataset(number)
         if self.folder.dataset_manifest(number) is not None:
             self._skip(number, "select", "select")
             return
         self.view.begin("select", f"round {number}: select", round=number)
         selection = RoundSelection(self.store, number, keep=True)
         demonstrations = (
-            read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
+            read_demonstrations(at_hand(self.demonstrations)) if self.demonstrations else []
         )
+
+        def select() -> dict[str, Any]:
+            with self.folder.filling(dataset_name(number), last=MANIFEST) as directory:
+                return selection.select(
+                    directory,
+                    template=self.config.search.training_template,
+                    config=self.config.dataset,
+                    demonstrations=demonstrations,
+                    valued_steps=self._valued_steps,
+                )
+
         try:
-            manifest = await asyncio.to_thread(
-                selection.select,
-                directory,
-                template=self.config.search.training_template,
-                config=self.config.dataset,
-                demonstrations=demonstrations,
-                valued_steps=self._valued_steps,
-            )
+            manifest = await asyncio.to_thread(select)
         finally:
             selection.stop()
         self._tell(selection.notes())

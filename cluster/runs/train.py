@@ -21,18 +21,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.fleet.given_models import marked_base
 from cluster.folder.config_file import load_config
-from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.folder.run_folder import (
+    BASE,
+    MARKED_BASE,
+    RunFolder,
+    RunFolderError,
+    dataset_name,
+)
+from cluster.folder.staging import Stager, at_hand, staged_request
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ProgressView, say
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
-from learner.dataset import read_manifest
+from learner.dataset import MANIFEST, read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError
-from learner.markers import with_markers
 from learner.plain import write_plain_dataset
 from rollout.prompt import TEMPLATES
+from rollout.run_store import absolute
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore, stored_rounds
 
@@ -58,7 +66,7 @@ async def run_train(
             stopped it, in one line.
     """
     config = load_config(config_path, overrides, kind=TrainRunConfig)
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir, storage=config.storage.client)
     with folder.locked(), ProgressView(console or Console()) as view:
         request = await asyncio.to_thread(_request, kind, config, folder, force)
         folder.write(f"train/{kind}.json", config.effective())
@@ -114,7 +122,7 @@ def _request(kind: Kind, config: TrainRunConfig, folder: RunFolder, force: bool)
         checkpoints=str(folder.checkpoints),
         config=config.train_policy if kind == "policy" else config.train_ppm,
         seed=config.seed,
-        previous=str(checkpoint_directory(previous).absolute()) if previous is not None else None,
+        previous=absolute(checkpoint_directory(previous)) if previous is not None else None,
         force=force,
     )
 
@@ -123,31 +131,32 @@ def _data(kind: Kind, config: TrainRunConfig, folder: RunFolder) -> tuple[int, P
     """The round (0 for files) and the dataset directory."""
     source = config.data
     if source.train is not None:
-        directory = folder.root / "datasets" / kind
+        name = f"datasets/{kind}"
         template = TEMPLATES[source.template] if source.template is not None else None
-        write_plain_dataset(
-            kind,
-            source.train,
-            directory,
-            validation=source.validation,
-            config=config.dataset,
-            template=template,
-        )
-        return 0, directory
+        with folder.filling(name, last=MANIFEST) as directory:
+            write_plain_dataset(
+                kind,
+                at_hand(source.train),
+                directory,
+                validation=source.validation and at_hand(source.validation),
+                config=config.dataset,
+                template=template,
+            )
+        return 0, folder.place(name)
     assert source.run is not None
     run = RunFolder(source.run)
     number = source.round if source.round is not None else _last_round(run)
     newest = verdicts_of(run.store, range(1, number + 1))
-    directory = folder.dataset(number)
     valued_steps = kind == "ppm" and config.train_ppm.objective == "q_regression"
-    for made in (run.dataset(number), directory):
+    for made in (run.dataset(number), folder.dataset(number)):
         manifest = read_manifest(made)
         if manifest is None or not dataset_is_current(manifest, newest):
             continue
         if not valued_steps or manifest["counts"]["all"].get("steps_train"):
             return number, made
-    _select(run, number, config, directory, valued_steps=valued_steps)
-    return number, directory
+    with folder.filling(dataset_name(number), last=MANIFEST) as directory:
+        _select(run, number, config, directory, valued_steps=valued_steps)
+    return number, folder.dataset(number)
 
 
 def _last_round(run: RunFolder) -> int:
@@ -180,9 +189,9 @@ def _select(
 def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) -> Path:
     """The checkpoint to start from."""
     if config.base is not None:
-        base = checkpoint_directory(config.base).absolute()
+        base = Path(absolute(checkpoint_directory(config.base)))
         # A PPM's trunk is a policy that was trained on the markers; a base model may lack them.
-        return with_markers(base, folder.marked_base) if kind == "policy" else base
+        return marked_base(base, folder) if kind == "policy" else base
     if config.data.run is None:
         raise RunFolderError("base is missing: files do not say which checkpoint to start from")
     run = RunFolder(config.data.run)
@@ -191,9 +200,9 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
         if policy is None:
             raise RunFolderError(f"{run.store.root}: round {number} has no policy; give base")
         return Path(policy.path)
-    for candidate in (run.marked_base, run.base_model):
-        if candidate.exists():
-            return candidate
+    for name in (MARKED_BASE, BASE):
+        if run.store.exists(name):
+            return run.place(name)
     named = (run.config() or {}).get("models", {}).get("base_model")
     if named is None:
         raise RunFolderError(f"{run.store.root}: its config names no base model; give base")
@@ -217,10 +226,10 @@ async def _fit(
 
     def train() -> FitResult:
         if config.learner.replicas > 1:
-            return _train_on_group(request, config, folder.root / "ray_train", folder.store, show)
+            return _train_on_group(request, config, folder.store, show)
         from learner.trainer import run_fit
 
-        return run_fit(request, progress=show)
+        return run_fit(staged_request(request, Stager(None)), progress=show)
 
     try:
         return await asyncio.to_thread(train)
@@ -241,7 +250,6 @@ def _facts(progress: FitProgress) -> dict[str, str | float]:
 def _train_on_group(
     request: FitRequest,
     config: TrainRunConfig,
-    storage: Path,
     store: RunStore,
     show: Callable[[FitProgress], None],
 ) -> FitResult:
@@ -260,7 +268,7 @@ def _train_on_group(
             f"Ray could not be started at address={config.address!r}: {error}"
         ) from error
     store.identify()
-    group = LearnerGroup(settings, storage, store=store)
+    group = LearnerGroup(settings, store)
     try:
         return group.fit(request, show)
     finally:

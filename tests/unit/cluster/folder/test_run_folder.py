@@ -14,6 +14,7 @@ from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import RunConfig
 from rollout import run_store
 from rollout.problem import Level
+from rollout.run_store import StoreError
 from tests.builders import make_problem
 
 
@@ -83,9 +84,9 @@ def test_driver_whose_run_is_taken_over_is_stopped_and_told_by_whom(
         threading.Event().wait(10)  # Ctrl-C comes
 
 
-@pytest.mark.parametrize("root", ["s3://bucket/run", Path("s3://bucket/run"), "gs:/b", "file:///x"])
-def test_address_is_no_run_folder(root: str | Path) -> None:
-    with pytest.raises(RunFolderError, match=r"has to be a path, not an address.*mount"):
+@pytest.mark.parametrize("root", ["xyz://bucket/run", Path("xyz://bucket/run")])
+def test_address_that_nothing_here_can_open_is_one_clear_error(root: str | Path) -> None:
+    with pytest.raises(StoreError, match=r"^store xyz://bucket/run: .*extras s3, gcs and azure"):
         RunFolder(root)
 
 
