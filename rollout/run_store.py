@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import inspect
 import io
 import os
 import re
@@ -119,8 +120,8 @@ class RunStore:
             ) from error
         self._base = self._base.rstrip("/")
         # s3fs else asks for the size first, twice the requests for what is mostly small.
-        is_s3 = "s3" in self._fs.protocol
-        self._small: dict[str, Any] = {"max_concurrency": 1} if is_s3 else {}
+        known = inspect.signature(getattr(self._fs, "_cat_file", self._fs.cat_file)).parameters
+        self._small = {"max_concurrency": 1} if "max_concurrency" in known else {}
         self._local = isinstance(self._fs, local.LocalFileSystem)
 
     def _share_options(self) -> None:

@@ -162,7 +162,12 @@ def carry(**process_ids: Any) -> None:
 
 def read(store: RunStore) -> list[LogLine]:
     """All lines of a run, in order of time; lines that are cut off are left out."""
-    found = store.read_many([*store.sizes(FOLDER)])
+    while True:
+        try:
+            found = store.read_many([*store.sizes(FOLDER)])
+            break
+        except FileNotFoundError:
+            continue  # one was rotated away meanwhile
     lines = (line for data in found.values() for line in _lines_of(data))
     return sorted(lines, key=lambda line: line.unix_s)
 
