@@ -49,6 +49,7 @@ from cluster.jobs.ray_errors import cause, plain
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
+from rollout.run_store import address_of
 from rollout.store import RunStore
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
@@ -117,17 +118,23 @@ class EngineKind(RayKind):
     """Of the run whose checkpoints they are to read; None: they only serve what was given."""
 
     def __init__(
-        self, settings: MembersConfig, engine: EngineConfig, *, stage_weights: Path | None = None
+        self,
+        settings: MembersConfig,
+        engine: EngineConfig,
+        *,
+        stage_weights: Path | None = None,
+        on_bucket: bool = False,
     ) -> None:
         """
         Args:
+            on_bucket: checkpoints are there, where no engine can read them.
             stage_weights: folder of each node that checkpoints are copied to; None: they are read
                 where they are.
         """
         super().__init__(settings)
         self.engine = engine
         self.take_s = engine.load_timeout_s
-        self.stage = Stager(stage_weights)
+        self.stage = Stager(stage_weights) if on_bucket or stage_weights is not None else None
         self.path = ""
         self._groups: dict[str, PlacementGroup] = {}
 
@@ -160,8 +167,10 @@ class EngineKind(RayKind):
         return {"replica": name, f"{self.prefix}_version": self.version}
 
     def start(self, name: str) -> Any:
+        stage = self.stage or (Stager(None) if address_of(self.path) is not None else None)
+        staged = {} if stage is None else {"stage": stage}
         return self.actor.options(**self.options(name)).remote(
-            self.path, self.engine, version=self.version, name=name, stage=self.stage
+            self.path, self.engine, version=self.version, name=name, **staged
         )
 
     def lost(self, name: str) -> None:

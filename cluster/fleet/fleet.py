@@ -94,13 +94,12 @@ class Fleet:
             config.cluster.stage_attempts, mend=self._mend, note=lambda text: self.note(text)
         )
         """Does a stage of the run again that lost actors or machines."""
-        stage = config.cluster.stage_weights
-        self._policy_kind = PolicyKind(
-            config.cluster.policy, config.policy_engine, stage_weights=stage
-        )
-        self._preference_kind = PreferenceKind(
-            config.cluster.ppm, config.ppm_engine, stage_weights=stage
-        )
+        staged: dict[str, Any] = {
+            "stage_weights": config.cluster.stage_weights,
+            "on_bucket": self.store.local is None,
+        }
+        self._policy_kind = PolicyKind(config.cluster.policy, config.policy_engine, **staged)
+        self._preference_kind = PreferenceKind(config.cluster.ppm, config.ppm_engine, **staged)
         self.weights_stage_s: dict[str, float] = {}
         """By pool, until the last checkpoint served was at hand on every node."""
         self._learner: LearnerGroup | None = None
@@ -233,7 +232,7 @@ class Fleet:
             await keeper.serve()
         else:
             return keeper
-        if kind.stage.always or self.store.local is None:
+        if kind.stage is not None:
             await self._tell_staging(name, keeper)
         return keeper
 
