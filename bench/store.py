@@ -22,6 +22,7 @@ The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import socket
@@ -182,24 +183,22 @@ class Requests:
     def __init__(self) -> None:
         self.number = 0
         self._lock = threading.Lock()
+        self._client: Any = importlib.import_module("aiobotocore.endpoint").AioEndpoint
+        self._send = self._client._send
 
     def __enter__(self) -> None:
-        import aiobotocore.endpoint as endpoint
-
         self.number = 0
-        self._send = send = endpoint.AioEndpoint._send
+        send = self._send
 
         async def counted(own: Any, request: Any) -> Any:
             with self._lock:
                 self.number += 1
             return await send(own, request)
 
-        endpoint.AioEndpoint._send = counted
+        self._client._send = counted
 
     def __exit__(self, *error: object) -> None:
-        import aiobotocore.endpoint as endpoint
-
-        endpoint.AioEndpoint._send = self._send
+        self._client._send = self._send
 
 
 def _serve() -> subprocess.Popen[bytes]:

@@ -14,11 +14,16 @@ import pytest
 from rich.console import Console
 
 from cluster.folder import lease, staging
+from cluster.folder.config_file import load_config
+from cluster.folder.lineage import record_start
 from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.folder.staging import Stager
+from cluster.folder.staging import Stager, staged_request
+from cluster.runs.config import RunConfig
+from cluster.runs.evolve import Evolution
 from cluster.telemetry import lines, logs
 from cluster.telemetry.lines import Lines
 from cluster.telemetry.live import LiveFile, Snapshot, read_live
+from cluster.telemetry.progress import ProgressView
 from cluster.telemetry.samples import Samples, SampleWriter
 from cluster.watch.log_view import show_logs
 from cluster.watch.status import read_status
@@ -31,7 +36,8 @@ from learner.checkpoint import (
     write_prompt_template,
 )
 from learner.dataset import MANIFEST, SFTExample, read_manifest, read_sft, writing_dataset
-from learner.resume import FitState, ResumeFolder
+from learner.fit import FitRequest, PolicyTrainConfig
+from learner.resume import FitState, ResumeFolder, fingerprint
 from learner.signals import MetricsLog
 from rollout.prompt import Segment
 from rollout.run_store import RunStore, StoreError, address_of
@@ -295,3 +301,47 @@ def test_bucket_that_is_not_there_and_keys_that_are_wrong_are_one_clear_error(
     monkeypatch.setattr(folder.store._fs, "pipe_file", denied)
     with pytest.raises(StoreError, match=r"credentials are missing, wrong or expired.*start again"):
         folder.store.put("x", b"")
+
+
+def test_what_a_run_starts_from_is_made_once_and_found_by_another_machine(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smoke = Path(__file__).parents[2] / "deploy" / "configs" / "smoke.yaml"
+    settings = load_config(smoke, [f"run_dir={root}"], kind=RunConfig)
+
+    def prepared(machine: str) -> Evolution:
+        monkeypatch.setenv("RSTAR_STAGE", str(tmp_path / machine))
+        monkeypatch.setattr(staging, "_of_process", None)
+        evolution = Evolution(settings, ProgressView(Console(quiet=True)))
+        evolution._prepare()
+        return evolution
+
+    one = prepared("one")
+    base = one.folder.store.below("base")
+    before = {name: base.stamp(name) for name in base.below_all("")}
+    assert address_of(one.base_model) == f"{root}/base" and len(one.train) == 36
+    record_start(one.folder, [p for p in one.inputs if p is not None])
+    [start] = (one.folder.read("versions.json") or {})["starts"]
+    assert {entry["path"] for entry in start["inputs"]} >= {f"{root}/problems/train.parquet"}
+
+    other = prepared("other")
+    assert [p.id for p in other.train] == [p.id for p in one.train]
+    assert {name: base.stamp(name) for name in base.below_all("")} == before
+    request = FitRequest(
+        fit_id="round=0/policy",
+        kind="policy",
+        round=0,
+        base=str(other.base_model),
+        data=str(other.folder.dataset(0)),
+        checkpoints=str(other.folder.checkpoints),
+        config=PolicyTrainConfig(),
+    )
+    filling = other.folder.filling("datasets/round=0", last=MANIFEST)
+    with filling as directory, writing_dataset(directory) as writer:
+        writer.commit(template="short", counts={"all": {}}, excluded={})
+    staged = staged_request(request, Stager(tmp_path / "rank"))
+    assert read_manifest(staged.data) is not None
+    assert (Path(staged.base) / "config.json").is_file()
+    again = staged_request(request, Stager(tmp_path / "another rank"))
+    assert again.base != staged.base
+    assert fingerprint(again, "d") == fingerprint(staged, "d") == fingerprint(request, "d")
