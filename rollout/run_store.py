@@ -63,7 +63,10 @@ def address_of(place: str | os.PathLike[str]) -> str | None:
 
 def absolute(place: str | os.PathLike[str]) -> str:
     """The same for any process: an address as it is, a path from the machine's root on."""
-    return address_of(place) or str(Path(place).absolute())
+    found = _ADDRESS.fullmatch(os.fspath(place))
+    if found is not None:
+        return address_of(place) or f"/{found[2]}"
+    return str(Path(place).absolute())
 
 
 RUN_ID = "run.id"

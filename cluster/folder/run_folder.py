@@ -184,10 +184,12 @@ class RunFolder:
         """Make the folder and hold it: one driver at a time (`cluster.folder.lease`).
 
         Raises:
-            RunFolderError: it cannot be written, another process holds it, or took it meanwhile.
+            RunFolderError: it cannot be written, its store lets a key be created twice, another
+                process holds it, or took it meanwhile.
         """
         lease = RunLease(self.store, lost=lambda: os.kill(os.getpid(), signal.SIGINT))
         try:
+            self.store.self_check()  # what a lease rests on, too
             lease.take()
         except StoreError as error:
             raise RunFolderError(
