@@ -278,7 +278,10 @@ class RunStore:
         self._retry("read", path, lambda: self._fs.get_file(full, str(target)))
 
     def below_all(self, path: str) -> dict[str, int]:
-        """Bytes of every file at any depth below a folder, by its path from there, in order."""
+        """Bytes of every file at any depth below a folder, by its path from there.
+
+        In the order of `sorted(Path.rglob)`, folder by folder.
+        """
         full = self._full(path) if path else self._base
 
         def found() -> dict[str, Any]:
@@ -288,7 +291,7 @@ class RunStore:
         entries = self._retry("list", path, found)
         return {
             name.removeprefix(full).lstrip("/"): entry["size"]
-            for name, entry in sorted(entries.items())
+            for name, entry in sorted(entries.items(), key=lambda found: found[0].split("/"))
             if entry["type"] != "directory"
         }
 

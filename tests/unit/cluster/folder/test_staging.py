@@ -18,7 +18,12 @@ from cluster.folder.staging import Staged, Stager
 from learner.checkpoint import CheckpointStore
 from rollout.run_store import RunStore
 
-FILES = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "sub/tokenizer.json": b"t"}
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"w" * 5000,
+    "sub-a.json": b"after what is in sub, in the order of paths",
+    "sub/tokenizer.json": b"t",
+}
 
 
 def write(folder: Path, **other: bytes) -> None:
@@ -83,7 +88,7 @@ def test_of_readers_that_start_together_one_copies(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert len({staged.path for staged, _ in found}) == 1
-    assert sorted(copied for _, copied in found) == [0, 0, 0, 3]
+    assert sorted(copied for _, copied in found) == [0, 0, 0, 4]
     assert {staged.note for staged, _ in found} == {""}
 
 
