@@ -154,7 +154,8 @@ async def serve_given(fleet: Fleet, config: GivenModelsConfig, *, preference: bo
         version = (await given_checkpoint("policy", config.policy)).version
     await fleet.start(config.policy, version=version, learner=False)
     if preference and config.ppm is not None:
-        await fleet.serve_preference(await given_checkpoint("ppm", config.ppm))
+        ppm = await given_checkpoint("ppm", config.ppm)
+        await fleet.attempts("start of the PPM", lambda: fleet.serve_preference(ppm))
 
 
 async def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
@@ -163,16 +164,17 @@ async def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
     return Checkpoint(kind=kind, round=0, path=absolute(path), digest=digest)
 
 
-def marked_base(base: Path, folder: RunFolder) -> Path:
-    """A base model whose tokenizer holds the step markers: itself, or one in the run's folder."""
+def marked(model: Path, folder: RunFolder, name: str = MARKED_BASE) -> Path:
+    """A model whose tokenizer holds the step markers: itself, or one of a name in the run."""
+    place = folder.place(name)
     if folder.store.local is not None:
-        return with_markers(base, folder.marked_base)
-    if folder.store.exists(f"{MARKED_BASE}/config.json"):
-        return folder.marked_base
-    here = at_hand(base)
+        return with_markers(at_hand(model), place)
+    if folder.store.exists(f"{name}/config.json"):
+        return place
+    here = at_hand(model)
     with tempfile.TemporaryDirectory(prefix="rstar-") as scratch:
         made = with_markers(here, Path(scratch) / "marked")
         if made == here:
-            return base
-        folder.store.upload(made, MARKED_BASE, last="config.json")
-    return folder.marked_base
+            return model
+        folder.store.upload(made, name, last="config.json")
+    return place

@@ -9,7 +9,7 @@
     RUN/logs/, RUN/traces/             what each process logged, and traced if asked (docs/logs.md)
     RUN/metrics/                       what to scrape, and the last hour of samples (exporter)
     RUN/problems.parquet               id and level of every problem to search
-    RUN/problem_blocks/                the problems themselves, for the workers (stored_problems)
+    RUN/problem_blocks/                the problems themselves, for the workers of the round in hand
     RUN/problems/, RUN/base/           only with the miniature: generated files, initial weights
     RUN/base_with_markers/             only if the base model's tokenizer lacks step markers
     RUN/trajectories/round=R/          trees (rollout.store)
@@ -17,6 +17,8 @@
     RUN/checkpoints/round=R/{policy,ppm}/   (learner.checkpoint); round 0 is the cold start
     RUN/evaluations/round=R.json       held-out verdicts per problem, read from the trees in
                        round=R/        (rollout.store)
+    RUN/rulers/round=R.json            what its PPM ranks right of problems held out for pairs,
+                       round=R/        read from their trees (rollout.store)
     RUN/suspects/round=R.jsonl         unsolved problems whose label may be wrong
     RUN/regrades/round=R-N.{json,jsonl}     what a newer grader judged otherwise (regrade)
     RUN/stages/round=R-STAGE.json      seconds and facts of each finished stage
@@ -44,7 +46,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import ValidationError
 
 from cluster.folder.config_file import Config, ConfigError
 from cluster.folder.lease import LeaseHeldError, RunLease
@@ -91,6 +94,7 @@ CONFIG = "config.yaml"
 PROBLEMS = "problems.parquet"
 BASE = "base"
 MARKED_BASE = "base_with_markers"
+MARKED_TRUNK = "trunk_with_markers"
 REPORT = "report.json"
 """What a finished run showed, under its folder."""
 PAGE = "report.html"
@@ -152,6 +156,11 @@ class RunFolder:
     def marked_base(self) -> Path:
         """The base model with the step markers added, if its tokenizer lacked any."""
         return self.place(MARKED_BASE)
+
+    @property
+    def marked_trunk(self) -> Path:
+        """Likewise, of the model that the PPM grows from, where it is neither base nor policy."""
+        return self.place(MARKED_TRUNK)
 
     @property
     def problems(self) -> Path:
@@ -224,6 +233,9 @@ class RunFolder:
         if earlier is None:
             self.write_bytes(CONFIG, yaml.safe_dump(effective, sort_keys=False).encode())
             return
+        # A key that is newer than the run counts as its default; one that is gone shows below.
+        with suppress(ValidationError):
+            earlier = type(config).model_validate(earlier).effective()
         changed = [
             name
             for name in _differences(earlier, effective)
@@ -387,6 +399,9 @@ class RunFolder:
 
     def evaluation_name(self, round: int) -> str:
         return f"evaluations/round={round}.json"
+
+    def ruler_name(self, round: int) -> str:
+        return f"rulers/round={round}.json"
 
 
 def _why(error: StoreError) -> str:

@@ -2,7 +2,8 @@
 
     CONFIG --> data: RUN/datasets/round=R, or built from the trees of RUN, or from files
            --> base: as given, or what that round of RUN starts from
-           --> fit: in this process (one rank) or on a group over Ray (more)
+           --> fit: in this process (one rank) or on a group over Ray (more), which is done again
+                    if its machines are lost (`cluster.jobs.attempts`)
            --> RUN_DIR/checkpoints/round=R/{policy,ppm}
 
 The same command goes on after a stop: from the last state inside a fit, and a finished fit is only
@@ -21,16 +22,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.fleet.given_models import marked_base
+from cluster.fleet.given_models import marked
 from cluster.folder.config_file import load_config
 from cluster.folder.run_folder import (
     BASE,
     MARKED_BASE,
+    MARKED_TRUNK,
     RunFolder,
     RunFolderError,
     dataset_name,
 )
 from cluster.folder.staging import Stager, at_hand, staged_request
+from cluster.jobs.attempts import Attempts
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.runs.select import RoundSelection
@@ -190,20 +193,26 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
     """The checkpoint to start from."""
     if config.base is not None:
         base = Path(absolute(checkpoint_directory(config.base)))
-        # A PPM's trunk is a policy that was trained on the markers; a base model may lack them.
-        return marked_base(base, folder) if kind == "policy" else base
+        return marked(base, folder, MARKED_BASE if kind == "policy" else MARKED_TRUNK)
     if config.data.run is None:
         raise RunFolderError("base is missing: files do not say which checkpoint to start from")
     run = RunFolder(config.data.run)
+    models = (run.config() or {}).get("models", {})
+    trunk = "base"
     if kind == "ppm":
-        policy = CheckpointStore(run.checkpoints).current("policy", number)
+        trunk = config.ppm_trunk or models.get("ppm_trunk", "policy")
+    if trunk in ("policy", "cold_start"):
+        made_in = number if trunk == "policy" else 0
+        policy = CheckpointStore(run.checkpoints).current("policy", made_in)
         if policy is None:
-            raise RunFolderError(f"{run.store.root}: round {number} has no policy; give base")
+            raise RunFolderError(f"{run.store.root}: round {made_in} has no policy; give base")
         return Path(policy.path)
+    if trunk != "base":
+        return marked(Path(absolute(checkpoint_directory(trunk))), folder, MARKED_TRUNK)
     for name in (MARKED_BASE, BASE):
         if run.store.exists(name):
             return run.place(name)
-    named = (run.config() or {}).get("models", {}).get("base_model")
+    named = models.get("base_model")
     if named is None:
         raise RunFolderError(f"{run.store.root}: its config names no base model; give base")
     return Path(named)
@@ -224,9 +233,15 @@ async def _fit(
             raise _Interrupted
         loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
 
+    attempts = Attempts(
+        config.stage_attempts,
+        key="stage_attempts",
+        note=lambda text: loop.call_soon_threadsafe(view.note, text),
+    )
+
     def train() -> FitResult:
         if config.learner.replicas > 1:
-            return _train_on_group(request, config, folder.store, show)
+            return _train_on_group(request, config, folder.store, show, attempts)
         from learner.trainer import run_fit
 
         return run_fit(staged_request(request, Stager(None)), progress=show)
@@ -252,7 +267,9 @@ def _train_on_group(
     config: TrainRunConfig,
     store: RunStore,
     show: Callable[[FitProgress], None],
+    attempts: Attempts,
 ) -> FitResult:
+    """Blocks until it is done, or was lost too often."""
     import ray
 
     from cluster.fleet.learner_group import LearnerGroup
@@ -268,9 +285,13 @@ def _train_on_group(
             f"Ray could not be started at address={config.address!r}: {error}"
         ) from error
     store.identify()
-    group = LearnerGroup(settings, store)
+    group = LearnerGroup(settings, store, attempts=config.stage_attempts)
+
+    async def fit() -> FitResult:
+        return group.fit(request, show, attempts.again)
+
     try:
-        return group.fit(request, show)
+        return asyncio.run(attempts(f"train {request.kind}", fit))
     finally:
         group.shutdown(5.0)
         ray.shutdown()

@@ -100,6 +100,8 @@ class RoundState:
     """Unsolved problems whose searches agree on another answer than the accepted one."""
     checkpoints: Mapping[str, CheckpointState] = field(default_factory=dict)
     """By kind, "policy" and "ppm"."""
+    ruler: Mapping[str, Any] = field(default_factory=dict)
+    """What its PPM ranks right (`cluster.evaluation.ruler`), single problems left out."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -296,6 +298,7 @@ def _round(
         for commit in commits.values():
             quarantined.update(commit.failed)
     checkpoints = _checkpoints(folder, number)
+    ruler = folder.read(folder.ruler_name(number))
     done = _done(folder, config, number, manifest is not None, checkpoints)
     return RoundState(
         round=number,
@@ -315,6 +318,7 @@ def _round(
         quarantined=quarantined,
         suspects=folder.read_lines(suspects_name(number)),
         checkpoints=checkpoints,
+        ruler={k: v for k, v in (ruler or {}).items() if k != "problems"},
         lineage=folder.read(lineage_name(number)) or {},
     )
 
@@ -335,6 +339,8 @@ def _done(
         "train policy": "policy" in checkpoints,
         "train ppm": "ppm" in checkpoints,
     }
+    if "min_pair_accuracy" in (config.get("evaluation") or {}):  # not before there were rulers
+        done["ruler"] = folder.store.exists(folder.ruler_name(number))
     problems = config.get("problems") or {}
     if problems.get("test") or problems.get("miniature"):
         done["evaluate"] = folder.store.exists(folder.evaluation_name(number))
