@@ -406,9 +406,9 @@ class RunFolder:
 
 def _why(error: StoreError) -> str:
     cause = error.__cause__
-    # What a bucket's client raises has a message and no number.
-    of_disk = isinstance(cause, OSError) and cause.errno is not None
-    return why_not_written(cause) if of_disk else str(error)
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return why_not_written(cause)
+    return str(error)  # what a bucket's client raises has a message and no number
 
 
 def why_not_written(error: OSError) -> str:

@@ -233,10 +233,13 @@ async def _fit(
             raise _Interrupted
         loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
 
+    def note(text: str) -> None:
+        loop.call_soon_threadsafe(view.note, text)
+
     attempts = Attempts(
         config.stage_attempts,
         key="stage_attempts",
-        note=lambda text: loop.call_soon_threadsafe(view.note, text),
+        note=note,
     )
 
     def train() -> FitResult:
