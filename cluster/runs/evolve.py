@@ -180,6 +180,7 @@ class Evolution:
             num_train=world.num_train,
             num_test=world.num_test,
             families=world.families,
+            world=world.world,
         )
         files = write_miniature(self.folder.problems, miniature)
         self.demonstrations = files.demonstrations
