@@ -17,8 +17,8 @@ A table of each kind of pair, then one JSON object on the last line, with the ga
     form          the same with numbers masked                                         < 0.6
     length        the same from the number of tokens and lines alone                   < 0.6
 
-`blind`, `form` and `length` are pairwise logistic fits (Bradley-Terry), measured on problems the fit
-has not seen (five folds over problems). A linear fit of n-grams is a lower bound of what can be
+`blind`, `form` and `length` are pairwise logistic fits (Bradley-Terry), measured on problems the
+fit has not seen (five folds over problems). A linear fit of n-grams is a lower bound of what can be
 known without the question. Exit status 1 if a gate does not hold.
 
 Not covered: shortcuts that need more than neighbouring tokens, as calculating the result.

@@ -1,17 +1,18 @@
 """The miniature: a seeded world of small problems on which the whole loop runs on a CPU.
 
-18 families (`miniature_families`) with five paraphrases each write demonstrations, training
-problems and a held-out test set as Parquet files. They are one more problem source: nothing
-downstream knows of it.
+18 families with five paraphrases each write demonstrations, training problems and a held-out test
+set as Parquet files. They are one more problem source: nothing downstream knows of it. There are
+two worlds of 18: in `miniature_families` mistakes are wrong numbers, in `miniature_structure` a
+phrase taken for another.
 
     family --draw numbers, names, nouns--> Draft (five phrasings, steps, answer)
            --pick a paraphrase-----------> MiniatureProblem
 
-Why a loop can improve here: paraphrases are long-tailed in the demonstrations (8:6:2:1:1) and
-uniform in the training and test problems, so a policy trained on the demonstrations knows common
-phrasings well and rare ones badly; search reaches the rare ones and training on what it finds
-closes the gap. Of `compose` problems, which nest three operations, demonstrations show half of the
-24 combinations.
+Why a loop can improve here: paraphrases are long-tailed in the demonstrations (8:6:2:1:1; 1:1:0:0:0
+in the world of structure) and uniform in the training and test problems, so a policy trained on the
+demonstrations knows common phrasings well and rare ones badly; search reaches the rare ones and
+training on what it finds closes the gap. Of `compose` problems, which nest three operations,
+demonstrations show half of the 24 combinations.
 
 Invariants: a seed and the counts decide every byte; no problem text occurs twice, within a file or
 between files; the test set does not depend on how many demonstrations or training problems are
@@ -58,7 +59,7 @@ class World:
 
     families: Mapping[str, Family]
     demonstration_weights: tuple[int, ...]
-    """How often each paraphrase occurs in the demonstrations; elsewhere all are equally frequent."""
+    """How often each paraphrase occurs in the demonstrations; elsewhere all are as frequent."""
 
 
 WORLDS: Mapping[str, World] = {
@@ -125,8 +126,8 @@ def generate(
         families: subset of the world's; None takes all 18.
         world: one of `WORLDS`.
     Raises:
-        ValueError: a count is negative, the world or a family is unknown or named twice, or a family cannot
-            give that many different problems.
+        ValueError: a count is negative, the world or a family is unknown, a family is named twice
+            or cannot give that many different problems.
     """
     if world not in WORLDS:
         raise ValueError(f"unknown world {world!r} (known: {', '.join(WORLDS)})")

@@ -42,92 +42,83 @@ class Phrases:
     """Absent from the demonstrations."""
 
 
+def _phrases(known: str, rare: str, form: str = "{}") -> Phrases:
+    """Of words with commas between them, each put into `form`."""
+    first, second = (
+        tuple(form.format(word.strip()) for word in words.split(",")) for words in (known, rare)
+    )
+    return Phrases(first, second)
+
+
 PHRASES: Mapping[str, tuple[Phrases, Phrases]] = {
     "direction": (
-        Phrases(
-            known=("rose", "grew"),
-            rare=(
-                "climbed", "swelled", "expanded", "soared", "mounted", "surged", "jumped",
-                "advanced", "inflated", "widened", "escalated", "ballooned", "leapt", "bloomed",
-                "flourished", "thickened",
-            ),
+        _phrases(
+            "rose, grew",
+            "climbed, swelled, expanded, soared, mounted, surged, jumped, advanced, inflated, "
+            "widened, escalated, ballooned, leapt, bloomed, flourished, thickened, spiked, "
+            "sprouted, accrued, boomed, strengthened, broadened, ascended, thrived",
         ),
-        Phrases(
-            known=("fell", "shrank"),
-            rare=(
-                "dropped", "sank", "contracted", "dwindled", "slumped", "waned", "plunged",
-                "receded", "deflated", "narrowed", "declined", "collapsed", "tumbled", "withered",
-                "eroded", "thinned",
-            ),
+        _phrases(
+            "fell, shrank",
+            "dropped, sank, contracted, dwindled, slumped, waned, plunged, receded, deflated, "
+            "narrowed, declined, collapsed, tumbled, withered, eroded, thinned, dipped, "
+            "faded, crumbled, melted, weakened, shriveled, descended, subsided",
         ),
     ),
     "measure": (
-        Phrases(
-            known=("an amount of", "a sum of"),
-            rare=(
-                "a count of", "a margin of", "a batch of", "a lot of", "a heap of", "a stack of",
-                "a step of", "a bunch of", "a supply of", "a group of",
-            ),
+        _phrases(
+            "sum, count",
+            "margin, batch, lot, heap, stack, step, bunch, supply, group, load, bundle, pile, "
+            "crop, portion, quantity, block",
+            "a {} of",
         ),
-        Phrases(
-            known=("a factor of", "a ratio of"),
-            rare=(
-                "a multiple of", "a scale of", "a rate of", "a quotient of", "a proportion of",
-                "a coefficient of", "a fold of", "a relation of", "a power of", "a gear of",
-            ),
+        _phrases(
+            "factor, ratio",
+            "multiple, scale, rate, quotient, proportion, coefficient, fold, relation, power, "
+            "gear, multiplier, degree, scope, grade, leverage, magnitude",
+            "a {} of",
         ),
     ),
     "whose": (
-        Phrases(
-            known=("of the former", "of the first child"),
-            rare=(
-                "of the foremost one", "of the opening name", "of the leading one",
-                "of the primary child", "of the initial one", "of the upper name",
-                "of the front one", "of the elder",
-            ),
+        _phrases(
+            "former, first child",
+            "foremost one, opening name, leading one, primary child, initial one, upper name, "
+            "front one, elder, head name, senior, lead player, top name",
+            "of the {}",
         ),
-        Phrases(
-            known=("of the latter", "of the second child"),
-            rare=(
-                "of the hindmost one", "of the closing name", "of the trailing one",
-                "of the other child", "of the final one", "of the lower name",
-                "of the back one", "of the younger",
-            ),
+        _phrases(
+            "latter, second child",
+            "hindmost one, closing name, trailing one, other child, final one, lower name, "
+            "back one, younger, tail name, junior, rear player, bottom name",
+            "of the {}",
         ),
     ),
     "order": (
-        Phrases(
-            known=("then", "after that"),
-            rare=(
-                "next", "subsequently", "thereafter", "later", "afterwards", "in turn",
-                "following this", "as a result",
-            ),
+        _phrases(
+            "then, after that",
+            "next, subsequently, thereafter, later, afterwards, in turn, following this, as a "
+            "result, in consequence, in succession, as a sequel, in its wake",
         ),
-        Phrases(
-            known=("before", "ahead of that"),
-            rare=(
-                "previously", "beforehand", "formerly", "earlier", "prior to it", "in advance",
-                "preceding this", "as a prelude",
-            ),
+        _phrases(
+            "before, ahead of that",
+            "previously, beforehand, formerly, earlier, prior to it, in advance, preceding "
+            "this, as a prelude, up front, foregoing it, in preparation, sooner than that",
         ),
     ),
     "moment": (
-        Phrases(
-            known=("at the start", "in the beginning"),
-            rare=(
-                "originally", "initially", "at first", "at the outset", "at dawn", "long ago",
-                "at the origin", "at birth",
-            ),
+        _phrases(
+            "at the start, in the beginning",
+            "originally, initially, at first, at the outset, at dawn, long ago, at the "
+            "origin, at birth, at the opening, in the past, on day one, at sunrise",
         ),
-        Phrases(
-            known=("at the end", "by now"),
-            rare=(
-                "finally", "eventually", "at last", "at the close", "at dusk", "recently",
-                "ultimately", "lately",
-            ),
+        _phrases(
+            "at the end, by now",
+            "finally, eventually, at last, at the close, at dusk, recently, ultimately, "
+            "lately, at the finish, in the present, on the last day, at sunset",
         ),
     ),
-}  # fmt: skip
+}
+"""Of each cue its two meanings."""
 
 _ORDINALS = ("first", "second", "third", "fourth")
 
