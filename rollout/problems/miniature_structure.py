@@ -100,7 +100,7 @@ PHRASES: Mapping[str, tuple[Phrases, Phrases]] = {
             "result, in consequence, in succession, as a sequel, in its wake",
         ),
         _phrases(
-            "before, ahead of that",
+            "before that, ahead of that",
             "previously, beforehand, formerly, earlier, prior to it, in advance, preceding "
             "this, as a prelude, up front, foregoing it, in preparation, sooner than that",
         ),
@@ -275,7 +275,7 @@ class Story:
             if index == 1 and self.reordered:
                 text += f"; {next(said)} it {change()}"
             else:
-                text += f", and it {change()}"
+                text += (". After both it " if self.reordered else ", and it ") + change()
         text += ". "
         if self.more:
             text += f"As many as there were {next(said)} came in addition. "
