@@ -32,8 +32,9 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ _NUMBER = re.compile(r"\d+")
 _TOKEN = re.compile(r"<\w+>|[^\W\d_]+|\d{1,2}|\n|[^\w\s]+")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Comparison:
     """A pair without its question."""
 
@@ -81,29 +82,21 @@ def run_comparisons(run: Path, rounds: Sequence[int] | None) -> list[Comparison]
         DatasetError: the run has no complete dataset of a round that was asked for.
     """
     folder = RunFolder(run)
+    last = next(number for number in count(1) if not folder.dataset(number).exists())
     found = {
         Comparison(
-            problem=pair.problem_id,
-            kind=pair.kind.value,
-            shared=pair.prefix.rpartition(ASSISTANT)[2],
-            chosen=pair.chosen,
-            rejected=pair.rejected,
+            pair.problem_id,
+            pair.kind.value,
+            pair.prefix.rpartition(ASSISTANT)[2],
+            pair.chosen,
+            pair.rejected,
         ): None
-        for number in rounds or _rounds(folder)
+        for number in rounds or range(1, last)
         for split in ("train", "validation")
         for pair in read_pairs(folder.dataset(number), split)
         if rounds is None or pair.round in rounds
     }
     return list(found)
-
-
-def _rounds(run: RunFolder) -> list[int]:
-    """Rounds with a dataset; of round 0, the cold start, there are no pairs."""
-    number, found = 1, []
-    while run.dataset(number).exists():
-        found.append(number)
-        number += 1
-    return found
 
 
 def generated_comparisons(world: str, *, seed: int, num_problems: int) -> list[Comparison]:
@@ -121,20 +114,11 @@ def generated_comparisons(world: str, *, seed: int, num_problems: int) -> list[C
         for _, trajectory in problem.misreadings:
             wrong = [step.rendered for step in parse_response(trajectory)]
             place = next(i for i, (r, w) in enumerate(zip(right, wrong, strict=True)) if r != w)
-            shared = "".join(right[:place])
-            for kind, before, chosen, rejected in (
-                ("step", shared, right[place], wrong[place]),
+            sides = (
+                ("step", "".join(right[:place]), right[place], wrong[place]),
                 ("answer", "", problem.solution, trajectory),
-            ):
-                found.append(
-                    Comparison(
-                        problem=problem.id,
-                        kind=kind,
-                        shared=before,
-                        chosen=chosen,
-                        rejected=rejected,
-                    )
-                )
+            )
+            found += [Comparison(problem.id, *side) for side in sides]
     if not found:
         raise ValueError(f"the problems of world {world!r} have no misreadings; give a run instead")
     return found
@@ -216,14 +200,11 @@ def _counts(text: str) -> Counter[str]:
 
 def report(pairs: Sequence[Comparison], *, seed: int = 0) -> dict[str, Any]:
     """The figures of all pairs and of each kind, and which gates do not hold."""
-    by_kind: dict[str, Iterable[Comparison]] = {"all": pairs}
-    for kind in sorted({pair.kind for pair in pairs}):
-        by_kind[kind] = [pair for pair in pairs if pair.kind == kind]
-    figures = {
-        kind: {"pairs": len(list(some)), "problems": len({pair.problem for pair in some})}
-        | shares(list(some), seed=seed)
-        for kind, some in by_kind.items()
-    }
+    figures = {}
+    for kind in ("all", *sorted({pair.kind for pair in pairs})):
+        some = [pair for pair in pairs if kind in ("all", pair.kind)]
+        counts = {"pairs": len(some), "problems": len({pair.problem for pair in some})}
+        figures[kind] = counts | shares(some, seed=seed)
     failed = [name for name, limit in GATES.items() if not figures["all"][name] < limit]
     return {"kinds": figures, "gates": GATES, "failed": failed}
 

@@ -23,9 +23,7 @@ from tests.builders import answered, code, make_problem, make_tree
 
 
 def compared(chosen: str, rejected: str, problem: int = 0) -> Comparison:
-    return Comparison(
-        problem=f"p{problem}", kind="step", shared="", chosen=chosen, rejected=rejected
-    )
+    return Comparison(f"p{problem}", "step", "", chosen, rejected)
 
 
 def pairs(tell: str, count: int = 200) -> list[Comparison]:
