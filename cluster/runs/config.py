@@ -31,6 +31,9 @@ from rollout.search import SearchConfig, TerminalValue
 class MiniatureConfig(Config):
     """The CPU-sized world: made-up word problems and a policy trained from scratch on them."""
 
+    world: Literal["numbers", "structure"] = Field(
+        "numbers", description="what its mistakes are: wrong numbers, or a phrase misread"
+    )
     num_demonstrations: int = Field(450, ge=1, description="written solutions for the cold start")
     num_train: int = Field(600, ge=1, description="problems to search")
     num_test: int = Field(300, ge=1, description="held-out problems")

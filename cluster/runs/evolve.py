@@ -269,6 +269,7 @@ class Evolution:
             num_test=world.num_test,
             num_pairs=world.num_pair_problems,
             families=world.families,
+            world=world.world,
         )
         with self.folder.filling("problems", last="test.parquet") as directory:
             files = write_miniature(directory, miniature)

@@ -1,17 +1,18 @@
 """The miniature: a seeded world of small problems on which the whole loop runs on a CPU.
 
-18 families (`miniature_families`) with five paraphrases each write demonstrations, training
-problems, a held-out test set and problems held out for pairs as Parquet files. They are one more
-problem source: nothing downstream knows of it.
+18 families with five paraphrases each write demonstrations, training problems, a held-out test set
+and problems held out for pairs as Parquet files. They are one more problem source: nothing
+downstream knows of it. There are two worlds of 18: in `miniature_families` mistakes are wrong
+numbers, in `miniature_structure` a phrase taken for another.
 
     family --draw numbers, names, nouns--> Draft (five phrasings, steps, answer)
            --pick a paraphrase-----------> MiniatureProblem
 
-Why a loop can improve here: paraphrases are long-tailed in the demonstrations (8:6:2:1:1) and
-uniform in the training and test problems, so a policy trained on the demonstrations knows common
-phrasings well and rare ones badly; search reaches the rare ones and training on what it finds
-closes the gap. Of `compose` problems, which nest three operations, demonstrations show half of the
-24 combinations.
+Why a loop can improve here: paraphrases are long-tailed in the demonstrations (8:6:2:1:1; 1:1:0:0:0
+in the world of structure) and uniform in the training and test problems, so a policy trained on the
+demonstrations knows common phrasings well and rare ones badly; search reaches the rare ones and
+training on what it finds closes the gap. Of `compose` problems, which nest three operations,
+demonstrations show half of the 24 combinations.
 
 Invariants: a seed and the counts decide every byte; no problem text occurs twice, within a file or
 between files; the test set does not depend on how many demonstrations or training problems are
@@ -27,7 +28,7 @@ from __future__ import annotations
 import difflib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +38,8 @@ import pyarrow.parquet as pq
 
 from rollout.files import replacing
 from rollout.problem import Level
-from rollout.problems.miniature_families import FAMILIES, NUM_PARAPHRASES, Draft, Draw
+from rollout.problems import miniature_families, miniature_structure
+from rollout.problems.miniature_draft import NUM_PARAPHRASES, Draft, Draw, Family
 from rollout.prompt import (
     ANSWER,
     CODE,
@@ -50,8 +52,21 @@ from rollout.prompt import (
 SOURCE = "miniature"
 """The `source` of every problem of the miniature."""
 
-DEMONSTRATION_WEIGHTS = (8, 6, 2, 1, 1)
-"""How often each paraphrase occurs in the demonstrations; elsewhere all are equally frequent."""
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A set of families, and what demonstrations show of them."""
+
+    families: Mapping[str, Family]
+    demonstration_weights: tuple[int, ...]
+    """How often each paraphrase occurs in the demonstrations; elsewhere all are as frequent."""
+
+
+WORLDS: Mapping[str, World] = {
+    "numbers": World(miniature_families.FAMILIES, (8, 6, 2, 1, 1)),
+    "structure": World(miniature_structure.FAMILIES, (1, 1, 0, 0, 0)),
+}
+"""By name: mistakes that are wrong numbers, and mistakes that are wrong structure."""
 
 MAX_DRAWS_PER_PROBLEM = 1000
 """After so many repeated texts a family is taken to be exhausted."""
@@ -70,6 +85,8 @@ class MiniatureProblem:
     family: str
     paraphrase: int
     """Which of the family's phrasings, from 0 (most common in demonstrations)."""
+    misreadings: tuple[tuple[str, str], ...] = ()
+    """(cue, whole trajectory) of who takes one phrase for another; of worlds that know them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,21 +118,25 @@ def generate(
     num_test: int,
     num_pairs: int = 0,
     families: Sequence[str] | None = None,
+    world: str = "numbers",
 ) -> Miniature:
     """Draw the sets of a miniature.
 
     Args:
         seed: with the other arguments it decides every problem.
-        num_demonstrations: paraphrases weighted by `DEMONSTRATION_WEIGHTS`.
+        num_demonstrations: paraphrases weighted as the world says.
         num_train: paraphrases uniform.
         num_test: paraphrases uniform.
         num_pairs: likewise, held out for preference pairs.
-        families: subset of `FAMILIES`; None takes all 18.
+        families: subset of the world's; None takes all 18.
+        world: one of `WORLDS`.
     Raises:
-        ValueError: a count is negative, a family is unknown or named twice, or a family cannot
-            give that many different problems.
+        ValueError: a count is negative, the world or a family is unknown, a family is named twice
+            or cannot give that many different problems.
     """
-    chosen = _check_families(families)
+    if world not in WORLDS:
+        raise ValueError(f"unknown world {world!r} (known: {', '.join(WORLDS)})")
+    chosen = _check_families(families, WORLDS[world].families)
     for name, count in (
         ("num_demonstrations", num_demonstrations),
         ("num_train", num_train),
@@ -129,7 +150,12 @@ def generate(
     # The order matters: what comes first cannot depend on the counts of what comes later.
     test = _generate_split("test", seed, num_test, chosen, uniform, taken)
     demonstrations = _generate_split(
-        "demonstrations", seed, num_demonstrations, chosen, DEMONSTRATION_WEIGHTS, taken
+        "demonstrations",
+        seed,
+        num_demonstrations,
+        chosen,
+        WORLDS[world].demonstration_weights,
+        taken,
     )
     train = _generate_split("train", seed, num_train, chosen, uniform, taken)
     pairs = _generate_split("pairs", seed, num_pairs, chosen, uniform, taken)
@@ -174,27 +200,29 @@ def render_solution(steps: Sequence[tuple[str, str]], answer: int | Fraction) ->
     return "".join(parts)
 
 
-def _check_families(families: Sequence[str] | None) -> tuple[str, ...]:
+def _check_families(
+    families: Sequence[str] | None, known: Mapping[str, Family]
+) -> dict[str, Family]:
     if families is None:
-        return tuple(FAMILIES)
+        return dict(known)
     if not families:
         raise ValueError("families is empty; leave it out to take all")
     for name in families:
-        if name not in FAMILIES:
-            near = difflib.get_close_matches(name, FAMILIES, n=1)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown family {name!r}{hint} (known: {', '.join(FAMILIES)})")
+            raise ValueError(f"unknown family {name!r}{hint} (known: {', '.join(known)})")
     if len(set(families)) != len(families):
         raise ValueError(f"families names one twice: {', '.join(families)}")
     # Registry order, so that the order in a config file decides nothing.
-    return tuple(name for name in FAMILIES if name in set(families))
+    return {name: family for name, family in known.items() if name in set(families)}
 
 
 def _generate_split(
     split: str,
     seed: int,
     count: int,
-    families: Sequence[str],
+    families: Mapping[str, Family],
     weights: Sequence[int],
     taken: set[str],
 ) -> tuple[MiniatureProblem, ...]:
@@ -203,44 +231,48 @@ def _generate_split(
     for family, num_problems in _spread_over_levels(count, families).items():
         rng = random.Random(f"miniature/{seed}/{split}/{family}")
         for paraphrase in _paraphrase_plan(num_problems, weights, rng):
-            text, draft = _draw_new(family, paraphrase, rng, split, taken)
+            text, draft = _draw_new(family, families[family], paraphrase, rng, split, taken)
             drawn.append((family, paraphrase, text, draft))
     random.Random(f"miniature/{seed}/{split}").shuffle(drawn)
     return tuple(
         MiniatureProblem(
             id=f"miniature-{split}-{index:06d}",
-            level=FAMILIES[family].level,
+            level=families[family].level,
             text=text,
             answer=str(draft.answer),
             solution=render_solution(draft.steps, draft.answer),
             family=family,
             paraphrase=paraphrase,
+            misreadings=tuple(
+                (wrong.cue, render_solution(wrong.steps, wrong.answer))
+                for wrong in draft.misreadings
+            ),
         )
         for index, (family, paraphrase, text, draft) in enumerate(drawn)
     )
 
 
 def _draw_new(
-    family: str, paraphrase: int, rng: random.Random, split: str, taken: set[str]
+    name: str, family: Family, paraphrase: int, rng: random.Random, split: str, taken: set[str]
 ) -> tuple[str, Draft]:
     draw = Draw(rng, demonstration=split == "demonstrations")
     for _ in range(MAX_DRAWS_PER_PROBLEM):
-        draft = FAMILIES[family].draft(draw)
+        draft = family.draft(draw)
         text = draft.phrasings[paraphrase]
         if text not in taken:
             taken.add(text)
             return text, draft
     raise ValueError(
-        f"family {family!r} ran out of new problems for {split} "
+        f"family {name!r} ran out of new problems for {split} "
         f"({MAX_DRAWS_PER_PROBLEM} draws in a row were repeats); ask for fewer"
     )
 
 
-def _spread_over_levels(count: int, families: Sequence[str]) -> dict[str, int]:
+def _spread_over_levels(count: int, families: Mapping[str, Family]) -> dict[str, int]:
     """How many problems each family gives: equal over levels, then over a level's families."""
     by_level: dict[Level, list[str]] = {}
-    for family in families:
-        by_level.setdefault(FAMILIES[family].level, []).append(family)
+    for name, family in families.items():
+        by_level.setdefault(family.level, []).append(name)
     result: dict[str, int] = {}
     for level_count, members in zip(
         _apportion(count, [1] * len(by_level)), by_level.values(), strict=True

@@ -9,66 +9,12 @@ written steps, not by running them.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fractions import Fraction
 from math import comb, gcd, lcm
 
 from rollout.problem import Level
-
-NUM_PARAPHRASES = 5
-
-_NAMES = (
-    "Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack",
-    "Kate", "Leo", "Maria", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor",
-)  # fmt: skip
-_OBJECTS = (
-    "apples", "books", "cards", "coins", "cups", "eggs", "flowers", "hats",
-    "marbles", "pears", "pencils", "plates", "shells", "stamps", "stickers", "toys",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """One draw of a family, before a phrasing is chosen."""
-
-    phrasings: tuple[str, str, str, str, str]
-    steps: tuple[tuple[str, str], ...]
-    """(thought, code) of each step before the printing step; the last one assigns the answer."""
-    answer: int | Fraction
-
-
-class Draw:
-    """The random choices of one draft."""
-
-    def __init__(self, rng: random.Random, *, demonstration: bool) -> None:
-        self._rng = rng
-        self.demonstration = demonstration
-
-    def number(self, low: int, high: int) -> int:
-        """Uniform in low..high, both included."""
-        return self._rng.randint(low, high)
-
-    def name(self) -> str:
-        return self._rng.choice(_NAMES)
-
-    def two_names(self) -> tuple[str, str]:
-        first, second = self._rng.sample(_NAMES, 2)
-        return first, second
-
-    def objects(self) -> str:
-        return self._rng.choice(_OBJECTS)
-
-    def two_objects(self) -> tuple[str, str]:
-        first, second = self._rng.sample(_OBJECTS, 2)
-        return first, second
-
-    def two_numbers(self, low: int, high: int) -> tuple[int, int]:
-        """Two different numbers in random order."""
-        first, second = self._rng.sample(range(low, high + 1), 2)
-        return first, second
-
+from rollout.problems.miniature_draft import Draft, Draw, Family
 
 # --- gsm: two or three short arithmetic steps -------------------------------------------------
 
@@ -585,14 +531,6 @@ def _compose(draw: Draw) -> Draft:
         steps=(inner_step, middle_step, *outer_steps),
         answer=value,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """One kind of problem."""
-
-    level: Level
-    draft: Callable[[Draw], Draft]
 
 
 FAMILIES: Mapping[str, Family] = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,12 +15,14 @@ import pytest
 
 from rollout.problem import Level
 from rollout.problems.miniature import (
+    WORLDS,
     Miniature,
+    MiniatureProblem,
     generate,
     render_solution,
     write_miniature,
 )
-from rollout.problems.miniature_families import FAMILIES
+from rollout.problems.miniature_structure import LARGEST, PHRASES, STORIES
 from rollout.prompt import StepKind, parse_response
 
 # Runs every program of a JSON list in a namespace of its own; prints the JSON list of outputs.
@@ -34,16 +38,24 @@ json.dump(outputs, sys.stdout)
 """
 
 
+@pytest.fixture(scope="module", params=["numbers", "structure"])
+def miniature(request: pytest.FixtureRequest) -> Miniature:
+    """A miniature of each world."""
+    return generate(
+        seed=3, num_demonstrations=360, num_train=450, num_test=180, world=request.param
+    )
+
+
 @pytest.fixture(scope="module")
-def miniature() -> Miniature:
-    return generate(seed=3, num_demonstrations=360, num_train=450, num_test=180)
+def structure() -> Miniature:
+    return generate(seed=3, num_demonstrations=360, num_train=450, num_test=180, world="structure")
 
 
-def test_every_solution_runs_and_prints_its_answer(miniature: Miniature) -> None:
-    problems = [*miniature.demonstrations, *miniature.train]
+def outputs_of(trajectories: Sequence[str]) -> list[str]:
+    """What the program of each trajectory prints."""
     programs = [
-        "\n".join(step.code for step in parse_response(problem.solution) if step.code)
-        for problem in problems
+        "\n".join(step.code for step in parse_response(trajectory) if step.code)
+        for trajectory in trajectories
     ]
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL],
@@ -53,8 +65,14 @@ def test_every_solution_runs_and_prints_its_answer(miniature: Miniature) -> None
         timeout=120,
         check=True,
     )
-    outputs = json.loads(done.stdout)
-    assert {problem.family for problem in problems} == set(FAMILIES)
+    return json.loads(done.stdout)
+
+
+def test_every_solution_runs_and_prints_its_answer(miniature: Miniature) -> None:
+    problems = [*miniature.demonstrations, *miniature.train]
+    outputs = outputs_of([problem.solution for problem in problems])
+    families = {problem.family for problem in problems}
+    assert families in [set(world.families) for world in WORLDS.values()]
     for problem, output in zip(problems, outputs, strict=True):
         assert output == problem.answer + "\n", problem
 
@@ -103,8 +121,11 @@ def test_test_set_does_not_depend_on_the_other_counts() -> None:
     assert small.test == large.test
 
 
-def test_problems_held_out_for_pairs_change_no_other_set_and_occur_in_none(tmp_path: Path) -> None:
-    counts = {"seed": 3, "num_demonstrations": 20, "num_train": 40, "num_test": 10}
+@pytest.mark.parametrize("world", list(WORLDS))
+def test_problems_held_out_for_pairs_change_no_other_set_and_occur_in_none(
+    tmp_path: Path, world: str
+) -> None:
+    counts = {"world": world, "seed": 3, "num_demonstrations": 20, "num_train": 40, "num_test": 10}
     plain, held = generate(**counts), generate(**counts, num_pairs=30)
     assert (plain.train, plain.test, plain.pairs) == (held.train, held.test, ())
     others = {p.text for p in (*held.train, *held.test, *held.demonstrations)}
@@ -121,10 +142,15 @@ def test_levels_and_families_are_balanced(miniature: Miniature) -> None:
         assert set(per_family.values()) == {len(split) // 18}
 
 
-def test_paraphrases_are_long_tailed_only_in_demonstrations(miniature: Miniature) -> None:
-    demonstrations = Counter(problem.paraphrase for problem in miniature.demonstrations)
+@pytest.mark.parametrize(
+    ("world", "shown"),
     # 20 per family at 8:6:2:1:1 of 18, largest remainders first.
-    assert [demonstrations[index] // 18 for index in range(5)] == [9, 7, 2, 1, 1]
+    [("numbers", [9, 7, 2, 1, 1]), ("structure", [10, 10, 0, 0, 0])],
+)
+def test_paraphrases_are_uneven_only_in_demonstrations(world: str, shown: list[int]) -> None:
+    miniature = generate(seed=3, num_demonstrations=360, num_train=450, num_test=0, world=world)
+    demonstrations = Counter(problem.paraphrase for problem in miniature.demonstrations)
+    assert [demonstrations[index] // 18 for index in range(5)] == shown
     train = Counter(problem.paraphrase for problem in miniature.train)
     assert [train[index] // 18 for index in range(5)] == [5, 5, 5, 5, 5]
 
@@ -162,6 +188,72 @@ def test_demonstrations_show_half_of_the_compositions() -> None:
 
     assert len(kinds(miniature.demonstrations)) == 12
     assert len(kinds(miniature.train)) == 24
+
+
+def test_every_misreading_runs_to_an_answer_of_its_own(structure: Miniature) -> None:
+    cases = [(p, wrong) for p in structure.demonstrations for _, wrong in p.misreadings]
+    outputs = outputs_of([wrong for _, wrong in cases])
+    for (problem, wrong), output in zip(cases, outputs, strict=True):
+        assert parse_response(wrong)[-1].answer == output.strip(), problem
+        assert output.strip() != problem.answer, problem
+        assert 0 < int(output) <= LARGEST, problem
+    for problem in structure.demonstrations:
+        assert [cue for cue, _ in problem.misreadings] == list(STORIES[problem.family][1].cues)
+
+
+def test_a_misreading_differs_in_signs_and_letters_only(structure: Miniature) -> None:
+    def form(trajectory: str) -> str:
+        program = trajectory.partition("<output>")[0]
+        assert program != trajectory
+        return re.sub(r" (//|[-+*]|[a-g]|first|second|third)(?= |$)", " _", program, flags=re.M)
+
+    for problem in structure.train:
+        for _, wrong in problem.misreadings:
+            assert (
+                wrong.partition("\n<end_of_step>")[0]
+                == (problem.solution.partition("\n<end_of_step>")[0])
+            )
+            assert form(wrong) == form(problem.solution)
+
+
+def unknown(problem: MiniatureProblem) -> int:
+    """How many of its cues are told by phrases that no demonstration shows."""
+    rare = [phrase for pair in PHRASES.values() for meaning in pair for phrase in meaning.rare]
+    return sum(len(re.findall(rf"\b{phrase}\b", problem.text)) for phrase in rare)
+
+
+def test_demonstrations_show_no_rare_phrase_and_paraphrases_one_more_each(
+    structure: Miniature,
+) -> None:
+    assert {unknown(problem) for problem in structure.demonstrations} == {0}
+    for problem in structure.train:
+        cues = len(STORIES[problem.family][1].cues)
+        assert unknown(problem) == min(cues, max(0, problem.paraphrase - 1)), problem.text
+
+
+def test_meanings_of_a_cue_are_about_as_frequent(structure: Miniature) -> None:
+    signs = Counter(
+        sign
+        for problem in (*structure.demonstrations, *structure.train)
+        for sign in re.findall(r" (\+|-|\*|//) [b-e]\n", problem.solution)
+    )
+    assert set(signs) == {"+", "-", "*", "//"}
+    assert max(signs.values()) < 1.5 * min(signs.values())
+
+
+def test_no_phrase_says_two_things() -> None:
+    phrases = [
+        phrase
+        for meanings in PHRASES.values()
+        for meaning in meanings
+        for phrase in (*meaning.known, *meaning.rare)
+    ]
+    assert len(set(phrases)) == len(phrases)
+
+
+def test_an_unknown_world_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown world 'words' \(known: numbers, structure\)"):
+        generate(seed=0, num_demonstrations=1, num_train=1, num_test=1, world="words")
 
 
 def test_written_files_hold_the_generated_problems(tmp_path: Path) -> None:
