@@ -6,7 +6,7 @@
     deploy/configs/ablations/*.yaml  --> cells --> OUT/cells/*.json --> Markdown tables
 
     data     sample/S --> plain/S --> train/ARM/S --> greedy/ARM/S
-    heads                             head/ARM/S  --> guided/ARM/S
+    heads, trunks                     head/ARM/S  --> guided/ARM/S
     search                                            search/ARM/S
     rounds   (read from the run)
 
@@ -57,7 +57,7 @@ from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError, load_config, make_config, read_yaml
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder, RunFolderError
-from cluster.runs.config import RunConfig
+from cluster.runs.config import RunConfig, Trunk
 from cluster.runs.select import RoundSelection
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.dataset import (
@@ -113,6 +113,17 @@ class ArmConfig(BaseModel):
     objective: Literal["pairwise", "q_regression", "outcome"] | None = Field(
         None, description="heads: the loss"
     )
+    trunk: Trunk = Field("policy", description="trunks: what the PPM grows from, of its round")
+    ppm_only_share: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="trunks: dataset.ppm_only_share; above 0, the trunk policy is one that was "
+        "fine-tuned without those problems",
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="heads, trunks: over the table's"
+    )
     search: dict[str, Any] = Field(
         default_factory=dict, description="search: over the run's own settings"
     )
@@ -127,7 +138,9 @@ class AblationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    table: Literal["data", "heads", "rounds", "search"] = Field(description="kind of the arms")
+    table: Literal["data", "heads", "trunks", "rounds", "search"] = Field(
+        description="kind of the arms"
+    )
     title: str = Field(description="for people")
     reference: str | None = Field(None, description="arm the others are compared with")
     round: int | None = Field(None, ge=1, description="of the run; null: its last")
@@ -198,9 +211,9 @@ class Study:
             data = self.tables.get("data")
             if data is not None:
                 found += self._data_cells(data, seed)
-            heads = self.tables.get("heads")
-            if heads is not None:
-                found += self._head_cells(heads, seed)
+            for kind in ("heads", "trunks"):
+                if kind in self.tables:
+                    found += self._head_cells(self.tables[kind], seed)
             search = self.tables.get("search")
             if search is not None:
                 found += [
@@ -540,18 +553,16 @@ class Study:
         self, table: AblationConfig, name: str, arm: ArmConfig, seed: int
     ) -> dict[str, Any]:
         number = table.round or self.last
-        policy = self.checkpoints.current("policy", number)
-        assert policy is not None
         config = self.config.train_ppm
-        own = table.train | {"objective": arm.objective or config.objective}
+        own = table.train | arm.train | {"objective": arm.objective or config.objective}
         data = self.run.dataset(number)
-        if own["objective"] == "q_regression":
-            data = await asyncio.to_thread(self._with_valued_steps, number)
+        if own["objective"] == "q_regression" or arm.ppm_only_share:
+            data = await asyncio.to_thread(self._selected, number, arm)
         request = FitRequest(
             fit_id=f"ablation/{name}/{seed}",
             kind="ppm",
             round=0,
-            base=policy.path,
+            base=await self._trunk(number, arm, data, f"{name}-{seed}", seed),
             data=str(data),
             checkpoints=str(self.out.root / "models" / f"{name}-{seed}"),
             config=type(config).model_validate(config.model_dump() | own),
@@ -559,12 +570,42 @@ class Study:
         )
         return await _fit(request)
 
-    def _with_valued_steps(self, number: int) -> Path:
-        """The round's dataset once more, with the Q-value of every step in it."""
+    async def _trunk(self, number: int, arm: ArmConfig, data: Path, name: str, seed: int) -> str:
+        """What the PPM of an arm grows from, of a round."""
+        if arm.trunk == "base":
+            return str(self.base)
+        if arm.trunk == "policy" and arm.ppm_only_share:
+            request = FitRequest(
+                fit_id=f"ablation/{name}/policy",
+                kind="policy",
+                round=0,
+                base=str(self.base),
+                data=str(data),
+                checkpoints=str(self.out.root / "models" / name),
+                config=self.config.train_policy,
+                seed=derive_seed(seed, "ablation", "policy"),
+            )
+            await _fit(request)
+            return self._made("policy", name).path
+        policy = self.checkpoints.current("policy", number if arm.trunk == "policy" else 0)
+        if policy is None:
+            raise ConfigError(f"{self.run.root}: no checkpoint for trunk {arm.trunk}")
+        return policy.path
+
+    def _selected(self, number: int, arm: ArmConfig) -> Path:
+        """The round's dataset once more, as an arm has it."""
         directory = self.out.dataset(number)
+        if arm.ppm_only_share:
+            directory = directory.with_name(f"{directory.name}-apart={arm.ppm_only_share}")
         if read_manifest(directory) is None:
             RoundSelection(self.store, number).select(
-                directory, template=self.template, config=self.config.dataset, valued_steps=True
+                directory,
+                template=self.template,
+                config=self.config.dataset.model_copy(
+                    update={"ppm_only_share": arm.ppm_only_share}
+                ),
+                demonstrations=self.demonstrations,
+                valued_steps=arm.objective == "q_regression",
             )
         return directory
 
@@ -632,6 +673,7 @@ class Study:
         writers = {
             "data": self._data_table,
             "heads": self._heads_table,
+            "trunks": self._heads_table,
             "rounds": self._rounds_table,
             "search": self._search_table,
         }
@@ -668,7 +710,11 @@ class Study:
 
     def _heads_table(self, table: AblationConfig) -> str:
         rows = []
-        for method, said in (("best_of_n", "best-of-N"), ("search", "MCTS")):
+        for method, said in (
+            ("best_of_n", "best-of-N"),
+            ("weighted_majority", "weighted majority"),
+            ("search", "MCTS"),
+        ):
             arms = {name: self._evaluated(f"guided/{name}", method) for name in table.arms}
             for name in table.arms:
                 rows.append([f"{name}, {said}", *_cells(arms, name, table.reference)])
@@ -713,6 +759,7 @@ class Study:
             ("greedy", "greedy"),
             ("majority", "majority"),
             ("best_of_n", "best-of-N by PPM"),
+            ("weighted_majority", "weighted majority by PPM"),
             ("search", "MCTS + PPM"),
         ):
             arms = {
@@ -775,7 +822,9 @@ class Study:
         for seed in self.seeds:
             record = self.record(f"{cell}/{seed}")
             for problem in record["problems"] if record is not None else ():
-                outcomes.setdefault(problem["problem_id"], []).append(float(problem[method]))
+                # Records of before a method was measured do not have it.
+                if problem.get(method) is not None:
+                    outcomes.setdefault(problem["problem_id"], []).append(float(problem[method]))
         return outcomes
 
 

@@ -443,7 +443,10 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder with the problem files.")] = None,
     method: Annotated[
         str,
-        typer.Option(help="Some of greedy, majority, best-of-n, beam, mcts; by default greedy."),
+        typer.Option(
+            help="Some of greedy, majority, best-of-n, weighted-majority, beam, mcts; by default "
+            "greedy."
+        ),
     ] = "",
     trajectories: Annotated[
         str, typer.Option(help="Budgets, as 1,2,4,8,16,32,64; by default 1,2,4,8.")
@@ -701,6 +704,10 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
 
 def main() -> None:
     """Entry point of `rstar`."""
+    # A shell starts the background jobs of a script with SIGINT ignored; `kill -INT` is how a
+    # person asks such a run to stop in good order.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except Exception as error:

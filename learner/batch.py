@@ -125,6 +125,8 @@ class PreferenceBatch(PolicyBatch):
     """[B] float32, `PairGroup.targets`."""
     text_weights: torch.Tensor
     """[B] float32: 1, or 0 for a filler."""
+    outcome_weights: torch.Tensor
+    """[B] float32: of whole trajectories, 1 a node; 0 for a step or a filler."""
 
 
 def check_markers(tokenizer: Any, *, where: str) -> None:
@@ -410,6 +412,12 @@ def pack_preference(groups: Sequence[PairGroup], *, filler: bool = False) -> Pre
         start = branch
     weights = [0.0 if filler else weight for group in groups for weight in group.weights]
     values = [target for group in groups for target in group.targets]
+    whole = [not filler and group.kind is PairKind.ANSWER for group in groups]
+    outcomes = [
+        float(counts) / len(group.texts)
+        for group, counts in zip(groups, whole, strict=True)
+        for _ in group.texts
+    ]
     return PreferenceBatch(
         input_ids=_row(ids),
         position_ids=_row(places),
@@ -420,6 +428,7 @@ def pack_preference(groups: Sequence[PairGroup], *, filler: bool = False) -> Pre
         weights=torch.tensor(weights, dtype=torch.float32),
         value_targets=torch.tensor(values, dtype=torch.float32),
         text_weights=torch.full((len(last),), 0.0 if filler else 1.0),
+        outcome_weights=torch.tensor(outcomes, dtype=torch.float32),
         positions=_joined(positions),
         targets=_joined(targets),
     )

@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from learner.dataset import unusable
+from learner.dataset import NODE_FIELDS, PAIR_FIELDS, SEGMENTS, unusable
 from learner.pairs import PairConfig, PreferencePair, ValuedNode, tree_pairs, valued_nodes
 from rollout.difficulty import right_share
 from rollout.programs import program_of
@@ -42,35 +42,16 @@ TOP = 4
 MANY_VISITS = 5
 """Nodes with so many visits are counted together."""
 
-_SEGMENTS = pa.list_(pa.struct([("text", pa.string()), ("trained", pa.bool_())]))
 TRAJECTORY = pa.struct(
     [
         ("node", pa.int32()),
         ("mean_q", pa.float64()),
         ("min_q", pa.float64()),
-        ("segments", _SEGMENTS),
+        ("segments", SEGMENTS),
     ]
 )
-PAIR = pa.struct(
-    [
-        ("node", pa.int32()),
-        ("kind", pa.string()),
-        ("shared_steps", pa.int32()),
-        ("prefix", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("chosen_q", pa.float64()),
-        ("rejected_q", pa.float64()),
-        ("weight", pa.float64()),
-    ]
-)
-NODE = pa.struct(
-    [
-        ("node", pa.int32()),
-        ("prefix", pa.string()),
-        ("steps", pa.list_(pa.struct([("text", pa.string()), ("q", pa.float64())]))),
-    ]
-)
+PAIR = pa.struct(PAIR_FIELDS)
+NODE = pa.struct(NODE_FIELDS)
 SCHEMA = pa.schema(
     [
         ("problem_id", pa.string()),
@@ -176,7 +157,7 @@ def find(tree: Tree, recipe: Recipe) -> Found:
         program = program_of(trajectory.steps).encode(errors="replace")
         programs.setdefault(hashlib.sha256(program).digest()[:16], trajectory)
     pairs = []
-    for pair in tree_pairs(tree, template=recipe.template, config=recipe.pairs):
+    for pair in tree_pairs(tree, template=recipe.template, config=recipe.pairs, ranked=reached):
         sides = pair.chosen, pair.rejected
         reason = unusable([pair.prefix, *sides], trained=sides)
         if reason is None:

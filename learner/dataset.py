@@ -40,6 +40,29 @@ FILES = ("sft_train", "sft_validation", "pairs_train", "pairs_validation", "step
 _ROW_GROUP_ROWS = 1024
 _BATCH_ROWS = 256
 
+SEGMENTS = pa.list_(pa.struct([("text", pa.string()), ("trained", pa.bool_())]))
+"""Of a rendered solution."""
+
+PAIR_FIELDS = [
+    ("node", pa.int32()),
+    ("kind", pa.string()),
+    ("shared_steps", pa.int32()),
+    ("prefix", pa.string()),
+    ("chosen", pa.string()),
+    ("rejected", pa.string()),
+    ("chosen_q", pa.float64()),
+    ("rejected_q", pa.float64()),
+    ("weight", pa.float64()),
+]
+"""Of a `PreferencePair`, besides which tree it is of."""
+
+NODE_FIELDS = [
+    ("node", pa.int32()),
+    ("prefix", pa.string()),
+    ("steps", pa.list_(pa.struct([("text", pa.string()), ("q", pa.float64())]))),
+]
+"""Of a `ValuedNode`, likewise."""
+
 _SFT_SCHEMA = pa.schema(
     [
         ("problem_id", pa.string()),
@@ -47,37 +70,17 @@ _SFT_SCHEMA = pa.schema(
         ("origin", pa.string()),
         ("round", pa.int32()),
         ("mean_q", pa.float64()),
-        ("segments", pa.list_(pa.struct([("text", pa.string()), ("trained", pa.bool_())]))),
+        ("segments", SEGMENTS),
     ]
 )
-_PAIR_SCHEMA = pa.schema(
-    [
-        ("problem_id", pa.string()),
-        ("level", pa.string()),
-        ("round", pa.int32()),
-        ("tree_index", pa.int32()),
-        ("node", pa.int32()),
-        ("kind", pa.string()),
-        ("shared_steps", pa.int32()),
-        ("prefix", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("chosen_q", pa.float64()),
-        ("rejected_q", pa.float64()),
-        ("weight", pa.float64()),
-    ]
-)
-_NODE_SCHEMA = pa.schema(
-    [
-        ("problem_id", pa.string()),
-        ("level", pa.string()),
-        ("round", pa.int32()),
-        ("tree_index", pa.int32()),
-        ("node", pa.int32()),
-        ("prefix", pa.string()),
-        ("steps", pa.list_(pa.struct([("text", pa.string()), ("q", pa.float64())]))),
-    ]
-)
+_TREE_FIELDS = [
+    ("problem_id", pa.string()),
+    ("level", pa.string()),
+    ("round", pa.int32()),
+    ("tree_index", pa.int32()),
+]
+_PAIR_SCHEMA = pa.schema([*_TREE_FIELDS, *PAIR_FIELDS])
+_NODE_SCHEMA = pa.schema([*_TREE_FIELDS, *NODE_FIELDS])
 _SCHEMAS = dict(
     zip(
         FILES,

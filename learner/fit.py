@@ -184,6 +184,13 @@ class PreferenceTrainConfig(TrainConfig):
         description="r / logit with loss_on = logit; 5 makes the served tanh(logit) the released "
         "tanh(r / 5).",
     )
+    outcome_weight: float = Field(
+        0.0,
+        ge=0.0,
+        description="Pairwise only. Weight of the cross-entropy of whole trajectories being "
+        "correct, which objective outcome learns alone: pairs say which value is higher, this how "
+        "high it is (weighted-majority).",
+    )
     lm_weight: float = Field(
         0.0,
         ge=0.0,
@@ -225,7 +232,8 @@ class FitRequest:
     round: int
     """Round whose checkpoint this makes; 0 is the cold start."""
     base: str
-    """Directory of the checkpoint to start from; for a PPM the policy that gives the trunk."""
+    """Directory of the checkpoint to start from; for a PPM the language model that gives the
+    trunk."""
     data: str
     """A dataset directory (`learner.dataset`)."""
     checkpoints: str

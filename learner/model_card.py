@@ -46,7 +46,7 @@ def write_model_card(directory: Path, kind: str, info: Mapping[str, Any]) -> Non
             "",
             "## Made from",
             "",
-            f"- base: `{info['base']}`",
+            f"- {'base' if kind == 'policy' else 'trunk'}: `{info['base']}`",
             f"- data: sha256 `{info['data_digest']}`",
             *(f"  - {name}: {count}" for name, count in sorted(info["data_counts"].items())),
             f"- seed: {info['seed']}",

@@ -78,6 +78,9 @@ class PreferenceObjective(torch.nn.Module):
             if config.loss_on == "logit":
                 rewards = config.logit_scale * logits
             loss = pairwise_loss(rewards, batch.chosen, batch.rejected, batch.weights)
+            if config.outcome_weight:
+                whole = outcome_loss(logits, batch.value_targets, batch.outcome_weights)
+                loss = loss + config.outcome_weight * whole
         if lm_scale:
             head: Any = self.lm_head or self.model.get_input_embeddings()
             auxiliary = next_token_loss(

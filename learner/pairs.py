@@ -152,8 +152,18 @@ class _Outcomes:
     reward_sum: float = 0.0
 
 
-def tree_pairs(tree: Tree, *, template: PromptTemplate, config: PairConfig) -> list[PreferencePair]:
-    """All preference pairs of one tree, in node order; empty without mixed outcomes."""
+def tree_pairs(
+    tree: Tree,
+    *,
+    template: PromptTemplate,
+    config: PairConfig,
+    ranked: Sequence[Trajectory] | None = None,
+) -> list[PreferencePair]:
+    """All preference pairs of one tree, in node order; empty without mixed outcomes.
+
+    Args:
+        ranked: `trajectories` of the tree, where they are known already.
+    """
     below = _outcomes(tree)
     if not below[0].correct or not below[0].wrong:
         return []
@@ -162,7 +172,9 @@ def tree_pairs(tree: Tree, *, template: PromptTemplate, config: PairConfig) -> l
         if node.expanded and below[node.id].correct and below[node.id].wrong:
             pairs += _sibling_pairs(tree, node, below, template, config)
     if config.answer_pairs:
-        pairs += _answer_pairs(tree, template, config)
+        pairs += _answer_pairs(
+            tree, trajectories(tree) if ranked is None else ranked, template, config
+        )
     return pairs
 
 
@@ -250,11 +262,12 @@ def _sibling_pairs(
     )
 
 
-def _answer_pairs(tree: Tree, template: PromptTemplate, config: PairConfig) -> list[PreferencePair]:
+def _answer_pairs(
+    tree: Tree, ranked: Sequence[Trajectory], template: PromptTemplate, config: PairConfig
+) -> list[PreferencePair]:
     def program(trajectory: Trajectory) -> str:
         return program_of(trajectory.steps)
 
-    ranked = trajectories(tree)
     correct = one_per_program((t for t in ranked if t.correct), program, config.best)
     wrong = (t for t in reversed(ranked) if t.correct is False)
     incorrect = one_per_program(wrong, program, config.worst)

@@ -16,7 +16,10 @@ The split is by problem: a hash of its id says "validation", the same in every r
 another problem (a rewording) goes where that one goes. A validation problem is neither in the
 policy's nor in the PPM's training data, so a PPM whose trunk is that policy is judged on problems
 its weights never met. (A trunk that was fine-tuned on the accepted solutions of the same problems
-ranks their steps by memory.)
+ranks their steps by memory.) The pairs of training problems are ranked by memory just so, and
+teach the PPM to trust it: `ppm_only_share` keeps problems out of the policy's data and takes pairs
+of these alone, as in cross-fitting (Chernozhukov et al. 2018), where what a model is fitted on is
+not what another one was fitted on before it.
 
 What a tree may give is known without the others (`learner.candidates`): workers write it as they
 commit, and where they did not it is made of the trees. Here it is sorted by problem, on disk, and
@@ -108,7 +111,16 @@ class DatasetConfig(BaseModel):
     validation_share: float = Field(
         0.05, ge=0.0, lt=1.0, description="Share of the problems no model is trained on."
     )
-    split_seed: int = Field(0, description="Which problems those are; keep it for a whole run.")
+    split_seed: int = Field(
+        0, description="Which problems those are, and those of the PPM; keep it for a whole run."
+    )
+    ppm_only_share: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the training problems that the policy is not trained on and that "
+        "alone give the PPM its pairs; 0: both learn from all.",
+    )
     synthetic_sources: tuple[str, ...] = Field(
         (), description="Problem sources whose reference answers may be wrong."
     )
@@ -131,9 +143,11 @@ class Chosen:
 
     held_out: bool
     """True: the problem judges the models and never trains them."""
+    ppm_only: bool
+    """True: the policy is not trained on it."""
     trajectories: list[Trajectory]
-    """For the policy, best first; none where no answer is correct, or the problem is left out as
-    mislabelled."""
+    """For the policy, best first; none where no answer is correct, the problem is left out as
+    mislabelled, or is the PPM's alone."""
     pairs: list[PreferencePair]
     """For the PPM."""
 
@@ -192,6 +206,7 @@ class _Choice:
     """What training takes of one problem, by where it stands in a table."""
 
     split: str
+    ppm_only: bool
     trajectories: list[int]
     """Numbers among all of the table, best first."""
     pairs: np.ndarray
@@ -205,8 +220,18 @@ def is_validation(original: str, config: DatasetConfig) -> bool:
     Args:
         original: `Problem.original`; beside it the result depends on `split_seed` only.
     """
-    digest = hashlib.sha256(f"{config.split_seed}:{original}".encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64 < config.validation_share
+    return _draw(f"{config.split_seed}:{original}") < config.validation_share
+
+
+def is_ppm_only(original: str, config: DatasetConfig) -> bool:
+    """True if a training problem is kept from the policy; arguments as of `is_validation`, of
+    whose draw this one is independent."""
+    return _draw(f"{config.split_seed}:ppm:{original}") < config.ppm_only_share
+
+
+def _draw(name: str) -> float:
+    """Uniform in [0, 1), the same for a name everywhere."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 
 def recipe_of(
@@ -357,11 +382,13 @@ def select_runs(
     Returns:
         The manifest. Its `counts` are level (and "all") -> name -> count, of problems, solved,
         trees, trajectories_correct, trajectories_kept, sft_train, sft_validation, demonstrations,
-        pairs_train, pairs_validation, steps_train; its `excluded` are level -> reason -> count: of
+        pairs_train, pairs_validation, steps_train, and with `ppm_only_share` the training problems
+        policy_problems and ppm_problems; its `excluded` are level -> reason -> count: of
         problems unsolved, solved_earlier (but not in `sft_rounds`), low_accuracy; of correct
-        trajectories other_round, same_program, beyond_top; of these and of demonstrations empty,
-        unrenderable (a lone surrogate, which no file can hold); of pairs other_round_pair,
-        duplicate_pair, contradicted_pair, low_accuracy_pair, empty_pair, unrenderable_pair.
+        trajectories other_round, same_program, ppm_only, beyond_top; of these and of demonstrations
+        empty, unrenderable (a lone surrogate, which no file can hold); of pairs other_round_pair,
+        duplicate_pair, contradicted_pair, low_accuracy_pair, policy_pair (of problems the policy
+        is trained on), empty_pair, unrenderable_pair.
         `origins` are file -> round -> rows that its trees gave, demonstrations left out;
         `newest_round_share` the share of this round in those of sft_train, None if there are none;
         `difficulty` is level -> class -> problems, as this round's trees found them; `shape` is
@@ -419,6 +446,7 @@ def choose_of_problem(
     pairs = [pair for one in found for pair in one.pairs]
     return Chosen(
         held_out=choice.split == "validation",
+        ppm_only=choice.ppm_only,
         trajectories=[trajectories[number] for number in choice.trajectories],
         pairs=[pairs[number] for number in choice.pairs],
     )
@@ -530,7 +558,11 @@ class _Selection:
         counts, excluded = self.counts[problem.level], self.excluded[problem.level]
         held_out = is_validation(problem.original, config)
         split = "validation" if held_out else "train"
+        apart = config.ppm_only_share > 0 and not held_out
+        ppm_only = apart and is_ppm_only(problem.original, config)
         counts["problems"] += 1
+        if apart:
+            counts["ppm_problems" if ppm_only else "policy_problems"] += 1
         counts["trees"] += len(members)
         self._classify(members)
         for tree in members:
@@ -560,6 +592,8 @@ class _Selection:
             counts["solved"] += 1
         if mislabelled:
             excluded["low_accuracy"] += 1
+        elif num_programs and ppm_only:
+            excluded["ppm_only"] += num_programs
         elif num_programs:
             kept = _best(of_sft, texts, config.trajectories_per_problem)
             counts["trajectories_kept"] += len(kept)
@@ -575,9 +609,13 @@ class _Selection:
         if len(pairs) and mislabelled:
             excluded["low_accuracy_pair"] += len(pairs)
             pairs = pairs[:0]
+        teaches = ppm_only or not apart
+        if not teaches:
+            _add(excluded, "policy_pair", len(pairs))
+            pairs = pairs[:0]
         _add(counts, f"pairs_{split}", len(pairs))
         nodes = [np.empty(0, np.int64)]
-        for tree in of_pairs if not held_out and not mislabelled else ():
+        for tree in of_pairs if teaches and not held_out and not mislabelled else ():
             own = texts.numbers("nodes", tree.row)
             if len(own):
                 nodes.append(own)
@@ -585,6 +623,7 @@ class _Selection:
                 self.origins["steps_train"][tree.round] += len(own)
         return _Choice(
             split=split,
+            ppm_only=ppm_only,
             trajectories=[number for _, number in kept],
             pairs=pairs,
             nodes=np.concatenate(nodes),

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from rollout.prompt import Segment
+
 
 class EngineError(RuntimeError):
     """An engine could not answer a request: it died, timed out or refused."""
@@ -99,6 +101,24 @@ class EvaluationReply:
     values: tuple[float, ...]
     num_tokens: int = 0
     preference_version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobRequest:
+    """Ask a policy how likely it is to write what is `trained` in each text."""
+
+    texts: tuple[tuple[Segment, ...], ...]
+    """The segments of each, in order."""
+    routing_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobReply:
+    """Of each text, same order, the sum of the log-probabilities of the tokens that are `trained`;
+    NaN where it is longer than the model's context."""
+
+    values: tuple[float, ...]
+    policy_version: str = ""
 
 
 def cut_completion(

@@ -9,6 +9,7 @@
     greedy      one program at temperature 0                  its answer
     majority    N sampled programs                            the vote of all
     best-of-n   the same N programs, valued by the PPM        the best-valued one
+    weighted-majority           the same valued programs      the vote of all, weighed by value
     beam        step beam searches (`rollout.beam`)           the vote of the top K by PPM value
     mcts        tree search (`rollout.search`)                the vote of the top K by PPM value
 
@@ -24,6 +25,11 @@ All methods are charged alike: generated tokens, texts valued by the PPM in toke
 rollout; what was started ends, so a search goes over its budget by a part of a rollout. Samples are
 drawn up to the budget, to the nearest sample: two methods that are to have the same tokens are a
 search first and then samples with its tokens as their budget.
+
+A weighed vote counts (1 + value) / 2, the chance of being right that the PPM gives. With
+`logprob_weight` that is multiplied by exp(logprob_weight * mean log-probability of a token by the
+policy), and best-of-n ranks by the product: a second opinion at test time, off by default, which no
+training sees.
 
 Votes group equivalent answers (`verifier.accuracy`); ties go to the higher PPM value, then to the
 seed. Where no solution has a PPM value, all of them vote, and the result says so. Of one search (a
@@ -45,9 +51,9 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rollout.beam import search_beam
 from rollout.engine import (
@@ -73,19 +79,33 @@ from verifier.accuracy import RankedAnswer, rank_answers
 T = TypeVar("T")
 
 
+class Candidate(Protocol):
+    """What an answer is chosen by: a `Solution`, or what an evaluation reads back of one."""
+
+    @property
+    def answer(self) -> str | None: ...
+
+    @property
+    def value(self) -> float | None: ...
+
+    @property
+    def mean_logprob(self) -> float | None: ...
+
+
 class Method(StrEnum):
     """How answers are found and chosen at test time."""
 
     GREEDY = "greedy"
     MAJORITY = "majority"
     BEST_OF_N = "best-of-n"
+    WEIGHTED_MAJORITY = "weighted-majority"
     BEAM = "beam"
     MCTS = "mcts"
 
     @property
     def needs_preference(self) -> bool:
         """True if the method cannot do without a PPM."""
-        return self in (Method.BEST_OF_N, Method.BEAM)
+        return self in (Method.BEST_OF_N, Method.WEIGHTED_MAJORITY, Method.BEAM)
 
     @property
     def uses_preference(self) -> bool:
@@ -93,12 +113,18 @@ class Method(StrEnum):
         return self.needs_preference or self is Method.MCTS
 
 
+_OF_VALUED_SAMPLES = (Method.BEST_OF_N, Method.WEIGHTED_MAJORITY)
+
+
 class MethodConfig(BaseModel):
     """One method and its budget; sampling and step limits are those of `SearchConfig`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Method = Field(Method.MCTS, description="greedy | majority | best-of-n | beam | mcts")
+    name: Method = Field(
+        Method.MCTS,
+        description="greedy | majority | best-of-n | weighted-majority | beam | mcts",
+    )
     num_trajectories: int = Field(
         64,
         ge=1,
@@ -114,8 +140,17 @@ class MethodConfig(BaseModel):
     top_k: int = Field(
         4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
     )
+    logprob_weight: float = Field(
+        0.0,
+        ge=0.0,
+        description="best-of-n, weighted-majority: how much the policy's mean log-probability of a "
+        "token counts beside the PPM's; needs policy_engine.logprobs",
+    )
     max_solution_tokens: int = Field(
-        2048, ge=1, description="generated tokens per sampled program (greedy, majority, best-of-n)"
+        2048,
+        ge=1,
+        description="generated tokens per sampled program (greedy, majority, best-of-n, "
+        "weighted-majority)",
     )
     beam_width: int = Field(8, ge=1, description="paths kept after each step of a beam")
     beam_candidates: int = Field(8, ge=1, description="candidates per path and step of a beam")
@@ -125,6 +160,12 @@ class MethodConfig(BaseModel):
         description="mcts: each trajectory is a tree of so many rollouts; null: each is a rollout, "
         "and they share trees",
     )
+
+    @model_validator(mode="after")
+    def _weight_is_used(self) -> MethodConfig:
+        if self.logprob_weight and self.name not in _OF_VALUED_SAMPLES:
+            raise ValueError(f"logprob_weight is for {' and '.join(_OF_VALUED_SAMPLES)} only")
+        return self
 
     @property
     def rollouts_of_a_tree(self) -> int:
@@ -217,7 +258,12 @@ class SolveResult:
     @property
     def value(self) -> float | None:
         """Best PPM value of the answer; None: no answer, or a method without a PPM."""
-        return self.ranked[0].value if self.ranked else None
+        return self.value_of(self.ranked[0]) if self.ranked else None
+
+    def value_of(self, answer: RankedAnswer) -> float | None:
+        """Best PPM value of one of the answers, whatever they were ranked by."""
+        values = [self.solutions[number].value for number in answer.members]
+        return max((value for value in values if value is not None), default=None)
 
     @property
     def generated_tokens(self) -> int:
@@ -229,21 +275,57 @@ class SolveResult:
         return sum(tree.num_rollouts for tree in self.trees) or len(self.solutions)
 
 
+def vote_weight(
+    value: float | None, mean_logprob: float | None = None, logprob_weight: float = 0.0
+) -> float:
+    """What the vote of a solution counts: (1 + value) / 2 * exp(logprob_weight * mean_logprob).
+
+    In [0, 1]; 0 without a value, or without the log-probability that is asked for.
+
+    Args:
+        value: of the PPM, in [-1, 1].
+        mean_logprob: per token, in nats.
+    """
+    if value is None:
+        return 0.0
+    if not logprob_weight:
+        return (1.0 + value) / 2.0
+    if mean_logprob is None:
+        return 0.0
+    return (1.0 + value) / 2.0 * math.exp(logprob_weight * mean_logprob)
+
+
 def choose(
-    solutions: Sequence[Solution], *, method: Method, top_k: int, seed: int
+    solutions: Sequence[Candidate],
+    *,
+    method: Method,
+    top_k: int,
+    seed: int,
+    logprob_weight: float = 0.0,
 ) -> tuple[RankedAnswer, ...]:
     """Rank the answers of finished solutions by the rule of a method, the chosen one first.
 
     Args:
         top_k: solutions that vote in MCTS and beam search; the other methods have their own number.
         seed: settles what votes and values leave tied.
+        logprob_weight: as of `MethodConfig`; above 0, answers have no PPM value but a weight.
     """
     answers = [solution.answer for solution in solutions]
     values = [solution.value for solution in solutions]
     if not method.uses_preference or not _valued(solutions):
         return tuple(rank_answers(answers, seed=seed))
-    voters = 1 if method is Method.BEST_OF_N else top_k
-    return tuple(rank_answers(answers, values=values, top_k=voters, seed=seed))
+    if method not in _OF_VALUED_SAMPLES:
+        return tuple(rank_answers(answers, values=values, top_k=top_k, seed=seed))
+    weights = [vote_weight(s.value, s.mean_logprob, logprob_weight) for s in solutions]
+    if logprob_weight:
+        if all(s.mean_logprob is None for s in solutions if s.answer is not None):
+            raise ValueError(
+                f"logprob_weight {logprob_weight}, but no solution has a log-probability"
+            )
+        values = [None if v is None else w for v, w in zip(values, weights, strict=True)]
+    if method is Method.BEST_OF_N:
+        return tuple(rank_answers(answers, values=values, top_k=1, seed=seed))
+    return tuple(rank_answers(answers, values=values, weights=weights, seed=seed))
 
 
 def tree_solutions(tree: Tree, *, visited: bool = True) -> list[Solution]:
@@ -415,7 +497,12 @@ class Solver:
             solutions = job.found_so_far()
         # Comparing answers may take a while, so not on the event loop.
         ranked = await asyncio.to_thread(
-            choose, solutions, method=method, top_k=self.config.top_k, seed=seed
+            choose,
+            solutions,
+            method=method,
+            top_k=self.config.top_k,
+            seed=seed,
+            logprob_weight=self.config.logprob_weight,
         )
         return SolveResult(
             method=method,
@@ -616,12 +703,10 @@ _RUNS: Mapping[Method, Callable[[_Job], Awaitable[list[Solution]]]] = {
     Method.GREEDY: _greedy,
     Method.MAJORITY: _samples,
     Method.BEST_OF_N: _samples,
+    Method.WEIGHTED_MAJORITY: _samples,
     Method.BEAM: _beam,
     Method.MCTS: _mcts,
 }
-
-
-_SAMPLED = (Method.MAJORITY, Method.BEST_OF_N)
 
 
 def _best(solutions: Sequence[Solution]) -> list[Solution]:
@@ -636,7 +721,7 @@ def _known(solution: Solution) -> float:
     return solution.value if solution.value is not None else -math.inf
 
 
-def _valued(solutions: Sequence[Solution]) -> bool:
+def _valued(solutions: Sequence[Candidate]) -> bool:
     """True if the PPM told some solution from the others."""
     return any(s.value is not None and s.answer is not None for s in solutions)
 
@@ -675,7 +760,8 @@ def _notes(
             notes.append("the problem does not fit into the policy's context")
         else:
             notes.append("no solution reached an answer")
-    cut_short = job.solver.config.name in _SAMPLED and len(solutions) < job.config.num_trajectories
+    sampled = _RUNS[job.solver.config.name] is _samples
+    cut_short = sampled and len(solutions) < job.config.num_trajectories
     if job.spent() or (cut_short and job.meter.cost.generated_tokens):
         notes.append(f"token budget of {job.config.max_generated_tokens:,} used up")
     if len(job.trees) > 1 and job.config.rollouts_per_tree is None:

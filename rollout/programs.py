@@ -7,6 +7,7 @@ vote, or both sides of a comparison, with copies of one idea.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import islice
@@ -40,7 +41,68 @@ def program_key(codes: Iterable[str]) -> str:
 def _statements(code: str) -> str | None:
     """The statements of a code without layout; None if it does not parse.
 
-    Remembered, because the solutions of a tree share their steps.
+    Remembered, because the solutions of a tree share their steps; so are pieces of a code, because
+    steps share those.
+    """
+    words: list[str] = []
+    for piece in _pieces(code):
+        statements = _piece(piece)
+        if statements is None:
+            whole = _parsed(code)
+            return None if whole is None else "".join(whole)
+        if statements:
+            words.append(statements)
+    return " ".join(words)
+
+
+# Where a line may be something else than it seems: in a string of many lines, after "\\".
+_NOT_BY_LINES = re.compile(r"\"{3}|'{3}|\\\n|\r")
+_COMMENT_LINE = re.compile(r"^#.*\n?", re.MULTILINE)
+_BETWEEN_PIECES = re.compile(r"\n+(?![ \t\f\n)\]}]|(?:else|elif|except|finally)\b|\Z)")
+
+
+def _pieces(code: str) -> list[str]:
+    """Code without comment-only lines, cut wherever a statement may begin.
+
+    Pieces that parse by themselves are the same statements together, as steps are.
+    """
+    if _NOT_BY_LINES.search(code):
+        return [code]
+    return _BETWEEN_PIECES.split(_COMMENT_LINE.sub("", code))
+
+
+_NUMBER = re.compile(r"(?<![\w.])(0|[1-9][0-9]{0,17})(?![\w.])")
+_OTHER_NUMBERS = re.compile(r"[\"'#]|[0-9.][jJ]")
+_PLACES = [f"{place}j" for place in range(32)]
+_WRITTEN_PLACE = re.compile(r"(=None [0-9]+j)")
+_PLACE_WRITTEN = {f"=None {place}": number for number, place in enumerate(_PLACES)}
+
+
+def _piece(code: str) -> str | None:
+    """As `_statements`, of a piece: those that differ in whole numbers only are parsed once.
+
+    Imaginary numbers hold their places, unless there are such already, or numbers in strings or
+    comments.
+    """
+    parts = _NUMBER.split(code)
+    numbers = parts[1::2]
+    if not numbers or len(numbers) > len(_PLACES) or _OTHER_NUMBERS.search(code):
+        words = _parsed(code)
+        return None if words is None else "".join(words)
+    parts[1::2] = _PLACES[: len(numbers)]
+    words = _parsed("".join(parts))
+    if words is None:
+        return None
+    filled = list(words)
+    filled[1::2] = [f"=None {numbers[_PLACE_WRITTEN[place]]}" for place in words[1::2]]
+    return "".join(filled)
+
+
+@lru_cache(maxsize=8192)
+def _parsed(code: str) -> tuple[str, ...] | None:
+    """The statements of a code, cut so that each second string is an imaginary number.
+
+    None if it does not parse.
     """
     words: list[str] = []
     try:
@@ -48,7 +110,7 @@ def _statements(code: str) -> str | None:
             _write(statement, words)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    return " ".join(words)
+    return tuple(_WRITTEN_PLACE.split(" ".join(words)))
 
 
 def _write(node: ast.AST, words: list[str]) -> None:

@@ -292,6 +292,29 @@ def render_segments(
     return segments
 
 
+def segments_of(prompt: str, continuation: str) -> tuple[Segment, ...]:
+    """As `render_segments`, of what is rendered already: a prompt, and steps that follow it."""
+    pieces = _OUTPUT_BLOCK.split(continuation)
+    own = [Segment(text=piece, trained=n % 2 == 0) for n, piece in enumerate(pieces) if piece]
+    return Segment(text=prompt, trained=False), *own
+
+
+_OUTPUT_BLOCK = re.compile(f"(\n{OUTPUT}.*?{END_OF_OUTPUT}\n)", re.DOTALL)
+
+
+def split_question(prompt: str, template: PromptTemplate) -> tuple[str, str]:
+    """A rendered question, and what follows it in a prompt under a template.
+
+    Raises:
+        ValueError: the prompt was rendered under another template.
+    """
+    behind = template.text.partition("{question}")[2]
+    question, found, rest = prompt.partition(behind)
+    if not found:
+        raise ValueError(f"no question under template {template.name!r}: {prompt[:60]!r}")
+    return question + found, rest
+
+
 def parse_step(text: str) -> Step:
     """Read a completion (its stop string still at its end) as a step; never raises."""
     marker = next((m for m in _KIND_OF_END if text.endswith(m)), None)

@@ -63,6 +63,14 @@ class Solution:
     """Why its program (of `sample_texts`: its text) ended."""
     error: str = ""
     """What the program raised, as "TypeName: message"; "" if it ran."""
+    logprob: float | None = None
+    """Sum of the log-probabilities of its `num_tokens` tokens under the policy; None: the engine
+    was not asked for them."""
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """Of a token, in nats."""
+        return None if self.logprob is None else self.logprob / max(self.num_tokens, 1)
 
 
 async def sample_solutions(
@@ -117,6 +125,9 @@ async def sample_solutions(
             steps=(*solution.steps, step),
             answer=step.answer if step.kind is StepKind.ANSWER else None,
             num_tokens=solution.num_tokens + completion.num_tokens,
+            logprob=None
+            if solution.logprob is None or completion.logprob is None
+            else solution.logprob + completion.logprob,
         )
 
     solutions = await all_of(map(answer, range(len(programs))))
@@ -224,5 +235,6 @@ def _unanswered(
         status=result.status if result is not None else "",
         seed=seed,
         finish=completion.finish,
+        logprob=completion.logprob,
         error="" if result is None or ok else f"{result.error_type}: {result.error_message}",
     )

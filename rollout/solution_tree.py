@@ -8,7 +8,7 @@ columns, `rstar tree`. In a tree of chains
 
 - `rollout` of a node is the number of its solution, in the order they were sampled, so the first k
   solutions are what a budget of k would have drawn;
-- `num_tokens` of a solution stands on the last node of its chain;
+- `num_tokens` and `logprob` of a solution stand on the last node of its chain;
 - nothing is merged and nothing is backed up: Q-values say nothing. The nodes of a solution that
   reached an answer count one visit each, as a path that a rollout took.
 
@@ -121,7 +121,7 @@ def _chain(solution: Solution, number: int) -> list[Node]:
         for step in steps
     ]
     last = nodes[-1]
-    last.num_tokens = solution.num_tokens
+    last.num_tokens, last.logprob = solution.num_tokens, solution.logprob
     programs = [n for n, step in zip(nodes, steps, strict=True) if step.kind is StepKind.LAST_CODE]
     if programs:
         programs[-1].execution_status = solution.status
@@ -155,6 +155,7 @@ def chain_solutions(tree: Tree) -> list[Solution]:
             num_tokens=node.num_tokens,
             status=next((n.execution_status for n in tree.path(node) if n.execution_status), ""),
             seed=tree.seed,
+            logprob=node.logprob,
         )
         for _, node in sorted(last.items())
     ]

@@ -12,6 +12,7 @@
                                /manifest.json
                                /regrades/<NNNN>/plan.json, data/, commits/, ..., manifest.json
     <root>/evaluations/round=R/...                     likewise, of the evaluation of round R
+    <root>/rulers/round=R/...                          likewise, of what its PPM is measured on
 
 The one decision, who has committed a shard, is the creation of one key, which a store either grants
 once or is refused at the start (`RunStore.self_check`). Two workers that hold the same shard, a
@@ -35,8 +36,8 @@ The store itself is `rollout.run_store`, the records of markers and manifests `r
 other packages take them from here.
 
 A listing on a network file system may be a minute old, so what has to be complete goes by names: a
-seal looks each shard up that a listing lacks, and the markers of a sealed round are those of the
-files in its manifest.
+seal looks each shard up that a listing lacks, and so does whoever knows which are committed
+(`named_commits`); the markers of a sealed round are those of the files in its manifest.
 
 Not covered: local file systems without hard links, which `self_check` refuses; what is listed of a
 round that is not sealed may lack the commits of the last minute, and never shows wrong ones.
@@ -76,6 +77,7 @@ __all__ = [
     "TreeKey",
     "evaluation_of",
     "folder_of",
+    "ruler_of",
     "stored_rounds",
 ]
 
@@ -326,6 +328,21 @@ class TrajectoryStore:
             StoreError: a marker cannot be read; the message names it.
         """
         return {c.shard: c for c in self.each_commit(trees=trees, generation=generation)}
+
+    def named_commits(self, shard_ids: Iterable[str]) -> dict[str, Commit]:
+        """The markers of shards that are known to be committed, whatever a listing says.
+
+        Raises:
+            StoreError: a marker is missing or cannot be read; the message names it.
+        """
+        wanted = set(shard_ids)
+        found = {commit.shard: commit for commit in self._wanted(wanted, generation=0)}
+        if missing := sorted(wanted - found.keys()):
+            raise StoreError(
+                f"{len(missing)} commit markers of round {self.round} of {self.store.root} are "
+                f"missing, the first is {self._marker(missing[0])}"
+            )
+        return found
 
     def each_commit(self, *, trees: bool = True, generation: int | None = None) -> Iterator[Commit]:
         """The markers of the round one after the other, a bounded number of them in memory.
@@ -621,8 +638,18 @@ def evaluation_of(round: int) -> int:
     return -1 - round
 
 
+_RULERS = -(1 << 20)
+
+
+def ruler_of(round: int) -> int:
+    """Likewise of the trees that a round's PPM is measured on; below those of all evaluations."""
+    return _RULERS - round
+
+
 def folder_of(round: int) -> str:
     """Where a round is kept, under the store's root."""
+    if round <= _RULERS:
+        return f"rulers/round={ruler_of(round)}"
     if round < 0:
         return f"evaluations/round={evaluation_of(round)}"
     return f"trajectories/round={round}"
@@ -632,7 +659,7 @@ def stored_rounds(store: RunStore, *, evaluations: bool = False) -> list[int]:
     """Rounds that have anything stored, ascending.
 
     Args:
-        evaluations: those of evaluations too, see `evaluation_of`.
+        evaluations: those of evaluations and rulers too, see `evaluation_of` and `ruler_of`.
     """
 
     def numbers(folder: str) -> list[int]:
@@ -642,6 +669,7 @@ def stored_rounds(store: RunStore, *, evaluations: bool = False) -> list[int]:
     found = numbers("trajectories")
     if evaluations:
         found += map(evaluation_of, numbers("evaluations"))
+        found += map(ruler_of, numbers("rulers"))
     return sorted(found)
 
 

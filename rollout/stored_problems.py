@@ -6,7 +6,8 @@
     worker:  problems[id] --> reads the block of that row, keeps the latest one
 
 Problems that are searched together stand together, so a job costs one read. Blocks are named by
-their content: rounds that search the same problems share them, and a second start writes none.
+their content, so a second start writes none. When a round is sealed nobody needs them any more
+(`remove_blocks`); the next one writes its own.
 """
 
 from __future__ import annotations
@@ -121,6 +122,16 @@ class StoredProblems(Mapping[str, Problem]):
         lines = data.split(b"\n")
         self._latest = number, lines
         return lines
+
+
+def remove_blocks(store: RunStore) -> None:
+    """Remove all blocks, those that a killed writer left half-written included.
+
+    Raises:
+        StoreError: the store fails.
+    """
+    for path in [*store.files(FOLDER), *store.unfinished(FOLDER)]:
+        store.delete(path)
 
 
 def _path(name: str) -> str:

@@ -26,6 +26,8 @@ from rollout.engine import (
     FinishReason,
     GenerationReply,
     GenerationRequest,
+    LogprobReply,
+    LogprobRequest,
 )
 from rollout.prompt import CODE, END_OF_CODE, END_OF_OUTPUT, END_OF_STEP
 from verifier import SandboxLimits, StepResult, StepStatus
@@ -153,6 +155,17 @@ class ScriptedPolicy(_Gated):
                 for t in texts
             ),
             prompt_tokens=max(1, len(request.prompt) // 4),
+            policy_version=self.version,
+        )
+
+    async def logprobs(self, request: LogprobRequest) -> LogprobReply:
+        """The less was written, the likelier."""
+        await self._enter()
+        return LogprobReply(
+            values=tuple(
+                -float(sum(len(segment.text) for segment in text if segment.trained))
+                for text in request.texts
+            ),
             policy_version=self.version,
         )
 

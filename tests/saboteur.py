@@ -17,6 +17,7 @@ from cluster.fleet.fleet import Fleet
 from rollout.problem import Problem
 from rollout.search import SearchConfig, run_search
 from rollout.seeds import derive_seed
+from rollout.store import TrajectoryStore
 from rollout.tasks import all_of
 from rollout.tree import Tree
 from tests.fakes import ScriptedPolicy, TablePreference, random_steps
@@ -123,9 +124,14 @@ def shape(tree: Tree) -> list[tuple[Any, ...]]:
 
 
 async def undisturbed(
-    problems: Sequence[Problem], search: SearchConfig, seed: int, *, preference: bool
+    problems: Sequence[Problem],
+    search: SearchConfig,
+    seed: int,
+    *,
+    round: int = 1,
+    preference: bool,
 ) -> dict[str, Tree]:
-    """The trees of round 1 of a run on scripted replicas that nothing happens to."""
+    """The trees of a round of a run on scripted replicas that nothing happens to."""
     sandbox = AsyncSandbox(isolation="best_effort", cores=1)
 
     async def searched(problem: Problem) -> Tree:
@@ -135,8 +141,8 @@ async def undisturbed(
             policy=ScriptedPolicy(random_steps),
             preference=TablePreference(hash_value) if preference else None,
             sandbox=sandbox,
-            round=1,
-            seed=derive_seed(seed, 1, problem.id, 0),
+            round=round,
+            seed=derive_seed(seed, round, problem.id, 0),
         )
 
     try:
@@ -144,3 +150,19 @@ async def undisturbed(
         return {tree.problem.id: tree for tree in trees}
     finally:
         sandbox.shutdown()
+
+
+async def check_solves_as_undisturbed(
+    fleet: Fleet,
+    problems: Sequence[Problem],
+    search: SearchConfig,
+    *,
+    round: int = 1,
+    preference: bool = False,
+) -> None:
+    """What a disturbed round of a fleet has solved is what it would have solved anyway."""
+    seed = fleet.config.seed
+    expected = await undisturbed(problems, search, seed, round=round, preference=preference)
+    assert TrajectoryStore(fleet.store, round).solved() == {
+        problem for problem, tree in expected.items() if tree.solved
+    }

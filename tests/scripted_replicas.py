@@ -14,7 +14,14 @@ from typing import Any
 
 from cluster.engines.lifecycle import ReplicaInfo, ReplicaStats
 from cluster.jobs.admission import EnginePressure
-from rollout.engine import EvaluationReply, EvaluationRequest, GenerationReply, GenerationRequest
+from rollout.engine import (
+    EvaluationReply,
+    EvaluationRequest,
+    GenerationReply,
+    GenerationRequest,
+    LogprobReply,
+    LogprobRequest,
+)
 from tests.fakes import ScriptedPolicy, TablePreference, random_steps
 
 HELD = "How many are left?"
@@ -83,6 +90,10 @@ class ScriptedPolicyReplica(ScriptedReplica):
             await asyncio.sleep(0.05)
         await self._work()
         return await ScriptedPolicy(random_steps, version=self.version).generate(request)
+
+    async def logprobs(self, request: LogprobRequest) -> LogprobReply:
+        await self._work()
+        return await ScriptedPolicy(random_steps, version=self.version).logprobs(request)
 
 
 class ScriptedPreferenceReplica(ScriptedReplica):

@@ -11,7 +11,8 @@ one answer, two different whole numbers are two.
 
 The paper's test-time protocol (arXiv 2501.04519, section 4) keeps the `top_k` trajectories with the
 highest values and takes the best of them; `rank_answers(..., values=..., top_k=...)` is the voting
-form of it.
+form of it. With `weights` each answer has the sum of its samples' weights instead of their number:
+weighted majority (Li et al. 2023, arXiv 2206.02336, the voting verifier).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class RankedAnswer:
     """As its best-valued sample wrote it, or the first without values."""
     votes: int
     """Samples that gave it and had a vote."""
+    weight: float
+    """Sum of the weights of these; without weights their number."""
     value: float | None
     """Best value of its samples; None: none of them has one."""
     members: tuple[int, ...]
@@ -79,21 +82,28 @@ def rank_answers(
     *,
     values: Sequence[float | None] | None = None,
     top_k: int | None = None,
+    weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> list[RankedAnswer]:
     """Every distinct answer, the winner of the vote first.
 
-    Order: votes, then best value, then a seeded draw. Answers outside the top K have no vote and
-    follow, best value first.
+    Order: votes by weight, then best value, then a seeded draw. Answers outside the top K have no
+    vote and follow, best value first.
 
     Args:
         values: one per answer, higher is better; None ranks below every value.
         top_k: only the K answers with the highest values vote; needs `values`. None: all vote.
+        weights: what the vote of each counts, >= 0; None: 1.
         seed: settles what is still tied, both at the top-K cut and between groups.
     Raises:
-        ValueError: lengths differ, a value is NaN, top_k < 1, or top_k without values.
+        ValueError: lengths differ, a value is NaN, a weight is negative or no finite number,
+            top_k < 1, or top_k without values.
     """
     _check_values(answers, values)
+    if weights is None:
+        weights = [1.0] * len(answers)
+    elif len(weights) != len(answers) or not all(0.0 <= w < math.inf for w in weights):
+        raise ValueError(f"expected {len(answers)} finite weights >= 0, got {list(weights)}")
     if top_k is not None:
         if values is None:
             raise ValueError("top_k was given without values; ranking needs one value per answer")
@@ -107,11 +117,14 @@ def rank_answers(
     if top_k is not None:
         voters = set(sorted(voters, key=lambda index: (-known[index], draws[index]))[:top_k])
 
-    def strength(group: list[int]) -> tuple[int, float, float]:
-        voting = [index for index in group if index in voters]
-        heard = voting or group
+    def weight(group: list[int]) -> float:
+        # Exactly rounded, so that equal votes are tied in whatever order they are added.
+        return math.fsum(weights[index] for index in group if index in voters)
+
+    def strength(group: list[int]) -> tuple[float, float, float]:
+        heard = [index for index in group if index in voters] or group
         return (
-            len(voting),
+            weight(group),
             max(known[index] for index in heard),
             max(draws[index] for index in heard),
         )
@@ -124,6 +137,7 @@ def rank_answers(
             RankedAnswer(
                 answer=(answers[members[0]] or "").strip(),
                 votes=sum(index in voters for index in group),
+                weight=weight(group),
                 value=best if best > -math.inf else None,
                 members=tuple(members),
             )

@@ -79,6 +79,27 @@ def bootstrap_mean(results: Sequence[float], *, seed: int = 0) -> Estimate:
     return Estimate(mean=mean, low=low, high=high, num_problems=len(values))
 
 
+def bootstrap_ratio(parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Share of all that problems give, as right pairs of all pairs: a problem counts by how much it
+    gives, and is drawn with all of it.
+
+    Args:
+        parts, wholes: two numbers a problem, 0 <= part <= whole and whole > 0.
+    Raises:
+        ValueError: no problems, or not equally many numbers.
+    """
+    if len(parts) != len(wholes):
+        raise ValueError(f"expected a whole for each part, got {len(wholes)} for {len(parts)}")
+    numerators, denominators = _values(parts), _values(wholes)
+    mean = float(numerators.sum() / denominators.sum())
+    if np.ptp(numerators / denominators) == 0.0:
+        low, high = _wilson(mean, len(numerators))
+    else:
+        # One seed: both are of the same draws.
+        low, high = _interval(_drawn_means(numerators, seed) / _drawn_means(denominators, seed))
+    return Estimate(mean=mean, low=low, high=high, num_problems=len(numerators))
+
+
 def bootstrap_difference(
     first: Sequence[float], second: Sequence[float], *, seed: int = 0
 ) -> Difference:

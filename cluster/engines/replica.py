@@ -13,6 +13,7 @@ imported when the engine is started. What it is asked, and how text comes of its
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,8 @@ from rollout.engine import (
     FinishReason,
     GenerationReply,
     GenerationRequest,
+    LogprobReply,
+    LogprobRequest,
     cut_completion,
 )
 from rollout.prompt import MARKERS
@@ -114,6 +117,47 @@ class PolicyReplica(Replica):
             policy_version=self._version,
         )
 
+    async def logprobs(self, request: LogprobRequest) -> LogprobReply:
+        """How likely the policy is to write given texts; see `LogprobRequest`.
+
+        Raises:
+            EngineError: the engine failed, or did not answer in time.
+        """
+        from learner.batch import tokenise_texts
+
+        async with self._answering(len(request.texts)):
+            texts = tokenise_texts(self._tokenizer, request.texts, end_of_sequence=False)
+            values = await asyncio.gather(*map(self._logprob, texts))
+            self._stats.prompt_tokens += sum(text.length for text in texts)
+            return LogprobReply(values=tuple(values), policy_version=self._version)
+
+    async def _logprob(self, text: Any) -> float:
+        """Of a `learner.batch.TokenisedText`."""
+        if text.length >= self._max_model_len:
+            self._stats.too_long += 1
+            return math.nan
+        told = await self._prompt_logprobs(text.ids.tolist())
+        return sum(value for value, trained in zip(told, text.trained[1:], strict=True) if trained)
+
+    async def _prompt_logprobs(self, prompt_ids: list[int]) -> list[float]:
+        """Of each token but the first, given those before it."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._run(prompt_ids, params)
+        return [
+            entry[token].logprob
+            for token, entry in zip(prompt_ids, output.prompt_logprobs, strict=True)
+            if entry is not None
+        ]
+
     def _read(
         self, choice: Any, request: GenerationRequest, prompt_ids: list[int], detokenized: bool
     ) -> Completion:
@@ -186,25 +230,10 @@ class PolicyReplica(Replica):
         return check_policy_checkpoint(path, markers=MARKERS if self._config.step_markers else ())
 
     async def _take_fingerprint(self) -> tuple[float, ...]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        numbers = []
+        numbers: list[float] = []
         for text in _FINGERPRINT_TEXTS:
             prompt_ids = self._tokenizer.encode(text)[: self._max_model_len - 1]
-            output = await self._run(prompt_ids, params)
-            numbers += [
-                entry[token].logprob
-                for token, entry in zip(prompt_ids, output.prompt_logprobs, strict=True)
-                if entry is not None
-            ]
+            numbers += await self._prompt_logprobs(prompt_ids)
         return tuple(numbers)
 
     def _take_reference(self, path: str) -> tuple[float, ...]:

@@ -31,6 +31,20 @@ class EvaluationConfig(Config):
     num_candidates: int = Field(8, ge=1, description="candidates per expansion of search")
     vote_top_k: int = Field(4, ge=1, description="answers that vote, best PPM value first")
     max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
+    num_pair_problems: int = Field(
+        600,
+        ge=1,
+        description="most problems held out for pairs that are searched, levels balanced; without "
+        "any, most validation problems whose pairs the PPM is measured on",
+    )
+    min_pair_accuracy: float | None = Field(
+        0.55,
+        ge=0.0,
+        lt=1.0,
+        description="a PPM steers the search of the next round only if the lower bound (2.5 %, "
+        "over at least 20 problems) of its held-out pair accuracy is above this; null: every PPM "
+        "does",
+    )
 
 
 class EvaluateConfig(GivenModelsConfig):
@@ -43,8 +57,8 @@ class EvaluateConfig(GivenModelsConfig):
     methods: list[Method] = Field(
         default_factory=lambda: [Method.GREEDY],
         min_length=1,
-        description="greedy | majority | best-of-n | beam | mcts; majority and best-of-n choose "
-        "among the same samples",
+        description="greedy | majority | best-of-n | weighted-majority | beam | mcts; those with "
+        "n samples choose among the same ones, weighted-majority wherever best-of-n does",
     )
     trajectories: list[int] = Field(
         default_factory=lambda: [1, 2, 4, 8],
@@ -66,6 +80,12 @@ class EvaluateConfig(GivenModelsConfig):
     vote_top_k: int = Field(
         4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
     )
+    logprob_weight: float = Field(
+        0.0,
+        ge=0.0,
+        description="also rank and weigh the samples by PPM and policy together: how much the "
+        "policy's mean log-probability of a token counts; needs policy_engine.logprobs; 0: not",
+    )
     max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
     beam_width: int = Field(8, ge=1, description="paths kept after each step of a beam")
     beam_candidates: int = Field(8, ge=1, description="candidates per path and step of a beam")
@@ -84,4 +104,6 @@ class EvaluateConfig(GivenModelsConfig):
             raise ValueError(f"trajectories must be >= 1, got {self.trajectories}")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError("methods names a method twice")
+        if self.logprob_weight and not self.policy_engine.logprobs:
+            raise ValueError("logprob_weight needs policy_engine.logprobs: true")
         return self

@@ -1,18 +1,19 @@
-"""Held-out accuracy of a round's policy and PPM: greedy, majority vote, best-of-N and search.
+"""Held-out accuracy of a round's policy and PPM: greedy, votes, best-of-N and search.
 
     held-out problems --leased--> workers: `evaluate_problem` --> trees of each problem
                                       --> RUN/evaluations/round=R/
     trees of the problems, what was set aside --read--> `Evaluation`
 
-All four are methods of `rollout.methods`, with its accounting. Search makes its rollouts, and then
+All are methods of `rollout.methods`, with its accounting. Search makes its rollouts, and then
 samples are drawn until they have generated as many tokens: a search cannot end within a rollout, a
-sample is small beside it. Majority and best-of-N choose among these samples. How near the tokens of
-search and samples came is measured (`Evaluation.search_over_samples_tokens`). A problem that yields
-no answer counts as wrong.
+sample is small beside it. Majority, weighted majority and best-of-N choose among these samples. How
+near the tokens of search and samples came is measured (`Evaluation.search_over_samples_tokens`). A
+problem that yields no answer counts as wrong.
 
 An evaluation is a round of its own (`rollout.store.evaluation_of`), with the leases, retries and
 exactly-once commits of any other: what dies costs a retry, what is committed is not done again, and
-a problem that fails again and again is set aside and counts as wrong, with its reason.
+a problem that fails again and again is set aside and counts as wrong, with its reason. One that was
+begun with other models (`--force` promoted a checkpoint meanwhile) is not gone on with.
 
 This is the evaluation inside a run, after each round, and small. Benchmarks, intervals and curves
 over budgets are `rstar evaluate` (`cluster.evaluation.benchmarks`).
@@ -21,10 +22,11 @@ over budgets are `rstar evaluate` (`cluster.evaluation.benchmarks`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from cluster.evaluation.config import EvaluationConfig
@@ -32,6 +34,7 @@ from cluster.evaluation.shares import shares_by_level
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.rollouts import Progress
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
+from cluster.folder.run_folder import RunFolderError
 from rollout.engine import PolicyEngine, PreferenceEngine
 from rollout.methods import Method, MethodConfig, Solver, SolveResult, choose, search_solutions
 from rollout.problem import Problem
@@ -39,8 +42,9 @@ from rollout.sampling import Solution
 from rollout.search import SearchConfig, SearchError, StepSandbox
 from rollout.seeds import derive_seed
 from rollout.solution_tree import chain_solutions, fill_tree, grade_tree
-from rollout.store import RunStore, TrajectoryStore, evaluation_of, folder_of
+from rollout.store import TrajectoryStore, evaluation_of, folder_of
 from rollout.tree import Tree
+from verifier.bootstrap import bootstrap_difference
 
 _SHARD_SIZE = 4
 """Problems per job, few, as each is several searches; alone in its file, one takes seven times the
@@ -59,6 +63,7 @@ class ProblemEvaluation:
     greedy: bool
     majority: bool | None = None
     best_of_n: bool | None = None
+    weighted_majority: bool | None = None
     search: bool | None = None
     any_sample: bool | None = None
     """Some sample was right: what a perfect choice among them would reach."""
@@ -119,6 +124,18 @@ class Evaluation:
         )
 
 
+def head_room(evaluation: Evaluation) -> dict[str, float] | None:
+    """How much more of the sampled problems any sample has right than majority vote: what no choice
+    among the samples can exceed. Mean, low and high of a paired bootstrap; None without samples."""
+    rows = [p for p in evaluation.problems if p.majority is not None]
+    if not rows:
+        return None
+    found = bootstrap_difference(
+        [float(bool(p.majority)) for p in rows], [float(bool(p.any_sample)) for p in rows]
+    )
+    return {"mean": found.mean, "low": found.low, "high": found.high}
+
+
 def balanced(problems: Sequence[Problem], count: int | None) -> list[Problem]:
     """The first `count` problems, taken in turn from each level; all if None."""
     if count is None or count >= len(problems):
@@ -156,6 +173,7 @@ async def evaluate(
         round: of the models.
     Raises:
         EngineError: members of a pool died too often.
+        RunFolderError: what was committed is of other models; says what to do.
         SearchError: no problem at all could be evaluated; says why, and what to do.
     """
     chosen = balanced(problems, config.num_problems)
@@ -168,6 +186,10 @@ async def evaluate(
         shard_size=_SHARD_SIZE,
     )
     number = evaluation_of(round)
+    folder = fleet.folder.root / folder_of(number)
+    trees = TrajectoryStore(fleet.store, number)
+    models = {kind: fleet.versions[kind] for kind in ("policy", "ppm")[: 1 + preference]}
+    await asyncio.to_thread(_check_models, trees, models, folder)
     # What takes longest begins first.
     ordered = sorted(chosen, key=lambda problem: problem.id not in searched)
     outcome = await fleet.rollout(
@@ -176,19 +198,32 @@ async def evaluate(
     failed = outcome.manifest.failed
     if len(failed) == len(chosen):
         name, why = next(iter(failed.items()))
-        folder = fleet.folder.root / folder_of(number)
         raise SearchError(
             f"none of {len(chosen)} problems could be evaluated, {name} for: {why}; "
             f"when that is mended, remove {folder} and start again"
         )
-    trees = TrajectoryStore(RunStore(str(fleet.folder.root)), number).trees()
-    found = await asyncio.to_thread(judge, trees, top_k=config.vote_top_k)
+    found = await asyncio.to_thread(judge, trees.trees(), top_k=config.vote_top_k)
     for problem in chosen:
         if problem.id in failed:
             found[problem.id] = _set_aside(
                 problem, failed[problem.id], searched=problem.id in searched
             )
     return Evaluation(round=round, problems=tuple(found[p.id] for p in chosen)), outcome
+
+
+def _check_models(trees: TrajectoryStore, models: Mapping[str, str], folder: Path) -> None:
+    """Raises RunFolderError if trees of other models are committed: no figure may mix them."""
+    for commit in trees.each_commit(trees=False):
+        made_by = {kind: commit.info.get(kind, "") for kind in models}
+        if made_by != models:
+            raise RunFolderError(
+                f"{folder}: this evaluation was begun with {_names(made_by)}, and "
+                f"{_names(models)} serve now; remove that folder to begin it again with these"
+            )
+
+
+def _names(models: Mapping[str, str]) -> str:
+    return " and ".join(f"{kind} {version}" for kind, version in models.items())
 
 
 async def evaluate_problem(
@@ -287,6 +322,7 @@ def _judge_problem(trees: Sequence[Tree], top_k: int) -> ProblemEvaluation:
         first,
         majority=chosen(drawn, Method.MAJORITY),
         best_of_n=chosen(drawn, Method.BEST_OF_N),
+        weighted_majority=chosen(drawn, Method.WEIGHTED_MAJORITY),
         search=chosen(reached, Method.MCTS),
         any_sample=samples.solved,
         any_search=any(tree.solved for tree in searches),
@@ -305,6 +341,7 @@ def _set_aside(problem: Problem, why: str, *, searched: bool) -> ProblemEvaluati
         greedy=False,
         majority=wrong,
         best_of_n=wrong,
+        weighted_majority=wrong,
         search=wrong,
         any_sample=wrong,
         any_search=wrong,

@@ -18,6 +18,8 @@ with the reason beside it.
     pass@1, pass@k    samples  nothing; an oracle
     majority          samples  the vote of all
     best-of-n         samples  the highest PPM value
+    weighted-majority samples  the vote of all, weighed by PPM value
+    ... + logprob     samples  these two, by PPM and log-probability (`logprob_weight`)
     top-K vote        samples  the vote of the K best-valued
     beam              beam     the vote of the K best-valued of finished beams
     mcts              mcts     the vote of the K best-valued; a trajectory is a tree, and its
@@ -29,14 +31,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 
-from rollout.methods import Method
+from rollout.methods import Method, choose
 from rollout.problem import Problem
 from rollout.programs import one_per_program, program_key
 from rollout.solution_tree import trajectory_of
@@ -48,9 +50,11 @@ from verifier.equivalence import Reason
 PASS_AT_1 = "pass@1"
 PASS_AT_K = "pass@k"
 TOP_K_VOTE = "top-k-vote"
+WITH_LOGPROB = " + logprob"
 MCTS_PASS_AT_K = "mcts pass@k"
 METHODS = (
     *("greedy", PASS_AT_1, "majority", "best-of-n", TOP_K_VOTE, "beam", "mcts"),
+    *("weighted-majority", f"best-of-n{WITH_LOGPROB}", f"weighted-majority{WITH_LOGPROB}"),
     *(PASS_AT_K, MCTS_PASS_AT_K),
 )
 """In the order of tables; the last two are oracles."""
@@ -79,6 +83,7 @@ ARM_OF: Mapping[Method, Arm] = {
     Method.GREEDY: Arm.GREEDY,
     Method.MAJORITY: Arm.SAMPLES,
     Method.BEST_OF_N: Arm.SAMPLES,
+    Method.WEIGHTED_MAJORITY: Arm.SAMPLES,
     Method.BEAM: Arm.BEAM,
     Method.MCTS: Arm.MCTS,
 }
@@ -116,6 +121,8 @@ class Attempt:
     verdict: str = ""
     """The grader's reason; "" without an answer."""
     value: float | None = None
+    mean_logprob: float | None = None
+    """Of a token, in nats; None: not known, as of any answer of a search tree."""
     failure: Failure | None = None
     """None: it has an answer."""
     generated_tokens: int = 0
@@ -177,8 +184,8 @@ class Result(Cost):
 
 COLUMNS = (
     *("problem_id", "tree", "node", "parent", "rollout", "step_kind", "step_code", "step_answer"),
-    *("terminal", "discard", "correct", "verdict", "value", "num_tokens", "visit_count"),
-    *("execution_status", "generated_tokens", "scored_tokens", "seconds", "note"),
+    *("terminal", "discard", "correct", "verdict", "value", "num_tokens", "logprob"),
+    *("visit_count", "execution_status", "generated_tokens", "scored_tokens", "seconds", "note"),
 )
 """What `read_attempts` needs of a table of trees."""
 
@@ -256,7 +263,11 @@ def _solutions(rows: Sequence[Mapping[str, Any]], first: int) -> list[Attempt]:
         share = tokens[number] / spent if spent else 1.0 / len(last)
         own = round(root["generated_tokens"] * share)
         if node["terminal"] == Terminal.ANSWER:
-            made.append(_attempt(node, first + number, own))
+            attempt = _attempt(node, first + number, own)
+            if node["logprob"] is not None:
+                mean = node["logprob"] / max(node["num_tokens"], 1)
+                attempt = replace(attempt, mean_logprob=mean)
+            made.append(attempt)
         else:
             why = _FAILURE_OF.get(node["discard"] or "", Failure.UNFINISHED)
             made.append(Attempt(trajectory=first + number, failure=why, generated_tokens=own))
@@ -311,6 +322,8 @@ class Scoring:
     """Those of the arm that were asked for."""
     budgets: tuple[int, ...]
     top_k: int
+    logprob_weight: float = 0.0
+    """0: samples are not judged by their log-probabilities."""
     width: int = 1
     """Trajectories of one beam search."""
     num_made: int
@@ -377,8 +390,7 @@ def score_problem(
             add(method, k, chance, None, told, cost)
     for k in scoring.own_budgets:
         few = [attempt for attempt in attempts if attempt.trajectory < k]
-        for method, voters, valued in _choices(scoring, few):
-            ranked = _rank(few, voters, scoring.seed)
+        for method, ranked, valued in _choices(scoring, few):
             chosen = few[ranked[0].members[0]] if ranked else None
             score = float(chosen is not None and chosen.correct)
             cost = _cost(found, k, scoring, valued=valued)
@@ -386,27 +398,37 @@ def score_problem(
     return results
 
 
-def _choices(scoring: Scoring, few: Sequence[Attempt]) -> Iterator[tuple[str, int | None, bool]]:
-    """(method, how many vote: None for all, whether the PPM's tokens count)."""
-    has_values = any(a.value is not None and a.answer is not None for a in few)
-    voters = scoring.top_k if has_values else None
+def _choices(
+    scoring: Scoring, few: Sequence[Attempt]
+) -> Iterator[tuple[str, Sequence[RankedAnswer], bool]]:
+    """(method, its answers, the chosen one first, whether the PPM's tokens count)."""
+
+    def ranked(method: Method, logprob_weight: float = 0.0) -> Sequence[RankedAnswer]:
+        return choose(
+            few,
+            method=method,
+            top_k=scoring.top_k,
+            seed=scoring.seed,
+            logprob_weight=logprob_weight,
+        )
+
     if scoring.arm is Arm.BEAM:
-        yield "beam", voters, True
+        yield "beam", ranked(Method.BEAM), True
     elif scoring.arm is Arm.MCTS:
-        yield "mcts", voters, True
+        yield "mcts", ranked(Method.MCTS), True
     else:
         if Method.MAJORITY in scoring.methods:
-            yield "majority", None, False
-        if Method.BEST_OF_N in scoring.methods:
-            yield "best-of-n", 1 if has_values else None, True
-            yield TOP_K_VOTE, voters, True
-
-
-def _rank(few: Sequence[Attempt], voters: int | None, seed: int) -> list[RankedAnswer]:
-    answers = [attempt.answer for attempt in few]
-    if voters is None:
-        return rank_answers(answers, seed=seed)
-    return rank_answers(answers, values=[attempt.value for attempt in few], top_k=voters, seed=seed)
+            yield "majority", ranked(Method.MAJORITY), False
+        everything = Method.BEST_OF_N in scoring.methods
+        if everything:
+            # The best-valued vote, as those of MCTS do.
+            yield TOP_K_VOTE, ranked(Method.MCTS), True
+        for method in (Method.BEST_OF_N, Method.WEIGHTED_MAJORITY):
+            if everything or method in scoring.methods:
+                yield method.value, ranked(method), True
+                if scoring.logprob_weight:
+                    name = f"{method}{WITH_LOGPROB}"
+                    yield name, ranked(method, scoring.logprob_weight), True
 
 
 def _right_by_trajectory(attempts: Sequence[Attempt], scoring: Scoring) -> int:
@@ -419,7 +441,8 @@ def _right_by_trajectory(attempts: Sequence[Attempt], scoring: Scoring) -> int:
         if len(several) == 1:
             right += several[0].correct
         else:
-            right += several[_rank(several, None, scoring.seed)[0].members[0]].correct
+            ranked = rank_answers([attempt.answer for attempt in several], seed=scoring.seed)
+            right += several[ranked[0].members[0]].correct
     return right
 
 
@@ -535,6 +558,11 @@ def method_label(method: str, budget: int, top_k: int) -> str:
             return f"best-of-{budget}"
         case "top-k-vote":
             return f"top-{top_k} vote of {budget}"
+        case "weighted-majority":
+            return f"weighted maj@{budget}"
+        case _ if method.endswith(WITH_LOGPROB):
+            own = method.removesuffix(WITH_LOGPROB)
+            return f"{method_label(own, budget, top_k)}{WITH_LOGPROB}"
         case "mcts pass@k":
             return f"mcts, pass@{budget}"
         case _:

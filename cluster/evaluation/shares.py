@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rollout.problem import Level
 from rollout.store import Commit
@@ -41,6 +42,31 @@ def counts_text(counts: Mapping[str, int]) -> str:
     """`unfinished 12, code failed 3`, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {count:,}" for name, count in ordered) or "none"
+
+
+def interval(estimate: Mapping[str, float] | None) -> str:
+    """`61.2 [55.0, 67.4]` in percent; "-" for None."""
+    if estimate is None:
+        return "-"
+    low, high = percent(estimate["low"]), percent(estimate["high"])
+    return f"{percent(estimate['mean'])} [{low}, {high}]"
+
+
+def ruler_text(ruler: Mapping[str, Any]) -> str:
+    """For people: what a PPM ranks right, beside the baselines, and of how much.
+
+    Args:
+        ruler: a record of `cluster.evaluation.ruler`.
+    """
+    found = ruler["rankings"]
+    shares = {name: percent(found.get(name, {}).get("mean")) for name in ("logprob", "blind")}
+    passes = "passes" if ruler["passes"] else "does not pass"
+    return (
+        f"PPM {passes}: {interval(found.get('ppm'))} % of {ruler['num_pairs']} pairs right "
+        f"(log-probability {shares['logprob']}, question-blind {shares['blind']}, chance 50), "
+        f"{ruler['num_problems']} of {ruler['num_searched']} problems have pairs"
+        + ("" if ruler["source"] == "pair problems" else "; only validation problems of the data")
+    )
 
 
 def set_aside_lines(failures: Mapping[int, Mapping[str, str]]) -> list[str]:

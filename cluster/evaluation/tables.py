@@ -129,6 +129,7 @@ def _scoring(config: EvaluateConfig, arm: Arm, record: Mapping[str, Any], tokens
         methods=tuple(m for m in config.methods if ARM_OF[m] is arm),
         budgets=tuple(config.trajectories),
         top_k=config.vote_top_k,
+        logprob_weight=config.logprob_weight,
         width=config.width if arm is Arm.BEAM else 1,
         num_made=num_made.get(arm, largest),
         gpu_seconds_per_token=gpu_seconds / tokens if gpu_seconds and tokens else None,

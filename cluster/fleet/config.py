@@ -191,8 +191,8 @@ class ClusterConfig(Config):
     stage_attempts: int = Field(
         3,
         ge=1,
-        description="times a fit, a rollout or an evaluation is tried when actors or machines are "
-        "lost; then the run stops",
+        description="times a fit, a rollout, an evaluation or, on a cluster, a start of actors is "
+        "tried when actors or machines are lost or do not come; then the run stops",
     )
     autoscale: dict[Literal["policy", "ppm", "sandbox"], ScalerConfig] = Field(
         default_factory=dict,

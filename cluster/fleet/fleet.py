@@ -32,6 +32,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ class Fleet:
     def sandbox(self) -> SandboxPool:
         return self.pools.sandbox
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the models that serve, for the record of each tree; "" of one that never did."""
+        endpoint = self.pools.endpoint
+        policy = self._policy_kind if endpoint is None else endpoint.endpoint
+        return {"policy": policy.version, "ppm": self._preference_kind.version}
+
     def progress(self) -> list[WorkerProgress]:
         """Last report of each worker of the rollout in hand; none without one."""
         return self._rollout.progress() if self._rollout is not None else []
@@ -151,12 +159,14 @@ class Fleet:
     ) -> None:
         """Bring up Ray and the actors; the policy engines start from `policy` (None: later).
 
-        What a driver that died has left of this run is drained and ended first.
+        What a driver that died has left of this run is drained and ended first. On a cluster pools
+        that do not start are tried again (`attempts`); an embedded Ray's machine does not change.
 
         Args:
             marked: False: `policy` was never fine-tuned on the step markers.
         Raises:
-            EngineError: too few actors of a kind started; says which and why.
+            PoolLostError: too few actors of a kind started; says which and why.
+            ModelCheckError, EngineError: something cannot start as it is configured.
         """
         self.pools.telemetry.begin(f"driver-{os.getpid()}")
         cluster = self.config.cluster
@@ -200,15 +210,22 @@ class Fleet:
             self.config.sandbox.isolation,
             most=scaled.max_replicas if scaled is not None else cluster.sandbox.replicas,
         )
-        started = [
-            self.pools.keep("coordinator", coordinator, 1),
-            self.pools.keep("sandbox", sandbox, cluster.sandbox.replicas),
-        ]
         if not marked:
             await self._have_markers(False)
-        if policy is not None and not (cluster.hand_over and learner):
-            started.append(self._serve("policy", self._policy_kind, str(policy), version))
-        await all_of(started)
+
+        async def pools() -> None:
+            starting = {
+                "coordinator": partial(self.pools.keep, "coordinator", coordinator, 1),
+                "sandbox": partial(self.pools.keep, "sandbox", sandbox, cluster.sandbox.replicas),
+            }
+            if policy is not None and not (cluster.hand_over and learner):
+                starting["policy"] = partial(
+                    self._serve, "policy", self._policy_kind, str(policy), version
+                )
+            there = self.pools.keepers  # some of them, in a further attempt
+            await all_of(start() for name, start in starting.items() if name not in there)
+
+        await (pools() if cluster.address == "local" else self.attempts("start", pools))
         if cluster.address != "local" or cluster.autoscale or cluster.spot is not None:
             self._minder = Minder(
                 self.config,
@@ -325,8 +342,10 @@ class Fleet:
         kind = EndpointKind(endpoint, key)
         try:
             await self.pools.keep("endpoint", kind, 1)
-        except EngineError as error:
-            raise EngineError(kind.refusal or str(error)) from None
+        except EngineError:
+            if kind.refusal:
+                raise EngineError(kind.refusal) from None
+            raise
         self.pools.endpoint = kind
 
     async def _leave_endpoint(self) -> None:
@@ -355,9 +374,9 @@ class Fleet:
         Cancelling drains: trees that are finished are committed, the rest is handed back.
 
         Args:
+            preference: whether the PPM takes part.
             recipe: by which trees are made into candidates for training; None: they are not.
         """
-        endpoint = self.pools.endpoint
         self._rollout = Rollout(
             config=self.config,
             pools=self.pools,
@@ -366,10 +385,7 @@ class Fleet:
             problems={problem.id: problem for problem in problems},
             stages=stages,
             preference=preference,
-            versions={
-                "policy": (self._policy_kind if endpoint is None else endpoint.endpoint).version,
-                "ppm": self._preference_kind.version,
-            },
+            versions=self.versions if preference else {**self.versions, "ppm": ""},
             on_progress=on_progress,
             recipe=recipe,
         )

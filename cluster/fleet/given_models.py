@@ -148,7 +148,8 @@ async def serve_given(fleet: Fleet, config: GivenModelsConfig, *, preference: bo
         version = (await given_checkpoint("policy", config.policy)).version
     await fleet.start(config.policy, version=version, learner=False)
     if preference and config.ppm is not None:
-        await fleet.serve_preference(await given_checkpoint("ppm", config.ppm))
+        ppm = await given_checkpoint("ppm", config.ppm)
+        await fleet.attempts("start of the PPM", lambda: fleet.serve_preference(ppm))
 
 
 async def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:

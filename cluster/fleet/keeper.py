@@ -61,7 +61,8 @@ TRIES = 3
 
 
 class PoolLostError(LostError, EngineError):
-    """Members of a pool died so often that none is replaced any more; says of which and why."""
+    """Too few members of a pool started, or so many died that none is replaced any more; says of
+    which and why."""
 
 
 Announce = Callable[[Mapping[str, Any]], None]
@@ -211,8 +212,9 @@ class PoolKeeper:
         """Bring up the first members, until enough are READY, and look after all from then on.
 
         Raises:
-            EngineError: so many failed, or found no place in time, that there are not enough; says
-                why.
+            PoolLostError: so many failed, or found no place in time, that there are not enough;
+                says why. All are ended.
+            ModelCheckError: too many cannot serve what they should.
         """
         self._keep_on()
         late = asyncio.create_task(done_within(asyncio.Future(), self._start_timeout_s))
@@ -220,10 +222,10 @@ class PoolKeeper:
             while not self.members.enough:
                 losses = self.members.losses(time.monotonic())
                 if losses.deaths > self.members.spare:
-                    raise EngineError(f"{self.kind.kind} did not start: {losses.last_reason}")
+                    raise PoolLostError(f"{self.kind.kind} did not start: {losses.last_reason}")
                 # Who has found a place is given its own time.
                 if late.done() and len(self._placed) < self.members.needed:
-                    raise EngineError(
+                    raise PoolLostError(
                         f"{await self._shortage()} (after {self._start_timeout_s:.0f} s; "
                         f"{self.members.needed} are needed)"
                     )
@@ -299,7 +301,7 @@ class PoolKeeper:
         """See that the pool can go on.
 
         Raises:
-            EngineError: too many members died.
+            PoolLostError: too many members died.
             ModelCheckError: too many cannot serve what they should.
         """
         if self._keeping is not None and self._keeping.done():

@@ -189,6 +189,16 @@ class Meter:
             if name in result.metrics:
                 self._exporter.set(metric, result.metrics[name])
 
+    def tell_ruler(self, record: Mapping[str, Any]) -> None:
+        """What a PPM was measured to rank right (`cluster.evaluation.ruler`)."""
+        found = {name: own["mean"] for name, own in record["rankings"].items()}
+        if "ppm" in found:
+            found["low"] = record["rankings"]["ppm"]["low"]
+        self._exporter.clear(metrics.RULER_ACCURACY)
+        for name, share in found.items():
+            self._exporter.set(metrics.RULER_ACCURACY, share, of=name)
+        self._exporter.set(metrics.PPM_STEERS, float(record["passes"]))
+
     # ------------------------------------------------------------------ looks
 
     async def look(self) -> None:
@@ -210,10 +220,13 @@ class Meter:
         while True:
             try:
                 totals = self._folder.stage(number, "rollout").get("totals")
+                ruler = self._folder.read(self._folder.ruler_name(number))
             except RunFolderError:
-                totals = None
+                totals = ruler = None
             if totals is None:
                 return
+            if ruler is not None:
+                self.tell_ruler(ruler)
             self._set_solved(number, Totals(**totals))
             number += 1
 

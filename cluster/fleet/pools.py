@@ -148,7 +148,8 @@ class Pools:
         """Start a pool of actors, until enough of them serve, and look after it from now on.
 
         Raises:
-            EngineError: too few started; says why.
+            PoolLostError: too few started; says why. There is no such pool then.
+            ModelCheckError: they cannot serve what they should.
         """
         kind.home = self.home
         keeper = self.keepers[name] = PoolKeeper(

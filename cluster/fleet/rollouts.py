@@ -52,7 +52,7 @@ from rollout.open_trees import OpenTreeStore
 from rollout.problem import Problem
 from rollout.search import SearchError
 from rollout.store import Totals, TrajectoryStore
-from rollout.stored_problems import StoredProblems
+from rollout.stored_problems import StoredProblems, remove_blocks
 from verifier import GRADER_VERSION
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,9 @@ class Rollout:
             progress = await self._stop_workers(0.0 if crippled else DRAIN_S)
             pools.load = NO_LOAD
             self.meter.end_round()
+        # The round is sealed, its workers are gone: nobody needs what they worked with.
         await asyncio.to_thread(OpenTreeStore(self.trees.store, round).remove_all)
+        await asyncio.to_thread(remove_blocks, self.trees.store)
         audit = await asyncio.to_thread(
             audit_round,
             self.trees,
@@ -207,6 +209,7 @@ class Rollout:
 
     async def _escalation(self) -> EscalationPlan:
         settings = self.config.hard_problems
+        shards: list[str] | None = await self._ask("committed", self.trees.round)
         return await asyncio.to_thread(
             plan_escalation,
             self.trees,
@@ -214,6 +217,7 @@ class Rollout:
             suspect=settings.suspect,
             leave_suspects=settings.leave_suspects,
             max_generated_tokens=settings.max_generated_tokens,
+            shards=shards,
         )
 
     async def _run_stage(self, plan: StagePlan, time_left: _TimeLeft) -> None:

@@ -58,18 +58,25 @@ def record_start(folder: RunFolder, inputs: Iterable[Path]) -> None:
     folder.write(VERSIONS, record)
 
 
-def record_lineage(folder: RunFolder, round: int) -> dict[str, Any]:
+def record_lineage(
+    folder: RunFolder, round: int, steering: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Bring the lineage of a round up to date with what is committed, and return it.
 
-    Parts: `searched_by` (policy, ppm, grader), `trajectories`, `dataset`, `policy`, `ppm`; a part
-    is absent until its product is there.
+    Parts: `steering` (ppm, steers, why: whether the PPM takes part, where the config asks for it),
+    `searched_by` (policy, ppm, grader), `trajectories`, `dataset`, `policy`, `ppm`; a part is
+    absent until its product is there.
 
+    Args:
+        steering: what was decided before the round's search; the first decision stands.
     Raises:
         RunFolderError, StoreError, CheckpointError: something of the run cannot be read or written.
     """
     name = lineage_name(round)
     record = folder.read(name) or {"round": round}
     before = dict(record)
+    if steering is not None:
+        record.setdefault("steering", dict(steering))
     trees = TrajectoryStore(RunStore(folder.root), round)
     if "trajectories" not in record and round > 0 and trees.manifest() is not None:
         record |= _of_search(folder, trees)

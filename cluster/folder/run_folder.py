@@ -8,7 +8,7 @@
     RUN/logs/, RUN/traces/             what each process logged, and traced if asked (docs/logs.md)
     RUN/metrics/                       what to scrape, and the last hour of samples (exporter)
     RUN/problems.parquet               id and level of every problem to search
-    RUN/problem_blocks/                the problems themselves, for the workers (stored_problems)
+    RUN/problem_blocks/                the problems themselves, for the workers of the round in hand
     RUN/problems/, RUN/base/           only with the miniature: generated files, initial weights
     RUN/base_with_markers/             only if the base model's tokenizer lacks step markers
     RUN/trajectories/round=R/          trees (rollout.store)
@@ -16,6 +16,8 @@
     RUN/checkpoints/round=R/{policy,ppm}/   (learner.checkpoint); round 0 is the cold start
     RUN/evaluations/round=R.json       held-out verdicts per problem, read from the trees in
                        round=R/        (rollout.store)
+    RUN/rulers/round=R.json            what its PPM ranks right of problems held out for pairs,
+                       round=R/        read from their trees (rollout.store)
     RUN/suspects/round=R.jsonl         unsolved problems whose label may be wrong
     RUN/regrades/round=R-N.{json,jsonl}     what a newer grader judged otherwise (regrade)
     RUN/stages/round=R-STAGE.json      seconds and facts of each finished stage
@@ -37,7 +39,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import ValidationError
 
 from cluster.folder.config_file import Config, ConfigError
 from rollout.difficulty import SuspectLabel
@@ -121,6 +124,11 @@ class RunFolder:
         return self.root / "base_with_markers"
 
     @property
+    def marked_trunk(self) -> Path:
+        """Likewise, of the model that the PPM grows from, where it is neither base nor policy."""
+        return self.root / "trunk_with_markers"
+
+    @property
     def problems(self) -> Path:
         return self.root / "problems"
 
@@ -177,6 +185,9 @@ class RunFolder:
             self._write(path, yaml.safe_dump(effective, sort_keys=False))
             return
         earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # A key that is newer than the run counts as its default; one that is gone shows below.
+        with suppress(ValidationError):
+            earlier = type(config).model_validate(earlier).effective()
         changed = [
             name
             for name in _differences(earlier, effective)
@@ -247,6 +258,9 @@ class RunFolder:
 
     def evaluation_name(self, round: int) -> str:
         return f"evaluations/round={round}.json"
+
+    def ruler_name(self, round: int) -> str:
+        return f"rulers/round={round}.json"
 
     def _write(self, path: Path, data: str | bytes) -> None:
         try:

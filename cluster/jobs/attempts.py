@@ -33,16 +33,18 @@ class Attempts:
         self,
         limit: int,
         *,
-        mend: Callable[[], None],
         note: Callable[[str], None],
+        mend: Callable[[], None] = lambda: None,
+        key: str = "cluster.stage_attempts",
     ) -> None:
         """
         Args:
-            limit: times a stage is done at most.
-            mend: called before a stage is done again.
+            limit: times a stage is done at most, which config `key` says.
             note: told what a person should know now.
+            mend: called before a stage is done again.
         """
         self._limit = limit
+        self._key = key
         self._mend = mend
         self._note = note
         self.reasons: list[str] = []
@@ -61,8 +63,7 @@ class Attempts:
             except LostError as lost:
                 if number == self._limit:
                     raise type(lost)(
-                        f"{stage} failed {number} times (cluster.stage_attempts), at last: {lost}. "
-                        + GO_ON
+                        f"{stage} failed {number} times ({self._key}), at last: {lost}. {GO_ON}"
                     ) from lost
                 self.again(f"{stage}, {number} of {self._limit}: {lost}")
                 self._mend()

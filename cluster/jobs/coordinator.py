@@ -218,6 +218,13 @@ class Coordinator:
             },
         )
 
+    def committed(self, round: int) -> list[str] | None:
+        """Shards of a round that are committed; None if it is sealed: its manifest says it then."""
+        self._of_round(round)
+        if round in self._sealed:
+            return None
+        return [job.id for job in self._queue.jobs(round, done=True)]
+
     def seal(self, round: int) -> Manifest:
         """Write the round's manifest; later calls return it.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -23,7 +23,7 @@ from rollout.difficulty import Next, SuspectConfig, SuspectLabel, escalate
 from rollout.problem import Problem
 from rollout.programs import one_per_program, program_key
 from rollout.prompt import Step, StepKind
-from rollout.store import TrajectoryStore
+from rollout.store import Commit, TrajectoryStore
 from rollout.tree import Node, Terminal, Tree
 
 _COLUMNS = (
@@ -83,17 +83,21 @@ def plan_escalation(
     suspect: SuspectConfig,
     leave_suspects: bool,
     max_generated_tokens: int | None,
+    shards: Iterable[str] | None = None,
 ) -> EscalationPlan:
     """Decide for every problem no committed tree of the round has solved.
 
     Args:
         trees: of the round, sealed or not.
+        shards: those that are committed, as the coordinator knows them: a listing of what other
+            machines have just written may be old. None: those that are listed.
         problems: of the round, by id.
         suspect, leave_suspects, max_generated_tokens: see `rollout.difficulty.escalate`.
     Raises:
-        StoreError: a committed file cannot be read.
+        StoreError: a committed file or its marker cannot be read.
     """
-    found = _answers_of_unsolved(trees, problems)
+    commits = trees.commits() if shards is None else trees.named_commits(shards)
+    found = _answers_of_unsolved(trees, commits.values(), problems)
     plan = EscalationPlan()
     for problem_id, of_problem in found.items():
         if not of_problem:  # quarantined, or never committed: nothing speaks against a search
@@ -115,13 +119,12 @@ def plan_escalation(
 
 
 def _answers_of_unsolved(
-    trees: TrajectoryStore, problems: Mapping[str, Problem]
+    trees: TrajectoryStore, commits: Collection[Commit], problems: Mapping[str, Problem]
 ) -> dict[str, list[Tree]]:
     """Trees of each unsolved problem, reduced to the programs whose answer a rollout reached."""
-    commits = trees.commits()
-    solved = {key.problem_id for commit in commits.values() for key in commit.trees if key.solved}
+    solved = {key.problem_id for commit in commits for key in commit.trees if key.solved}
     found: dict[str, list[Tree]] = {name: [] for name in problems if name not in solved}
-    for commit in commits.values():
+    for commit in commits:
         here = {key.problem_id for key in commit.trees if key.problem_id in found}
         if not here:
             continue

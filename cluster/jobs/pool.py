@@ -47,6 +47,8 @@ from rollout.engine import (
     EvaluationRequest,
     GenerationReply,
     GenerationRequest,
+    LogprobReply,
+    LogprobRequest,
 )
 from verifier import SandboxError, StepResult
 
@@ -463,7 +465,18 @@ class PolicyPool(ReplicaPool):
         metrics.count(metrics.CACHED_TOKENS, reply.cached_tokens, replica=name)
         return reply
 
-    def _length(self, answer: GenerationReply) -> int:
+    async def logprobs(self, request: LogprobRequest) -> LogprobReply:
+        """How likely the policy is to write given texts; an endpoint cannot be asked.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        reply, _ = await self.call("logprobs", request, key=request.routing_key)
+        return reply
+
+    def _length(self, answer: Any) -> int:
+        if not isinstance(answer, GenerationReply):
+            return 0
         return max((completion.num_tokens for completion in answer.completions), default=0)
 
 

@@ -397,9 +397,14 @@ class JobQueue:
         """Jobs and problems of a stage by state."""
         return self._counts.get((round, stage), StageCounts())
 
-    def jobs(self, round: int) -> list[Job]:
-        """All jobs of a round, in the order they came."""
-        return [e.job for e in self._entries.values() if e.job.round == round]
+    def jobs(self, round: int, *, done: bool = False) -> list[Job]:
+        """All jobs of a round, in the order they came.
+
+        Args:
+            done: only those that are.
+        """
+        own = (e for e in self._entries.values() if e.job.round == round)
+        return [e.job for e in own if not done or e.state is JobState.DONE]
 
     # -- transitions
 

@@ -91,6 +91,9 @@ def _reliability(report: Report) -> dict[str, list[tuple[int, float, float]]]:
     return found
 
 
+_OF_SAMPLES = ("majority", "best-of-n", "top-k-vote", "weighted-majority")
+
+
 def _accuracy_rows(
     report: Report, names: Sequence[str]
 ) -> Iterator[tuple[str | paper.PaperRow, list[str]]]:
@@ -101,7 +104,7 @@ def _accuracy_rows(
     for method, rows in groupby(method_rows(report), key=itemgetter(0)):
         for _, label, cells in rows:
             budget = next(iter(cells.values()))["budget"]
-            if budget > 1 or method not in ("majority", "best-of-n", "top-k-vote"):
+            if budget > 1 or not method.startswith(_OF_SAMPLES):
                 yield label, [_cell(cells.get(name)) for name in names]
         for beside in paper.rows_beside(method):
             if any(name in beside.accuracy for name in names):

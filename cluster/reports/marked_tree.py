@@ -153,6 +153,8 @@ class TreeView:
     pairs: tuple[PairMark, ...]
     held_out: bool
     """True: the problem judges the models and never trains them."""
+    ppm_only: bool
+    """True: the policy is not trained on the problem."""
 
     @property
     def difficulty(self) -> Difficulty:
@@ -191,6 +193,7 @@ def view_tree(tree: Tree, trees: Sequence[Tree], config: DatasetConfig) -> TreeV
         chosen=tuple(chosen.trajectories),
         pairs=_pair_marks(tree, here),
         held_out=chosen.held_out,
+        ppm_only=chosen.ppm_only,
     )
 
 
@@ -251,7 +254,9 @@ def facts(view: TreeView) -> list[str]:
     ]
     steps = sum(pair.kind is PairKind.STEP for pair in view.pairs)
     here, all_trees = len(view.chosen_here), len(view.chosen)
-    use = "held out, judges the models and never trains them" if view.held_out else "training data"
+    use = "training data of the PPM alone" if view.ppm_only else "training data"
+    if view.held_out:
+        use = "held out, judges the models and never trains them"
     lines.append(
         f"{use}; chosen trajectories: {here}"
         + (f" here, {all_trees - here} in other trees" if all_trees > here else "")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.evaluation import paper
 from cluster.evaluation.reliability import Bins
-from cluster.evaluation.results import METHODS, method_label
+from cluster.evaluation.results import METHODS, WITH_LOGPROB, method_label
 from cluster.evaluation.shares import COLUMNS
 from cluster.reports.run_facts import Q_EDGES, RoundFacts
 from rollout.files import replacing
@@ -43,6 +43,7 @@ HELD_OUT = {
     "greedy": "greedy",
     "majority": "majority",
     "best_of_n": "best-of-N by PPM",
+    "weighted_majority": "weighted majority",
     "search": "MCTS + PPM",
     "any_sample": "some sample (oracle)",
 }
@@ -205,6 +206,9 @@ def _family(method: str, top_k: int) -> str:
     names = {"majority": "majority", "best-of-n": "best-of-N by PPM", "pass@k": "pass@k (oracle)"}
     names |= {"mcts": f"mcts, top-{top_k} vote", "mcts pass@k": "mcts pass@k (oracle)"}
     names |= {"top-k-vote": f"top-{top_k} vote", "beam": f"beam, top-{top_k} vote"}
+    names |= {"weighted-majority": "weighted majority"}
+    if method.endswith(WITH_LOGPROB):
+        return f"{_family(method.removesuffix(WITH_LOGPROB), top_k)}{WITH_LOGPROB}"
     return names.get(method) or method_label(method, 1, top_k)
 
 
@@ -289,7 +293,7 @@ def rounds_figure(report: Mapping[str, Any]) -> Figure:
         )
     left.set_title("training problems solved by search")
     cold = [{"round": 0, **report["cold_start"]}] if report.get("cold_start") else []
-    for method, name in tuple(HELD_OUT.items())[:4]:
+    for method, name in tuple(HELD_OUT.items())[:-1]:
         entries = [*(cold if method == "greedy" else []), *rounds]
         shares = [(entry["round"], (entry.get(method) or {}).get("all")) for entry in entries]
         _dots(right, shares, name)
@@ -337,6 +341,50 @@ def reliability(bins: Mapping[str, Bins]) -> Figure:
     panel.set_xlim(0, 1)
     _percent(panel)
     _legend(panel, loc="upper left")
+    figure.tight_layout()
+    return figure
+
+
+RANKINGS = {
+    "ppm": "PPM",
+    "logprob": "policy's log-probability",
+    "blind": "PPM, question-blind",
+}
+"""Ranking, as a ruler's record has it -> its name for people."""
+
+
+def ruler_by_round(rounds: Sequence[Mapping[str, Any]]) -> Figure:
+    """Share of held-out pairs ranked right, with intervals, by round; the gate and chance beside.
+
+    Args:
+        rounds: entries of a run's report.
+    """
+    figure, panel = _panel()
+    measured = [entry for entry in rounds if entry.get("ruler")]
+    for place, (ranking, name) in enumerate(RANKINGS.items()):
+        told = [
+            (entry["round"] + 0.06 * (place - 1), entry["ruler"]["rankings"][ranking])
+            for entry in measured
+            if ranking in entry["ruler"]["rankings"]
+        ]
+        _line(panel, [x for x, _ in told], [own["mean"] for _, own in told], name, place)
+        lows, highs = [own["low"] for _, own in told], [own["high"] for _, own in told]
+        panel.vlines([x for x, _ in told], lows, highs, color=COLOURS[place], alpha=0.5)
+    panel.axhline(0.5, color=_FAINT, linestyle=":", linewidth=1.2, label="chance")
+    gate = measured[-1]["ruler"]["min_pair_accuracy"] if measured else None
+    if gate is not None:
+        panel.axhline(
+            gate,
+            color=_FAINT,
+            linestyle="--",
+            linewidth=1.2,
+            label="the PPM's lower bound has to be above",
+        )
+    panel.set_xlabel("round")
+    panel.set_xticks([entry["round"] for entry in measured])
+    panel.margins(x=0.15)
+    _percent(panel)
+    _legend(panel, loc="lower right")
     figure.tight_layout()
     return figure
 

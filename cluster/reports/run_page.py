@@ -17,6 +17,7 @@ from cluster.evaluation.reliability import Bins
 from cluster.evaluation.shares import (
     COLUMNS,
     counts_text,
+    interval,
     percent,
     set_aside_lines,
     token_ratio,
@@ -49,9 +50,24 @@ STAGES = {
     "select": "select",
     "train_policy": "SFT",
     "train_ppm": "PPM",
+    "ruler": "ruler",
     "evaluate": "held out",
 }
 """Of a round, in order: name of the record -> name for people."""
+
+
+UNPASSED = "*"
+
+
+def mark_of(entry: Mapping[str, Any]) -> str:
+    """Behind what was chosen with the PPM of a round's entry, if it did not pass its ruler."""
+    return "" if (entry.get("ruler") or {}).get("passes", True) else UNPASSED
+
+
+UNPASSED_NOTE = (
+    "* The PPM of this round did not pass its ruler: it steers no search of the run, and what it "
+    "chooses here (best-of-N, MCTS) is shown all the same."
+)
 
 
 def run_page(facts: RunFacts) -> str:
@@ -101,7 +117,8 @@ def _results(facts: RunFacts) -> str:
         before = f", {percent(cold['all'])} % after the cold start" if cold else ""
         shown.append((f"{percent(last['greedy']['all'])} %", f"held out, greedy{before}"))
     if last.get("search"):
-        shown.append((f"{percent(last['search']['all'])} %", "held out, MCTS + PPM"))
+        what = f"held out, MCTS + PPM{mark_of(last)}"
+        shown.append((f"{percent(last['search']['all'])} %", what))
     tokens = sum(entry["generated_tokens"] for entry in rounds)
     shown.append((f"{tokens:,}", "tokens generated in search"))
     if report.get("seconds_total") is not None:
@@ -117,6 +134,8 @@ def figures(facts: RunFacts) -> dict[str, Figure]:
         "report": plots.rounds_figure(facts.report),
         "report-coverage": plots.coverage_by_round(facts.report["rounds"]),
     }
+    if any(entry.get("ruler") for entry in facts.report["rounds"]):
+        found["report-ruler"] = plots.ruler_by_round(facts.report["rounds"])
     bins = _reliability_bins(facts)
     if bins:
         found["report-reliability"] = plots.reliability(bins)
@@ -175,7 +194,9 @@ def _accuracy(facts: RunFacts) -> str:
     rows = []
     cold = report.get("cold_start")
     if cold and cold.get("greedy"):
-        rows.append(["cold start", percent(cold["greedy"]["all"]), *("" for _ in range(7))])
+        rows.append(
+            ["cold start", percent(cold["greedy"]["all"]), *[""] * (len(plots.HELD_OUT) + 2)]
+        )
     for entry in rounds:
         shares = [_share(entry.get(method), "all") for method in plots.HELD_OUT]
         number = entry["round"]
@@ -188,7 +209,7 @@ def _accuracy(facts: RunFacts) -> str:
         count = entry.get("samples_per_problem")
         samples = "" if count is None else f"{count:.1f}"
         ratio = token_ratio(entry.get("search_over_samples_tokens"))
-        rows.append([f"round {number}", *shares, samples, ratio, beside])
+        rows.append([f"round {number}{mark_of(entry)}", *shares, samples, ratio, beside])
     header = ["% right", *plots.HELD_OUT.values(), "samples a problem", "tokens, search / samples"]
     header.append("paper, MATH-500: greedy / searched")
     made = report.get("evaluation") or {}
@@ -203,6 +224,7 @@ def _accuracy(facts: RunFacts) -> str:
         f'<div class="charts"><figure>{plots.as_svg(figure, "accuracy by round")}</figure></div>'
         + html_table(header, rows)
         + paragraph(about)
+        + (paragraph(UNPASSED_NOTE) if any(UNPASSED in row[0] for row in rows) else "")
         + "".join(map(paragraph, set_aside_lines(facts.report.get("set_aside", {}))))
     )
 
@@ -217,7 +239,9 @@ def _reliability_bins(facts: RunFacts) -> dict[str, Bins]:
         bins[f"steps of round {number}"] = facts.rounds[number].step_bins
     trained = [n for n, stage in facts.stages if stage == "train_ppm"]
     if trained:
-        told = facts.stages[max(trained), "train_ppm"].get("calibration") or []
+        measured = {e["round"]: e["ruler"] for e in facts.report["rounds"] if e.get("ruler")}
+        source = measured.get(max(trained)) or facts.stages[max(trained), "train_ppm"]
+        told = source.get("calibration") or []
         if told:
             rows = [(int(count), chance, share) for count, chance, share in told]
             bins[f"held-out answers, PPM of round {max(trained)}"] = rows
@@ -241,20 +265,79 @@ def _ppm(facts: RunFacts) -> str:
                     "" if error is None else f"{error:.3f}",
                 ]
             )
-    header = ["held-out pairs, % right", "all", "steps", "answers", "pairs", "calibration error"]
+    header = ["validation pairs, % right", "all", "steps", "answers", "pairs", "calibration error"]
     chart = ""
     if bins:
         svg = plots.as_svg(plots.reliability(bins), "reliability of the PPM")
         chart = f"<figure><figcaption>Reliability</figcaption>{svg}</figure>"
     return (
-        f'<div class="charts">{chart}<div>{html_table(header, rows)}'
+        _ruler(facts)
+        + f'<div class="charts">{chart}<div>{html_table(header, rows)}'
         + paragraph(
-            "50 % of pairs is guessing. The chart sets what the PPM said of an answer or step "
+            "After the fit, on the validation problems of its data; 50 % of pairs is guessing. The "
+            "chart sets what the PPM said of an answer or step "
             "against the share of right answers there (for a step: among the answers found below "
             "it); a dot's size is the number of cases, and bins of fewer than 5 are left out. The "
             "PPM is trained to rank, not to predict chances, so a curve that rises is what matters."
         )
         + "</div></div>"
+    )
+
+
+def _ruler(facts: RunFacts) -> str:
+    """What each PPM ranks right of problems held out for pairs, and what came of that."""
+    rounds = [entry for entry in facts.report["rounds"] if entry.get("ruler")]
+    if not rounds:
+        return ""
+    rows, parts = [], []
+    for entry in rounds:
+        ruler, name = entry["ruler"], f"round {entry['round']}"
+        found, error = ruler["rankings"], ruler["calibration_error"]
+        rows.append(
+            [
+                name,
+                *(interval(found.get(ranking)) for ranking in plots.RANKINGS),
+                f"{ruler['num_pairs']:,}",
+                f"{ruler['num_problems']:,} of {ruler['num_searched']:,}",
+                "" if error is None else f"{error:.3f}",
+                interval(entry.get("head_room")),
+                "may" if ruler["passes"] else "no",
+            ]
+        )
+        for group, own in ruler["groups"].items():
+            shares = (interval(own["rankings"].get(ranking)) for ranking in plots.RANKINGS)
+            parts.append([f"{name}, {group}", *shares, f"{own['num_pairs']:,}"])
+    header = ["% of pairs right", "PPM", "log-probability", "blind", "pairs"]
+    head = [*header, "problems with pairs", "calibration", "head-room", "steers"]
+    source = (
+        "Pairs of problems that are searched for this alone, with the round's policy and without "
+        "the PPM, and never trained on."
+        if rounds[-1]["ruler"]["source"] == "pair problems"
+        else "The run has no problems held out for pairs (problems.pairs): these are the "
+        "validation pairs of its data, of few problems and of earlier policies."
+    )
+    steered = [
+        paragraph(
+            f"Round {e['round']} stayed terminal-guided: {e['steering']['ppm']} did not pass, "
+            f"{e['steering']['why']}."
+        )
+        for e in facts.report["rounds"]
+        if e.get("steering") and not e["steering"]["steers"]
+    ]
+    svg = plots.as_svg(plots.ruler_by_round(rounds), "pairs ranked right by round")
+    return (
+        f'<div class="charts"><figure><figcaption>Ruler</figcaption>{svg}</figure></div>'
+        + html_table(head, rows)
+        + paragraph(
+            f"{source} In brackets 95 % bootstrap intervals over problems; guessing is 50. The "
+            "policy's log-probability is of the step or solution; blind is the PPM shown another "
+            "problem's question. Calibration is the mean distance of its values from the shares "
+            "that were right. Head-room, in points: what any sample has right beyond the majority "
+            "of the held-out problems, and no choice among samples can exceed."
+        )
+        + "".join(steered)
+        + f"<details><summary>by kind and shared steps</summary>{html_table(header, parts)}"
+        "</details>"
     )
 
 

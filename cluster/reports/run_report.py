@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.evaluation.shares import COLUMNS, percent, set_aside_lines, token_ratio
+from cluster.evaluation.shares import COLUMNS, percent, ruler_text, set_aside_lines, token_ratio
 from cluster.evaluation.tables import REPORT as EVALUATION
 from cluster.evaluation.tables import read_evaluation, read_report
 from cluster.folder.run_folder import REPORT
@@ -25,7 +25,10 @@ from cluster.reports.evaluation_page import page as evaluation_page
 from cluster.reports.evaluation_page import print_evaluation
 from cluster.reports.page import write_page
 from cluster.reports.run_facts import read_run
-from cluster.reports.run_page import STAGES, figures, run_page
+from cluster.reports.run_page import STAGES, figures, mark_of, run_page
+
+WIDE = 96
+"""Characters from which on the table also shows weighted majority."""
 
 
 def show_report(run: Path, console: Console, *, page: Path | None = None) -> None:
@@ -61,11 +64,22 @@ def show_report(run: Path, console: Console, *, page: Path | None = None) -> Non
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """The table: one row for the cold start and one per round."""
-    console.print(_accuracy_table(report))
+    console.print(_accuracy_table(report, wide=console.width >= WIDE))
     console.print(_cost_table(report))
     own = [percent(r.get("newest_round_share"), digits=0) for r in report["rounds"]]
     line = f"SFT trajectories that the round itself found, %: {', '.join(own)}"
     console.print(line, markup=False, highlight=False)
+    if not any(r.get("ruler") for r in report["rounds"]):
+        pairs = ", ".join(percent(r.get("ppm_pair_accuracy")) for r in report["rounds"])
+        line = f"validation pairs that the round's PPM ranks right, %: {pairs}"
+        console.print(line, markup=False, highlight=False)
+    for entry in report["rounds"]:
+        if entry.get("ruler"):
+            line = f"round {entry['round']}: {ruler_text(entry['ruler'])}"
+            console.print(line, markup=False, highlight=False)
+        if entry.get("steering") and not entry["steering"]["steers"]:
+            line = f"round {entry['round']} stayed terminal-guided: {entry['steering']['why']}"
+            console.print(line, markup=False, highlight=False)
     for line in set_aside_lines(report.get("set_aside", {})):
         console.print(line, markup=False, highlight=False)
     lost = sum(r["lost"] for r in report["rounds"])
@@ -76,7 +90,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     console.print(line, markup=False, highlight=False)
 
 
-def _accuracy_table(report: Mapping[str, Any]) -> Table:
+def _accuracy_table(report: Mapping[str, Any], *, wide: bool) -> Table:
+    methods = {"greedy": "greedy", "majority": "majority", "best_of_n": "best-of-N"}
+    if wide:
+        methods["weighted_majority"] = "weighted maj."
+    methods["search"] = "MCTS+PPM"
     evaluation = report.get("evaluation", {})
     caption = ""
     if evaluation:
@@ -84,7 +102,7 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
             f"held-out: greedy on {evaluation['num_problems']} problems; search of "
             f"{evaluation['num_rollouts']} rollouts on {evaluation['num_search_problems']}, "
             "majority and best-of-N of as many samples as its tokens pay for; ratio: generated "
-            "tokens, search over samples"
+            "tokens, search over samples; *: the PPM did not pass its ruler and steers no search"
         )
     table = Table(
         title=f"{report['name']}: % solved, {' '.join(COLUMNS)}",
@@ -92,23 +110,18 @@ def _accuracy_table(report: Mapping[str, Any]) -> Table:
         box=box.SIMPLE,
         padding=(0, 0, 0, 1),
     )
-    table.add_column("round")
-    for name in ("coverage", "greedy", "majority", "best-of-N", "MCTS+PPM"):
+    table.add_column("", no_wrap=True)
+    for name in ("coverage", *methods.values()):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("ratio", "pairs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
     if report.get("cold_start"):
         table.add_row("cold", "", _cells(report["cold_start"].get("greedy")))
     for entry in report["rounds"]:
         table.add_row(
-            str(entry["round"]),
+            f"{entry['round']}{mark_of(entry)}",
             _cells(entry["coverage"]),
-            *(
-                _cells(entry.get(method))
-                for method in ("greedy", "majority", "best_of_n", "search")
-            ),
+            *(_cells(entry.get(method)) for method in methods),
             token_ratio(entry.get("search_over_samples_tokens")),
-            percent(entry.get("ppm_pair_accuracy")),
         )
     return table
 
@@ -117,8 +130,8 @@ def _cost_table(report: Mapping[str, Any]) -> Table:
     table = Table(
         title="what each round made, and seconds per stage", box=box.SIMPLE, padding=(0, 0, 0, 1)
     )
-    names = ("round", "trees", "correct/all", "tokens", "tok/s", "steps/s")
-    for name in (*names, "roll", "sel", "SFT", "PPM", "eval"):
+    names = ("", "trees", "right/all", "tokens", "tok/s", "steps/s")
+    for name in (*names, "roll", "sel", "SFT", "PPM", "rul", "eval"):
         table.add_column(name, justify="right", no_wrap=True)
     for entry in report["rounds"]:
         seconds = entry["seconds"]

@@ -28,6 +28,9 @@ class MiniatureConfig(Config):
     num_demonstrations: int = Field(450, ge=1, description="written solutions for the cold start")
     num_train: int = Field(600, ge=1, description="problems to search")
     num_test: int = Field(300, ge=1, description="held-out problems")
+    num_pair_problems: int = Field(
+        0, ge=0, description="problems held out to measure the PPM on; 0: none"
+    )
     families: list[str] | None = Field(None, description="problem families; null: all 18")
     seed: int | None = Field(None, description="of the world; null: the run's seed")
 
@@ -37,6 +40,18 @@ class ProblemsConfig(Config):
 
     train: list[Path] = Field(default_factory=list, description="problem files to search")
     test: Path | None = Field(None, description="held-out problem file; null: no evaluation")
+    pairs: Path | None = Field(
+        None,
+        description="problem file held out to measure the PPM on: searched after each round, "
+        "never trained on; null: none",
+    )
+    pair_share: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="instead: share of the training files' problems, variations together, taken "
+        "out of them for that",
+    )
     demonstrations: Path | None = Field(
         None, description="written solutions for a cold start; null: none"
     )
@@ -49,6 +64,11 @@ class ProblemsConfig(Config):
     def _one_source(self) -> ProblemsConfig:
         if bool(self.train) == bool(self.miniature):
             raise ValueError("give either problems.train files or problems.miniature, not both")
+        if self.pair_share and (self.pairs is not None or self.miniature is not None):
+            raise ValueError(
+                "pair_share is of problems.train and instead of problems.pairs; the miniature has "
+                "num_pair_problems"
+            )
         return self
 
 
@@ -91,6 +111,10 @@ class RoundConfig(Config):
         return SearchConfig.model_validate(base.model_dump() | own)
 
 
+Trunk = Literal["policy", "cold_start", "base"]
+"""A checkpoint of a run: the round's own policy, that of round 0, the base model."""
+
+
 class LineageConfig(Config):
     """Which weights training starts from."""
 
@@ -99,6 +123,11 @@ class LineageConfig(Config):
     )
     policy_init: Literal["base", "previous"] = Field(
         "base", description="start of each round's SFT: base (paper) or the previous policy"
+    )
+    ppm_trunk: Trunk | Path = Field(
+        "policy",
+        description="start of each round's PPM: the round's policy (paper), cold_start or base, "
+        "which never saw the trees' solutions, or the directory of another causal language model",
     )
 
 
@@ -116,6 +145,12 @@ class SolveConfig(GivenModelsConfig):
     method: MethodConfig = Field(
         default_factory=MethodConfig, description="how the answer is found, and its budget"
     )
+
+    @model_validator(mode="after")
+    def _has_logprobs(self) -> SolveConfig:
+        if self.method.logprob_weight and not self.policy_engine.logprobs:
+            raise ValueError("method.logprob_weight needs policy_engine.logprobs: true")
+        return self
 
 
 class RolloutConfig(GivenModelsConfig):
@@ -186,6 +221,8 @@ class RunConfig(ServingConfig):
         )
         if self.cold_start is not None and not has_demonstrations:
             raise ValueError("cold_start needs problems.demonstrations")
+        if self.models.ppm_trunk == "cold_start" and self.cold_start is None:
+            raise ValueError("models.ppm_trunk: cold_start, but the run has no cold_start section")
         return self
 
 
@@ -218,7 +255,12 @@ class TrainRunConfig(Config):
     seed: int = Field(0, ge=0, description="every random choice follows from it")
     base: Path | None = Field(
         None,
-        description="checkpoint to start from, for a PPM the policy; null: that of data.run",
+        description="checkpoint to start from, for a PPM its trunk; null: that of data.run",
+    )
+    ppm_trunk: Trunk | None = Field(
+        None,
+        description="rstar train ppm: which checkpoint of data.run is the trunk; null: base, else "
+        "as that run has it",
     )
     previous: Path | None = Field(
         None, description="checkpoint in service, which stays there if the new one is worse"
@@ -232,6 +274,11 @@ class TrainRunConfig(Config):
     learner: ActorConfig = Field(
         default_factory=ActorConfig, description="ranks; one trains in this process"
     )
+    stage_attempts: int = Field(
+        3,
+        ge=1,
+        description="times that more than one rank try when actors or machines are lost",
+    )
     train_policy: PolicyTrainConfig = Field(
         default_factory=PolicyTrainConfig, description="rstar train policy"
     )
@@ -242,4 +289,12 @@ class TrainRunConfig(Config):
     @model_validator(mode="after")
     def _run_dir_of_all_machines(self) -> TrainRunConfig:
         check_run_dir(self.run_dir, self.address, key="address")
+        return self
+
+    @model_validator(mode="after")
+    def _one_base(self) -> TrainRunConfig:
+        if self.ppm_trunk is not None and self.base is not None:
+            raise ValueError("give either base or ppm_trunk, not both")
+        if self.ppm_trunk is not None and self.data.run is None:
+            raise ValueError("ppm_trunk names a checkpoint of data.run, which is not given")
         return self

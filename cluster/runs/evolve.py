@@ -1,8 +1,13 @@
-"""The loop of rounds: rollout -> select -> train policy -> train PPM -> evaluate, then the next.
+"""The loop of rounds: rollout -> select -> train policy -> train PPM -> ruler -> evaluate, then the
+next.
 
     cold start (round 0): demonstrations --SFT--> policy 0 --> held-out greedy
     round r:  problems --search with policy r-1 (and PPM r-1)--> trees --seal--> manifest
               manifests --select--> dataset --train--> policy r, PPM r --> held-out, all methods
+                              pair problems --search with policy r--> ruler of PPM r
+
+A PPM whose ruler is too short steers no search: the next round then stays terminal-guided, and its
+lineage says so (`cluster.evaluation.ruler`).
 
 Every stage asks first whether its product exists and is skipped if so; a stage that was cut off
 begins again, except that the rollout goes on from the shards that were committed. A stage that
@@ -17,35 +22,39 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
-from cluster.engines.model_check import check_policy_checkpoint
+from cluster.engines.model_check import ModelCheckError, check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
+from cluster.evaluation.ruler import Steering, measure, steering_of
 from cluster.evaluation.shares import problems_by_level, set_aside_lines
 from cluster.fleet.given_models import check_own_examples, with_chat_turns
 from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
-from cluster.folder.lineage import record_lineage
+from cluster.folder.lineage import lineage_name, record_lineage
 from cluster.folder.run_folder import REPORT
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve_report import evolution_report
 from cluster.runs.rollout import search_stages
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ROUND_STAGES, ProgressView
-from learner.checkpoint import Checkpoint, CheckpointStore, Kind
+from learner.checkpoint import Checkpoint, CheckpointStore, Kind, checkpoint_directory
 from learner.dataset import read_demonstrations, read_manifest
 from learner.fit import FitProgress, FitRequest, PolicyTrainConfig, PreferenceTrainConfig
 from learner.markers import with_markers
+from learner.ruler import is_pair_problem
 from learner.select import recipe_of, select_dataset
 from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
+from rollout.problems.text import problem_key
 from rollout.seeds import derive_seed
-from rollout.store import TrajectoryStore
+from rollout.store import TrajectoryStore, evaluation_of, folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +78,14 @@ class Evolution:
         self.checkpoints = CheckpointStore(self.folder.checkpoints)
         self.train: list[Problem] = []
         self.test: list[Problem] = []
+        self.pair_problems: list[Problem] = []
         self.demonstrations: Path | None = None
         self.base_model = Path()
         """Its tokenizer holds the step markers; what every fit starts from."""
         self.untrained = Path()
         """The base model as it was given."""
+        self.given_trunk: Path | None = None
+        """What every PPM starts from; None: a policy of the run."""
         self.inputs: list[Path | None] = []
         """Files and model directories the run starts from."""
 
@@ -108,16 +120,17 @@ class Evolution:
         """Have problem files and base weights, and read the problems."""
         problems = self.config.problems
         if problems.miniature is not None:
-            train_files, test_file = self._make_miniature()
+            train_files, test_file, pair_file = self._make_miniature()
         else:
-            train_files, test_file = problems.train, problems.test
+            train_files, test_file, pair_file = problems.train, problems.test, problems.pairs
             self.demonstrations = problems.demonstrations
             assert self.config.models.base_model is not None
             self.base_model = self.config.models.base_model
-        self.inputs = [*train_files, test_file, self.demonstrations, self.base_model]
+        self.inputs = [*train_files, test_file, pair_file, self.demonstrations, self.base_model]
         check_policy_checkpoint(self.base_model, markers=())
         self.untrained = self.base_model
         self.base_model = with_markers(self.base_model, self.folder.marked_base)
+        self.given_trunk = self._given_trunk()
         self._check_templates()
         seen: dict[str, Path] = {}
         for path in train_files:
@@ -127,6 +140,77 @@ class Evolution:
         if test_file is not None:
             self.test, report = read_problems(test_file, default_level=problems.default_level)
             self._tell(report.lines())
+        self._hold_out_pairs(pair_file)
+
+    def _hold_out_pairs(self, path: Path | None) -> None:
+        """Have the problems held out for pairs, from their file or out of the training files.
+
+        Raises:
+            ConfigError: one of the file is searched, measured or demonstrated too; names both.
+        """
+        problems = self.config.problems
+        elsewhere = {problem_key(p.text): f"test problem {p.id!r}" for p in self.test}
+        if self.demonstrations is not None and (path is not None or problems.pair_share):
+            for shown in read_demonstrations(self.demonstrations):
+                elsewhere[problem_key(shown.problem)] = f"demonstration {shown.id!r}"
+        if path is None:
+            kept = {p.original for p in self.train if problem_key(p.text) in elsewhere}
+            self.pair_problems = [
+                p
+                for p in self.train
+                if p.original not in kept
+                and is_pair_problem(
+                    p.original,
+                    share=problems.pair_share,
+                    split_seed=self.config.dataset.split_seed,
+                )
+            ]
+            held = {p.id for p in self.pair_problems}
+            self.train = [p for p in self.train if p.id not in held]
+            return
+        self.pair_problems, report = read_problems(path, default_level=problems.default_level)
+        self._tell(report.lines())
+        elsewhere |= {problem_key(p.text): f"training problem {p.id!r}" for p in self.train}
+        originals = {p.original: f"training problem {p.id!r}" for p in self.train}
+        for problem in self.pair_problems:
+            key = problem_key(problem.text)
+            same = elsewhere.get(key) or originals.get(problem.original)
+            if same is not None:
+                raise ConfigError(
+                    f"problems.pairs: problem {problem.id!r} of {path} is {same} too, or a "
+                    "variation of it; what the PPM is measured on may be used for nothing else"
+                )
+
+    def _given_trunk(self) -> Path | None:
+        """The trunk of every PPM that no fit of the run makes, markers included.
+
+        Raises:
+            ConfigError: its directory holds no causal language model.
+        """
+        trunk = self.config.models.ppm_trunk
+        if trunk == "base":
+            return self.base_model
+        if not isinstance(trunk, Path):
+            return None
+        trunk = checkpoint_directory(trunk).absolute()
+        self.inputs.append(trunk)
+        try:
+            check_policy_checkpoint(trunk, markers=())
+        except ModelCheckError as error:
+            raise ConfigError(
+                f"models.ppm_trunk: {error}; expected policy, cold_start, base or such a directory"
+            ) from error
+        return with_markers(trunk, self.folder.marked_trunk)
+
+    def _trunk(self, policy: Checkpoint) -> Path:
+        """What the PPM of a round starts from, given the round's policy."""
+        if self.given_trunk is not None:
+            return self.given_trunk
+        if self.config.models.ppm_trunk == "cold_start":
+            cold = self.checkpoints.current("policy", 0)
+            assert cold is not None
+            policy = cold
+        return Path(policy.path)
 
     def _check_templates(self) -> None:
         """Each round's template must be one that its policy knows.
@@ -167,7 +251,7 @@ class Evolution:
         """Whether round 1 without a cold start asks the base model as it was given."""
         return self.config.endpoint is None and self.untrained != self.base_model
 
-    def _make_miniature(self) -> tuple[list[Path], Path | None]:
+    def _make_miniature(self) -> tuple[list[Path], Path | None, Path | None]:
         from learner.miniature import write_base_model
         from rollout.problems.miniature import generate, write_miniature
 
@@ -179,6 +263,7 @@ class Evolution:
             num_demonstrations=world.num_demonstrations,
             num_train=world.num_train,
             num_test=world.num_test,
+            num_pairs=world.num_pair_problems,
             families=world.families,
         )
         files = write_miniature(self.folder.problems, miniature)
@@ -190,7 +275,7 @@ class Evolution:
             texts += pq.read_table(files.train, columns=["problem"])["problem"].to_pylist()
             with new_folder(self.base_model) as made:
                 write_base_model(made, seed=derive_seed(self.config.seed, "base"), texts=texts)
-        return [files.train], files.test
+        return [files.train], files.test, files.pairs
 
     def _tell(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -221,7 +306,8 @@ class Evolution:
             asked_first = self.untrained
         await self.fleet.start(asked_first, marked=not bootstraps)
         await recording
-        self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()))
+        again = {"retries": reasons} if (reasons := self.fleet.attempts.reasons) else {}
+        self.folder.record_stage(0, "start", self.view.end(self.fleet.describe()), **again)
         if self.config.cold_start is not None:
             cold_start = partial(self._cold_start, self.config.cold_start)
             policy = await self._attempted(0, "train_policy", cold_start)
@@ -229,7 +315,9 @@ class Evolution:
             await self._record_lineage(0)
             await self._attempted(0, "evaluate", partial(self._evaluate, 0, policy, None))
         for number in range(1, len(self.config.rounds) + 1):
-            rollout = partial(self._rollout, number, policy, ppm)
+            steering = self._steering(number)
+            await self._record_lineage(number, steering)
+            rollout = partial(self._rollout, number, policy, ppm, steering)
             await self._attempted(number, "rollout", rollout)
             await self._record_lineage(number)
             if self.checkpoints.current("ppm", number) is None:
@@ -241,11 +329,12 @@ class Evolution:
             fit = partial(self._train, number, "policy", start, self.config.train_policy, policy)
             policy = await self._attempted(number, "train_policy", fit)
             await self._record_lineage(number)
-            trunk = Path(policy.path)
+            trunk = self._trunk(policy)
             fit = partial(self._train, number, "ppm", trunk, self.config.train_ppm, ppm)
             ppm = await self._attempted(number, "train_ppm", fit)
             await self.fleet.leave_learner()
             await self._record_lineage(number)
+            await self._attempted(number, "ruler", partial(self._ruler, number, policy, ppm))
             await self._attempted(number, "evaluate", partial(self._evaluate, number, policy, ppm))
 
     async def _attempted(self, number: int, stage: str, work: Callable[[], Awaitable[T]]) -> T:
@@ -257,8 +346,27 @@ class Evolution:
             self.folder.record_stage(number, stage, record.pop("seconds"), **record)
         return result
 
-    async def _record_lineage(self, number: int) -> None:
-        await asyncio.to_thread(record_lineage, self.folder, number)
+    async def _record_lineage(self, number: int, steering: Steering | None = None) -> None:
+        decided = asdict(steering) if steering is not None else None
+        await asyncio.to_thread(record_lineage, self.folder, number, decided)
+
+    def _steering(self, number: int) -> Steering | None:
+        """Whether the PPM before a round takes part in it; None: the config does not ask for that.
+
+        What an earlier start has decided stands, so that no round is searched in two ways.
+        """
+        if not self.config.rounds[number - 1].preference:
+            return None
+        decided = (self.folder.read(lineage_name(number)) or {}).get("steering")
+        if decided is not None:
+            return Steering(**decided)
+        record = self.folder.read(self.folder.ruler_name(number - 1))
+        if record is None:
+            return None
+        if TrajectoryStore(self.store, number).plans():
+            # A version without rulers began it, with the PPM.
+            return Steering(ppm=record["ppm"], steers=True, why="")
+        return steering_of(record)
 
     def _skip(self, number: int, stage: str, record: str) -> None:
         """A stage an earlier start has done; what it took helps to tell the time left."""
@@ -267,8 +375,8 @@ class Evolution:
     def _finished(self) -> bool:
         """True if every product of the last round is there."""
         last = len(self.config.rounds)
-        evaluated = not self.test or self.folder.read(self.folder.evaluation_name(last))
-        return bool(self.checkpoints.current("ppm", last) and evaluated)
+        name = self.folder.evaluation_name if self.test else self.folder.ruler_name
+        return bool(self.checkpoints.current("ppm", last) and self.folder.read(name(last)))
 
     async def _cold_start(self, config: PolicyTrainConfig) -> Checkpoint:
         """Round 0: SFT of the base model on the demonstrations alone."""
@@ -290,7 +398,11 @@ class Evolution:
         return await self._fit(0, "policy", self.base_model, config)
 
     async def _rollout(
-        self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
+        self,
+        number: int,
+        policy: Checkpoint | None,
+        ppm: Checkpoint | None,
+        steering: Steering | None,
     ) -> None:
         """Search every problem with the models of the round before, escalate, seal."""
         trees = TrajectoryStore(self.store, number)
@@ -307,16 +419,19 @@ class Evolution:
             await self.fleet.serve_policy(
                 self.untrained if bootstraps else self.base_model, policy, marked=not bootstraps
             )
-        if settings.preference:
+        preference = steering is not None and steering.steers
+        if preference:
             assert ppm is not None
             await self.fleet.serve_preference(ppm)
+        elif steering is not None:
+            self.view.note(f"round {number} stays terminal-guided: {steering.ppm}: {steering.why}")
         serving_s = time.monotonic() - began_s
         search = settings.search(self.config.search)
         outcome = await self.fleet.rollout(
             number,
             self.train,
             search_stages(search, settings.escalation, trees=settings.trees),
-            preference=settings.preference,
+            preference=preference,
             on_progress=self.view.update,
             recipe=recipe_of(
                 self.config.dataset,
@@ -337,14 +452,18 @@ class Evolution:
         serving = {"serving_s": serving_s, "weights_stage_s": dict(self.fleet.weights_stage_s)}
         facts = outcome.facts() | levels | serving
         self.folder.record_stage(number, "rollout", seconds, **facts)
+        await self._remove_orphans(number)
+
+    async def _remove_orphans(self, number: int) -> None:
+        """Remove what killed workers left of a round that is sealed."""
         removed = await asyncio.to_thread(
-            trees.remove_orphans,
+            TrajectoryStore(self.store, number).remove_orphans,
             older_than_s=self.config.cluster.lease_s,
             now_unix_s=time.time(),
         )
         if removed:
             self.view.note(
-                f"round {number}: {len(removed)} files removed that workers left unfinished"
+                f"{folder_of(number)}: {len(removed)} files removed that workers left unfinished"
             )
 
     @property
@@ -462,6 +581,46 @@ class Evolution:
         )
         return result.checkpoint
 
+    async def _ruler(self, number: int, policy: Checkpoint, ppm: Checkpoint) -> None:
+        """What the round's PPM ranks right of problems held out for pairs."""
+        name = self.folder.ruler_name(number)
+        record = self.folder.read(name)
+        decided = TrajectoryStore(self.store, number + 1).manifest() is not None
+        if decided or (record is not None and record["ppm"] == ppm.version):
+            self._skip(number, "ruler", "ruler")
+            return
+        self.view.begin("ruler", f"round {number}: ruler", round=number)
+        began_s = time.monotonic()
+        await self.fleet.serve_policy(self.base_model, policy)
+        await self.fleet.serve_preference(ppm)
+        serving_s = time.monotonic() - began_s
+        record, outcome = await measure(
+            self.fleet,
+            self.pair_problems,
+            self.folder.dataset(number),
+            config=self.config.evaluation,
+            search=self.config.search.trained(),
+            recipe=recipe_of(self.config.dataset, self.config.search.training_template),
+            round=number,
+            policy=policy,
+            ppm=ppm,
+            on_progress=self.view.update,
+        )
+        self.fleet.meter.tell_ruler(record)
+        self.folder.write(name, record)
+        own = record["rankings"].get("ppm")
+        told = "no pairs" if own is None else f"pair accuracy {100 * own['mean']:.1f} %"
+        seconds = self.view.end(
+            f"{told}, {record['num_pairs']} pairs of {record['num_problems']} of "
+            f"{record['num_searched']} {record['source'].replace('pairs', 'problems')}"
+        )
+        if record["why"]:
+            self.view.note(f"round {number}: the PPM steers no search: {record['why']}")
+        if outcome is not None:
+            self._tell(outcome.loss_lines())
+        facts = outcome.facts() if outcome is not None else {}
+        self.folder.record_stage(number, "ruler", seconds, **facts, serving_s=serving_s)
+
     async def _evaluate(
         self, number: int, policy: Checkpoint | None, ppm: Checkpoint | None
     ) -> None:
@@ -499,6 +658,7 @@ class Evolution:
         self.folder.record_stage(
             number, "evaluate", seconds, **outcome.facts(), serving_s=serving_s
         )
+        await self._remove_orphans(evaluation_of(number))
 
 
 def _new_problems(found: list[Problem], path: Path, seen: dict[str, Path]) -> list[Problem]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.evaluation.config import EvaluationConfig
-from cluster.evaluation.held_out import Evaluation
+from cluster.evaluation.held_out import Evaluation, head_room
 from cluster.evaluation.shares import shares_by_level
+from cluster.folder.lineage import lineage_name
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RunConfig
@@ -15,7 +16,7 @@ from learner.dataset import read_manifest
 from rollout.problem import Level
 from rollout.store import RunStore, TrajectoryStore
 
-STAGES = ("rollout", "select", "train_policy", "train_ppm", "evaluate")
+STAGES = ("rollout", "select", "train_policy", "train_ppm", "ruler", "evaluate")
 """Of each round, as they are recorded."""
 
 
@@ -74,9 +75,13 @@ def _round_entry(
     rollout, select = stages["rollout"], stages["select"]
     dataset = read_manifest(folder.dataset(trees.round)) or {}
     evaluation = _evaluation(folder, trees.round)
+    ruler = folder.read(folder.ruler_name(trees.round)) or {}
     shares = {
         method: evaluation.shares(method) if evaluation is not None else None
-        for method in ("greedy", "majority", "best_of_n", "search", "any_sample", "any_search")
+        for method in (
+            *("greedy", "majority", "best_of_n", "weighted_majority", "search"),
+            *("any_sample", "any_search"),
+        )
     }
     return {
         "round": trees.round,
@@ -89,6 +94,9 @@ def _round_entry(
         "samples_per_problem": evaluation and evaluation.samples_per_problem,
         "ppm_pair_accuracy": stages["train_ppm"].get("metrics", {}).get("pair_accuracy"),
         "ppm_metrics": stages["train_ppm"].get("metrics", {}),
+        "ruler": {name: value for name, value in ruler.items() if name != "problems"},
+        "steering": (folder.read(lineage_name(trees.round)) or {}).get("steering"),
+        "head_room": evaluation and head_room(evaluation),
         "trees": manifest.totals.trees,
         "trajectories": select.get("trajectories", 0),
         "correct_trajectories": select.get("correct_trajectories", 0),

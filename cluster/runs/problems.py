@@ -143,12 +143,12 @@ def _benchmark_table(report: ImportReport) -> Table:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Report]:
-    """A bar on stderr, and SIGTERM handled like Ctrl-C so that nothing half done is left."""
+    """A bar on stderr; SIGTERM acts like Ctrl-C, and both act in the background of a script too."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -164,7 +164,8 @@ def _bar(console: Console) -> Iterator[Report]:
 
             yield show
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _table(*names: str, counts: Sequence[str]) -> Table:

@@ -412,9 +412,13 @@ def result_lines(solved: Solved) -> list[str]:
 
 def _standing(result: SolveResult, answer: RankedAnswer) -> str:
     votes = sum(ranked.votes for ranked in result.ranked)
-    value = "not valued" if answer.value is None else f"value {answer.value:+.3f}"
+    value = result.value_of(answer)
+    said = "not valued" if value is None else f"value {value:+.3f}"
     share = f"{answer.votes} of {votes} votes, {len(answer.members)} of {len(result.solutions)}"
-    return f"{value}, {share} solutions"
+    if result.method is Method.WEIGHTED_MAJORITY:
+        whole = sum(ranked.weight for ranked in result.ranked)
+        share = f"weight {answer.weight:.2f} of {whole:.2f}, {share}"
+    return f"{said}, {share} solutions"
 
 
 def as_record(solved: Solved) -> dict[str, Any]:
@@ -438,8 +442,9 @@ def as_record(solved: Solved) -> dict[str, Any]:
             {
                 "answer": ranked.answer,
                 "votes": ranked.votes,
+                "weight": ranked.weight,
                 "solutions": len(ranked.members),
-                "value": ranked.value,
+                "value": result.value_of(ranked),
             }
             for ranked in result.ranked
         ],

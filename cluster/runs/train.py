@@ -2,7 +2,8 @@
 
     CONFIG --> data: RUN/datasets/round=R, or built from the trees of RUN, or from files
            --> base: as given, or what that round of RUN starts from
-           --> fit: in this process (one rank) or on a group over Ray (more)
+           --> fit: in this process (one rank) or on a group over Ray (more), which is done again
+                    if its machines are lost (`cluster.jobs.attempts`)
            --> RUN_DIR/checkpoints/round=R/{policy,ppm}
 
 The same command goes on after a stop: from the last state inside a fit, and a finished fit is only
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from cluster.folder.config_file import load_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.jobs.attempts import Attempts
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.runs.select import RoundSelection
@@ -183,20 +185,26 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
     """The checkpoint to start from."""
     if config.base is not None:
         base = checkpoint_directory(config.base).absolute()
-        # A PPM's trunk is a policy that was trained on the markers; a base model may lack them.
-        return with_markers(base, folder.marked_base) if kind == "policy" else base
+        return with_markers(base, folder.marked_base if kind == "policy" else folder.marked_trunk)
     if config.data.run is None:
         raise RunFolderError("base is missing: files do not say which checkpoint to start from")
     run = RunFolder(config.data.run)
+    models = read_yaml(run.root / "config.yaml").get("models", {})
+    trunk = "base"
     if kind == "ppm":
-        policy = CheckpointStore(run.checkpoints).current("policy", number)
+        trunk = config.ppm_trunk or models.get("ppm_trunk", "policy")
+    if trunk in ("policy", "cold_start"):
+        made_in = number if trunk == "policy" else 0
+        policy = CheckpointStore(run.checkpoints).current("policy", made_in)
         if policy is None:
-            raise RunFolderError(f"{run.root}: round {number} has no policy; give base")
+            raise RunFolderError(f"{run.root}: round {made_in} has no policy; give base")
         return Path(policy.path)
+    if trunk != "base":
+        return with_markers(checkpoint_directory(trunk).absolute(), folder.marked_trunk)
     for candidate in (run.marked_base, run.base_model):
         if candidate.exists():
             return candidate
-    named = read_yaml(run.root / "config.yaml").get("models", {}).get("base_model")
+    named = models.get("base_model")
     if named is None:
         raise RunFolderError(f"{run.root}: its config names no base model; give base")
     return Path(named)
@@ -217,9 +225,15 @@ async def _fit(
             raise _Interrupted
         loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
 
+    attempts = Attempts(
+        config.stage_attempts,
+        key="stage_attempts",
+        note=lambda text: loop.call_soon_threadsafe(view.note, text),
+    )
+
     def train() -> FitResult:
         if config.learner.replicas > 1:
-            return _train_on_group(request, config, folder.root / "ray_train", show)
+            return _train_on_group(request, config, folder.root / "ray_train", show, attempts)
         from learner.trainer import run_fit
 
         return run_fit(request, progress=show)
@@ -245,7 +259,9 @@ def _train_on_group(
     config: TrainRunConfig,
     storage: Path,
     show: Callable[[FitProgress], None],
+    attempts: Attempts,
 ) -> FitResult:
+    """Blocks until it is done, or was lost too often."""
     import ray
 
     from cluster.fleet.learner_group import LearnerGroup
@@ -262,9 +278,13 @@ def _train_on_group(
         ) from error
     store = RunStore(config.run_dir.absolute())
     store.identify()
-    group = LearnerGroup(settings, storage, store=store)
+    group = LearnerGroup(settings, storage, attempts=config.stage_attempts, store=store)
+
+    async def fit() -> FitResult:
+        return group.fit(request, show, attempts.again)
+
     try:
-        return group.fit(request, show)
+        return asyncio.run(attempts(f"train {request.kind}", fit))
     finally:
         group.shutdown(5.0)
         ray.shutdown()

@@ -192,7 +192,14 @@ class Server:
         tree = self._trees.get(request.match_info["secret"])
         if tree is None:
             raise ApiError(404, "no such tree; the last searches are kept for a while")
-        view = TreeView(tree=tree, others=(tree,), chosen=(), pairs=(), held_out=False)
+        view = TreeView(
+            tree=tree,
+            others=(tree,),
+            chosen=(),
+            pairs=(),
+            held_out=True,  # nothing is trained on what users ask
+            ppm_only=False,
+        )
         return _html(await asyncio.to_thread(render_page, view), "frame-ancestors 'self'")
 
     # ---------------------------------------------------------------- answers

@@ -321,6 +321,16 @@ LEARNER_PAIR_ACCURACY = _looked(
 LEARNER_PAIR_MARGIN = _looked(
     "ppm_pair_margin", "1", "", "Mean held-out value of the chosen minus the rejected."
 )
+RULER_ACCURACY = _looked(
+    "ppm_ruler_ratio",
+    "1",
+    "of",
+    "Pairs of problems held out for pairs that are ranked right; of is ppm, its lower bound low, "
+    "or a baseline: logprob (the policy's), blind (the PPM under another question).",
+)
+PPM_STEERS = _looked(
+    "ppm_steers", "1", "", "1: the last PPM may steer a search; 0: its pair accuracy is too low."
+)
 CLUSTER_NODES = _looked("cluster_nodes", "nodes", "state", "Ray nodes; state is alive or draining.")
 NODE_LOSSES = _told("node_losses", "nodes", "", "Ray nodes that went since the run's start.")
 CLUSTER_CPUS = _looked("cluster_cpus", "CPUs", "", "Logical CPUs of the living nodes.")

@@ -38,11 +38,12 @@ STAGE_WEIGHTS: Mapping[str, float] = {
     "select": 0.3,
     "train policy": 4.0,
     "train ppm": 4.0,
+    "ruler": 4.0,
     "evaluate": 5.0,
 }
 """How long kinds of stages take relative to each other before anything was measured."""
 
-ROUND_STAGES = ("rollout", "select", "train policy", "train ppm", "evaluate")
+ROUND_STAGES = ("rollout", "select", "train policy", "train ppm", "ruler", "evaluate")
 """Kinds of the stages of a round, in order."""
 
 LEVELS_FACT = "solved by level"

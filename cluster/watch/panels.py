@@ -435,6 +435,14 @@ LEARNER = Dashboard(
             (Value(m.LEARNER_PAIR_ACCURACY), "accuracy"),
             (Value(m.LEARNER_PAIR_MARGIN), "margin"),
         ),
+        _lines(
+            "PPM: ruler",
+            "short",
+            "Share of pairs ranked right of problems held out for that: by the PPM, its lower "
+            "bound, by the policy's log-probability, by the PPM under another question (blind).",
+            (Value(m.RULER_ACCURACY, by=("of",)), "{of}"),
+            (Value(m.PPM_STEERS), "may steer"),
+        ),
     ),
 )
 

@@ -98,6 +98,8 @@ class RoundState:
     """Unsolved problems whose searches agree on another answer than the accepted one."""
     checkpoints: Mapping[str, CheckpointState] = field(default_factory=dict)
     """By kind, "policy" and "ppm"."""
+    ruler: Mapping[str, Any] = field(default_factory=dict)
+    """What its PPM ranks right (`cluster.evaluation.ruler`), single problems left out."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -299,6 +301,7 @@ def _round(
         for commit in commits.values():
             quarantined.update(commit.failed)
     checkpoints = _checkpoints(folder, number)
+    ruler = folder.read(folder.ruler_name(number))
     done = _done(folder, config, number, manifest is not None, checkpoints)
     return RoundState(
         round=number,
@@ -318,6 +321,7 @@ def _round(
         quarantined=quarantined,
         suspects=_suspects(folder, number),
         checkpoints=checkpoints,
+        ruler={k: v for k, v in (ruler or {}).items() if k != "problems"},
         lineage=folder.read(lineage_name(number)) or {},
     )
 
@@ -338,6 +342,8 @@ def _done(
         "train policy": "policy" in checkpoints,
         "train ppm": "ppm" in checkpoints,
     }
+    if "min_pair_accuracy" in (config.get("evaluation") or {}):  # not before there were rulers
+        done["ruler"] = (folder.root / folder.ruler_name(number)).exists()
     problems = config.get("problems") or {}
     if problems.get("test") or problems.get("miniature"):
         done["evaluate"] = (folder.root / folder.evaluation_name(number)).exists()

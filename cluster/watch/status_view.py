@@ -14,7 +14,7 @@ from rich.live import Live as Redrawn
 from rich.table import Table
 from rich.text import Text
 
-from cluster.evaluation.shares import COLUMNS
+from cluster.evaluation.shares import COLUMNS, ruler_text
 from cluster.telemetry.live import INTERVAL_S, Live
 from cluster.telemetry.progress import LEVELS_FACT, ROUND_STAGES, duration, eta_text, fact_text
 from cluster.watch.status import (
@@ -184,6 +184,12 @@ def _round_lines(round: RoundState) -> list[Text]:
             for s in round.suspects[:_SHOWN_PROBLEMS]
         ]
         lines += _more(len(round.suspects))
+    if round.ruler:
+        lines.append(Text(f"{name}: {ruler_text(round.ruler)}"))
+    steering = round.lineage.get("steering", {})
+    if steering and not steering["steers"]:
+        why = f"{steering['ppm']} does not steer it: {steering['why']}"
+        lines.append(Text(f"{name}: terminal-guided, {why}", style="yellow"))
     for checkpoint in round.checkpoints.values():
         if checkpoint.held:
             lines.append(

@@ -1,8 +1,8 @@
 """The miniature: a seeded world of small problems on which the whole loop runs on a CPU.
 
 18 families (`miniature_families`) with five paraphrases each write demonstrations, training
-problems and a held-out test set as Parquet files. They are one more problem source: nothing
-downstream knows of it.
+problems, a held-out test set and problems held out for pairs as Parquet files. They are one more
+problem source: nothing downstream knows of it.
 
     family --draw numbers, names, nouns--> Draft (five phrasings, steps, answer)
            --pick a paraphrase-----------> MiniatureProblem
@@ -74,20 +74,23 @@ class MiniatureProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Miniature:
-    """The three sets, each balanced over levels, families and (by weight) paraphrases."""
+    """The sets, each balanced over levels, families and (by weight) paraphrases."""
 
     demonstrations: tuple[MiniatureProblem, ...]
     train: tuple[MiniatureProblem, ...]
     test: tuple[MiniatureProblem, ...]
+    pairs: tuple[MiniatureProblem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniatureFiles:
-    """Where `write_miniature` left the three sets."""
+    """Where `write_miniature` left the sets."""
 
     demonstrations: Path
     train: Path
     test: Path
+    pairs: Path | None
+    """None: there are none."""
 
 
 def generate(
@@ -96,15 +99,17 @@ def generate(
     num_demonstrations: int,
     num_train: int,
     num_test: int,
+    num_pairs: int = 0,
     families: Sequence[str] | None = None,
 ) -> Miniature:
-    """Draw the three sets of a miniature.
+    """Draw the sets of a miniature.
 
     Args:
         seed: with the other arguments it decides every problem.
         num_demonstrations: paraphrases weighted by `DEMONSTRATION_WEIGHTS`.
         num_train: paraphrases uniform.
         num_test: paraphrases uniform.
+        num_pairs: likewise, held out for preference pairs.
         families: subset of `FAMILIES`; None takes all 18.
     Raises:
         ValueError: a count is negative, a family is unknown or named twice, or a family cannot
@@ -115,6 +120,7 @@ def generate(
         ("num_demonstrations", num_demonstrations),
         ("num_train", num_train),
         ("num_test", num_test),
+        ("num_pairs", num_pairs),
     ):
         if count < 0:
             raise ValueError(f"{name} must be >= 0, got {count}")
@@ -126,11 +132,13 @@ def generate(
         "demonstrations", seed, num_demonstrations, chosen, DEMONSTRATION_WEIGHTS, taken
     )
     train = _generate_split("train", seed, num_train, chosen, uniform, taken)
-    return Miniature(demonstrations=demonstrations, train=train, test=test)
+    pairs = _generate_split("pairs", seed, num_pairs, chosen, uniform, taken)
+    return Miniature(demonstrations=demonstrations, train=train, test=test, pairs=pairs)
 
 
 def write_miniature(directory: str | os.PathLike[str], miniature: Miniature) -> MiniatureFiles:
-    """Write `demonstrations.parquet`, `train.parquet` and `test.parquet` into `directory`.
+    """Write `demonstrations.parquet`, `train.parquet` and `test.parquet` into `directory`, and
+    `pairs.parquet` if there are any.
 
     Columns: id, source, level, problem, answer, family, paraphrase; demonstrations also have
     solution. Files that exist are replaced, each whole or not at all.
@@ -143,10 +151,13 @@ def write_miniature(directory: str | os.PathLike[str], miniature: Miniature) -> 
         demonstrations=root / "demonstrations.parquet",
         train=root / "train.parquet",
         test=root / "test.parquet",
+        pairs=root / "pairs.parquet" if miniature.pairs else None,
     )
     _write_parquet(files.demonstrations, miniature.demonstrations, with_solution=True)
     _write_parquet(files.train, miniature.train, with_solution=False)
     _write_parquet(files.test, miniature.test, with_solution=False)
+    if files.pairs is not None:
+        _write_parquet(files.pairs, miniature.pairs, with_solution=False)
     return files
 
 

@@ -7,19 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster.fleet import rollouts
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
-from cluster.folder.run_folder import RunFolder
-from cluster.runs.config import RolloutConfig
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import make_problem
 from tests.fakes import ScriptedPolicy, random_steps
 from tests.saboteur import stopped_at_the_end, until
+from tests.scripted_fleet import scripted_fleet
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
 
 pytestmark = pytest.mark.timeout(150)
@@ -50,24 +48,9 @@ class HoldsDeepTrees(ScriptedPolicyReplica):
 
 
 def make_fleet(root: Path) -> Fleet:
-    config = RolloutConfig.model_validate(
-        {
-            "run_dir": root,
-            "problems": "unused",
-            "policy": "unused",
-            "cluster": {
-                "num_cpus": 2,
-                "object_store_mib": 80,
-                "max_open_trees": 8,
-                "shard_size": 4,
-                "checkpoint_open_trees_s": None,
-                "supervision": {"look_s": 0.2},
-            },
-        }
+    return scripted_fleet(
+        root, replica=HoldsDeepTrees, max_open_trees=8, shard_size=4, checkpoint_open_trees_s=None
     )
-    fleet = Fleet(config, RunFolder(root))
-    fleet._policy_kind.actor = ray.remote(HoldsDeepTrees)
-    return fleet
 
 
 async def rollout(fleet: Fleet) -> RolloutOutcome:
@@ -108,6 +91,7 @@ async def test_stopped_rollout_commits_what_is_finished_by_its_deadline_and_keep
     rest = [p for commit in parts.values() for group in commit.remaining for p in group]
     assert sorted(rest) == sorted(HELD_IDS)
     assert len(store.files("trajectories/round=1/open")) == 2
+    assert len(store.files("problem_blocks")) == 1, "who comes next needs it"
 
     hold.unlink()
     second = make_fleet(root)
@@ -117,6 +101,7 @@ async def test_stopped_rollout_commits_what_is_finished_by_its_deadline_and_keep
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
     assert outcome.resumed_trees == 2
     assert store.files("trajectories/round=1/open") == []
+    assert store.files("problem_blocks") == []
     with capsys.disabled():
         print(
             f"\ndrained in {drained_s:.1f} s of {DRAIN_S:.0f} s and the time to store; 6 trees "

@@ -97,7 +97,7 @@ def audit(root: Path) -> None:
         ("greedy", 1),
         ("pass@1", 1),
         *((m, k) for m in ("majority", "best-of-n", "top-k-vote", "mcts") for k in (1, 2, 4)),
-        *(("mcts pass@k", k) for k in (1, 2, 4)),
+        *((m, k) for m in ("weighted-majority", "mcts pass@k") for k in (1, 2, 4)),
         *((m, k) for m in ("pass@k", "beam") for k in (2, 4)),
     }
 

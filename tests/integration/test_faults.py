@@ -20,18 +20,24 @@ import ray
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.keeper import PoolLostError
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
-from cluster.folder.run_folder import RunFolder
-from cluster.runs.config import RolloutConfig
 from learner.checkpoint import Checkpoint
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.search import SearchConfig
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import make_problem
-from tests.saboteur import KINDS, Saboteur, shape, stopped_at_the_end, undisturbed, until
+from tests.saboteur import (
+    KINDS,
+    Saboteur,
+    check_solves_as_undisturbed,
+    shape,
+    stopped_at_the_end,
+    undisturbed,
+    until,
+)
+from tests.scripted_fleet import scripted_fleet
 from tests.scripted_replicas import (
     HELD,
     ScriptedPolicyReplica,
-    ScriptedPreferenceReplica,
 )
 
 pytestmark = pytest.mark.timeout(200)
@@ -48,35 +54,14 @@ PROBLEMS = [
 def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> Fleet:
     """A fleet of scripted replicas and real sandboxes, watched closely."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    config = RolloutConfig.model_validate(
-        {
-            "run_dir": root,
-            "problems": "unused",
-            "policy": "unused",
-            "seed": SEED,
-            "cluster": {
-                "num_cpus": 2,
-                "object_store_mib": 80,
-                # All of them, since the tests kill the first of each kind.
-                "policy": {"replicas": 2, "min_ready": 1},
-                "sandbox": {"replicas": 2, "min_ready": 1},
-                "workers": {"replicas": 2, "min_ready": 1},
-                "shard_size": 4,
-                "max_open_trees": 4,
-                "checkpoint_open_trees_s": 1.0,
-                "supervision": {"look_s": 0.2, "backoff_s": 0.2, "max_failures": 20},
-                **cluster,
-            },
-        }
-    )
-    fleet = Fleet(config, RunFolder(root))
-    fleet._policy_kind.actor = ray.remote(ScriptedPolicyReplica)
-    fleet._preference_kind.actor = ray.remote(ScriptedPreferenceReplica)
-    return fleet
+    # All of them, since the tests kill the first of each kind.
+    two = {"replicas": 2, "min_ready": 1}
+    usual: dict[str, Any] = {"policy": two, "sandbox": two, "workers": two}
+    usual |= {"shard_size": 4, "max_open_trees": 4, "checkpoint_open_trees_s": 1.0}
+    return scripted_fleet(root, seed=SEED, **usual | cluster)
 
 
 async def start(fleet: Fleet) -> None:
-    fleet.folder.root.mkdir(parents=True)
     await fleet.start(fleet.folder.root / "hold", version="policy-r0", learner=False)
     await fleet.serve_preference(Checkpoint(kind="ppm", round=0, path="unused", digest="d"))
 
@@ -256,3 +241,4 @@ async def test_nobody_dies_while_the_driver_stands_still(
         outcome = await work
     assert outcome.losses == {}
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
+    await check_solves_as_undisturbed(fleet, PROBLEMS, SEARCH, preference=True)

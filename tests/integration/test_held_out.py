@@ -19,23 +19,25 @@ from ray.cluster_utils import Cluster
 
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate, evaluate_problem, judge
+from cluster.evaluation.ruler import measure
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.stages import RolloutOutcome
-from cluster.folder.run_folder import RunFolder
-from cluster.runs.config import RolloutConfig
+from learner.candidates import Recipe
 from learner.checkpoint import Checkpoint
+from learner.pairs import PairConfig
 from rollout.engine import GenerationReply, GenerationRequest
 from rollout.problem import Level, Problem
+from rollout.prompt import SHORT_TEMPLATE
 from rollout.search import SearchConfig, SearchError
-from rollout.store import RunStore, Totals, TrajectoryStore, evaluation_of
+from rollout.store import RunStore, Totals, TrajectoryStore, evaluation_of, ruler_of
 from rollout.tree import Tree
 from tests.builders import make_problem
 from tests.fakes import ScriptedPolicy, TablePreference, random_steps
 from tests.saboteur import Saboteur, stopped_at_the_end, until
+from tests.scripted_fleet import scripted_fleet
 from tests.scripted_replicas import (
     HELD,
     ScriptedPolicyReplica,
-    ScriptedPreferenceReplica,
     hash_value,
 )
 from verifier import AsyncSandbox
@@ -70,26 +72,9 @@ class BreakingPolicyReplica(ScriptedPolicyReplica):
 
 def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> Fleet:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    config = RolloutConfig.model_validate(
-        {
-            "run_dir": root,
-            "problems": "unused",
-            "policy": "unused",
-            "seed": SEED,
-            "cluster": {
-                "num_cpus": 2,
-                "object_store_mib": 80,
-                "max_open_trees": 4,
-                "supervision": {"look_s": 0.2, "backoff_s": 0.2, "max_failures": 20},
-                **cluster,
-            },
-        }
+    return scripted_fleet(
+        root, replica=BreakingPolicyReplica, seed=SEED, max_open_trees=4, **cluster
     )
-    root.mkdir(parents=True, exist_ok=True)
-    fleet = Fleet(config, RunFolder(root))
-    fleet._policy_kind.actor = ray.remote(BreakingPolicyReplica)
-    fleet._preference_kind.actor = ray.remote(ScriptedPreferenceReplica)
-    return fleet
 
 
 async def start(fleet: Fleet) -> Path:
@@ -230,3 +215,50 @@ async def test_nothing_but_failures_ends_the_run_with_one_of_them(
             SearchError, match=r"none of 2 problems .* AttributeError.* remove .*run"
         ):
             await evaluated(fleet, [problem(n, BROKEN) for n in range(2)])
+
+
+async def test_stopped_ruler_goes_on_and_is_searched_without_the_ppm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = {
+        kind: Checkpoint(kind=kind, round=ROUND, path="unused", digest="d" * 64)  # type: ignore[arg-type]
+        for kind in ("policy", "ppm")
+    }
+
+    async def measured(fleet: Fleet) -> tuple[dict[str, Any], RolloutOutcome | None]:
+        return await measure(
+            fleet,
+            PROBLEMS,
+            tmp_path / "unused",
+            config=CONFIG,
+            search=SEARCH,
+            recipe=Recipe(template=SHORT_TEMPLATE, pairs=PairConfig()),
+            round=ROUND,
+            **served,
+            on_progress=lambda done, total, facts: None,
+        )
+
+    store = TrajectoryStore(RunStore(str(tmp_path / "run")), ruler_of(ROUND))
+    first = make_fleet(tmp_path / "run", monkeypatch, shard_size=2)
+    async with stopped_at_the_end(first):
+        await start(first)  # the first problem is held
+        work = asyncio.create_task(measured(first))
+        await until(lambda: len(store.commits()) >= 2)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+    before = {name: commit.attempt for name, commit in store.commits().items()}
+
+    second = make_fleet(tmp_path / "run", monkeypatch, shard_size=2)
+    async with stopped_at_the_end(second):
+        (await start(second)).unlink()
+        record, outcome = await measured(second)
+        again, _ = await measured(second)
+    assert outcome is not None
+    assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
+    commits = store.commits()
+    assert before.items() <= {name: commit.attempt for name, commit in commits.items()}.items()
+    assert {commit.info["ppm"] for commit in commits.values()} == {""}
+    assert record == again
+    assert record["num_searched"] == len(PROBLEMS) and record["num_pairs"] > 20
+    assert set(record["rankings"]) == {"ppm", "logprob", "blind"}

@@ -27,7 +27,7 @@ from rollout.prompt import SHORT_TEMPLATE
 from rollout.search import SearchConfig
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_tiny_policy
-from tests.saboteur import stopped_at_the_end, until
+from tests.saboteur import check_solves_as_undisturbed, stopped_at_the_end, until
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
 from tests.standing import DRIVER, ITS_NODE, OF_RAY, PLACES, without_reservation
 
@@ -134,6 +134,7 @@ async def test_learner_that_comes_late_outlives_the_nodes_around_it(
         assert said("no node has learner") and not work.done()
         hold.unlink()
         assert (await work).lost == 0
+        await check_solves_as_undisturbed(fleet, PROBLEMS, SEARCH)
         assert "Mailbox" not in without_reservation(), "it is asked for before it is needed"
 
         # `select` begins

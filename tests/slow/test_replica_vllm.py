@@ -33,8 +33,15 @@ from rollout.engine import (
     FinishReason,
     GenerationReply,
     GenerationRequest,
+    LogprobRequest,
 )
-from rollout.prompt import SHORT_TEMPLATE, STOP_STRINGS, render_question
+from rollout.prompt import (
+    SHORT_TEMPLATE,
+    STOP_STRINGS,
+    output_block,
+    render_question,
+    segments_of,
+)
 from tests.models import write_tiny_policy, write_tiny_ppm
 
 pytestmark = pytest.mark.slow
@@ -188,6 +195,32 @@ def transformers_greedy(path: Path, prompt: str, num_tokens: int) -> tuple[str, 
     written = whole[0, ids.shape[1] :]
     logprob = logits.gather(1, written[:, None]).sum().item()
     return tokenizer.decode(written, skip_special_tokens=False), logprob
+
+
+def test_logprobs_of_given_texts_equal_transformers(served: Served) -> None:
+    import ray
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = served.folder / "policy0"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    code, answer = "<code>\nprint(12)\n<end_of_code>", "<answer>12<end_of_answer>"
+    written = (code, code + output_block("12") + answer)
+    texts = tuple(segments_of(prompt, text) for prompt in PROMPTS for text in written)
+    too_long = segments_of("pens " * MAX_MODEL_LEN, code)
+    request = LogprobRequest(texts=(*texts, too_long))
+    reply = ray.get(served.policy.logprobs.remote(request), timeout=60)
+    expected = []
+    for segments in texts:
+        parts = [tokenizer(s.text, add_special_tokens=False).input_ids for s in segments]
+        ids = torch.tensor([[token for part in parts for token in part]])
+        own = [s.trained for s, part in zip(segments, parts, strict=True) for _ in part]
+        with torch.no_grad():
+            told = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        expected.append(float(told[torch.tensor(own[1:])].sum()))
+    assert reply.values[:-1] == pytest.approx(expected, abs=1e-3)
+    assert math.isnan(reply.values[-1]) and reply.policy_version == "policy-r0"
 
 
 def test_greedy_text_and_its_logprob_equal_transformers(served: Served) -> None:

@@ -11,6 +11,7 @@ import pytest
 from bench.ablations import (
     CONFIGS,
     AblationConfig,
+    ArmConfig,
     Cell,
     Study,
     differences,
@@ -20,6 +21,7 @@ from bench.ablations import (
 from bench.plain_reasoning import plain_solution
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder
+from learner.checkpoint import CheckpointStore
 from rollout.prompt import parse_response
 from rollout.search import SearchConfig
 from tests.fakes import Failure, ScriptedSandbox
@@ -89,7 +91,7 @@ async def test_a_solution_whose_code_fails_has_no_plain_form() -> None:
 
 def test_shipped_configs_are_whole_and_name_their_references() -> None:
     tables = {table.table: table for table in read_tables(CONFIGS, [])}
-    assert set(tables) == {"data", "heads", "rounds", "search"}
+    assert set(tables) == {"data", "heads", "trunks", "rounds", "search"}
     for table in tables.values():
         for arm in table.arms.values():
             SearchConfig.model_validate(arm.search)
@@ -176,3 +178,20 @@ def test_a_table_says_reference_noise_and_missing_cells(tmp_path: Path) -> None:
     assert "| paper | 66.7 [0.0, 100.0] | reference | 3 | 100 | 2.0 |" in text
     assert "+0.0 [-100.0, +100.0] within noise" in text
     assert "| other | - | - | 0 | - |" in text
+
+
+async def test_trunk_of_an_arm_is_the_checkpoint_it_names(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.run, study.base = RunFolder(tmp_path), tmp_path / "base"
+    study.checkpoints = CheckpointStore(tmp_path / "checkpoints")
+
+    async def trunk(**arm: Any) -> str:
+        return await study._trunk(2, ArmConfig(**arm), tmp_path, "a-0", 0)
+
+    with pytest.raises(ConfigError, match="no checkpoint for trunk cold_start"):
+        await trunk(trunk="cold_start")
+    for number in (0, 1, 2):
+        study.checkpoints.publish("policy", number, lambda made: (made / "w").touch(), {})
+    assert "round=2" in await trunk()
+    assert "round=0" in await trunk(trunk="cold_start", ppm_only_share=0.5)
+    assert await trunk(trunk="base") == str(study.base)

@@ -186,6 +186,6 @@ def test_filler_has_no_weight_and_no_loss_positions(tokenizer):
     groups = list(tokenise_pairs(tokenizer, pairs))
     batch = pack_preference(groups, filler=True)
     assert batch.weights.sum().item() == 0.0
-    assert batch.text_weights.sum().item() == 0.0
+    assert batch.text_weights.sum().item() == batch.outcome_weights.sum().item() == 0.0
     assert batch.targets.numel() == 0
     assert pack_policy(list(groups[0].texts), filler=True).targets.numel() == 0

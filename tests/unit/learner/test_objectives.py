@@ -16,7 +16,7 @@ from learner.batch import (
 from learner.fit import PreferenceTrainConfig
 from learner.losses import outcome_loss, pairwise_loss, value_regression_loss
 from learner.objectives import PolicyObjective, PreferenceObjective, untied_output
-from learner.pairs import PairConfig, tree_pairs, valued_nodes
+from learner.pairs import PairConfig, PairKind, tree_pairs, valued_nodes
 from learner.preference_model import new_preference_model
 from rollout.prompt import SHORT_TEMPLATE, render_segments
 from tests.builders import answered, code, make_problem, make_tree
@@ -166,3 +166,24 @@ def test_released_rewards_are_scaled_so_that_tanh_of_a_fifth_is_served(policy, g
         rewards = 5.0 * separate_logits(plain, groups).squeeze(-1)
     wanted = pairwise_loss(rewards, batch.chosen, batch.rejected, batch.weights)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_outcomes_of_whole_trajectories_count_beside_the_pairs(policy, groups):
+    model = new_preference_model(policy, seed=1, dtype=torch.float32)
+    batch = pack_preference(groups)
+    with torch.no_grad():
+        objective = PreferenceObjective(model, PreferenceTrainConfig()).train()
+        logits, _ = objective.logits(batch)
+        both = PreferenceObjective(model, PreferenceTrainConfig(outcome_weight=0.5)).train()
+        added = both(batch) - objective(batch)
+    wanted = 0.0
+    place = 0
+    for group in groups:
+        own = slice(place, place + len(group.texts))
+        place = own.stop
+        if group.kind is PairKind.ANSWER:
+            targets = torch.tensor(group.targets)
+            ones = torch.ones(len(targets))
+            wanted += 0.5 * outcome_loss(logits[own], targets, ones).item() / len(targets)
+    assert {group.kind for group in groups} == set(PairKind)
+    assert added.item() == pytest.approx(wanted, rel=1e-5)

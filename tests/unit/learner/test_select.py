@@ -9,7 +9,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from learner.dataset import Demonstration, read_manifest
-from learner.select import DatasetConfig, choose_of_problem, is_validation, select_dataset
+from learner.select import (
+    DatasetConfig,
+    choose_of_problem,
+    is_ppm_only,
+    is_validation,
+    select_dataset,
+)
 from rollout.problem import Level
 from rollout.prompt import SHORT_TEMPLATE, parse_response
 from tests.builders import answered, code, failed, make_problem, make_tree
@@ -95,6 +101,37 @@ def test_validation_problem_is_in_no_training_data():
     assert {p.problem_id for p in dataset.pairs_validation} == held_out
     assert not held_out & {e.problem_id for e in dataset.sft_train}
     assert not held_out & {p.problem_id for p in dataset.pairs_train}
+
+
+def test_problems_of_the_ppm_alone_are_not_in_the_policys_data_and_give_all_pairs():
+    problems = [make_problem(f"p{i}") for i in range(200)]
+    trees = [make_tree(right("a = 1"), wrong("b = 2"), problem=p) for p in problems]
+    config = DatasetConfig(validation_share=0.2, ppm_only_share=0.5)
+    dataset = build(trees, validation_share=0.2, ppm_only_share=0.5)
+
+    held_out = {p.id for p in problems if is_validation(p.id, config)}
+    apart = {p.id for p in problems if is_ppm_only(p.id, config)} - held_out
+    rest = {p.id for p in problems} - held_out - apart
+    assert min(len(apart), len(rest)) > 60
+    assert {e.problem_id for e in dataset.sft_train} == rest
+    assert {p.problem_id for p in dataset.pairs_train} == apart
+    assert {p.problem_id for p in dataset.pairs_validation} == held_out
+    counts, excluded = (dataset.manifest[name]["all"] for name in ("counts", "excluded"))
+    assert (counts["policy_problems"], counts["ppm_problems"]) == (len(rest), len(apart))
+    assert (counts["sft_train"], counts["pairs_train"]) == (len(rest), len(dataset.pairs_train))
+    assert excluded["ppm_only"] == len(apart)
+    # the same pairs in each of these trees
+    assert excluded["policy_pair"] / len(rest) == counts["pairs_train"] / len(apart)
+
+
+def test_variations_are_the_ppms_alone_with_their_original_and_for_all_rounds():
+    config = DatasetConfig(validation_share=0.0, ppm_only_share=0.5)
+    original = next(f"p{i}" for i in range(99) if is_ppm_only(f"p{i}", config))
+    problem = replace(make_problem("reworded"), rewording_of=original)
+    for number in (1, 2):
+        tree = make_tree(right("a = 1"), wrong("b = 2"), problem=problem, round=number)
+        chosen = choose_of_problem([tree], template=SHORT_TEMPLATE, config=config)
+        assert chosen.ppm_only and chosen.pairs and not chosen.trajectories
 
 
 def test_variations_of_a_problem_are_on_the_side_of_their_original():

@@ -101,6 +101,52 @@ def test_each_method_chooses_by_its_own_rule_among_the_same_solutions() -> None:
     assert rule(Method.BEAM, solutions, top_k=6) == [("1.0", 3), ("3", 2), ("2", 1)]
 
 
+def test_weighted_majority_adds_up_the_chances_of_equal_answers() -> None:
+    # chances .05 + .1 + .15 against .95 and .9 + .85
+    solutions = [
+        made("1", -0.9),
+        made("1", -0.8),
+        made("1.0", -0.7),
+        made("2", 0.9),
+        made("3", 0.8),
+        made("3", 0.7),
+        made("3", None),
+        made(None, 1.0),
+    ]
+    ranked = choose(solutions, method=Method.WEIGHTED_MAJORITY, top_k=1, seed=0)
+    assert [(r.answer, r.votes, round(r.weight, 9)) for r in ranked] == [
+        ("3", 3, 1.75),
+        ("2", 1, 0.95),
+        ("1.0", 3, 0.3),
+    ]
+    # the samples that nothing valued vote alike
+    alike = [replace(solution, value=None) for solution in solutions]
+    assert rule(Method.WEIGHTED_MAJORITY, alike) == rule(Method.MAJORITY, alike)
+
+
+def test_log_probability_is_a_second_opinion_on_valued_samples() -> None:
+    def told(value: float, answer: str, logprob: float | None, tokens: int) -> Solution:
+        return replace(made(answer, value), logprob=logprob, num_tokens=tokens)
+
+    # means of -2 and -0.5 nats: .9 e^-2 = .122, .4 e^-.5 = .243
+    samples = [told(0.8, "1", -20.0, 10), told(-0.2, "2", -10.0, 20)]
+
+    def winner(method: Method, weight: float) -> str:
+        return choose(samples, method=method, top_k=1, seed=0, logprob_weight=weight)[0].answer
+
+    for method in (Method.BEST_OF_N, Method.WEIGHTED_MAJORITY):
+        # .9 e^-.4 = .603, .4 e^-.1 = .362
+        assert [winner(method, weight) for weight in (0.0, 0.2, 1.0)] == ["1", "1", "2"]
+    # one whose log-probability nobody knows has no weight
+    samples[1] = told(0.9, "2", None, 20)
+    assert winner(Method.WEIGHTED_MAJORITY, 0.2) == "1"
+    samples[0] = made("1", 0.8)
+    with pytest.raises(ValueError, match="no solution has a log-probability"):
+        winner(Method.BEST_OF_N, 0.2)
+    with pytest.raises(ValueError, match="for best-of-n and weighted-majority only"):
+        MethodConfig(name=Method.MCTS, logprob_weight=0.1)
+
+
 def test_equal_votes_go_to_the_higher_value_and_equal_values_to_the_seed() -> None:
     assert rule(Method.MCTS, [made("1", 0.1), made("2", 0.2)])[0] == ("2", 1)
     tied = [made("1", 0.5), made("2", 0.5)]

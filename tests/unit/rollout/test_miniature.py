@@ -103,6 +103,17 @@ def test_test_set_does_not_depend_on_the_other_counts() -> None:
     assert small.test == large.test
 
 
+def test_problems_held_out_for_pairs_change_no_other_set_and_occur_in_none(tmp_path: Path) -> None:
+    counts = {"seed": 3, "num_demonstrations": 20, "num_train": 40, "num_test": 10}
+    plain, held = generate(**counts), generate(**counts, num_pairs=30)
+    assert (plain.train, plain.test, plain.pairs) == (held.train, held.test, ())
+    others = {p.text for p in (*held.train, *held.test, *held.demonstrations)}
+    assert len({p.text for p in held.pairs} - others) == 30
+    files = write_miniature(tmp_path, held)
+    assert files.pairs is not None and len(pq.read_table(files.pairs)) == 30
+    assert write_miniature(tmp_path / "plain", plain).pairs is None
+
+
 def test_levels_and_families_are_balanced(miniature: Miniature) -> None:
     for split in (miniature.demonstrations, miniature.train, miniature.test):
         assert set(Counter(problem.level for problem in split).values()) == {len(split) // 3}

@@ -14,11 +14,16 @@ from rollout.prompt import (
     TEMPLATES,
     Step,
     StepKind,
+    output_block,
     parse_response,
     parse_step,
     read_completion,
     render_prompt,
+    render_question,
     render_segments,
+    render_steps,
+    segments_of,
+    split_question,
     training_template,
 )
 
@@ -193,3 +198,15 @@ def test_completion_of_a_model_that_saw_only_examples_is_put_into_the_grammar(
     assert step.text == text
     assert step.kind is parse_step(text).kind
     assert read_completion(written, RSTAR_TEMPLATE, previous) == parse_step(written)
+
+
+def test_rendered_text_is_split_by_who_wrote_it_and_where_its_question_ends() -> None:
+    code, answer = "\nprint(7)\n<end_of_code>", "<answer>\\boxed{7}<end_of_answer>"
+    steps = parse_response(code + output_block("7") + answer)
+    for template in (RSTAR_TEMPLATE, SHORT_TEMPLATE):
+        prompt = render_question("How many?", template)
+        segments = render_segments("How many?", steps, template)
+        assert list(segments_of(prompt, render_steps(steps))) == segments
+        assert split_question(prompt + code, template) == (prompt, code)
+    with pytest.raises(ValueError, match="no question under template 'rstar'"):
+        split_question(render_question("How many?", SHORT_TEMPLATE), RSTAR_TEMPLATE)

@@ -86,6 +86,20 @@ def test_of_answers_no_rollout_has_reached_the_best_valued_is_next(unvisited: Un
     assert order == ([3, 4, 1, 5, 2] if unvisited is Unvisited.FIRST_PLAY else [3, 4, 2, 1, 5])
 
 
+@pytest.mark.parametrize("unvisited", list(Unvisited))
+def test_inner_nodes_no_rollout_went_through_come_by_their_ppm_value(unvisited: Unvisited) -> None:
+    tree = Tree(problem=PROBLEM, round=3)
+    expand(tree, tree.root, [node(value=v) for v in (-0.9, 0.3, 0.99, 0.3, 0.6)])
+    tree.root.visit_count = 4
+    order = []
+    while (
+        chosen := select_child(tree, tree.root, exploration=2.0, unvisited=unvisited)
+    ) is not None:
+        order.append(chosen.id)
+        chosen.exhausted = True
+    assert order == [3, 5, 2, 4, 1]
+
+
 def test_nothing_left_gives_none() -> None:
     tree = Tree(problem=PROBLEM, round=1)
     expand(tree, tree.root, [node(exhausted=True), node(discard=Discard.EMPTY)])

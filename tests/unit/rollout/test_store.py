@@ -267,6 +267,20 @@ def test_shards_that_a_listing_lacks_are_sealed(
     assert len(list(round_.trees())) == 3
 
 
+def test_shards_that_a_listing_lacks_are_read_by_name(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = TrajectoryStore(store, 2)
+    for name in ("s1", "s2", "s3"):
+        round_.commit(name, trees(f"problem-{name}"))
+    old_listings(monkeypatch, "s2")
+    assert sorted(round_.commits()) == ["s1", "s3"]
+    assert sorted(round_.named_commits(["s1", "s2"])) == ["s1", "s2"]
+    monkeypatch.setattr("rollout.store.LISTING_S", 0.0)
+    with pytest.raises(StoreError, match=r"1 commit markers of round 2 .*missing.*commits/s4.json"):
+        round_.named_commits(["s1", "s2", "s4"])
+
+
 def test_a_shard_that_appears_late_is_waited_for(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

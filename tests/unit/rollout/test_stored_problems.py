@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from rollout import stored_problems
+from rollout.files import replacing
 from rollout.problem import Level, Problem
 from rollout.run_store import RunStore, StoreError
-from rollout.stored_problems import StoredProblems
+from rollout.stored_problems import StoredProblems, remove_blocks
 from tests.builders import make_problem
 
 
@@ -93,6 +94,21 @@ def test_a_damaged_block_is_named(store: RunStore, damage: str) -> None:
     why = {"missing": "is missing", "cut off": "cannot be read", "changed": "has changed"}
     with pytest.raises(StoreError, match=f"{path} .*{why[damage]}"):
         stored["p0"]
+
+
+def test_blocks_go_and_what_a_killed_writer_left_of_one(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    remove_blocks(store)  # there are none
+    StoredProblems.write(store, PROBLEMS)
+    folder = tmp_path / "problem_blocks"
+    with replacing(folder / "killed.jsonl.z") as hidden:
+        hidden.touch()
+    hidden.write_bytes(b"half")
+    assert store.unfinished("problem_blocks")
+    store.put("run.json", b"{}")
+    remove_blocks(store)
+    assert list(folder.iterdir()) == [] and store.exists("run.json")
+    assert StoredProblems.write(store, PROBLEMS)["p7"] == PROBLEMS[7]
 
 
 def test_no_problems_are_none(store: RunStore) -> None:

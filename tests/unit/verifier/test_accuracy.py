@@ -67,6 +67,21 @@ def test_ranking_names_every_answer_with_its_votes_best_value_and_samples() -> N
     assert rank_answers([None, " "], values=[0.1, 0.2], top_k=1) == []
 
 
+def test_weights_are_added_up_and_outweigh_a_greater_number() -> None:
+    answers = ["1", "1.0", "2", None, "3"]
+    ranked = rank_answers(answers, values=[0.1, 0.2, 0.9, 1.0, 0.0], weights=[0.3, 0.1, 0.5, 9, 0])
+    assert [(r.answer, r.votes, r.weight, r.members) for r in ranked] == [
+        ("2", 1, 0.5, (2,)),
+        ("1.0", 2, 0.4, (1, 0)),
+        ("3", 1, 0.0, (4,)),
+    ]
+    # 0.1 + 0.2 is not 0.3 as floats are added: the same weights tie, and the value decides
+    tied = ["1", "1", "1", "2", "2", "2"]
+    weights = [0.1, 0.2, 0.3, 0.3, 0.2, 0.1]
+    assert _winner(tied, values=[0, 0, 0, 0, 0, 0.1], weights=weights) == "2"
+    assert _winner(tied, values=[0.1, 0, 0, 0, 0, 0], weights=weights) == "1"
+
+
 def test_a_tie_goes_to_the_higher_value() -> None:
     answers = ["1", "1.0", "2", "2.0"]
     assert _winner(answers, values=[0.1, 0.2, 0.9, 0.0]) == "2"
@@ -103,6 +118,8 @@ def test_pass_at_k_is_the_unbiased_estimate(
         (lambda: rank_answers(["1"], top_k=1), "top_k was given without values"),
         (lambda: rank_answers(["1"], values=[0.1], top_k=0), "top_k must be >= 1"),
         (lambda: rank_answers(["1"], values=[float("nan")]), "value 0 is NaN"),
+        (lambda: rank_answers(["1"], weights=[]), "expected 1 finite weights"),
+        (lambda: rank_answers(["1"], weights=[-0.5]), "finite weights >= 0"),
         (lambda: pass_at_k(3, 4, 1), "num_correct"),
         (lambda: pass_at_k(3, 1, 5), "k must be in"),
     ],

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from verifier.bootstrap import bootstrap_difference, bootstrap_mean
+from verifier.bootstrap import bootstrap_difference, bootstrap_mean, bootstrap_ratio
 
 
 def test_interval_of_a_share_is_about_two_standard_errors_wide() -> None:
@@ -59,3 +59,15 @@ def test_unequal_numbers_and_no_problems_are_refused() -> None:
         bootstrap_difference([1.0], [1.0, 0.0])
     with pytest.raises(ValueError, match="at least one problem"):
         bootstrap_mean([])
+
+
+def test_share_of_pairs_is_as_sure_as_its_problems_are_many() -> None:
+    alone = bootstrap_ratio([1.0] * 60 + [0.0] * 40, [1.0] * 100, seed=1)
+    assert alone == bootstrap_mean([1.0] * 60 + [0.0] * 40, seed=1)
+    together = bootstrap_ratio([10.0] * 60 + [0.0] * 40, [10.0] * 100, seed=1)
+    assert together == alone  # ten times the pairs, and as many problems
+    uneven = bootstrap_ratio([90.0, 0.0], [90.0, 10.0])
+    assert (uneven.mean, uneven.low, uneven.high) == (0.9, 0.0, 1.0)
+    assert bootstrap_ratio([3.0] * 30, [3.0] * 30).low == bootstrap_mean([1.0] * 30).low
+    with pytest.raises(ValueError, match="expected a whole for each part, got 1 for 2"):
+        bootstrap_ratio([1.0, 1.0], [1.0])

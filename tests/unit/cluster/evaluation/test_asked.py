@@ -122,6 +122,12 @@ def test_what_cannot_be_done_is_said_before_anything_starts(tmp_path: Path) -> N
         evaluate_config(benchmarks=problems)
     with pytest.raises(ConfigError, match="method best-of-n needs a PPM"):
         evaluate_config(policy=tmp_path, benchmarks=problems, methods="best-of-n")
+    own = ["logprob_weight=0.5"]
+    with pytest.raises(ConfigError, match=r"needs policy_engine\.logprobs: true"):
+        evaluate_config(policy=tmp_path, benchmarks=problems, overrides=own)
+    own.append("policy_engine.logprobs=true")
+    made = evaluate_config(policy=tmp_path, benchmarks=problems, overrides=own)
+    assert made.logprob_weight == 0.5
     with pytest.raises(ConfigError, match="'two': expected whole numbers"):
         evaluate_config(benchmarks=problems, trajectories="1,two")
     with pytest.raises(ConfigError, match=r"methods\.0"):

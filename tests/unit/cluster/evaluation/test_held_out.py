@@ -4,28 +4,25 @@ import asyncio
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import Evaluation, balanced, evaluate, evaluate_problem, judge
-from cluster.fleet.stages import RolloutStage, StageSearch
-from cluster.folder.run_folder import RunFolder
-from cluster.jobs.coordinator import Coordinator
-from cluster.jobs.queue import QueueConfig, StagePlan
-from cluster.jobs.worker import RolloutWorker, WorkerConfig
+from cluster.folder.run_folder import RunFolderError
 from rollout.engine import Completion, FinishReason, GenerationReply, GenerationRequest
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig, SearchError
-from rollout.store import RunStore, TrajectoryStore, evaluation_of, stored_rounds
+from rollout.store import RunStore, TrajectoryStore, evaluation_of, ruler_of, stored_rounds
 from rollout.table import table_to_trees, trees_to_table
 from rollout.tree import Tree
 from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference, random_steps
+from tests.local_fleet import LocalFleet
 from tests.scripted_replicas import hash_value
 
 
@@ -158,12 +155,18 @@ def test_best_of_n_follows_the_ppm_and_majority_the_count() -> None:
     assert by_id["a"].num_samples >= 4
     assert (by_id["a"].majority, by_id["a"].best_of_n) == (True, False)
     assert (by_id["b"].majority, by_id["b"].best_of_n) == (False, True)
+    # three chances of .05 against one of .95
+    assert [by_id[name].weighted_majority for name in "ab"] == [False, True]
 
 
 def test_record_is_plain_data_and_reads_back_equal() -> None:
     evaluation = run(ScriptedPolicy(always_three), TablePreference({}), num_rollouts=2)
     record = json.loads(json.dumps(evaluation.as_record()))
     assert Evaluation.from_record(record) == evaluation
+    # of a run that began before weighted majority was measured
+    for problem in record["problems"]:
+        del problem["weighted_majority"]
+    assert Evaluation.from_record(record).shares("weighted_majority") is None
 
 
 def test_balanced_choice_takes_levels_in_turn() -> None:
@@ -233,57 +236,7 @@ def whole_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.fleet.stages.start_symbolic_worker", lambda: True)
 
 
-class LocalFleet:
-    """Rollouts in this process: coordinator, worker and store as they are, without Ray."""
-
-    def __init__(self, root: Path, policy: ScriptedPolicy, preference: TablePreference) -> None:
-        self.folder = RunFolder(root)
-        self.policy, self.preference = policy, preference
-        self.sandbox = ScriptedSandbox({"bad": Failure()}, default="3\n")
-
-    async def rollout(
-        self,
-        number: int,
-        problems: Sequence[Problem],
-        stages: Sequence[RolloutStage],
-        *,
-        preference: bool,
-        on_progress: Any,
-    ) -> Any:
-        (stage,) = stages
-        inner = Coordinator(str(self.folder.root), QueueConfig(max_attempts=2))
-        ids = tuple(p.id for p in problems)
-        plan = StagePlan(
-            round=number,
-            stage=stage.name,
-            tree_index=0,
-            problem_ids=ids,
-            shard_size=stage.shard_size or 1,
-            seed=9,
-        )
-        inner.plan(plan)
-        worker = RolloutWorker(
-            "w",
-            LocalCoordinator(inner),  # type: ignore[arg-type]
-            str(self.folder.root),
-            {p.id: p for p in problems},
-            StageSearch(
-                stages={stage.name: stage},
-                policy=self.policy,
-                preference=self.preference,
-                sandbox=self.sandbox,
-            ),
-            WorkerConfig(max_open_trees=4, poll_s=0.01, engine_backoff_s=0.01),
-        )
-        running = asyncio.create_task(worker.run())
-        try:
-            while not inner.status(number).finished:
-                await asyncio.sleep(0.01)
-        finally:
-            await worker.drain()
-            await running
-        return SimpleNamespace(manifest=inner.seal(number))
-
+class EvaluatingFleet(LocalFleet):
     async def evaluate(self, problems: Sequence[Problem]) -> Evaluation:
         found, _ = await evaluate(
             self,  # type: ignore[arg-type]
@@ -308,28 +261,15 @@ class LocalFleet:
         return {key.problem_id for c in store.commits().values() for key in c.trees}
 
 
-class LocalCoordinator:
-    """Answers as its actor does."""
-
-    def __init__(self, inner: Coordinator) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        async def call(*arguments: Any) -> Any:
-            return getattr(self.inner, name)(*arguments)
-
-        return call
-
-
 TWELVE = [
     Problem(id=f"q{n}", source="s", level=Level.GSM, text=f"How many in {n}?", answer="3")
     for n in range(12)
 ]
 
 
-def local(root: Path, script: Any = random_steps, *, failures: int = 0) -> LocalFleet:
+def local(root: Path, script: Any = random_steps, *, failures: int = 0) -> EvaluatingFleet:
     policy = ScriptedPolicy(script, failures=failures)
-    return LocalFleet(root, policy, TablePreference(hash_value, failures=failures))
+    return EvaluatingFleet(root, policy, TablePreference(hash_value, failures=failures))
 
 
 async def test_engines_that_fail_cost_retries_and_change_nothing(tmp_path: Path) -> None:
@@ -375,6 +315,26 @@ async def test_what_is_committed_is_not_evaluated_again(tmp_path: Path) -> None:
     assert await third.evaluate(TWELVE) == found and not third.asked
 
 
+@pytest.mark.parametrize("changed", ["policy", "ppm"])
+async def test_evaluation_begun_with_other_models_is_refused(tmp_path: Path, changed: str) -> None:
+    first = local(tmp_path)
+    first.policy = StuckPolicy(random_steps, after=7)
+    work = asyncio.create_task(first.evaluate(TWELVE))
+    while not first.committed:
+        await asyncio.sleep(0.005)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    forced = local(tmp_path)
+    forced.versions = {**first.versions, changed: "promoted"}
+    wanted = rf"round=2: .* begun with policy policy-r2-a .* {changed} promoted.* remove"
+    with pytest.raises(RunFolderError, match=wanted):
+        await forced.evaluate(TWELVE)
+    assert not forced.asked
+    shutil.rmtree(tmp_path / "evaluations/round=2")
+    assert await forced.evaluate(TWELVE) == await local(tmp_path / "whole").evaluate(TWELVE)
+
+
 def breaking(request: GenerationRequest) -> list[str]:
     if "in 5?" in request.prompt:
         raise OverflowError("five")
@@ -400,9 +360,10 @@ async def test_evaluation_of_nothing_but_failures_says_what_to_do(tmp_path: Path
 
 def test_evaluations_are_not_among_the_rounds_of_a_run(tmp_path: Path) -> None:
     store = RunStore(str(tmp_path))
-    for number in (1, evaluation_of(0), evaluation_of(1)):
+    for number in (1, evaluation_of(0), evaluation_of(1), ruler_of(1)):
         TrajectoryStore(store, number).create_plan("base", b"{}")
     assert stored_rounds(store) == [1]
-    assert stored_rounds(store, evaluations=True) == [-2, -1, 1]
+    assert stored_rounds(store, evaluations=True) == [ruler_of(1), -2, -1, 1]
     assert (tmp_path / "evaluations/round=0/plans/base.json").is_file()
-    assert evaluation_of(evaluation_of(3)) == 3
+    assert (tmp_path / "rulers/round=1/plans/base.json").is_file()
+    assert evaluation_of(evaluation_of(3)) == ruler_of(ruler_of(3)) == 3

@@ -23,11 +23,11 @@ from rollout.engine import Completion, FinishReason, GenerationRequest
 from rollout.methods import Method, MethodConfig
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig
-from rollout.solution_tree import answer_tree, of_trajectory, search_of
+from rollout.solution_tree import answer_tree, chain_solutions, of_trajectory, search_of
 from rollout.table import trees_to_table
 from rollout.tree import Tree
 from tests.fakes import Failure as CodeFailure
-from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
+from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference, completion
 
 PROBLEM = Problem(id="b:p", source="b", level=Level.GSM, text="How many?", answer="3")
 
@@ -120,6 +120,49 @@ def test_values_decide_best_of_n_and_who_votes() -> None:
     assert told["top-k-vote", 4] == 0.0  # of two voters the better valued one wins the tie
     wide = scoring(Arm.SAMPLES, made=4, methods=[Method.BEST_OF_N], top_k=3)
     assert scores(score_problem(PROBLEM, found, wide))["top-k-vote", 4] == 1.0
+
+
+def test_weighted_majority_stands_beside_best_of_n_at_the_same_cost() -> None:
+    found = four_samples(lambda text: 0.9 if "print(4)" in text else 0.1)
+    asked = scoring(Arm.SAMPLES, made=4, methods=[Method.BEST_OF_N])
+    rows = {(r.method, r.budget): r for r in score_problem(PROBLEM, found, asked)}
+    # .95 for 4 against .55 + .55 for 3
+    assert [rows["weighted-majority", k].score for k in (1, 2, 4)] == [0.0, 0.0, 1.0]
+    assert rows["weighted-majority", 4].generated_tokens == rows["best-of-n", 4].generated_tokens
+    assert rows["weighted-majority", 4].scored_tokens == rows["best-of-n", 4].scored_tokens
+    alone = scoring(Arm.SAMPLES, made=4, methods=[Method.WEIGHTED_MAJORITY])
+    told = scores(score_problem(PROBLEM, found, alone))
+    assert told["weighted-majority", 4] == 1.0 and ("best-of-n", 4) not in told
+
+
+def test_log_probabilities_of_samples_are_read_back_and_judge_them_too() -> None:
+    def script(request: GenerationRequest) -> list[Completion]:
+        if request.prompt.endswith("<end_of_output>\n"):
+            digit = request.prompt.split("print(")[-1][0]
+            said = f"<answer>\\boxed{{{digit}}}<end_of_answer>"
+            return [completion(said, request.stop, logprob=-1.0)]
+        # the policy hardly believes what the PPM prefers
+        return [
+            completion(program(4), request.stop, logprob=-200.0),
+            completion(program(3), request.stop, logprob=-1.0),
+        ]
+
+    values = {4: 0.9, 3: 0.1}
+    tree = tree_of(
+        Method.BEST_OF_N,
+        script,
+        count=2,
+        values=lambda text: values[4 if "print(4)" in text else 3],
+    )
+    found = attempts_of(Arm.SAMPLES, [tree])
+    by_answer = {a.answer: a for a in found.attempts}
+    solutions = {s.answer: s for s in chain_solutions(tree)}
+    assert solutions["4"].logprob == -201.0
+    assert by_answer["4"].mean_logprob == solutions["4"].mean_logprob
+    asked = scoring(Arm.SAMPLES, made=2, methods=[Method.BEST_OF_N], logprob_weight=1.0)
+    told = scores(score_problem(PROBLEM, found, asked))
+    for method in ("best-of-n", "weighted-majority"):
+        assert (told[method, 2], told[f"{method} + logprob", 2]) == (0.0, 1.0)
 
 
 def test_a_budget_costs_what_its_own_samples_cost() -> None:
@@ -242,3 +285,5 @@ def test_labels_name_the_budget() -> None:
     assert method_label("majority", 8, 4) == "maj@8"
     assert method_label("top-k-vote", 8, 4) == "top-4 vote of 8"
     assert method_label("mcts", 64, 4) == "mcts, 64 traj."
+    assert method_label("weighted-majority", 8, 4) == "weighted maj@8"
+    assert method_label("best-of-n + logprob", 8, 4) == "best-of-8 + logprob"

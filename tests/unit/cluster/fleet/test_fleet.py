@@ -3,10 +3,14 @@ from __future__ import annotations
 import asyncio
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cluster.fleet import fleet as fleet_module
 from cluster.fleet.fleet import Fleet
+from cluster.fleet.keeper import PoolLostError
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
 from rollout.engine import EngineError
@@ -27,3 +31,72 @@ def test_dashboard_port_in_use_is_named_before_ray_starts(tmp_path: Path) -> Non
         fleet = Fleet(config, RunFolder(tmp_path))
         with pytest.raises(EngineError, match=f"port {port} of cluster.dashboard_port is in use"):
             asyncio.run(fleet.start(tmp_path))
+
+
+class Starts:
+    """A fleet whose pools start, or fail to, as they are told."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+        config = RolloutConfig.model_validate(
+            {
+                "run_dir": root,
+                "problems": "p.jsonl",
+                "policy": "x",
+                "cluster": {"address": address, "stage_weights": None},
+            }
+        )
+        self.fleet = Fleet(config, RunFolder(root))
+        self.asked: list[str] = []
+        self.notes: list[str] = []
+        self.fleet.note = self.notes.append
+        self.failures = 0
+        monkeypatch.setattr(self.fleet, "_start_ray", lambda namespace: None)
+        monkeypatch.setattr(self.fleet.meter, "start", lambda: None)
+        monkeypatch.setattr(self.fleet.pools, "keep", self.keep)
+        monkeypatch.setattr(fleet_module, "end_left_over", lambda *given: [])
+        monkeypatch.setattr(fleet_module, "Minder", lambda *given, **named: None)
+
+    async def keep(self, name: str, kind: Any, size: int) -> Any:
+        self.asked.append(name)
+        if name == "policy" and self.failures:
+            self.failures -= 1
+            raise PoolLostError("0 of 4 policy replicas serve; 4 wait for a place")
+        self.fleet.pools.keepers[name] = SimpleNamespace(hopeless=False)  # type: ignore[assignment]
+
+    async def start(self) -> None:
+        await self.fleet.start(Path("x"), version="r0", learner=False)
+
+
+async def test_pool_that_does_not_start_is_tried_again_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = Starts(tmp_path, monkeypatch, "auto")
+    at.failures = 1
+    await at.start()
+    assert at.asked == ["watchman", "coordinator", "sandbox", "policy", "policy"]
+    reason = "start, 1 of 3: 0 of 4 policy replicas serve; 4 wait for a place"
+    assert at.notes == [f"done again: {reason}"]
+    assert at.fleet.attempts.reasons == [reason]
+
+
+async def test_pool_that_never_starts_ends_the_run_with_the_reason_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = Starts(tmp_path, monkeypatch, "auto")
+    at.failures = 9
+    with pytest.raises(
+        PoolLostError,
+        match=r"start failed 3 times .*, at last: 0 of 4 .* start the same command again",
+    ):
+        await at.start()
+    assert at.asked.count("policy") == 3
+
+
+async def test_embedded_ray_whose_machine_stays_what_it_is_starts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = Starts(tmp_path, monkeypatch, "local")
+    at.failures = 1
+    with pytest.raises(PoolLostError, match=r"^0 of 4 policy replicas serve"):
+        await at.start()
+    assert at.asked == ["coordinator", "sandbox", "policy"]

@@ -12,7 +12,7 @@ import pytest
 from cluster.engines.model_check import ModelCheckError
 from cluster.engines.weight_sync import odd_ones
 from cluster.fleet import keeper as keeper_module
-from cluster.fleet.keeper import ActorKind, Look, PoolKeeper
+from cluster.fleet.keeper import ActorKind, Look, PoolKeeper, PoolLostError
 from cluster.fleet.membership import SupervisionConfig
 from cluster.machines.scaler import MemberState
 from rollout.engine import EngineError
@@ -178,7 +178,7 @@ async def test_member_that_its_host_restarted_counts_as_a_death() -> None:
 async def test_first_start_that_fails_is_an_error_and_leaves_nothing() -> None:
     at = Setting()
     at.things.broken = "no such checkpoint"
-    with pytest.raises(EngineError, match=r"thing did not start: thing-.: no such checkpoint"):
+    with pytest.raises(PoolLostError, match=r"thing did not start: thing-.: no such checkpoint"):
         await at.keeper.start()
     assert all(thing.killed for thing in at.things.made.values())
     # What belongs to them, as a placement group does, is to go as well.
@@ -339,7 +339,7 @@ async def test_start_without_places_for_enough_fails_in_time_and_says_what_is_mi
     starting = asyncio.create_task(at.keeper.start())
     await places(at, 1)
     with pytest.raises(
-        EngineError,
+        PoolLostError,
         match=r"^0 of 4 things serve; 1 waits to take the weights; 3 wait for a place "
         r"\(after 0 s; 2 are needed\)$",
     ):
@@ -370,7 +370,7 @@ async def test_failures_end_the_start_as_soon_as_too_few_can_come_up() -> None:
     at.things.held, at.things.broken = True, "no such checkpoint"
     starting = asyncio.create_task(at.keeper.start())
     await places(at, 3)  # the fourth finds no place
-    with pytest.raises(EngineError, match=r"thing did not start: thing-.: no such checkpoint"):
+    with pytest.raises(PoolLostError, match=r"thing did not start: thing-.: no such checkpoint"):
         async with asyncio.timeout(1):
             await starting
     assert all(thing.killed for thing in at.things.made.values())

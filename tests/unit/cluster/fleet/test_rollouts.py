@@ -95,7 +95,12 @@ def test_a_further_tree_is_for_what_the_one_before_left_unsolved(
         ]
         trees.commit(plan.stage, made, info={})
 
+    async def ask(self: Rollout, method: str, round: int) -> list[str]:
+        assert (method, round) == ("committed", 1)
+        return [stage for stage, _ in asked]
+
     monkeypatch.setattr(Rollout, "_run_stage", search)
+    monkeypatch.setattr(Rollout, "_ask", ask)
     again = RolloutStage(name="again", search=SearchConfig(), trees=3, unsolved_only=True)
     seen = rollout(
         trees=trees, problems={name: make_problem(name) for name in solved_in}, stages=[again]

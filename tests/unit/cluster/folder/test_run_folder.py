@@ -44,6 +44,16 @@ def test_run_is_continued_with_an_equal_config_only(tmp_path: Path) -> None:
         folder.keep_config(config(seed=1, search={"top_p": 0.9}))
 
 
+def test_key_that_is_newer_than_the_run_counts_as_its_default(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.keep_config(config())
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("  min_pair_accuracy: 0.55\n", ""))
+    folder.keep_config(config())
+    with pytest.raises(ConfigError, match=r"other values of evaluation\.min_pair_accuracy"):
+        folder.keep_config(config(evaluation={"min_pair_accuracy": None}))
+
+
 def test_run_may_be_continued_on_another_cluster(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.keep_config(config())

@@ -96,6 +96,23 @@ def test_round_goes_from_plan_to_manifest(coordinator: Coordinator) -> None:
     assert coordinator.status(1).sealed
 
 
+def test_committed_shards_are_those_of_done_jobs_parts_included(coordinator: Coordinator) -> None:
+    coordinator.plan(plan("a", "b", "c", "d"))
+    assert coordinator.committed(1) == []
+    first = grant(coordinator)
+    work(coordinator, first, only=first.job.problem_ids[:1])
+    second = grant(coordinator)
+    work(coordinator, second)
+    assert coordinator.committed(1) == [first.job.id, second.job.id]
+    part = grant(coordinator)
+    work(coordinator, part)
+    shards = coordinator.committed(1)
+    assert shards is not None and part.job.id in shards
+    assert sorted(shards) == sorted(TrajectoryStore(coordinator.store, 1).commits())
+    coordinator.seal(1)
+    assert coordinator.committed(1) is None
+
+
 def test_unfinished_round_is_not_sealed(coordinator: Coordinator) -> None:
     coordinator.plan(plan("a", "b", "c"))
     work(coordinator, grant(coordinator))

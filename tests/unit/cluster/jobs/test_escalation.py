@@ -54,6 +54,17 @@ def test_solved_suspect_and_costly_problems_are_not_searched_on(tmp_path):
     assert suspect.generated_tokens == 20
 
 
+def test_answers_in_shards_that_a_listing_lacks_count(tmp_path, monkeypatch):
+    trees, problems = committed(tmp_path, ROUND)
+    whole = plan(trees, problems)
+    files = RunStore.files
+    monkeypatch.setattr(
+        RunStore, "files", lambda self, folder: [f for f in files(self, folder) if "-7" not in f]
+    )
+    assert "solved" in plan(trees, problems).search, "of what is listed alone"
+    assert plan(trees, problems, shards=[f"shard-{n}" for n in range(len(ROUND))]) == whole
+
+
 def test_suspects_are_searched_on_and_named_by_default(tmp_path):
     trees, problems = committed(tmp_path, ROUND)
     made = plan(trees, problems, leave_suspects=False, max_generated_tokens=None)

@@ -35,6 +35,7 @@ from tests.builders import (
     make_problem,
     make_tree,
 )
+from tests.rulers import ruler_record
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -212,6 +213,27 @@ def test_page_escapes_what_models_wrote_and_loads_nothing(tmp_path: Path) -> Non
     assert "1,234" in text  # easy problems
     assert "0.50" in text  # 50 s at 36 dollars an hour
     assert "page " in output.getvalue()
+
+
+def test_page_tells_what_the_ppm_ranks_right_and_labels_what_it_chose(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    ruler = ruler_record(3)
+    del ruler["problems"]
+    head_room = {"mean": 0.15, "low": 0.1, "high": 0.2}
+    steering = {"ppm": "ppm-r2-d", "steers": False, "why": "at chance"}
+    report["rounds"][0] |= {"ruler": ruler, "steering": steering, "head_room": head_room}
+    (run / "report.json").write_text(json.dumps(report))
+    output = io.StringIO()
+    show_report(run, Console(file=output, width=200))
+    text = (run / "report.html").read_text()
+    assert "round 3*" in text and "did not pass its ruler" in text
+    assert "24 of 30" in text and "15.0 [10.0, 20.0]" in text and "round 3, depth 2" in text
+    assert "Round 3 stayed terminal-guided: ppm-r2-d did not pass, at chance." in text
+    assert (run / "report-ruler.png").stat().st_size > 5000
+    told = " ".join(output.getvalue().split())
+    assert "round 3: PPM does not pass: 50.0 [" in told
+    assert "round 3 stayed terminal-guided: at chance" in told
 
 
 def test_folder_without_a_report_is_named(tmp_path: Path) -> None:

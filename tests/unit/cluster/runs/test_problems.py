@@ -124,3 +124,15 @@ def test_a_stopped_import_says_so_and_leaves_nothing(monkeypatch, capsys, folder
     assert (status, out) == (130, "")
     assert "stopped; nothing was written" in err
     assert sorted(folder.iterdir()) == before
+
+
+def test_what_a_script_starts_in_its_background_obeys_an_interrupt_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.cli.app", lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell leaves it there
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -14,6 +14,7 @@ from rich.console import Console
 import cluster.runs.solve
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolderError
+from cluster.jobs.attempts import Attempts
 from cluster.runs.solve import (
     PathLog,
     SolveView,
@@ -147,6 +148,9 @@ def test_what_is_missing_for_a_solve_is_named(tmp_path: Path, finished_run: Path
         solve_config(tmp_path, run=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"unknown key 'method\.beam_with'; did you mean"):
         solve_config(tmp_path, policy=policy, overrides=["method.beam_with=2"])
+    weighed = ["method.logprob_weight=1", "method.name=weighted-majority", "ppm=p"]
+    with pytest.raises(ConfigError, match=r"needs policy_engine\.logprobs: true"):
+        solve_config(tmp_path, policy=policy, overrides=weighed)
 
 
 # ---------------------------------------------------------------- while it goes
@@ -225,6 +229,7 @@ class FakeFleet:
         self.policy = ScriptedPolicy(self._write, failures=type(self).failures)
         self.preference = TablePreference({SEVEN: 0.5}, default=-0.5)
         self.sandbox = ScriptedSandbox(default="7\n")
+        self.attempts = Attempts(1, note=lambda text: None)
 
     @staticmethod
     def _write(request: GenerationRequest) -> list[str]:

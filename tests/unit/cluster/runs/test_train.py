@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
+from transformers import AutoTokenizer
 
+from cluster.fleet.config import ActorConfig
+from cluster.fleet.learner_group import LearnerLostError
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.train import print_train_report, run_train
 from learner.checkpoint import CheckpointStore
-from learner.fit import LearnerError
+from learner.fit import FitResult, LearnerError
 from learner.select import DatasetConfig, select_dataset
+from learner.trainer import run_fit
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_byte_tokenizer, write_tiny_policy
@@ -87,6 +92,93 @@ async def test_both_models_train_on_a_committed_round(tmp_path, base, quiet):
         await run_train("ppm", config, console=quiet)
 
 
+class LostGroup:
+    """A learner group that loses its machines so many times."""
+
+    losses = 0
+    ended = 0
+
+    def __init__(self, settings: ActorConfig, storage: Path, **named: object) -> None:
+        assert settings.replicas == 2
+
+    def fit(self, request, show, again) -> FitResult:
+        cls = type(self)
+        if cls.losses:
+            cls.losses -= 1
+            raise LearnerLostError("learner group ended: node 7 is gone")
+        return run_fit(request, progress=show)
+
+    def shutdown(self, timeout_s: float) -> None:
+        type(self).ended += 1
+
+
+@pytest.fixture
+def group(monkeypatch):
+    class Own(LostGroup):
+        pass
+
+    monkeypatch.setattr("cluster.fleet.learner_group.LearnerGroup", Own)
+    monkeypatch.setattr("ray.init", lambda **named: None)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    return Own
+
+
+async def test_ranks_that_lose_their_machines_train_again_and_say_why(tmp_path, base, quiet, group):
+    rows = [{"prompt": f"{n}?", "response": "<answer>7<end_of_answer>"} for n in range(24)]
+    data = {"train": str(write_set(tmp_path / "set.jsonl", rows))}
+    config = write_config(
+        tmp_path / "c.yaml", base=str(base), data=data, learner={"replicas": 2}, stage_attempts=2
+    )
+    group.losses = 1
+    result = await run_train("policy", config, console=quiet)
+    lost = "learner group ended: node 7 is gone"
+    assert f"done again: train policy, 1 of 2: {lost}" in " ".join(quiet.file.getvalue().split())
+    assert (tmp_path / "out/checkpoints").is_dir() and result.steps > 0
+
+    group.losses = 2
+    again = [f"run_dir={tmp_path / 'other'}"]
+    with pytest.raises(LearnerLostError, match=rf"failed 2 times \(stage_attempts\), .*{lost}"):
+        await run_train("policy", config, again, console=quiet)
+    assert (group.losses, group.ended) == (0, 2)
+
+
+async def test_ppm_starts_from_the_trunk_of_its_run_or_the_one_asked_for(tmp_path, base, quiet):
+    run = RunFolder(tmp_path / "run")
+    trees = [
+        make_tree(
+            code(f"good = {n}", answered("7", correct=True)),
+            code(f"bad = {n}", answered("8", correct=False)),
+            problem=make_problem(f"p{n}", text=f"{n}?"),
+        )
+        for n in range(12)
+    ]
+    select_dataset(trees, run.dataset(2), template=SHORT_TEMPLATE, config=DatasetConfig())
+    for number in (0, 2):
+        CheckpointStore(run.checkpoints).publish(
+            "policy", number, lambda made: shutil.copytree(base, made, dirs_exist_ok=True), {}
+        )
+    shutil.copytree(base, run.base_model)
+    named = {"models": {"ppm_trunk": "cold_start"}}
+    (run.root / "config.yaml").write_text(yaml.safe_dump(named))
+    config = write_config(tmp_path / "c.yaml", data={"run": str(run.root)})
+
+    async def trunk(*overrides: str) -> str:
+        result = await run_train("ppm", config, overrides, console=quiet)
+        checkpoint = Path(result.checkpoint.path)
+        card = (checkpoint / "README.md").read_text()
+        return card.split("- trunk: `")[1].split("`")[0].removeprefix(f"{run.root}/")
+
+    assert (await trunk()).startswith("checkpoints/round=0/policy")
+    # another trunk is another fit, which does not pass for the one that is there
+    with pytest.raises(LearnerError, match="ppm checkpoint of another base"):
+        await trunk("ppm_trunk=base")
+    base_out, policy_out = (f"run_dir={tmp_path / name}" for name in ("b", "p"))
+    assert await trunk("ppm_trunk=base", base_out) == "base"
+    assert (await trunk("ppm_trunk=policy", policy_out)).startswith("checkpoints/round=2/policy")
+    with pytest.raises(ConfigError, match="either base or ppm_trunk"):
+        await trunk("ppm_trunk=base", f"base={base}")
+
+
 async def test_bad_input_is_one_line(tmp_path, base, quiet):
     data = write_set(tmp_path / "set.jsonl", [{"prompt": "a", "response": "b"}])
     good = {"base": str(base), "data": {"train": str(data)}}
@@ -101,9 +193,16 @@ async def test_bad_input_is_one_line(tmp_path, base, quiet):
     with pytest.raises(RunFolderError, match="no committed round"):
         empty = {"base": str(base), "data": {"run": str(tmp_path / "nowhere")}}
         await run_train("policy", write_config(tmp_path / "d.yaml", **empty), console=quiet)
+
+
+@pytest.mark.parametrize("kind", ["policy", "ppm"])
+async def test_a_base_without_step_markers_gets_them(tmp_path, quiet, kind):
     unmarked = write_tiny_policy(tmp_path / "unmarked", hidden=32, layers=1)
     write_byte_tokenizer(unmarked, markers=MARKERS[1:])
-    pairs = write_set(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    config = write_config(tmp_path / "e.yaml", base=str(unmarked), data={"train": str(pairs)})
-    with pytest.raises(LearnerError, match="lacks step markers as single tokens: <code>"):
-        await run_train("ppm", config, ["dataset.validation_share=0"], console=quiet)
+    rows = {"policy": {"prompt": "a", "response": "b"}}
+    rows["ppm"] = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    data = write_set(tmp_path / "set.jsonl", [rows[kind]])
+    config = write_config(tmp_path / "c.yaml", base=str(unmarked), data={"train": str(data)})
+    result = await run_train(kind, config, ["dataset.validation_share=0"], console=quiet)
+    tokenizer = AutoTokenizer.from_pretrained(result.checkpoint.path)
+    assert all(len(tokenizer(mark, add_special_tokens=False).input_ids) == 1 for mark in MARKERS)

@@ -109,7 +109,7 @@ def test_terminal_shows_round_stage_rates_levels_times_and_cost() -> None:
     for text in (
         "round 2: rollout",
         "300/600  50 %",
-        "round 2 of 4:  rollout > select > train policy > train ppm > evaluate",
+        "round 2 of 4:  rollout > select > train policy > train ppm > ruler > evaluate",
         "solved by level: gsm 92/200",
         "3,472 tokens/s   open 64",
         "last error: engine gone",

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from cluster.evaluation.shares import problems_by_level
@@ -24,6 +25,7 @@ from rollout.difficulty import SuspectLabel
 from rollout.problem import Level, Problem
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import answer, make_problem, make_tree
+from tests.rulers import ruler_record
 
 PROBLEMS = {"g1": Level.GSM, "g2": Level.GSM, "m1": Level.MATH, "o1": Level.OLYMPIAD}
 
@@ -94,6 +96,7 @@ class Run:
         self.folder.record_stage(round, "select", 3.0)
         for kind in ("policy", "ppm"):
             self.publish(kind, round)
+        self.folder.write(self.folder.ruler_name(round), ruler_record(round))
 
     def account(self, at_s: float, **progress: object) -> None:
         """A driver that was at work at `at_s`, and then was killed."""
@@ -126,7 +129,7 @@ def states(status: RunStatus, round: int) -> list[str]:
 
 def test_run_that_has_only_begun_is_all_pending(run: Run) -> None:
     status = run.status()
-    assert states(status, 1) == states(status, 2) == ["pending"] * 4
+    assert states(status, 1) == states(status, 2) == ["pending"] * 5
     assert status.problems == {"gsm": 2, "math": 1, "olympiad": 1, "all": 4}
     assert status.go_on.startswith("rstar evolve")
 
@@ -139,7 +142,7 @@ def test_round_in_progress_tells_commits_problems_by_level_and_quarantine(run: R
     status = run.status(1001.0)
     one = status.rounds[0]
     assert status.state == "running"
-    assert states(status, 1) == ["running", "pending", "pending", "pending"]
+    assert states(status, 1) == ["running", *["pending"] * 4]
     assert one.searched == {"gsm": 2, "math": 1, "all": 3}
     assert one.solved == {"gsm": 1, "math": 1, "all": 2}
     assert (one.commits, one.trees, one.sealed) == (2, 3, False)
@@ -151,8 +154,8 @@ def test_round_in_progress_tells_commits_problems_by_level_and_quarantine(run: R
 def test_finished_round_is_done_and_the_next_pending(run: Run) -> None:
     run.finish_round(1)
     status = run.status()
-    assert states(status, 1) == ["done"] * 4
-    assert states(status, 2) == ["pending"] * 4
+    assert states(status, 1) == ["done"] * 5
+    assert states(status, 2) == ["pending"] * 5
     assert status.rounds[0].stages["select"].seconds == 3.0
     assert status.rounds[0].quarantined == {"o1": "ValueError: no such glyph"}
     assert set(status.rounds[0].checkpoints) == {"policy", "ppm"}
@@ -297,3 +300,30 @@ def test_large_numbers_are_short() -> None:
         "2.1M",
         "1.0T",
     ]
+
+
+def test_what_the_ppm_ranks_right_and_that_it_does_not_steer_are_told(run: Run) -> None:
+    run.finish_round(1)
+    record = ruler_record(1)
+    steering = {"ppm": record["ppm"], "steers": record["passes"], "why": record["why"]}
+    record_lineage(run.folder, 2, steering)
+    record_lineage(run.folder, 2, {**steering, "steers": True})  # the first decision stands
+    run.plan(2)
+    shown = " ".join(run.shown().split())
+    assert "round 1: PPM does not pass: 50.0 [" in shown
+    assert "] % of 24 pairs right (log-probability 100.0, question-blind 50.0, chance 50)" in shown
+    assert "24 of 30 problems have pairs" in shown
+    assert "round 2: terminal-guided, ppm-r1-d does not steer it: 50.0 % of 24 held-out" in shown
+    found = run.status().rounds[0].ruler
+    assert found["rankings"]["ppm"]["mean"] == 0.5 and "problems" not in found
+
+
+def test_run_of_a_version_without_rulers_is_finished_without_them(run: Run) -> None:
+    path = run.folder.root / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["evaluation"]["min_pair_accuracy"]
+    path.write_text(yaml.safe_dump(config))
+    for number in (1, 2):
+        run.finish_round(number)
+        (run.folder.root / run.folder.ruler_name(number)).unlink()
+    assert run.status().state == "finished"
