@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import logging
 import multiprocessing
 import socket
 import statistics
@@ -57,7 +58,7 @@ def serve(stack: str, port: int) -> None:
     import ray
     from ray import serve as ray_serve
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     class Ingress:

@@ -86,9 +86,9 @@ def evolve(
     view = ProgressView(console)
     evolution = Evolution(settings, view, force=force)
     _run(evolution.run(), again=command_line(), view=view)
-    root = evolution.folder.root
-    show_report(root, console)
-    say(console, f"all of it in {root}")
+    run = evolution.folder.store.root
+    show_report(settings.run_dir, console)
+    say(console, f"all of it in {run}")
 
 
 @app.command()
@@ -132,7 +132,7 @@ def rollout(
     run = RolloutRun(settings, view)
     outcome = _run(run.run(), again=command_line(), view=view)
     print_rollout_report(outcome, console)
-    say(console, f"trees in {run.folder.root}")
+    say(console, f"trees in {run.folder.store.root}")
 
 
 @app.command()
@@ -377,6 +377,32 @@ def regrade(
 
 
 @app.command()
+def copy(
+    run: Annotated[Path, typer.Argument(help="A run: a folder, or s3://, gs://, az://.")],
+    to: Annotated[Path, typer.Argument(help="Where its copy goes, likewise.")],
+) -> None:
+    """Copy a run to another store, checking digests; run it again to go on after a break."""
+    from rich.progress import Progress
+
+    from cluster.folder.run_folder import RunFolder
+    from cluster.runs.copy import copy_run
+
+    target = RunFolder(to)
+    with _interruptible(f"stopped; to go on: rstar copy {run} {to}"), Progress() as bar:
+        task = bar.add_task("bytes", total=None)
+        copied = copy_run(
+            RunFolder(run),
+            target,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    say(
+        Console(),
+        f"{copied.files:,} files copied, {copied.there:,} were there, "
+        f"{copied.bytes / 2**20:,.1f} MiB in {target.store.root}",
+    )
+
+
+@app.command()
 def simulate(
     overrides: Annotated[
         list[str] | None,
@@ -497,9 +523,9 @@ def evaluate(
     view = ProgressView(console)
     run = EvaluationRun(settings, view)
     found = _run(run.run(), again=command_line(), view=view)
-    write_evaluation(run.folder.root, found)
+    write_evaluation(run.folder, found)
     print_evaluation(found, console)
-    say(console, f"answers, results, tables and report.html in {run.folder.root}")
+    say(console, f"answers, results, tables and report.html in {run.folder.store.root}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel
@@ -206,6 +206,8 @@ def type_text(annotation: Any) -> str:
         return f"list of {type_text(arguments[0])}"
     if origin is dict:
         return f"mapping to {type_text(arguments[1])}"
+    if origin is Annotated:
+        return type_text(arguments[0])
     if annotation is Any:
         return "any"
     if isinstance(annotation, type):

@@ -40,6 +40,7 @@ from cluster.fleet.given_models import (
 )
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.folder.staging import at_hand
 from cluster.runs.config import SolveConfig
 from cluster.telemetry.progress import say
 from learner.checkpoint import CheckpointStore
@@ -157,18 +158,19 @@ def models_of_run(run: Path) -> tuple[Path, Path | None]:
         RunFolderError: the folder has no checkpoints.
         CheckpointError: a checkpoint's record cannot be read, or what it names is gone.
     """
-    store = CheckpointStore(RunFolder(run).checkpoints)
+    folder = RunFolder(run)
+    store = CheckpointStore(folder.checkpoints)
     ppm = store.latest("ppm")
     policy = store.current("policy", ppm.round) if ppm is not None else store.latest("policy")
     if policy is None:
-        what = "no checkpoints" if run.is_dir() else "no such folder"
+        what = "no checkpoints" if folder.store.exists("") else "no such folder"
         raise RunFolderError(f"{run}: {what}; expected the folder of an `rstar evolve` run")
     return Path(policy.path), Path(ppm.path) if ppm is not None else None
 
 
 def _settings_of_run(run: Path) -> dict[str, Any]:
     """Serving settings of a run, and those its own evaluation uses the methods with."""
-    stored = read_yaml(run / "config.yaml")
+    stored = RunFolder(run).config() or {}
     settings = {name: stored[name] for name in RUN_SECTIONS if name in stored}
     evaluation = stored.get("evaluation") or {}
     same = {"max_solution_tokens": "max_solution_tokens", "vote_top_k": "top_k"}
@@ -205,7 +207,7 @@ async def solve(config: SolveConfig, problem: Problem, view: SolveView) -> Solve
         view.note(note)
     if uses_ppm:
         assert config.ppm is not None
-        check_preference_checkpoint(config.ppm)
+        check_preference_checkpoint(at_hand(config.ppm))
     fleet = Fleet(config, RunFolder(config.run_dir))
     began_s = time.monotonic()
     try:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError
-from cluster.folder.run_folder import RunFolder
+from cluster.folder.run_folder import CONFIG, RunFolder
 from cluster.runs.solve import asked_config
 from cluster.serve.app import Server
 from cluster.serve.config import ServeConfig
@@ -34,7 +34,6 @@ from cluster.telemetry.live import LiveFile, Snapshot
 from cluster.telemetry.progress import say
 from cluster.watch.dashboard import is_loopback
 from rollout.engine import EngineError
-from rollout.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +91,12 @@ async def run_serve(
 
     with folder.locked(), bound(config) as door:
         text = yaml.safe_dump(config.effective(), sort_keys=False)
-        atomic_write(folder.root / "config.yaml", text)
+        folder.store.put(CONFIG, text.encode())
         note("starting the engines")
         async with started(config, note) as (models, service, fleet):
             note(f"{fleet.describe()} up")
             server = Server(service, models.config, keys, models.why_not_ready)
-            with LiveFile(folder.root, lambda: _snapshot(service)):
+            with LiveFile(folder.store, lambda: _snapshot(service)):
                 async with listening(server, door) as address:
                     note(f"{address}  ({'API keys' if keys else 'this machine only'}; Ctrl-C ends)")
                     await _serve(server, models, fleet, run or follow, follow is not None)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import cluster.serve.models
 from cluster.folder.config_file import ConfigError
+from cluster.jobs.attempts import Attempts
 from cluster.serve.command import bound, keys_for, run_serve, serve_config
 from cluster.serve.keys import read_keys
 from learner.checkpoint import Checkpoint, CheckpointStore, Kind, write_prompt_template
@@ -149,6 +150,7 @@ class FakeFleet:
             engines.sandbox,
         )
         self.pools, self.meter = FakePools(), FakeMeter()
+        self.attempts = Attempts(1, note=lambda text: None)
         self.pools.keepers.clear()
 
     def _keep(self, name: str, version: str) -> None:
