@@ -244,10 +244,16 @@ def read_model(name: str, config: ServeConfig) -> MethodConfig:
             param="model",
             code="model_not_found",
         )
-    given: dict[str, Any] = {"name": Method(match[1])}
+    given = _named(Method(match[1]))
     if match[2] is not None:
         given["num_trajectories"] = _trajectories(int(match[2]), config, param="model")
     return config.method.model_copy(update=given)
+
+
+def _named(method: Method) -> dict[str, Any]:
+    """What of a method's config follows from its name."""
+    weighed = method in (Method.BEST_OF_N, Method.WEIGHTED_MAJORITY)
+    return {"name": method} if weighed else {"name": method, "logprob_weight": 0.0}
 
 
 def _asks(
@@ -262,7 +268,7 @@ def _asks(
                 f"method must be one of {', '.join(Method)}, got {request.method!r}",
                 param="method",
             )
-        given["name"] = Method(request.method)
+        given |= _named(Method(request.method))
     if request.trajectories is not None:
         given["num_trajectories"] = _trajectories(request.trajectories, config, "trajectories")
     budgets = [b for b in (request.max_generated_tokens, max_tokens) if b is not None]

@@ -193,7 +193,12 @@ class Server:
         if tree is None:
             raise ApiError(404, "no such tree; the last searches are kept for a while")
         view = TreeView(
-            tree=tree, others=(tree,), chosen=(), pairs=(), held_out=False, ppm_only=False
+            tree=tree,
+            others=(tree,),
+            chosen=(),
+            pairs=(),
+            held_out=True,  # nothing is trained on what users ask
+            ppm_only=False,
         )
         return _html(await asyncio.to_thread(render_page, view), "frame-ancestors 'self'")
 

@@ -123,8 +123,13 @@ def facts_of(asked: Asked, answer: Answer) -> dict[str, Any]:
         "answer": result.answer,
         "value": result.value,
         "answers": [
-            {"answer": r.answer, "votes": r.votes, "value": r.value, "solutions": len(r.members)}
-            for r in result.ranked
+            {
+                "answer": ranked.answer,
+                "votes": ranked.votes,
+                "value": result.value_of(ranked),
+                "solutions": len(ranked.members),
+            }
+            for ranked in result.ranked
         ],
         "method": result.method.value,
         "num_rollouts": result.num_rollouts,

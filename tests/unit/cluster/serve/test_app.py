@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from cluster.runs.solve import asked_problem
+from cluster.serve.api import read_model
 from cluster.serve.keys import read_keys
 from cluster.serve.service import Standing
 from cluster.telemetry import metrics
@@ -154,6 +155,15 @@ async def test_budget_and_method_by_name_or_by_fields_are_the_same() -> None:
         other = await asking.create(model="rstar-majority-6", messages=QUESTION, seed=6)
     assert texts(named) == texts(given) and named.usage == given.usage
     assert named.usage != other.usage
+
+
+async def test_weight_of_the_policys_own_opinion_counts_only_where_it_is_used() -> None:
+    config = serve_config(
+        method={"name": "best-of-n", "logprob_weight": 0.5}, policy_engine={"logprobs": True}
+    )
+    assert read_model("rstar-weighted-majority-4", config).logprob_weight == 0.5
+    assert read_model("rstar-mcts-4", config).logprob_weight == 0
+    MethodConfig.model_validate(read_model("rstar-mcts-4", config).model_dump())
 
 
 async def test_earlier_messages_are_not_read_and_that_is_said() -> None:

@@ -150,6 +150,7 @@ class FakeFleet:
             engines.sandbox,
         )
         self.pools, self.meter = FakePools(), FakeMeter()
+        self.attempts = Attempts(1, note=lambda text: None)
         self.pools.keepers.clear()
         self.attempts = Attempts(1, note=lambda text: None)
 
