@@ -173,7 +173,7 @@ class Story:
         self, meanings: Sequence[int], numbers: Sequence[int]
     ) -> list[tuple[tuple[tuple[str, str], ...], int]] | None:
         """Steps and answer as meant, then with each cue misread; None if one makes no sense."""
-        found = []
+        found: list[tuple[tuple[tuple[str, str], ...], int]] = []
         for misread in range(-1, len(meanings)):
             taken = [m ^ (place == misread) for place, m in enumerate(meanings)]
             reading = self._solve(taken, numbers)
