@@ -38,6 +38,7 @@ from cluster.telemetry import metrics as m
 from cluster.telemetry.samples import Samples
 from learner.checkpoint import Checkpoint
 from rollout.problem import Problem
+from rollout.run_store import RunStore
 from rollout.search import SearchConfig, run_search
 from rollout.tasks import all_of
 from rollout.tree import Tree
@@ -158,7 +159,7 @@ def fleet_figures(pairs: int, num_problems: int) -> dict[str, float]:
             with tempfile.TemporaryDirectory(prefix="bench-metrics-") as folder:
                 root = Path(folder) / "run"
                 speeds[enabled].append(asyncio.run(_fleet_speed(root, enabled, num_problems)))
-                taken = Samples.read(root).series.get(m.SAMPLE_SECONDS.exported, {})
+                taken = Samples.read(RunStore(root)).series.get(m.SAMPLE_SECONDS.exported, {})
                 looks += [value for series in taken.values() for value in series.values]
     on, off = (statistics.median(speeds[enabled]) for enabled in (True, False))
     spread = max(max(each) / min(each) for each in speeds.values()) - 1

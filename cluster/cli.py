@@ -86,9 +86,9 @@ def evolve(
     view = ProgressView(console)
     evolution = Evolution(settings, view, force=force)
     _run(evolution.run(), again=command_line(), view=view)
-    root = evolution.folder.root
-    show_report(root, console)
-    say(console, f"all of it in {root}")
+    run = evolution.folder.store.root
+    show_report(settings.run_dir, console)
+    say(console, f"all of it in {run}")
 
 
 @app.command()
@@ -132,14 +132,15 @@ def rollout(
     run = RolloutRun(settings, view)
     outcome = _run(run.run(), again=command_line(), view=view)
     print_rollout_report(outcome, console)
-    say(console, f"trees in {run.folder.root}")
+    say(console, f"trees in {run.folder.store.root}")
 
 
 @app.command()
 def solve(
     problem: Annotated[
-        str, typer.Argument(help="The problem; - for standard input, @FILE for a text file.")
-    ],
+        str | None,
+        typer.Argument(help="The problem; - for standard input, @FILE for a text file."),
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="Checkpoint directory of the policy.")] = None,
     ppm: Annotated[Path | None, typer.Option(help="Checkpoint directory of the PPM.")] = None,
     run: Annotated[
@@ -149,25 +150,82 @@ def solve(
     trajectories: Annotated[int | None, typer.Option(min=1, help="Solutions to find [64].")] = None,
     config: Annotated[Path | None, typer.Option(help="Solve config, YAML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    batch: Annotated[
+        Path | None,
+        typer.Option(help="Instead of one problem: requests, JSONL (docs/serve.md)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Answers of --batch; run it again to go on.")
+    ] = None,
     overrides: Overrides = None,
     verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
 ) -> None:
-    """Think about one problem with the trained pair, and show how."""
+    """Think about one problem with the trained pair, and show how; or about a batch of them."""
+    if (problem is None) == (batch is None) or (batch is None) != (out is None):
+        raise typer.BadParameter("give a problem, or --batch FILE with --out FILE")
     quiet_logging(verbose)
-    from cluster.runs.solve import run_solve
+    given: dict[str, Any] = {
+        "policy": policy,
+        "ppm": ppm,
+        "run": run,
+        "method": method,
+        "trajectories": trajectories,
+        "config": config,
+        "overrides": overrides or (),
+    }
+    if batch is not None and out is not None:
+        from cluster.folder.machine import command_line
+        from cluster.serve.batch import run_batch
 
-    solving = run_solve(
-        problem,
+        _run(run_batch(batch, out, Console(), **given), again=command_line())
+    elif problem is not None:
+        from cluster.runs.solve import run_solve
+
+        _run(run_solve(problem, as_json=as_json, **given), again="")
+
+
+@app.command()
+def serve(
+    policy: Annotated[Path | None, typer.Option(help="Checkpoint directory of the policy.")] = None,
+    ppm: Annotated[Path | None, typer.Option(help="Checkpoint directory of the PPM.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run whose last finished round is served.")
+    ] = None,
+    follow: Annotated[
+        Path | None, typer.Option(help="The same, and each newer one as it is promoted.")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help="Of the model `rstar` [mcts].")] = None,
+    trajectories: Annotated[int | None, typer.Option(min=1, help="Likewise [64].")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address; any but the loopback needs API keys [127.0.0.1].")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: any free [8400].")] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys [those in RSTAR_API_KEYS].")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Serve config, YAML.")] = None,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
+) -> None:
+    """Answer problems on an OpenAI-compatible HTTP API, and on a page for people."""
+    quiet_logging(verbose)
+    from cluster.serve.command import run_serve
+
+    serving = run_serve(
+        Console(),
         policy=policy,
         ppm=ppm,
         run=run,
+        follow=follow,
         method=method,
         trajectories=trajectories,
+        host=host,
+        port=port,
+        keys=keys,
         config=config,
         overrides=overrides or (),
-        as_json=as_json,
     )
-    _run(solving, again="")
+    _run(serving, again="")
 
 
 @app.command()
@@ -319,6 +377,32 @@ def regrade(
 
 
 @app.command()
+def copy(
+    run: Annotated[Path, typer.Argument(help="A run: a folder, or s3://, gs://, az://.")],
+    to: Annotated[Path, typer.Argument(help="Where its copy goes, likewise.")],
+) -> None:
+    """Copy a run to another store, checking digests; run it again to go on after a break."""
+    from rich.progress import Progress
+
+    from cluster.folder.run_folder import RunFolder
+    from cluster.runs.copy import copy_run
+
+    target = RunFolder(to)
+    with _interruptible(f"stopped; to go on: rstar copy {run} {to}"), Progress() as bar:
+        task = bar.add_task("bytes", total=None)
+        copied = copy_run(
+            RunFolder(run),
+            target,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    say(
+        Console(),
+        f"{copied.files:,} files copied, {copied.there:,} were there, "
+        f"{copied.bytes / 2**20:,.1f} MiB in {target.store.root}",
+    )
+
+
+@app.command()
 def simulate(
     overrides: Annotated[
         list[str] | None,
@@ -439,9 +523,9 @@ def evaluate(
     view = ProgressView(console)
     run = EvaluationRun(settings, view)
     found = _run(run.run(), again=command_line(), view=view)
-    write_evaluation(run.folder.root, found)
+    write_evaluation(run.folder, found)
     print_evaluation(found, console)
-    say(console, f"answers, results, tables and report.html in {run.folder.root}")
+    say(console, f"answers, results, tables and report.html in {run.folder.store.root}")
 
 
 @app.command()

@@ -1,19 +1,20 @@
-"""Checkpoints on a file system all machines see: written whole or not at all.
+"""Checkpoints in a run's store: written whole or not at all.
 
     checkpoints/round=R/policy/<uuid>/...          Hugging Face format, tokenizer included
     checkpoints/round=R/policy/CURRENT.json        create-only: names the one that counts
     checkpoints/round=R/ppm/...                    the same for the process preference model
 
-A folder is filled under a hidden name, renamed to its final one and only then named by
-CURRENT.json, which is linked into place whole and never replaced. A writer that dies leaves a
+A folder is filled under a hidden name, renamed to its final one (on a bucket: filled on this
+machine, then uploaded, several files at a time) and only then named by CURRENT.json, which is
+created once and only replaced by `release`. A writer that dies leaves a
 folder nobody refers to; of two writers of one round the second deletes its own and takes the
 first's. Round 0 is the cold start.
 
 A checkpoint that is not promoted (`hold`) is written too, but CURRENT.json names the earlier one,
 which so serves the round, and says why; `release` promotes it after all.
 
-Not covered: object stores. vLLM, transformers and DeepSpeed read checkpoints through POSIX paths,
-so the root is a local or shared directory.
+vLLM, transformers and DeepSpeed read checkpoints through POSIX paths: from a bucket each machine
+copies what it needs first (`cluster.folder.staging`), checked by the digest in CURRENT.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -33,9 +36,13 @@ from typing import Any, Literal, get_args
 from safetensors import SafetensorError
 
 from learner.spill import no_room
-from rollout.files import atomic_write, create_only, new_folder
+from rollout.files import new_folder
+from rollout.run_store import RunStore, StoreError, absolute, address_of
 
 Kind = Literal["policy", "ppm"]
+
+CURRENT = "CURRENT.json"
+"""Names the checkpoint of a round that counts."""
 
 NOTES_FILE = "rstar.json"
 """What Hugging Face's files do not say of a checkpoint."""
@@ -52,7 +59,7 @@ class Checkpoint:
     kind: Kind
     round: int
     path: str
-    """Directory in Hugging Face format."""
+    """Directory in Hugging Face format; an address, where the run is on a bucket."""
     digest: str
     """sha256 over the names and contents of its files."""
 
@@ -66,7 +73,7 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).absolute()
+        self.store = RunStore(absolute(root))
 
     def publish(
         self,
@@ -96,21 +103,22 @@ class CheckpointStore:
         reason: str,
         write: Callable[[Path], None] | None,
         info: Mapping[str, Any] | None = None,
+        *,
+        previous_here: Path | None = None,
     ) -> Checkpoint:
         """Let an earlier checkpoint serve a round, and keep the new one aside.
 
         Args:
             previous: directory of the earlier one.
             write: fills the directory of the new one; None: it has no weights worth keeping.
+            previous_here: where this machine has a copy of the earlier one; None: there.
         Returns:
             What is current afterwards; as `publish`.
         Raises:
             CheckpointError: nothing could be written, or the earlier one is gone.
         """
-        previous = Path(previous).absolute()
-        earlier = Checkpoint(
-            kind=kind, round=round, path=str(previous), digest=directory_digest(previous)
-        )
+        digest = directory_digest(previous_here or Path(previous))
+        earlier = Checkpoint(kind=kind, round=round, path=absolute(previous), digest=digest)
         made = self._write(kind, round, write) if write is not None else None
         aside = {"path": Path(made.path).name, "digest": made.digest} if made is not None else None
         held = {"reason": reason, "checkpoint": aside}
@@ -135,16 +143,17 @@ class CheckpointStore:
                 f"no {kind} checkpoint of round {round} is held back with its weights"
             )
         record |= held["checkpoint"] | {"held": None}
-        path = self.folder(kind, round) / "CURRENT.json"
-        atomic_write(path, json.dumps(record, indent=1), durable=True)
+        with _told(kind, round):
+            self.home(kind, round).put(CURRENT, json.dumps(record, indent=1).encode())
         current = self.current(kind, round)
         assert current is not None
         return current
 
     def _write(self, kind: Kind, round: int, write: Callable[[Path], None]) -> Checkpoint:
         """A whole checkpoint in a folder that nothing refers to yet."""
-        folder = self.folder(kind, round)
-        final = folder / uuid.uuid4().hex
+        home = self.home(kind, round)
+        name = uuid.uuid4().hex
+        scratch = home.local or Path(tempfile.mkdtemp(prefix="rstar-"))
 
         @contextlib.contextmanager
         def telling() -> Iterator[None]:
@@ -152,15 +161,26 @@ class CheckpointStore:
                 yield
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"{kind} checkpoint of round {round}: {no_room(error, folder)}; the one in "
+                    f"{kind} checkpoint of round {round}: {no_room(error, scratch)}; the one in "
                     "service is untouched"
                 ) from error
 
-        # Inside as well: what is free is told before the folder goes and its disk has room again.
-        with telling(), new_folder(final, durable=True) as hidden, telling():
-            write(hidden)
-            digest = directory_digest(hidden)
-        return Checkpoint(kind=kind, round=round, path=str(final), digest=digest)
+        try:
+            # Inside as well: what is free is told before the folder goes and its disk has room.
+            with (
+                telling(),
+                new_folder(scratch / name, durable=home.local is not None) as hidden,
+                telling(),
+            ):
+                write(hidden)
+                digest = directory_digest(hidden)
+            if home.local is None:
+                with _told(kind, round):
+                    home.upload(scratch / name, name)
+        finally:
+            if home.local is None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return Checkpoint(kind=kind, round=round, path=f"{home.root}/{name}", digest=digest)
 
     def _name(
         self,
@@ -170,26 +190,27 @@ class CheckpointStore:
         held: Mapping[str, Any] | None,
     ) -> Checkpoint:
         """Make a checkpoint the current one of its round, unless another is: then `made` goes."""
-        folder = self.folder(checkpoint.kind, checkpoint.round)
+        home = self.home(checkpoint.kind, checkpoint.round)
+        path = checkpoint.path
+        if home.local is not None and address_of(path) is None:
+            path = os.path.relpath(path, home.root)
+        elif path.startswith(f"{self.store.root}/"):
+            path = posixpath.relpath(path, home.root)
         record = {
             **asdict(checkpoint),
-            "path": os.path.relpath(checkpoint.path, folder),
+            "path": path,
             "created_unix_s": time.time(),
             "info": dict(info),
             "held": held,
         }
-        try:
-            if create_only(folder / "CURRENT.json", json.dumps(record, indent=1)):
+        with _told(checkpoint.kind, checkpoint.round):
+            if home.create(CURRENT, json.dumps(record, indent=1).encode()):
                 return checkpoint
-            if made is not None:
-                shutil.rmtree(made)
-        except OSError as error:
-            raise CheckpointError(
-                f"{checkpoint.kind} checkpoint of round {checkpoint.round}: "
-                f"{no_room(error, folder)}"
-            ) from error
-        current = self.current(checkpoint.kind, checkpoint.round)
-        assert current is not None
+            current = self.current(checkpoint.kind, checkpoint.round)
+            assert current is not None
+            # It may be one's own: the answer to a first try can be lost.
+            if made is not None and current.path != made:
+                home.delete_folder(made.rpartition("/")[2])
         return current
 
     def current(self, kind: Kind, round: int) -> Checkpoint | None:
@@ -201,10 +222,10 @@ class CheckpointStore:
         record = self._record(kind, round)
         if record is None:
             return None
-        path = Path(os.path.normpath(self.folder(kind, round) / record["path"]))
-        if not path.is_dir():
+        path = _named(self.home(kind, round), record["path"])
+        if not RunStore(path).exists(""):
             raise CheckpointError(f"{kind} checkpoint of round {round} is gone: {path}")
-        return Checkpoint(kind=kind, round=round, path=str(path), digest=record["digest"])
+        return Checkpoint(kind=kind, round=round, path=path, digest=record["digest"])
 
     def info(self, kind: Kind, round: int) -> dict[str, Any]:
         """What was stored beside a round's checkpoint; empty if there is none."""
@@ -213,14 +234,14 @@ class CheckpointStore:
 
     def latest(self, kind: Kind) -> Checkpoint | None:
         """The published checkpoint of the highest round; None if there is none."""
-        rounds = []
-        for folder in self.root.glob("round=*"):
-            number = folder.name.removeprefix("round=")
-            if number.isdigit() and (folder / kind / "CURRENT.json").exists():
-                rounds.append(int(number))
-        return self.current(kind, max(rounds)) if rounds else None
+        with _told(kind):
+            names = (name.removeprefix("round=") for name in self.store.folders(""))
+            for number in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+                if (found := self.current(kind, number)) is not None:
+                    return found
+        return None
 
-    def folder(self, kind: Kind, round: int) -> Path:
+    def home(self, kind: Kind, round: int) -> RunStore:
         """Where a round's checkpoints of a kind are, and the logs of their training.
 
         Raises:
@@ -230,10 +251,30 @@ class CheckpointStore:
             raise ValueError(f"checkpoint kind must be one of {get_args(Kind)}, got {kind!r}")
         if round < 0:
             raise ValueError(f"checkpoint round must be >= 0, got {round}")
-        return self.root / f"round={round}" / kind
+        return self.store.below(f"round={round}/{kind}")
 
     def _record(self, kind: Kind, round: int) -> dict[str, Any] | None:
-        return _read(self.folder(kind, round) / "CURRENT.json", "path", "digest", "info")
+        return _read(self.home(kind, round), CURRENT, "path", "digest", "info")
+
+
+@contextlib.contextmanager
+def _told(kind: Kind, round: int | None = None) -> Iterator[None]:
+    """A failure of the store as one of the checkpoint."""
+    try:
+        yield
+    except StoreError as error:
+        of = f" of round {round}" if round is not None else ""
+        raise CheckpointError(f"{kind} checkpoint{of}: {error}") from error
+
+
+def _named(home: RunStore, path: str) -> str:
+    """The directory that a record in a folder means."""
+    if (elsewhere := address_of(path)) is not None:
+        return elsewhere
+    if home.local is not None:
+        return os.path.normpath(home.local / path)
+    kind, _, rest = f"{home.root}/{path}".partition("://")
+    return f"{kind}://{posixpath.normpath(rest)}"
 
 
 def write_prompt_template(directory: Path, name: str) -> None:
@@ -247,7 +288,7 @@ def read_prompt_template(directory: str | Path) -> str | None:
     Raises:
         CheckpointError: the note cannot be read.
     """
-    notes = _read(Path(directory) / NOTES_FILE, "prompt_template")
+    notes = _read(RunStore(absolute(directory)), NOTES_FILE, "prompt_template")
     return None if notes is None else str(notes["prompt_template"])
 
 
@@ -259,9 +300,9 @@ def checkpoint_directory(path: str | Path) -> Path:
     Raises:
         CheckpointError: CURRENT.json is there and cannot be read.
     """
-    path = Path(path)
-    record = _read(path / "CURRENT.json", "path") if path.is_dir() else None
-    return path if record is None else path / str(record["path"])
+    home = RunStore(path)
+    record = _read(home, CURRENT, "path")
+    return Path(path) if record is None else Path(_named(home, str(record["path"])))
 
 
 def recorded_digest(path: str | Path) -> str | None:
@@ -270,9 +311,9 @@ def recorded_digest(path: str | Path) -> str | None:
     Raises:
         CheckpointError: the record cannot be read.
     """
-    path = Path(path)
-    record = _read(path.parent / "CURRENT.json", "path", "digest")
-    return record["digest"] if record is not None and record["path"] == path.name else None
+    folder, _, name = absolute(path).rpartition("/")
+    record = _read(RunStore(folder), CURRENT, "path", "digest") if folder else None
+    return record["digest"] if record is not None and record["path"] == name else None
 
 
 def directory_digest(path: Path) -> str:
@@ -292,18 +333,20 @@ def directory_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def _read(path: Path, *keys: str) -> dict[str, Any] | None:
+def _read(store: RunStore, name: str, *keys: str) -> dict[str, Any] | None:
     """A JSON object that has some keys; None if there is no such file.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(store.read(name))
         for key in keys:
             record[key]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    except (StoreError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            return None
+        raise CheckpointError(f"{store.root}/{name} cannot be read: {error!r}") from error
     return record

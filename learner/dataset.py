@@ -32,6 +32,7 @@ from learner.pairs import PairKind, PreferencePair, ValuedNode, ValuedStep
 from learner.spill import no_room
 from rollout.files import atomic_write
 from rollout.prompt import Segment, Step, parse_response
+from rollout.run_store import RunStore
 
 MANIFEST = "manifest.json"
 
@@ -251,9 +252,9 @@ def writing_dataset(directory: str | Path) -> Iterator[DatasetWriter]:
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any] | None:
-    """The manifest of a complete dataset directory; None if there is none."""
+    """The manifest of a complete dataset, also one on a bucket; None if there is none."""
     try:
-        return json.loads((Path(directory) / MANIFEST).read_bytes())
+        return json.loads(RunStore(directory).read(MANIFEST))
     except FileNotFoundError:
         return None
 

@@ -245,6 +245,8 @@ class FitRequest:
     clearly worse; None: there is none, or whatever is made is promoted."""
     force: bool = False
     """Promote what the gate would hold back."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Of what the paths above are copies, as they are named in records; empty: of nothing."""
 
     def __post_init__(self) -> None:
         expected = PolicyTrainConfig if self.kind == "policy" else PreferenceTrainConfig

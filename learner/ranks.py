@@ -22,6 +22,7 @@ from learner.checkpoint import CheckpointError
 from learner.dataset import DatasetError
 from learner.fit import LearnerError
 from learner.spill import DiskList
+from rollout.run_store import StoreError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,7 +80,7 @@ def from_all_ranks(function: Callable[[], T], fit_id: str) -> list[T]:
     outcome: tuple[str | None, T | None]
     try:
         outcome = None, function()
-    except (DatasetError, LearnerError, OSError, ValueError) as error:
+    except (CheckpointError, DatasetError, LearnerError, OSError, StoreError, ValueError) as error:
         outcome = str(error), None
     outcomes: list[Any] = [outcome]
     if _num_ranks() > 1:
@@ -165,7 +166,15 @@ def from_rank_0(function: Callable[[], T], fit_id: str) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
-        except (CheckpointError, LearnerError, OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            CheckpointError,
+            LearnerError,
+            OSError,
+            StoreError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:
             outcome[1] = f"fit {fit_id!r}: {error}"
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)

@@ -8,21 +8,23 @@ request or other data finds nothing and starts over. Another number of ranks is 
 cuts the optimiser's states by it, and starting over would throw away what the first ranks did
 without a word. STATE.json is replaced only after every rank has written, and the older step is
 removed after that, so at any moment what it names is there. The folder goes when the fit is
-published.
+published. On a bucket the states of each machine's ranks are uploaded before STATE.json is written.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from learner.fit import FitRequest, LearnerError
-from rollout.files import atomic_write
+from rollout.run_store import STREAMS, RunStore, absolute
 
+FOLDER = ".resume"
 STATE_FILE = "STATE.json"
 
 
@@ -53,8 +55,8 @@ def fingerprint(request: FitRequest, data_digest: str | None) -> str:
     facts = {
         "kind": request.kind,
         "round": request.round,
-        "base": str(Path(request.base).absolute()),
-        "data": data_digest or str(Path(request.data).absolute()),
+        "base": request.origins.get(request.base) or absolute(request.base),
+        "data": data_digest or absolute(request.data),
         "config": config,
         "seed": request.seed,
     }
@@ -62,18 +64,28 @@ def fingerprint(request: FitRequest, data_digest: str | None) -> str:
 
 
 class ResumeFolder:
-    """The states of one fit, on a file system all ranks see."""
+    """The states of one fit, in the run's store.
 
-    def __init__(self, folder: Path, fit: str, *, world_size: int) -> None:
+    DeepSpeed writes and reads files: on a bucket those of each machine's ranks are in a folder of
+    that machine, `path`, and the first of them uploads what is there (`keep`) and fetches it.
+    """
+
+    def __init__(self, home: RunStore, fit: str, *, world_size: int) -> None:
         """
         Args:
-            folder: of the round and kind, in the checkpoint store.
+            home: of the round and kind, in the checkpoint store.
             fit: fingerprint.
         """
-        self._all = folder / ".resume"
+        self._home = home
         self._fit = fit[:16]
         self._world_size = world_size
-        self.path = self._all / f"{self._fit}-ranks={world_size}"
+        self._name = f"{FOLDER}/{self._fit}-ranks={world_size}"
+        scratch = Path(tempfile.gettempdir()) / f"rstar-fit-{fit}"
+        self.path = (home.local or scratch) / self._name
+
+    @property
+    def _is_remote(self) -> bool:
+        return self._home.local is None
 
     def read(self) -> FitState | None:
         """The state to go on from; None if there is none that is whole.
@@ -81,25 +93,42 @@ class ResumeFolder:
         Raises:
             LearnerError: another number of ranks came further with this fit.
         """
-        own = _read(self.path)
-        for path in self._all.glob(f"{self._fit}-ranks=*"):
-            other = _read(path)
+        own = self._read(self._name)
+        for name in self._home.folders(FOLDER):
+            if not name.startswith(f"{self._fit}-ranks="):
+                continue
+            other = self._read(f"{FOLDER}/{name}")
             if other is not None and other.step > (own.step if own is not None else 0):
-                ranks = path.name.rpartition("=")[2]
+                ranks = name.rpartition("=")[2]
                 raise LearnerError(
                     f"it was cut off at step {other.step} with {ranks} ranks and can only go on "
                     f"with as many, not with {self._world_size}: DeepSpeed's states are cut by "
                     f"the number of ranks. Set learner.replicas (cluster.learner.replicas of a "
-                    f"run) to {ranks}, or remove {path} to start it over"
+                    f"run) to {ranks}, or remove {self._home.root}/{FOLDER}/{name} to start it over"
                 )
         return own
 
+    def keep(self, tag: str) -> None:
+        """Have what this machine's ranks wrote in the store; once a machine, before `commit`."""
+        if self._is_remote:
+            self._home.upload(self.path / tag, f"{self._name}/{tag}")
+            self._drop_others(tag)
+
+    def fetch(self, tag: str) -> None:
+        """Have a state at hand in `path`; once a machine."""
+        if self._is_remote:
+            source = self._home.below(f"{self._name}/{tag}")
+            with ThreadPoolExecutor(STREAMS) as threads:
+                found = source.below_all("")
+                list(threads.map(lambda file: source.fetch(file, self.path / tag / file), found))
+
     def commit(self, state: FitState) -> None:
         """Name the step all ranks have written; older ones go."""
-        atomic_write(self.path / STATE_FILE, json.dumps(asdict(state)), durable=True)
-        for other in self.path.glob("step=*"):
-            if other.name != state.tag:
-                shutil.rmtree(other, ignore_errors=True)
+        record = json.dumps(asdict(state)).encode()
+        self._home.put(f"{self._name}/{STATE_FILE}", record)
+        for name in self._home.folders(self._name):
+            if name != state.tag:
+                self._home.delete_folder(f"{self._name}/{name}")
 
     def drop(self, tag: str) -> None:
         """Remove a state that could not be written whole, and give its room back."""
@@ -107,13 +136,21 @@ class ResumeFolder:
 
     def clear(self) -> None:
         """Remove the states of all fits of this round and kind."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._all)
+        self._home.delete_folder(FOLDER)
 
+    def leave(self) -> None:
+        """Give back what this machine has of them on the way to a bucket; once a machine."""
+        if self._is_remote:
+            shutil.rmtree(self.path, ignore_errors=True)
 
-def _read(path: Path) -> FitState | None:
-    try:
-        state = FitState(**json.loads((path / STATE_FILE).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return state if (path / state.tag).is_dir() else None
+    def _drop_others(self, tag: str) -> None:
+        for other in self.path.glob("step=*"):
+            if other.name != tag:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _read(self, name: str) -> FitState | None:
+        try:
+            state = FitState(**json.loads(self._home.read(f"{name}/{STATE_FILE}")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        return state if self._home.exists(f"{name}/{state.tag}") else None

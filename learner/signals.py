@@ -11,6 +11,7 @@ round's folder: a checkpoint's own files never change.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections import deque
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from learner.fit import GateConfig
+from rollout.run_store import RunStore, StoreError
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -133,15 +137,21 @@ def judge(
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one fit; a fit that goes on continues both."""
 
-    def __init__(self, folder: Path, *, resumed_from: int) -> None:
+    def __init__(self, home: RunStore, scratch: Path, *, resumed_from: int) -> None:
         """
         Args:
+            home: of the fit's round and kind.
+            scratch: folder of this machine for what is on its way to a bucket.
             resumed_from: steps of an earlier attempt to keep; later ones are dropped.
         """
         from tensorboardX import SummaryWriter
 
+        self._home = home
+        self._folder = folder = home.local or scratch / "log"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
+        if home.local is None and resumed_from and home.exists(METRICS_FILE):
+            home.fetch(METRICS_FILE, path)
         kept = []
         if resumed_from and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -173,6 +183,17 @@ class MetricsLog:
     def flush(self) -> None:
         self._file.flush()
 
+    def keep(self) -> None:
+        """Have what was logged so far on the bucket, if the run is on one."""
+        if self._home.local is not None:
+            return
+        self.flush()
+        try:
+            self._home.upload(self._folder, "")
+        except StoreError as error:  # not worth the fit
+            logger.warning("The log of a fit was not kept: %s", error)
+
     def close(self) -> None:
-        self._file.close()
         self._board.close()
+        self.keep()
+        self._file.close()

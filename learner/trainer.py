@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -116,7 +117,7 @@ def run_fit(
         raise RankError(_out_of_memory(request, rank, error)) from error
     except OSError as error:
         if disk_is_full(error):
-            said = no_room(error, request.checkpoints)
+            said = no_room(error, CheckpointStore(request.checkpoints).store.root)
             raise RankError(f"fit {request.fit_id!r}: rank {rank} {said}") from error
         raise
     except RuntimeError as error:
@@ -184,7 +185,7 @@ class _Fit:
         self.started = started
         self.steps = plan_fit(self.task, self.config, world_size=world_size, seed=request.seed)
         self.store = CheckpointStore(request.checkpoints)
-        self.folder = self.store.folder(request.kind, request.round)
+        self.home = self.store.home(request.kind, request.round)
         self.fingerprint = _fingerprint(request)
         self.resume = _resume_folder(request, world_size)
         self.counter: FlopCounter = flop_counter(prepared.objective.model)
@@ -206,7 +207,9 @@ class _Fit:
             choose_attention(self.prepared.objective, self.config, device)
             self._take_up()
             log = (
-                MetricsLog(self.folder, resumed_from=self.resumed_from) if self.rank == 0 else None
+                MetricsLog(self.home, self.resume.path, resumed_from=self.resumed_from)
+                if self.rank == 0
+                else None
             )
             setup_s = time.perf_counter() - self.started
             begun, begun_cpu = time.perf_counter(), time.process_time()
@@ -232,6 +235,7 @@ class _Fit:
             saving = time.perf_counter()
             self.tell("saving", 0, 0, now=True)
             result = self._publish(result, keep=broken is None)
+            self._once_a_machine(self.resume.leave)
             return replace(result, seconds_save=time.perf_counter() - saving)
         finally:
             self.engine.destroy()
@@ -243,6 +247,7 @@ class _Fit:
         state = from_rank_0(self.resume.read, self.request.fit_id)
         if state is None:
             return
+        self._once_a_machine(partial(self.resume.fetch, state.tag))
         self.engine.load_checkpoint(str(self.resume.path), tag=state.tag)
         self.losses, self.norms = list(state.losses), list(state.grad_norms)
         self.resumed_from, self.earlier_s = state.step, state.seconds
@@ -302,6 +307,8 @@ class _Fit:
             every = config.save_every_steps
             if every is not None and (number + 1) % every == 0 and not last:
                 self._save_state(self.earlier_s + time.perf_counter() - begun)
+                if log is not None:
+                    log.keep()
                 before = time.perf_counter()
 
     def _check_finite(self, what: str, value: float, number: int) -> None:
@@ -322,6 +329,7 @@ class _Fit:
             self.engine.save_checkpoint(str(self.resume.path), tag=state.tag, save_latest=False)
             if self.world_size > 1:
                 dist.barrier()
+            self._once_a_machine(partial(self.resume.keep, state.tag))
             if self.rank == 0:
                 self.resume.commit(state)
         except (OSError, RuntimeError) as error:
@@ -334,6 +342,11 @@ class _Fit:
                 f"fit {self.request.fit_id!r}: rank {self.rank} {said}; make room and start it "
                 "again: it goes on from the state before"
             ) from error
+
+    def _once_a_machine(self, work: Callable[[], None]) -> None:
+        """Have the first rank of each machine do something, and all wait for it."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        on_all_ranks(work if first else lambda: None, self.request.fit_id)
 
     def _flops(self, step: PlannedStep) -> float:
         task = self.task
@@ -437,7 +450,7 @@ class _Fit:
         info = {
             "fit": request.fit_id,
             "fingerprint": self.fingerprint,
-            "base": request.base,
+            "base": request.origins.get(request.base, request.base),
             "config": self.config.model_dump(mode="json"),
             "seed": request.seed,
             "data_digest": manifest.get("digest"),
@@ -464,10 +477,11 @@ class _Fit:
                 made = self.store.hold(
                     request.kind,
                     request.round,
-                    request.previous,
+                    request.origins.get(request.previous, request.previous),
                     result.held,
                     write if keep else None,
                     info,
+                    previous_here=Path(request.previous),
                 )
             self.resume.clear()
             return made
@@ -480,8 +494,8 @@ def _fingerprint(request: FitRequest) -> str:
 
 
 def _resume_folder(request: FitRequest, world_size: int) -> ResumeFolder:
-    folder = CheckpointStore(request.checkpoints).folder(request.kind, request.round)
-    return ResumeFolder(folder, _fingerprint(request), world_size=world_size)
+    home = CheckpointStore(request.checkpoints).home(request.kind, request.round)
+    return ResumeFolder(home, _fingerprint(request), world_size=world_size)
 
 
 def _finished(request: FitRequest) -> FitResult | None:
@@ -497,7 +511,7 @@ def _finished(request: FitRequest) -> FitResult | None:
     if info.get("fingerprint") != _fingerprint(request):
         raise LearnerError(
             f"round {request.round} has a {request.kind} checkpoint of another base, dataset, "
-            f"config or seed in {store.folder(request.kind, request.round)}"
+            f"config or seed in {store.home(request.kind, request.round).root}"
         )
     released = request.force and store.held(request.kind, request.round) is not None
     if released:

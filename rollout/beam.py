@@ -67,6 +67,7 @@ async def search_beam(
     sandbox: StepSandbox,
     seed: int,
     spent: Callable[[], bool] = lambda: False,
+    on_finished: Callable[[Solution], None] = lambda solution: None,
 ) -> list[Solution]:
     """Search one problem; returns the solutions in the order they were finished.
 
@@ -77,11 +78,12 @@ async def search_beam(
             apply, but `num_answer_candidates` does.
         spent: whether the token budget is used up, asked before each step. Then the search ends,
             or, if nothing was finished so far, goes on with its best path alone.
+        on_finished: told of each solution as it is finished.
     Raises:
         EngineError, SearchError: a part failed; nothing of the problem is at fault.
     """
     tree_id = f"beam/{problem.id}/{seed}"
-    finished: list[_Path] = []
+    finished: list[Solution] = []
     beam = [_Path(state=await sandbox.open(tree_id))]
     search = _Beam(problem, num_candidates, config, policy, preference, sandbox, seed)
     try:
@@ -93,21 +95,25 @@ async def search_beam(
             grown = await all_of(search.grow(path, depth, n) for n, path in enumerate(beam))
             ranked = sorted((path for paths in grown for path in paths), key=_worst_last)
             kept = ranked[: width - len(finished)]
-            finished += [path for path in kept if path.finished]
+            for path in kept:
+                if path.finished:
+                    finished.append(_solution(path, seed))
+                    on_finished(finished[-1])
             beam = [path for path in kept if not path.finished]
     finally:
         await sandbox.close(tree_id)
-    return [
-        Solution(
-            steps=path.steps,
-            answer=path.steps[-1].answer,
-            value=path.value,
-            num_tokens=path.num_tokens,
-            status="ok",
-            seed=seed,
-        )
-        for path in finished
-    ]
+    return finished
+
+
+def _solution(path: _Path, seed: int) -> Solution:
+    return Solution(
+        steps=path.steps,
+        answer=path.steps[-1].answer,
+        value=path.value,
+        num_tokens=path.num_tokens,
+        status="ok",
+        seed=seed,
+    )
 
 
 def _worst_last(path: _Path) -> float:

@@ -38,6 +38,10 @@ beam, a tree, or trees that share their rollouts) each distinct program has one 
 
 MCTS without a PPM has nothing to be guided by at test time: every answer backs up the same reward
 (the label is withheld from the search), and all answers of the tree vote.
+
+A time limit ends whatever goes on, and the answer is chosen from what was finished by then: of
+trees also answers that no rollout has tried, where there are no others. Samples are drawn together,
+so a wave that is not back yet is lost.
 """
 
 from __future__ import annotations
@@ -209,6 +213,19 @@ class Event:
 OnEvent = Callable[[Event], None]
 
 
+class Ending(StrEnum):
+    """What ended a method."""
+
+    TRAJECTORIES = "trajectories"
+    """It finished as many as it may."""
+    EXHAUSTED = "exhausted"
+    """Nothing was left to try."""
+    TOKENS = "token_budget"
+    TIME = "time_limit"
+    TOO_LONG = "problem_too_long"
+    """The problem does not fit into the policy's context."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveResult:
     """What a method made of one problem."""
@@ -222,6 +239,7 @@ class SolveResult:
     cost: Cost
     trees: tuple[Tree, ...] = ()
     """Of MCTS, their answers not graded; other methods keep none."""
+    ended: Ending = Ending.TRAJECTORIES
     notes: tuple[str, ...] = ()
     """What is worth knowing about how the result came about, for people."""
     policy_version: str = ""
@@ -250,6 +268,11 @@ class SolveResult:
     @property
     def generated_tokens(self) -> int:
         return self.cost.generated_tokens
+
+    @property
+    def num_rollouts(self) -> int:
+        """Descents of MCTS; of other methods the solutions they finished."""
+        return sum(tree.num_rollouts for tree in self.trees) or len(self.solutions)
 
 
 def vote_weight(
@@ -305,8 +328,8 @@ def choose(
     return tuple(rank_answers(answers, values=values, weights=weights, seed=seed))
 
 
-def tree_solutions(tree: Tree) -> list[Solution]:
-    """The answers a search has visited, in creation order."""
+def tree_solutions(tree: Tree, *, visited: bool = True) -> list[Solution]:
+    """The answers a search has visited, or not visited, in creation order."""
     return [
         Solution(
             steps=tuple(tree.steps(node)),
@@ -317,7 +340,7 @@ def tree_solutions(tree: Tree) -> list[Solution]:
             seed=tree.seed,
         )
         for node in tree.answers()
-        if node.visit_count > 0 and node.step is not None
+        if (node.visit_count > 0) is visited and node.step is not None
     ]
 
 
@@ -436,7 +459,12 @@ class Solver:
             raise ValueError(f"method {self.config.name} needs code steps, not a plain prompt")
 
     async def solve(
-        self, problem: Problem, *, seed: int, on_event: OnEvent | None = None
+        self,
+        problem: Problem,
+        *,
+        seed: int,
+        on_event: OnEvent | None = None,
+        limit_s: float | None = None,
     ) -> SolveResult:
         """Find and choose an answer.
 
@@ -444,6 +472,7 @@ class Solver:
             seed: the same seed and deterministic engines give the same result. Majority and
                 best-of-N draw the same samples from the same seed.
             on_event: told what is being extended and found, while it happens.
+            limit_s: seconds after which what was found so far is chosen from; None: no limit.
         Raises:
             EngineError, SearchError, SandboxError: a part of the system failed.
         """
@@ -458,7 +487,14 @@ class Solver:
             self.clock,
         )
         job = _Job(solver=self, problem=problem, meter=meter, seed=seed)
-        solutions = await _RUNS[method](job)
+        limit = asyncio.timeout(limit_s)
+        try:
+            async with limit:
+                solutions = await _RUNS[method](job)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            solutions = job.found_so_far()
         # Comparing answers may take a while, so not on the event loop.
         ranked = await asyncio.to_thread(
             choose,
@@ -475,7 +511,8 @@ class Solver:
             ranked=ranked,
             cost=meter.cost,
             trees=tuple(job.trees),
-            notes=tuple(_notes(job, solutions, ranked)),
+            ended=_ending(job, late=limit.expired()),
+            notes=tuple(_notes(job, solutions, ranked, limit_s if limit.expired() else None)),
             policy_version=meter.policy_version,
             preference_version=meter.preference_version,
         )
@@ -490,6 +527,9 @@ class _Job:
     meter: Meter
     seed: int
     trees: list[Tree] = field(default_factory=list)
+    """They grow while they are searched."""
+    finished: list[Solution] = field(default_factory=list)
+    """Of methods without trees, as they come; in no certain order."""
 
     @property
     def config(self) -> MethodConfig:
@@ -511,6 +551,12 @@ class _Job:
 
     def spent(self) -> bool:
         return self.tokens_left <= 0
+
+    def found_so_far(self) -> list[Solution]:
+        """What there is to choose from before the method has ended."""
+        visited = search_solutions(self.trees)
+        generated = [s for tree in self.trees for s in tree_solutions(tree, visited=False)]
+        return visited or _one_per_program(generated or self.finished)
 
     async def repeat(self, count: int, one: Callable[[int], Coroutine[Any, Any, T]]) -> list[T]:
         """Independent searches: side by side, or under a budget in turn until it is used up."""
@@ -555,6 +601,12 @@ async def _samples(job: _Job) -> list[Solution]:
 
 
 async def _sample(job: _Job, count: int, *, temperature: float, seed: int) -> list[Solution]:
+    solutions = await _sample_once(job, count, temperature=temperature, seed=seed)
+    job.finished += solutions
+    return solutions
+
+
+async def _sample_once(job: _Job, count: int, *, temperature: float, seed: int) -> list[Solution]:
     if job.solver.prompt is not None:
         return await sample_texts(
             job.problem,
@@ -595,6 +647,7 @@ async def _beam(job: _Job) -> list[Solution]:
             sandbox=job.solver.sandbox,
             seed=derive_seed(job.seed, "beam", number),
             spent=job.spent,
+            on_finished=job.finished.append,
         )
         return _one_per_program(finished)
 
@@ -605,15 +658,14 @@ async def _beam(job: _Job) -> list[Solution]:
 async def _mcts(job: _Job) -> list[Solution]:
     config = job.config
     if config.rollouts_per_tree is not None:
-        job.trees = await job.repeat(
+        trees = await job.repeat(
             config.num_trajectories,
             lambda number: _search_tree(job, number, config.rollouts_of_a_tree),
         )
-        return [best for tree in job.trees for best in _best(tree_solutions(tree))]
+        return [best for tree in trees for best in _best(tree_solutions(tree))]
     left = config.num_trajectories
     while left > 0 and not job.spent():
         tree = await _search_tree(job, len(job.trees), left)
-        job.trees.append(tree)
         left -= tree.num_rollouts
         if not tree.root.exhausted or not tree.generated_tokens:
             break
@@ -625,17 +677,25 @@ async def _search_tree(job: _Job, number: int, num_rollouts: int) -> Tree:
     if job.config.max_generated_tokens is not None:
         search = search.model_copy(update={"max_generated_tokens": int(job.tokens_left)})
     names = ("search", number) if number else ("search",)
+    tree = Tree(
+        problem=job.problem,
+        round=job.solver.round,
+        index=-1 - number,
+        seed=derive_seed(job.seed, *names),
+    )
+    job.trees.append(tree)
     return await run_search(
         job.problem,
         config=search,
         policy=job.meter,
         preference=job.preference,
         sandbox=job.solver.sandbox,
-        round=job.solver.round,
-        index=-1 - number,
-        seed=derive_seed(job.seed, *names),
+        round=tree.round,
+        index=tree.index,
+        seed=tree.seed,
         grade=None,
         clock=job.solver.clock,
+        resume=tree,
     )
 
 
@@ -666,14 +726,37 @@ def _valued(solutions: Sequence[Candidate]) -> bool:
     return any(s.value is not None and s.answer is not None for s in solutions)
 
 
-def _notes(job: _Job, solutions: Sequence[Solution], ranked: Sequence[RankedAnswer]) -> list[str]:
-    notes = []
+def _ending(job: _Job, *, late: bool) -> Ending:
+    requests = job.meter.cost.num_requests
+    if late:
+        return Ending.TIME
+    if requests and job.meter.num_too_long == requests:
+        return Ending.TOO_LONG
+    if job.spent():
+        return Ending.TOKENS
+    short = sum(tree.num_rollouts for tree in job.trees) < job.config.num_trajectories
+    if job.trees and job.config.rollouts_per_tree is None and short:
+        return Ending.EXHAUSTED
+    return Ending.TRAJECTORIES
+
+
+def _notes(
+    job: _Job,
+    solutions: Sequence[Solution],
+    ranked: Sequence[RankedAnswer],
+    limit_s: float | None,
+) -> list[str]:
+    """What people should know.
+
+    Args:
+        limit_s: that was reached; None: none was.
+    """
+    notes = [] if limit_s is None else [f"stopped after {limit_s:.3g} s"]
     if job.config.name.uses_preference and ranked and not _valued(solutions):
         why = "the PPM gave no value" if job.preference else "there is no PPM"
         notes.append(f"{why}: majority vote over all {len(solutions)} solutions")
     if not ranked:
-        requests = job.meter.cost.num_requests
-        if requests and job.meter.num_too_long == requests:
+        if _ending(job, late=False) is Ending.TOO_LONG:
             notes.append("the problem does not fit into the policy's context")
         else:
             notes.append("no solution reached an answer")

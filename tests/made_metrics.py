@@ -12,6 +12,7 @@ from cluster.telemetry import metrics as m
 from cluster.telemetry.live import LIVE_FILE, Live, Snapshot
 from cluster.telemetry.samples import Key, SampleWriter
 from cluster.watch.queries import Expression
+from rollout.run_store import RunStore
 
 ROW_S = 10.0
 NUM_ROWS = 180
@@ -53,7 +54,7 @@ def write_made_run(root: Path, end_s: float, *, state: str = "running") -> None:
         ),
     )
     (root / LIVE_FILE).write_text(json.dumps(asdict(live)), encoding="utf-8")
-    writer = SampleWriter(root)
+    writer = SampleWriter(RunStore(root))
     for row in range(NUM_ROWS + 1):
         writer.write(end_s - ROW_S * (NUM_ROWS - row), made_row(row))
     writer.close()

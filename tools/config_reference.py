@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel
@@ -25,6 +25,7 @@ from cluster.fleet.config import ServingConfig
 from cluster.folder.config_file import presets, section_in
 from cluster.runs.config import RolloutConfig, RunConfig, SolveConfig
 from cluster.runs.synthesize import SynthesizeConfig
+from cluster.serve.config import ServeConfig
 from tools.generated import main
 
 PATH = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -33,6 +34,7 @@ COMMANDS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("rstar evolve", RunConfig),
     ("rstar rollout", RolloutConfig),
     ("rstar solve", SolveConfig),
+    ("rstar serve", ServeConfig),
     ("rstar evaluate", EvaluateConfig),
     ("rstar problems synthesize", SynthesizeConfig),
 )
@@ -204,6 +206,8 @@ def type_text(annotation: Any) -> str:
         return f"list of {type_text(arguments[0])}"
     if origin is dict:
         return f"mapping to {type_text(arguments[1])}"
+    if origin is Annotated:
+        return type_text(arguments[0])
     if annotation is Any:
         return "any"
     if isinstance(annotation, type):

@@ -268,7 +268,8 @@ class Sandbox(_Base):
 
         Args:
             flavour: "base" (sympy, numpy, standard library) or "scipy", whose forks cost twice as
-            much. seed: with problem_id, seeds `random` and `numpy.random` in the root.
+            much. seed: with problem_id, up to a `TWIN` in it, seeds `random` and `numpy.random` in
+            the root.
         Raises:
             ValueError: the problem is already open. SandboxError: no root could be made.
         """

@@ -58,6 +58,7 @@ from verifier.sandbox_wire import (
     REQUEST,
     ROOT_HELLO,
     SPAWN,
+    TWIN,
 )
 
 REHEARSALS = 40
@@ -275,8 +276,9 @@ def _new_main() -> dict:
 
 
 def _seed_random(problem_id: str, seed: int) -> None:
-    random.seed(f"{problem_id}/{seed}")
-    numpy_seed = random.Random(f"numpy/{problem_id}/{seed}").getrandbits(32)
+    name = f"{problem_id.partition(TWIN)[0]}/{seed}"
+    random.seed(name)
+    numpy_seed = random.Random(f"numpy/{name}").getrandbits(32)
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(numpy_seed)
     else:

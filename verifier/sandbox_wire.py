@@ -27,6 +27,9 @@ FRAME_BYTES = 60_000
 """Larger messages travel as several packets of at most this size."""
 RECEIVE_BYTES = 1 << 16
 """Read at once between client and supervisor; for more than 128 KiB memory is mapped each time."""
+TWIN = "\x1f"
+"""In the name of a tree: what follows it keeps trees of one name apart that are open at a time, and
+is no part of what their random state follows from."""
 OK, ERROR, MEMORY, OUTPUT_LIMIT, DENIED = range(5)
 REPLY_STATUSES = ("ok", "error", "memory", "output_limit", "denied")
 """Names of the five codes above."""

@@ -3,7 +3,7 @@
     weights_direct_s        each reads all of it for itself: machines or file systems without a
                             cache in common
     weights_cached_s        each maps it, and what one has read the others find in the page cache
-    weights_stage_s         one copies it, all read the copy (`cluster.machines.staging`)
+    weights_stage_s         one copies it, all read the copy (`cluster.folder.staging`)
     weights_restart_s       one replica more, when the page cache has forgotten: from the copy
     weights_restart_direct_s   the same without a copy
 
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.machines.staging import Stager
+from cluster.folder.staging import Stager
 
 READERS = 4
 FILES = 4

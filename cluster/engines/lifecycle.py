@@ -122,7 +122,7 @@ class Answering:
 
 
 class AtHand(Protocol):
-    """A checkpoint that is to be read; `cluster.machines.staging.Staged` is one."""
+    """A checkpoint that is to be read; `cluster.folder.staging.Staged` is one."""
 
     @property
     def path(self) -> str: ...

@@ -24,11 +24,13 @@ from cluster.evaluation.config import EvaluateConfig
 from cluster.fleet.given_models import chat_prompt, with_checkpoint_directories
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.folder.staging import at_hand
 from learner.checkpoint import CheckpointStore
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.problems.rows import SUFFIXES
 from rollout.prompt import MARKERS
+from rollout.run_store import RunStore, absolute
 from verifier.comparable import is_comparable
 
 RUN_SECTIONS = ("seed", "cluster", "policy_engine", "ppm_engine", "sandbox", "search", "cost")
@@ -72,8 +74,8 @@ def evaluate_config(
     made: dict[str, Any] = {}
     name = "models"
     if what is not None:
-        name = what.resolve().name
-        if (what / "config.json").is_file() or what.parent.name.startswith("round="):
+        name = absolute(what).rpartition("/")[2]
+        if RunStore(what).exists("config.json") or what.parent.name.startswith("round="):
             if policy is not None:
                 raise ConfigError(f"{what} is a policy already: leave --policy out")
             policy = what
@@ -84,7 +86,7 @@ def evaluate_config(
             made |= _settings_of_run(what)
             name += f"-round{round}" if round is not None else ""
     elif policy is not None:
-        name = policy.resolve().name
+        name = absolute(policy).rpartition("/")[2]
     if config is not None:
         made |= read_yaml(config)
     made |= {key: path for key, path in (("policy", policy), ("ppm", ppm)) if path is not None}
@@ -116,11 +118,12 @@ def pair_of_run(run: Path, round: int | None) -> tuple[Path, Path | None]:
     Raises:
         RunFolderError: there is no such run, or no such round; says which there are.
     """
-    store = CheckpointStore(RunFolder(run).checkpoints)
+    folder = RunFolder(run)
+    store = CheckpointStore(folder.checkpoints)
     if round is None:
         latest = store.latest("ppm") or store.latest("policy")
         if latest is None:
-            what = "no checkpoints" if run.is_dir() else "no such folder"
+            what = "no checkpoints" if folder.store.exists("") else "no such folder"
             raise RunFolderError(f"{run}: {what}; expected a run, or a model's directory")
         round = latest.round
     policy, ppm = store.current("policy", round), store.current("ppm", round)
@@ -134,7 +137,7 @@ def pair_of_run(run: Path, round: int | None) -> tuple[Path, Path | None]:
 
 def _settings_of_run(run: Path) -> dict[str, Any]:
     """Serving settings of a run, and those its own evaluation uses the methods with."""
-    stored = read_yaml(run / "config.yaml")
+    stored = RunFolder(run).config() or {}
     settings = {name: stored[name] for name in RUN_SECTIONS if name in stored}
     evaluation = stored.get("evaluation") or {}
     for name in ("max_solution_tokens", "vote_top_k"):
@@ -204,7 +207,7 @@ def read_benchmark(
     Raises:
         ProblemFileError: it cannot be used.
     """
-    problems, report = read_problems(path, default_level=config.default_level)
+    problems, report = read_problems(at_hand(path), default_level=config.default_level)
     problems = [
         replace(problem, id=f"{path.stem}:{problem.id}", source=path.stem)
         for problem in problems[: config.limit]

@@ -46,6 +46,7 @@ from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.config_file import ConfigError
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
+from cluster.folder.staging import at_hand
 from cluster.telemetry.progress import ProgressView
 from rollout.methods import Method, MethodConfig
 from rollout.problem import Problem
@@ -60,7 +61,7 @@ class EvaluationRun:
     def __init__(self, config: EvaluateConfig, view: ProgressView) -> None:
         self.config = config
         self.view = view
-        self.folder = RunFolder(config.run_dir)
+        self.folder = RunFolder(config.run_dir, storage=config.storage.client)
         self.problems: list[Problem] = []
         self.benchmarks: list[Benchmark] = []
         self.warnings: list[str] = []
@@ -96,8 +97,9 @@ class EvaluationRun:
         """Check the models and read the problems, before anything is started."""
         from transformers import AutoTokenizer
 
-        check_policy_checkpoint(self.config.policy, markers=())
-        tokenizer = AutoTokenizer.from_pretrained(self.config.policy, local_files_only=True)
+        policy = at_hand(self.config.policy)
+        check_policy_checkpoint(policy, markers=())
+        tokenizer = AutoTokenizer.from_pretrained(policy, local_files_only=True)
         self.prompting = choose_prompting(self.config, tokenizer)
         config = self.config
         if self.prompting.kind == "steps":
@@ -116,7 +118,7 @@ class EvaluationRun:
         uses_ppm = any(m.uses_preference for m in config.methods)
         config = config.model_copy(update={"ppm": config.ppm if uses_ppm else None})
         if config.ppm is not None:
-            check_preference_checkpoint(config.ppm)
+            check_preference_checkpoint(at_hand(config.ppm))
         self.config = config
         by_name: dict[str, list[Problem]] = {}
         for path in config.benchmarks:
@@ -230,7 +232,7 @@ class EvaluationRun:
         )
         report = {
             "kind": "evaluation",
-            "name": self.folder.root.name,
+            "name": self.folder.name,
             "models": {
                 kind: {"path": str(path), "version": (await given_checkpoint(kind, path)).version}
                 for kind in ("policy", "ppm")

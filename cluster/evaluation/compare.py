@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +25,7 @@ from cluster.evaluation.results import METHODS, method_label
 from cluster.evaluation.shares import percent
 from cluster.evaluation.tables import RESULTS, read_evaluation
 from cluster.folder.config_file import ConfigError
-from cluster.folder.run_folder import RunFolderError
+from cluster.folder.run_folder import RunFolder, RunFolderError
 from verifier.bootstrap import Difference, bootstrap_difference
 
 WIDE = 96
@@ -59,7 +57,7 @@ def compare(first: Path, second: Path, *, seed: int = 0) -> list[Comparison]:
         RunFolderError: one of them is not the folder of a finished evaluation.
         ConfigError: they have no benchmark, method and budget in common.
     """
-    one, other = _scores(first), _scores(second)
+    one, other = _scores(RunFolder(first)), _scores(RunFolder(second))
     common = [key for key in one if key in other and one[key].keys() & other[key].keys()]
     if not common:
         raise ConfigError(
@@ -83,14 +81,12 @@ def compare(first: Path, second: Path, *, seed: int = 0) -> list[Comparison]:
     return found
 
 
-def _scores(root: Path) -> dict[Key, dict[str, float]]:
-    read_evaluation(root)
-    try:
-        table = pq.read_table(
-            root / RESULTS, columns=["benchmark", "method", "budget", "problem_id", "score"]
-        )
-    except (OSError, pa.ArrowException) as error:
-        raise RunFolderError(f"{root / RESULTS}: cannot be read: {error}") from error
+def _scores(folder: RunFolder) -> dict[Key, dict[str, float]]:
+    read_evaluation(folder)
+    columns = ["benchmark", "method", "budget", "problem_id", "score"]
+    table = folder.read_table(RESULTS, columns)
+    if table is None:
+        raise RunFolderError(f"{folder.at(RESULTS)}: no such file")
     scores: dict[Key, dict[str, float]] = {}
     for row in table.to_pylist():
         key = (row["benchmark"], row["method"], row["budget"])
@@ -110,7 +106,7 @@ def show_comparison(first: Path, second: Path, console: Console) -> None:
     Raises:
         As `compare`.
     """
-    top_k = read_evaluation(first)["vote_top_k"]
+    top_k = read_evaluation(RunFolder(first))["vote_top_k"]
     found = compare(first, second)
     for name, root in (("A", first), ("B", second)):
         console.print(f"{name} = {root}", markup=False, highlight=False, soft_wrap=True)

@@ -26,7 +26,6 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from cluster.evaluation.config import EvaluationConfig
@@ -186,7 +185,7 @@ async def evaluate(
         shard_size=_SHARD_SIZE,
     )
     number = evaluation_of(round)
-    folder = fleet.folder.root / folder_of(number)
+    folder = fleet.folder.at(folder_of(number))
     trees = TrajectoryStore(fleet.store, number)
     models = {kind: fleet.versions[kind] for kind in ("policy", "ppm")[: 1 + preference]}
     await asyncio.to_thread(_check_models, trees, models, folder)
@@ -211,7 +210,7 @@ async def evaluate(
     return Evaluation(round=round, problems=tuple(found[p.id] for p in chosen)), outcome
 
 
-def _check_models(trees: TrajectoryStore, models: Mapping[str, str], folder: Path) -> None:
+def _check_models(trees: TrajectoryStore, models: Mapping[str, str], folder: str) -> None:
     """Raises RunFolderError if trees of other models are committed: no figure may mix them."""
     for commit in trees.each_commit(trees=False):
         made_by = {kind: commit.info.get(kind, "") for kind in models}

@@ -46,7 +46,7 @@ from rollout.engine import EvaluationRequest, LogprobRequest, values_of
 from rollout.problem import Problem
 from rollout.prompt import PromptTemplate, segments_of
 from rollout.search import SearchConfig
-from rollout.store import RunStore, TrajectoryStore, ruler_of
+from rollout.store import TrajectoryStore, ruler_of
 from rollout.tasks import all_of
 
 _AT_ONCE = 8
@@ -107,7 +107,7 @@ async def measure(
         outcome = await fleet.rollout(
             ruler_of(round), chosen, [stage], preference=False, on_progress=on_progress
         )
-        trees = TrajectoryStore(RunStore(str(fleet.folder.root)), ruler_of(round)).trees()
+        trees = TrajectoryStore(fleet.folder.store, ruler_of(round)).trees()
         compared = await asyncio.to_thread(compared_trees, trees, recipe)
     else:
         pairs = read_pairs(dataset, "validation")

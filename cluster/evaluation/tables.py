@@ -7,10 +7,9 @@ committed trees --read_attempts--> answers.parquet     a row for every solution
 
 from __future__ import annotations
 
-import json
+import io
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +30,6 @@ from cluster.evaluation.results import (
     score_problem,
 )
 from cluster.folder.run_folder import RunFolder, RunFolderError
-from rollout.files import replacing
 from rollout.problem import Problem
 from rollout.store import Manifest, RunStore, TrajectoryStore
 
@@ -92,10 +90,8 @@ def score_arms(
     facts: dict[str, Any] = {}
     total = len(arms) * len(problems)
     done = 0
-    with (
-        replacing(folder.root / ANSWERS) as path,
-        pq.ParquetWriter(path, ANSWER_SCHEMA, compression="zstd") as writer,
-    ):
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, ANSWER_SCHEMA, compression="zstd") as writer:
         for arm in arms:
             trees = TrajectoryStore(store, arm.round)
             found = read_attempts(trees.tables(COLUMNS), arm, width=config.width)
@@ -114,9 +110,8 @@ def score_arms(
                 done += 1
                 if done % 200 == 0:
                     on_done(done, total)
-    with replacing(folder.root / RESULTS) as path:
-        table = pa.Table.from_pylist(result_rows(results), schema=RESULT_SCHEMA)
-        pq.write_table(table, path, compression="zstd")
+    folder.write_bytes(ANSWERS, sink.getvalue())
+    folder.write_table(RESULTS, pa.Table.from_pylist(result_rows(results), schema=RESULT_SCHEMA))
     return results, facts
 
 
@@ -194,28 +189,15 @@ def _row(record: Attempt | Result, names: Iterable[str]) -> dict[str, Any]:
     return row
 
 
-def read_evaluation(root: Path) -> dict[str, Any]:
+def read_evaluation(folder: RunFolder) -> dict[str, Any]:
     """The report of a finished evaluation.
 
     Raises:
         RunFolderError: there is none, or it cannot be read.
     """
-    return read_report(
-        root / REPORT, "no such file; expected the folder of a finished `rstar evaluate`"
-    )
-
-
-def read_report(path: Path, missing: str) -> dict[str, Any]:
-    """A JSON file that a finished run leaves.
-
-    Args:
-        missing: what to say if there is none.
-    Raises:
-        RunFolderError: there is none, or it cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFolderError(f"{path}: {missing}") from None
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: cannot be read: {error}") from error
+    report = folder.read(REPORT)
+    if report is None:
+        raise RunFolderError(
+            f"{folder.at(REPORT)}: no such file; expected the folder of a finished `rstar evaluate`"
+        )
+    return report

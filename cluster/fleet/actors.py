@@ -42,13 +42,14 @@ from cluster.engines.weight_sync import (
 from cluster.fleet.config import MembersConfig
 from cluster.fleet.keeper import ActorKind, Look
 from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
+from cluster.folder.staging import Stager
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
 from cluster.jobs.ray_errors import cause, plain
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
-from cluster.machines.staging import Stager
+from rollout.run_store import address_of
 from rollout.store import RunStore
 from verifier import SandboxLimits
 from verifier.sandbox import Isolation
@@ -117,17 +118,23 @@ class EngineKind(RayKind):
     """Of the run whose checkpoints they are to read; None: they only serve what was given."""
 
     def __init__(
-        self, settings: MembersConfig, engine: EngineConfig, *, stage_weights: Path | None = None
+        self,
+        settings: MembersConfig,
+        engine: EngineConfig,
+        *,
+        stage_weights: Path | None = None,
+        on_bucket: bool = False,
     ) -> None:
         """
         Args:
+            on_bucket: checkpoints are there, where no engine can read them.
             stage_weights: folder of each node that checkpoints are copied to; None: they are read
                 where they are.
         """
         super().__init__(settings)
         self.engine = engine
         self.take_s = engine.load_timeout_s
-        self.stage = None if stage_weights is None else Stager(stage_weights)
+        self.stage = Stager(stage_weights) if on_bucket or stage_weights is not None else None
         self.path = ""
         self._groups: dict[str, PlacementGroup] = {}
 
@@ -160,7 +167,8 @@ class EngineKind(RayKind):
         return {"replica": name, f"{self.prefix}_version": self.version}
 
     def start(self, name: str) -> Any:
-        staged = {} if self.stage is None else {"stage": self.stage}
+        stage = self.stage or (Stager(None) if address_of(self.path) is not None else None)
+        staged = {} if stage is None else {"stage": stage}
         return self.actor.options(**self.options(name)).remote(
             self.path, self.engine, version=self.version, name=name, **staged
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,13 +10,14 @@ from pydantic import Field, field_validator, model_validator
 
 from cluster.engines.config import EngineConfig
 from cluster.fleet.membership import SupervisionConfig
-from cluster.folder.config_file import Config
+from cluster.folder.config_file import Config, Place
 from cluster.jobs.admission import AdmissionConfig
 from cluster.machines.scaler import ScalerConfig
 from cluster.machines.spot import SpotConfig
 from cluster.telemetry.exporter import MetricsConfig
 from cluster.telemetry.tracing import TracingConfig
 from rollout.difficulty import SuspectConfig
+from rollout.run_store import address_of
 from rollout.search import SearchConfig
 from verifier import SandboxLimits
 
@@ -96,13 +98,46 @@ class MembersConfig(ActorConfig):
     )
 
 
+_SECRET = re.compile(r"key|secret|token|password|credential|signature|sas|connection_string")
+
+
+class StorageConfig(Config):
+    """How a run_dir on a bucket is reached. Credentials stand nowhere here: the bucket's client
+    looks for them where it always does (environment, profile, role of the machine)."""
+
+    endpoint_url: str | None = Field(
+        None, description="of a store that speaks S3, as MinIO; null: the cloud's own"
+    )
+    options: dict[str, str | int | float | bool | None] = Field(
+        default_factory=dict,
+        description="further arguments of its fsspec client (s3fs, gcsfs, adlfs), no secrets",
+    )
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> StorageConfig:
+        named = [name for name in self.options if _SECRET.search(name.lower())]
+        if named or "@" in (self.endpoint_url or ""):
+            what = f"options.{named[0]}" if named else "a name or password in endpoint_url"
+            raise ValueError(
+                f"{what}: secrets stay out of configs, which are stored with the run; give them "
+                "by the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, ...) or the machine's role"
+            )
+        return self
+
+    @property
+    def client(self) -> dict[str, Any]:
+        """Arguments of the fsspec client."""
+        given = {"endpoint_url": self.endpoint_url} if self.endpoint_url else {}
+        return {**self.options, **given}
+
+
 def check_run_dir(run_dir: Path, address: str, *, key: str = "cluster.address") -> None:
     """Raises ValueError if a run on several machines would have a folder on each."""
-    if address != "local" and not run_dir.is_absolute():
+    if address != "local" and not run_dir.is_absolute() and address_of(run_dir) is None:
         raise ValueError(
             f"run_dir must be absolute unless {key} is local, got {str(run_dir)!r}: each machine "
-            "would have its own; give a folder that all machines mount, as with "
-            "--set run_dir=/mnt/shared/runs/..."
+            "would have its own; give a bucket or a folder that all machines mount, as with "
+            "--set run_dir=s3://BUCKET/runs/... or --set run_dir=/mnt/shared/runs/..."
         )
 
 
@@ -224,7 +259,13 @@ class SandboxConfig(Config):
 class ServingConfig(Config):
     """What every command that searches needs: where it runs and how."""
 
-    run_dir: Path = Field(description="folder that everything is written to, seen by all machines")
+    run_dir: Place = Field(
+        description="folder or bucket (s3://, gs://, az://) that everything is written to, seen by "
+        "all machines"
+    )
+    storage: StorageConfig = Field(
+        default_factory=StorageConfig, description="how a bucket is reached (docs/storage.md)"
+    )
     seed: int = Field(0, ge=0, description="every random choice follows from it")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="actors")
     policy_engine: EngineConfig = Field(default_factory=EngineConfig, description="vLLM, policy")
@@ -263,10 +304,10 @@ class ServingConfig(Config):
 class GivenModelsConfig(ServingConfig):
     """What is served is named, not made."""
 
-    policy: Path | None = Field(
+    policy: Place | None = Field(
         None, description="Hugging Face checkpoint directory of the policy; null: an endpoint's"
     )
-    ppm: Path | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
+    ppm: Place | None = Field(None, description="checkpoint of the PPM; null: terminal-guided")
 
     @property
     def policy_tokenizer(self) -> Path | None:

@@ -27,9 +27,9 @@ learner ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,7 +51,7 @@ from cluster.fleet.actors import (
 )
 from cluster.fleet.config import ServingConfig
 from cluster.fleet.keeper import PoolKeeper
-from cluster.fleet.learner_group import LearnerGroup
+from cluster.fleet.learner_group import RAY_TRAIN, LearnerGroup
 from cluster.fleet.left_over import Home, end_all, end_left_over, namespace_of, remove_groups
 from cluster.fleet.meter import Meter
 from cluster.fleet.minding import Minder, why_learner_waits
@@ -69,7 +69,8 @@ from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitRequest, FitResult
 from rollout.engine import EngineError
 from rollout.problem import Problem
-from rollout.store import RunStore, TrajectoryStore
+from rollout.run_store import StoreError
+from rollout.store import TrajectoryStore
 from rollout.tasks import all_of
 
 logger = logging.getLogger(__name__)
@@ -81,26 +82,25 @@ class Fleet:
     def __init__(self, config: ServingConfig, folder: RunFolder) -> None:
         self.config = config
         self.folder = folder
-        self.store = RunStore(str(folder.root))
+        self.store = folder.store
         self.note: Callable[[str], None] = logger.info
         """Told what a person should know now."""
         self.pools = Pools(
-            config, folder.root, note=lambda text: self.note(text), tried=self._tried
+            config, folder.store, note=lambda text: self.note(text), tried=self._tried
         )
         self.meter = Meter(
             config.metrics, folder, self.pools.keepers, budget_usd=config.cost.budget_usd
         )
         self.attempts = Attempts(
-            config.cluster.stage_attempts, mend=self._mend, note=lambda text: self.note(text)
+            config.cluster.stage_attempts, mend=self.mend, note=lambda text: self.note(text)
         )
         """Does a stage of the run again that lost actors or machines."""
-        stage = config.cluster.stage_weights
-        self._policy_kind = PolicyKind(
-            config.cluster.policy, config.policy_engine, stage_weights=stage
-        )
-        self._preference_kind = PreferenceKind(
-            config.cluster.ppm, config.ppm_engine, stage_weights=stage
-        )
+        staged: dict[str, Any] = {
+            "stage_weights": config.cluster.stage_weights,
+            "on_bucket": self.store.local is None,
+        }
+        self._policy_kind = PolicyKind(config.cluster.policy, config.policy_engine, **staged)
+        self._preference_kind = PreferenceKind(config.cluster.ppm, config.ppm_engine, **staged)
         self.weights_stage_s: dict[str, float] = {}
         """By pool, until the last checkpoint served was at hand on every node."""
         self._learner: LearnerGroup | None = None
@@ -170,7 +170,7 @@ class Fleet:
         """
         self.pools.telemetry.begin(f"driver-{os.getpid()}")
         cluster = self.config.cluster
-        namespace = await asyncio.to_thread(namespace_of, self.folder.root)
+        namespace = await asyncio.to_thread(namespace_of, self.store)
         self.pools.home = Home(namespace=namespace)
         # Every process of the run that writes there, or reads what others do, is told its id.
         await asyncio.to_thread(self.store.identify)
@@ -189,14 +189,14 @@ class Fleet:
         if learner:
             self._learner = LearnerGroup(
                 cluster.learner,
-                self.folder.root / "ray_train",
+                self.store,
                 start_timeout_s=cluster.start_timeout_s,
                 stalled_after_s=cluster.fit_stalled_after_s,
                 attempts=cluster.stage_attempts,
                 why_pending=lambda: why_learner_waits(cluster, self.pools.keepers),
                 coming=lambda: bool(nodes.starting()),
                 note=lambda text: self.note(text),
-                store=self.store,
+                stage=cluster.stage_weights,
             )
             if cluster.address == "local":
                 self.want_learner()
@@ -391,7 +391,7 @@ class Fleet:
         )
         return await self._rollout.run()
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
         """Replace members again in pools where too many died to go on."""
         for keeper in self.pools.keepers.values():
             if keeper.hopeless:
@@ -452,7 +452,8 @@ class Fleet:
         ray.shutdown()
         self._ray_started = False
         end_telemetry()
-        shutil.rmtree(self.folder.root / "ray_train", ignore_errors=True)
+        with contextlib.suppress(StoreError):
+            self.store.delete_folder(RAY_TRAIN)
 
 
 def _port_is_free(port: int) -> bool:

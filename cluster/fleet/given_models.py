@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,8 @@ from cluster.engines.model_check import check_policy_checkpoint, check_untrained
 from cluster.fleet.config import GivenModelsConfig, ServingConfig
 from cluster.fleet.fleet import Fleet
 from cluster.folder.config_file import ConfigError
+from cluster.folder.run_folder import MARKED_BASE, RunFolder
+from cluster.folder.staging import at_hand
 from learner.checkpoint import (
     Checkpoint,
     Kind,
@@ -18,7 +21,9 @@ from learner.checkpoint import (
     directory_digest,
     read_prompt_template,
 )
+from learner.markers import with_markers
 from rollout.prompt import TEMPLATES
+from rollout.run_store import absolute
 from rollout.search import SearchConfig
 from rollout.worked_examples import check_examples
 
@@ -66,12 +71,13 @@ def with_policy_form(config: G) -> G:
     shows_examples = config.search.prompt_template.repairs
     if config.policy is not None:
         check = check_untrained_policy if shows_examples else check_policy_checkpoint
-        check(config.policy)
+        check(at_hand(config.policy))
     if not shows_examples:
         return config
     check_own_examples(config)
     engine = config.policy_engine.model_copy(update={"step_markers": False})
-    search = with_chat_turns(config.search, config.policy_tokenizer)
+    tokenizer = config.policy_tokenizer
+    search = with_chat_turns(config.search, tokenizer and at_hand(tokenizer))
     return config.model_copy(update={"policy_engine": engine, "search": search})
 
 
@@ -154,5 +160,21 @@ async def serve_given(fleet: Fleet, config: GivenModelsConfig, *, preference: bo
 
 async def given_checkpoint(kind: Kind, path: Path) -> Checkpoint:
     """A checkpoint named on the command line; its version is its digest, of gigabytes to read."""
-    digest = await asyncio.to_thread(directory_digest, path)
-    return Checkpoint(kind=kind, round=0, path=str(path.absolute()), digest=digest)
+    digest = await asyncio.to_thread(lambda: directory_digest(at_hand(path)))
+    return Checkpoint(kind=kind, round=0, path=absolute(path), digest=digest)
+
+
+def marked(model: Path, folder: RunFolder, name: str = MARKED_BASE) -> Path:
+    """A model whose tokenizer holds the step markers: itself, or one of a name in the run."""
+    place = folder.place(name)
+    if folder.store.local is not None:
+        return with_markers(at_hand(model), place)
+    if folder.store.exists(f"{name}/config.json"):
+        return place
+    here = at_hand(model)
+    with tempfile.TemporaryDirectory(prefix="rstar-") as scratch:
+        made = with_markers(here, Path(scratch) / "marked")
+        if made == here:
+            return model
+        folder.store.upload(made, name, last="config.json")
+    return place

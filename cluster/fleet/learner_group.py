@@ -46,10 +46,11 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.fleet.config import ActorConfig
+from cluster.folder.staging import Stager, staged_request
 from cluster.jobs.attempts import GO_ON, LostError
 from cluster.machines import nodes
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError, RankError
-from rollout.store import RunStore, StoreError
+from rollout.run_store import RunStore, StoreError, absolute
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ MAX_RESTARTS = 20
 
 PLACE_TIMEOUT_S = 86_400
 """Ray Train's own; by default it takes its request back, and makes it again, every minute."""
+
+RAY_TRAIN = "ray_train"
+"""Ray Train's own files, under the run."""
 
 COLLECTIVE_S = 1800
 """Bound of every torch.distributed operation."""
@@ -294,7 +298,7 @@ class LearnerGroup:
     def __init__(
         self,
         settings: ActorConfig,
-        storage_path: str | Path,
+        store: RunStore,
         *,
         start_timeout_s: float = 300.0,
         stalled_after_s: float = 1800.0,
@@ -302,12 +306,13 @@ class LearnerGroup:
         why_pending: Callable[[], str] = lambda: "",
         coming: Callable[[], bool] = lambda: False,
         note: Callable[[str], None] = lambda text: None,
-        store: RunStore | None = None,
+        stage: Path | None = None,
     ) -> None:
         """
         Args:
+            stage: as of `cluster.folder.staging.Stager`.
             settings: how many ranks, and what each reserves.
-            storage_path: directory for Ray Train's own files, seen by all machines.
+            store: of the run, which all ranks have to see; Ray Train's own files go there too.
             start_timeout_s: how long a fit waits for a place while no node is on its way, and then
                 for the ranks to come to life.
             stalled_after_s: a fit that reports nothing for so long is an error.
@@ -317,11 +322,11 @@ class LearnerGroup:
             note: told what a person should know now.
             store: of the run, by its id, which each rank has to find before a fit; None: any.
         """
+        self._stage = stage
         self._store = store
         self.num_workers = settings.replicas
         self._resources = settings.learner_bundle()
         self._use_gpu = settings.num_gpus > 0
-        self._storage_path = str(Path(storage_path).absolute())
         self._start_timeout_s = start_timeout_s
         self._stalled_after_s = stalled_after_s
         self._attempts = attempts
@@ -493,6 +498,7 @@ class LearnerGroup:
         train_torch: Any = importlib.import_module("ray.train.torch")
         callback: Any = importlib.import_module("ray.train.v2._internal.execution.callback")
         mailbox = life.mailbox
+        files, storage_path = self._store.below(RAY_TRAIN).for_arrow()
 
         class TellsMailbox(callback.ControllerCallback):
             def after_controller_start(self, train_run_context: Any) -> None:
@@ -516,7 +522,11 @@ class LearnerGroup:
         try:
             trainer = Trainer(
                 _train_loop,
-                train_loop_config={"mailbox": mailbox, "store": self._store},
+                train_loop_config={
+                    "mailbox": mailbox,
+                    "store": self._store,
+                    "stage": Stager(self._stage),
+                },
                 torch_config=train_torch.TorchConfig(timeout_s=COLLECTIVE_S),
                 scaling_config=train.ScalingConfig(
                     num_workers=self.num_workers,
@@ -525,7 +535,8 @@ class LearnerGroup:
                 ),
                 run_config=train.RunConfig(
                     name=f"learner-{uuid.uuid4().hex[:8]}",
-                    storage_path=self._storage_path,
+                    storage_path=storage_path,
+                    storage_filesystem=files,
                     failure_config=train.FailureConfig(max_failures=MAX_RESTARTS),
                     callbacks=[TellsMailbox()],
                     logging_config=train.LoggingConfig(log_level="WARNING"),
@@ -565,6 +576,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     if rank == 0:
         ray.get(mailbox.join.remote(incarnation))
     done = 0
+    stage: Stager = config["stage"]
     while True:
         ticket = ray.get(mailbox.take.remote(incarnation, done, _TAKE_TIMEOUT_S))
         if ticket is None:
@@ -577,8 +589,10 @@ def _train_loop(config: dict[str, Any]) -> None:
             mailbox.report.remote(number, report)
 
         try:
-            on_all_ranks(partial(_find_store, config["store"]), ticket.request.fit_id)
-            result = run_fit(ticket.request, rank=rank, world_size=world_size, progress=progress)
+            fit_id = ticket.request.fit_id
+            on_all_ranks(partial(_find_store, config["store"]), fit_id)
+            request = on_all_ranks(partial(staged_request, ticket.request, stage), fit_id)
+            result = run_fit(request, rank=rank, world_size=world_size, progress=progress)
         except RankError as error:
             ray.get(mailbox.finish.remote(number, Outcome(error=str(error))))
             raise
@@ -595,11 +609,10 @@ def _train_loop(config: dict[str, Any]) -> None:
         release_memory()
 
 
-def _find_store(store: RunStore | None) -> None:
+def _find_store(store: RunStore) -> None:
     """Raises LearnerError if the run's store is not on this rank's machine."""
     try:
-        if store is not None:
-            store.check_run()
+        store.check_run()
     except StoreError as error:
         raise LearnerError(str(error)) from error
 
@@ -615,9 +628,9 @@ def _with_absolute_paths(request: FitRequest) -> FitRequest:
     """Ray Train gives each rank a working directory of its own."""
     return replace(
         request,
-        base=str(Path(request.base).absolute()),
-        data=str(Path(request.data).absolute()),
-        checkpoints=str(Path(request.checkpoints).absolute()),
+        base=absolute(request.base),
+        data=absolute(request.data),
+        checkpoints=absolute(request.checkpoints),
     )
 
 

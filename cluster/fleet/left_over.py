@@ -30,7 +30,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -75,14 +74,14 @@ class Home:
         return f"{self.namespace}/{name}-{self.driver}"
 
 
-def namespace_of(root: Path) -> str:
-    """The Ray namespace of the run in a folder: another one for every folder, and for a new run
+def namespace_of(store: RunStore) -> str:
+    """The Ray namespace of the run in a store: another one for every folder, and for a new run
     in the place of one that was deleted.
 
     Raises:
         StoreError: the folder cannot be written.
     """
-    identity = (RunStore(str(root)).identify() + str(root)).encode()
+    identity = (store.identify() + store.root).encode()
     return f"rstar-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
 
 

@@ -72,10 +72,10 @@ class Meter:
             keepers: of the fleet, by pool; looked at again each time.
         """
         self.config = config
-        self.run = folder.root.name
+        self.run = folder.name
         self._folder = folder
         self._keepers = keepers
-        self._exporter = Exporter(folder.root, self.run, config)
+        self._exporter = Exporter(folder.store, self.run, config)
         self._watching: asyncio.Task[None] | None = None
         self._pulse: asyncio.Task[None] | None = None
         self._lag_s = 0.0
@@ -157,6 +157,11 @@ class Meter:
         self._look_at_run()
         self._stalls, self._open_trees = (), 0
 
+    def tell_service(self, *, running: int, waiting: int) -> None:
+        """Searches that `rstar serve` has in hand."""
+        self._exporter.set(metrics.SERVE_SEARCHES, running, state="running")
+        self._exporter.set(metrics.SERVE_SEARCHES, waiting, state="waiting")
+
     def tell_fit(self, progress: FitProgress) -> None:
         """Where a training run stands; any thread."""
         if progress.phase != "training":
@@ -227,7 +232,7 @@ class Meter:
 
     def _look_at_run(self) -> None:
         out = self._exporter
-        live = read_live(self._folder.root)
+        live = read_live(self._folder.store)
         if live is not None:
             now = live.progress
             out.clear(metrics.STAGE)

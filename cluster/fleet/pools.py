@@ -14,7 +14,6 @@ import asyncio
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError
@@ -30,6 +29,7 @@ from cluster.jobs.pool import PolicyPool, PoolConfig, PreferencePool, ReplicaPoo
 from cluster.machines.scaler import PoolLoad
 from cluster.telemetry.process import Telemetry
 from rollout.engine import EngineError
+from rollout.run_store import RunStore
 
 SHUTDOWN_S = 15.0
 """How long actors may take to end by themselves."""
@@ -52,7 +52,7 @@ class Pools:
     def __init__(
         self,
         config: ServingConfig,
-        run_dir: Path,
+        store: RunStore,
         *,
         note: Callable[[str], None],
         tried: Callable[[str, bool], None],
@@ -70,7 +70,7 @@ class Pools:
         """None: replicas are the policy."""
         self.load = NO_LOAD
         """What the rollout in hand has to do, in trees."""
-        self.telemetry = Telemetry(run_dir=run_dir, tracing=config.tracing)
+        self.telemetry = Telemetry(store=store, tracing=config.tracing)
         self._cluster = config.cluster
         self._note = note
         self._tried = tried

@@ -26,7 +26,7 @@ class Session:
     def __init__(self, config: ServingConfig, view: ProgressView) -> None:
         self.config = config
         self.view = view
-        self.folder = RunFolder(config.run_dir)
+        self.folder = RunFolder(config.run_dir, storage=config.storage.client)
         self.fleet = Fleet(config, self.folder)
         self.store = self.fleet.store
         self.fleet.note = view.note
@@ -36,14 +36,13 @@ class Session:
         """Hold the run's folder as its one driver, and tell there what goes on.
 
         Raises:
-            RunFolderError: it cannot be written, or another process holds it.
+            RunFolderError: it cannot be written, its store has no create-only writes, or another
+                process holds it.
             ConfigError: the run was started with another config; names the keys that differ.
-            StoreError: the store has no create-only writes.
         """
         with self.folder.locked():
             self.folder.keep_config(self.config)
-            self.store.self_check()
-            with LiveFile(self.folder.root, self.view.snapshot) as live:
+            with LiveFile(self.folder.store, self.view.snapshot) as live:
                 self.view.seconds_before = live.seconds_before
                 self.view.usd_per_hour = self.config.cost.usd_per_hour
                 yield live

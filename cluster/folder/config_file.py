@@ -15,14 +15,22 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+
+from rollout.run_store import address_of
 
 
 class ConfigError(ValueError):
     """A config file or override cannot be used; the message says where and what is right."""
+
+
+Place = Annotated[
+    Path, PlainSerializer(lambda p: address_of(p) or str(p), return_type=str, when_used="json")
+]
+"""A path, or an address (s3://bucket/x) in its stead; `rollout.run_store.address_of` tells."""
 
 
 class Config(BaseModel):

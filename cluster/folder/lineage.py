@@ -21,13 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from cluster.folder.machine import code_version, command_line, hardware, versions
-from cluster.folder.run_folder import RunFolder
+from cluster.folder.run_folder import BASE, MARKED_BASE, RunFolder, dataset_name
+from cluster.folder.staging import at_hand
 from learner.checkpoint import CheckpointStore, Kind, directory_digest
-from learner.dataset import read_manifest
-from rollout.store import RunStore, TrajectoryStore
+from rollout.run_store import absolute
+from rollout.store import TrajectoryStore, folder_of
 from verifier import GRADER_VERSION
 
 VERSIONS = "versions.json"
@@ -77,7 +76,7 @@ def record_lineage(
     before = dict(record)
     if steering is not None:
         record.setdefault("steering", dict(steering))
-    trees = TrajectoryStore(RunStore(folder.root), round)
+    trees = TrajectoryStore(folder.store, round)
     if "trajectories" not in record and round > 0 and trees.manifest() is not None:
         record |= _of_search(folder, trees)
     if "dataset" not in record:
@@ -97,16 +96,16 @@ def lineage_name(round: int) -> str:
 
 def _input(path: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Path, size, time and digest; the digest of an earlier start if size and time are the same."""
-    path = path.absolute()
+    place, path = absolute(path), at_hand(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stats = [file.stat() for file in files]
     entry: dict[str, Any] = {
-        "path": str(path),
+        "path": place,
         "is_directory": path.is_dir(),
         "bytes": sum(stat.st_size for stat in stats),
         "modified_unix_s": max((stat.st_mtime for stat in stats), default=0.0),
     }
-    earlier = known.get(str(path), {})
+    earlier = known.get(place, {})
     same = all(earlier.get(key) == value for key, value in entry.items())
     entry["sha256"] = earlier.get("sha256") if same else _digest(path)
     return entry
@@ -130,8 +129,9 @@ def _of_search(folder: RunFolder, trees: TrajectoryStore) -> dict[str, Any]:
             if commit.info.get(kind):
                 counts[str(commit.info[kind])] += commit.totals.trees
     if not said["grader"] and first:
-        column = pq.read_table(folder.root / first, columns=["grader_version"])["grader_version"]
-        said["grader"].update(filter(None, set(column.to_pylist())))
+        table = folder.read_table(first, ["grader_version"])
+        assert table is not None
+        said["grader"].update(filter(None, set(table["grader_version"].to_pylist())))
     manifest = trees.store.read(f"{trees.prefix}/manifest.json")
     sealed = trees.manifest()
     assert sealed is not None
@@ -163,9 +163,10 @@ def _model(folder: RunFolder, version: str) -> dict[str, Any]:
         else:
             found |= _given(folder, version.rpartition("-")[2])
     elif version == "base":
-        for path in (folder.marked_base, folder.base_model):
-            if path.is_dir():
-                found |= {"path": _relative(folder, path), "sha256": directory_digest(path)}
+        for name in (MARKED_BASE, BASE):
+            if folder.store.exists(name):
+                digest = directory_digest(at_hand(folder.place(name)))
+                found |= {"path": name, "sha256": digest}
                 break
         else:
             found |= _given(folder, "")
@@ -182,14 +183,14 @@ def _given(folder: RunFolder, digest: str) -> dict[str, Any]:
 
 
 def _of_dataset(folder: RunFolder, round: int) -> dict[str, Any]:
-    manifest = read_manifest(folder.dataset(round))
+    manifest = folder.dataset_manifest(round)
     if manifest is None:
         return {}
     rounds: Sequence[int] = manifest["info"].get("rounds", [])
     made_from = {f"round={number}": _manifest_digest(folder, number) for number in rounds}
     return {
         "dataset": {
-            "path": f"datasets/round={round}",
+            "path": dataset_name(round),
             "sha256": manifest["digest"],
             "template": manifest["template"],
             "trajectories": made_from,
@@ -198,11 +199,8 @@ def _of_dataset(folder: RunFolder, round: int) -> dict[str, Any]:
 
 
 def _manifest_digest(folder: RunFolder, round: int) -> str | None:
-    try:
-        path = folder.root / f"trajectories/round={round}/manifest.json"
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return None
+    manifest = folder.read_bytes(f"{folder_of(round)}/manifest.json")
+    return None if manifest is None else hashlib.sha256(manifest).hexdigest()
 
 
 def _of_checkpoint(folder: RunFolder, kind: Kind, round: int) -> dict[str, Any]:
@@ -226,5 +224,4 @@ def _of_checkpoint(folder: RunFolder, kind: Kind, round: int) -> dict[str, Any]:
 
 def _relative(folder: RunFolder, path: str | os.PathLike[str]) -> str:
     """Under the run where it is there, so that a run can be moved."""
-    path = Path(path)
-    return str(path.relative_to(folder.root)) if path.is_relative_to(folder.root) else str(path)
+    return absolute(path).removeprefix(f"{folder.store.root}/")

@@ -1,6 +1,7 @@
 """Where a run keeps what it made, and how it knows what is done.
 
     RUN/config.yaml                    the effective config of the first start
+    RUN/drivers/NNNNN.json             who has the run (lease)
     RUN/run.id                         tells a new run in the same place from the one before
     RUN/versions.json                  each start: code, packages, machine, problem files (lineage)
     RUN/lineage/round=R.json           which models, grader and data made what (lineage)
@@ -23,21 +24,27 @@
     RUN/stages/round=R-STAGE.json      seconds and facts of each finished stage
     RUN/report.json, report.png, report.html    what it all showed
 
-A stage is done when its product is there, written whole; nothing else is remembered. The folder
-must be on a file system that all machines of the cluster see, which each process of the run that
-needs it checks by the run's id before it begins (`rollout.run_store`). `rstar status` reads it from
-any machine, at any time, and writes nothing.
+Everything is written and read through the run's store (`rollout.run_store`), by the names above,
+which no other module joins to a path: the folder is on a file system that all machines of the
+cluster see, which each process of the run that needs it checks by the run's id before it begins, or
+on a bucket (s3://bucket/runs/demo). What is created once: shards' markers, manifests, CURRENT.json,
+drivers/. What is replaced whole: every other record. What grows: logs/, traces/, metrics/, on a
+bucket by parts (`cluster.telemetry.lines`). What is read as files (datasets, checkpoints): made on
+a machine's disk and uploaded, and copied to one where it is needed (`cluster.folder.staging`).
+
+A stage is done when its product is there, written whole; nothing else is remembered. `rstar status`
+reads it from any machine, at any time, and writes nothing.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
-import fcntl
 import io
 import json
 import os
-import re
+import signal
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -50,9 +57,12 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.folder.config_file import Config, ConfigError
+from cluster.folder.lease import LeaseHeldError, RunLease
+from learner.dataset import MANIFEST
 from rollout.difficulty import SuspectLabel
-from rollout.files import atomic_write
+from rollout.files import new_folder
 from rollout.problem import Problem
+from rollout.run_store import RunStore, StoreError, absolute
 
 RESUMABLE = (
     "cluster",
@@ -63,6 +73,7 @@ RESUMABLE = (
     "name",
     "run_dir",
     "sandbox",
+    "storage",
     "tracing",
     "endpoint.api_key_env",
     "endpoint.base_url",
@@ -79,11 +90,14 @@ RESUMABLE = (
 """What may differ when a run is continued: it says where it runs, not what it makes."""
 
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""s3://bucket/run, and what a `Path` makes of it; of one letter it could be a drive."""
-
+CONFIG = "config.yaml"
+PROBLEMS = "problems.parquet"
+BASE = "base"
+MARKED_BASE = "base_with_markers"
+MARKED_TRUNK = "trunk_with_markers"
 REPORT = "report.json"
 """What a finished run showed, under its folder."""
+PAGE = "report.html"
 
 
 class RunFolderError(RuntimeError):
@@ -93,85 +107,120 @@ class RunFolderError(RuntimeError):
 class RunFolder:
     """Paths and small records of one run."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, storage: Mapping[str, Any] | None = None) -> None:
         """
+        Args:
+            root: a folder, or an address as s3://bucket/run.
+            storage: arguments of a bucket's client.
         Raises:
-            RunFolderError: an address (s3://bucket/run) instead of a folder.
+            StoreError: nothing here can open such an address.
         """
-        if _ADDRESS.match(str(root)):
-            raise RunFolderError(
-                f"{root}: a run's folder has to be a path, not an address: checkpoints and "
-                "datasets are files there; mount a file system that all machines share (NFS, EFS, "
-                "Filestore, Azure Files) and name a folder on it, as with "
-                "--set run_dir=/mnt/shared/runs/..."
-            )
-        self.root = Path(root).absolute()
+        self.store = RunStore(absolute(root), options=storage)
+
+    @property
+    def root(self) -> Path:
+        """The folder on a file system of this machine.
+
+        Raises:
+            RunFolderError: it is on a bucket.
+        """
+        if self.store.local is None:
+            raise RunFolderError(f"{self.store.root}: no folder of this machine")
+        return self.store.local
+
+    @property
+    def name(self) -> str:
+        """Of the run, for people: the last part of where it is."""
+        return self.store.root.rpartition("/")[2]
+
+    def place(self, name: str) -> Path:
+        """Where something of the run is, as a path that may stand for an address."""
+        return Path(self.at(name))
 
     def dataset(self, round: int) -> Path:
-        return self.root / "datasets" / f"round={round}"
+        return self.place(dataset_name(round))
+
+    def dataset_manifest(self, round: int) -> dict[str, Any] | None:
+        """Of a round's dataset; None if it is not complete."""
+        return self.read(f"{dataset_name(round)}/{MANIFEST}")
 
     @property
     def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
+        return self.place("checkpoints")
 
     @property
     def base_model(self) -> Path:
-        return self.root / "base"
+        return self.place(BASE)
 
     @property
     def marked_base(self) -> Path:
         """The base model with the step markers added, if its tokenizer lacked any."""
-        return self.root / "base_with_markers"
+        return self.place(MARKED_BASE)
 
     @property
     def marked_trunk(self) -> Path:
         """Likewise, of the model that the PPM grows from, where it is neither base nor policy."""
-        return self.root / "trunk_with_markers"
+        return self.place(MARKED_TRUNK)
 
     @property
     def problems(self) -> Path:
-        return self.root / "problems"
+        return self.place("problems")
+
+    @contextmanager
+    def filling(self, name: str, *, last: str, whole: bool = False) -> Iterator[Path]:
+        """A directory of this machine for what is to stand in a folder of the run.
+
+        On a bucket what is in it is uploaded as the block ends, `last` after all else.
+
+        Args:
+            whole: on a file system, a hidden directory that takes its place as the block ends;
+                False: the folder itself, whose files whoever writes them replaces whole.
+        Raises:
+            OSError, StoreError: it cannot be written.
+        """
+        if self.store.local is None:
+            with tempfile.TemporaryDirectory(prefix="rstar-") as scratch:
+                yield Path(scratch)
+                self.store.upload(Path(scratch), name, last=last)
+        elif whole:
+            with new_folder(self.root / name) as hidden:
+                yield hidden
+        else:
+            yield self.root / name
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and hold it: one driver at a time.
+        """Make the folder and hold it: one driver at a time (`cluster.folder.lease`).
 
         Raises:
-            RunFolderError: no write permission, no locks, or another process holds it.
+            RunFolderError: it cannot be written, its store lets a key be created twice, another
+                process holds it, or took it meanwhile.
         """
+        lease = RunLease(self.store, lost=lambda: os.kill(os.getpid(), signal.SIGINT))
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / ".lock").open("a+")
-        except OSError as error:
+            self.store.self_check()  # what a lease rests on, too
+            lease.take()
+        except StoreError as error:
             raise RunFolderError(
-                f"{self.root}: {why_not_written(error)}; choose another folder with "
-                "--set run_dir=..."
+                f"{self.store.root}: {_why(error)}; choose another folder with --set run_dir=..."
             ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):
-                    raise RunFolderError(
-                        f"{self.root}: its file system locks no files ({error.strerror}), so that "
-                        "two drivers could write it at once; mount it with NFS 4, or NFS 3 with "
-                        "its lock service running, or choose another folder with --set run_dir=..."
-                    ) from error
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                raise RunFolderError(
-                    f"{self.root}: in use by {holder}; wait for it, or choose another folder "
-                    "with --set run_dir=..."
-                ) from None
-            try:
-                lock.truncate(0)
-                os.write(lock.fileno(), f"process {os.getpid()}".encode())
-            except OSError as error:
-                raise RunFolderError(
-                    f"{self.root}: {why_not_written(error)}; free some space, or choose another "
-                    "folder with --set run_dir=..."
-                ) from error
+        except LeaseHeldError as error:
+            raise RunFolderError(
+                f"{self.store.root}: in use by {error}; wait for it, or choose another folder "
+                "with --set run_dir=..."
+            ) from None
+        try:
             yield
+        except BaseException:
+            if lease.taken_by is None:
+                raise
+        finally:
+            lease.release()
+        if lease.taken_by is not None:
+            raise RunFolderError(
+                f"{self.store.root}: {lease.taken_by} has taken over this run, since nothing was "
+                "heard of this process for a while; what is committed stays"
+            )
 
     def keep_config(self, config: Config) -> None:
         """Store the effective config, or check that the run was started with an equal one.
@@ -179,12 +228,11 @@ class RunFolder:
         Raises:
             ConfigError: it was started with another one; names the keys that differ.
         """
-        path = self.root / "config.yaml"
         effective = config.effective()
-        if not path.exists():
-            self._write(path, yaml.safe_dump(effective, sort_keys=False))
+        earlier = self.config()
+        if earlier is None:
+            self.write_bytes(CONFIG, yaml.safe_dump(effective, sort_keys=False).encode())
             return
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
         # A key that is newer than the run counts as its default; one that is gone shows below.
         with suppress(ValidationError):
             earlier = type(config).model_validate(earlier).effective()
@@ -195,26 +243,112 @@ class RunFolder:
         ]
         if changed:
             raise ConfigError(
-                f"{path}: this run was started with other values of {', '.join(changed[:5])}; "
-                "continue with those, or choose another folder with --set run_dir=..."
+                f"{self.at(CONFIG)}: this run was started with other values of "
+                f"{', '.join(changed[:5])}; continue with those, or choose another folder "
+                "with --set run_dir=..."
             )
 
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON record by its path under the run; None if it is not there."""
+    def config(self) -> dict[str, Any] | None:
+        """The config the run was started with, unchecked; None: it never was.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        data = self.read_bytes(CONFIG)
+        if data is None:
+            return None
         try:
-            return json.loads((self.root / name).read_text(encoding="utf-8"))
+            config = yaml.safe_load(data)
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{self.at(CONFIG)}: cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise RunFolderError(
+                f"{self.at(CONFIG)}: expected a YAML mapping, got {type(config).__name__}"
+            )
+        return config
+
+    def at(self, name: str) -> str:
+        """Where something of the run is, for people."""
+        return f"{self.store.root}/{name}"
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """A file by its path under the run; None if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        try:
+            return self.store.read(name)
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
-            raise RunFolderError(f"{self.root / name}: not JSON: {error}") from error
+        except StoreError as error:
+            raise RunFolderError(f"{self.at(name)}: cannot be read: {error}") from error
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file whole.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        try:
+            self.store.put(name, data, durable=False)
+        except StoreError as error:
+            raise RunFolderError(f"{self.at(name)}: {_why(error)}") from error
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON record by its path under the run; None if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        data = self.read_bytes(name)
+        try:
+            return None if data is None else json.loads(data)
+        except ValueError as error:
+            raise RunFolderError(f"{self.at(name)}: not JSON: {error}") from error
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Write a JSON record whole."""
-        self._write(self.root / name, json.dumps(record, indent=1) + "\n")
+        self.write_bytes(name, (json.dumps(record, indent=1) + "\n").encode())
 
-    def write_lines(self, name: str, lines: Sequence[str]) -> None:
-        """Write a text file of lines whole."""
-        self._write(self.root / name, "".join(f"{line}\n" for line in lines))
+    def read_lines(self, name: str) -> list[Any]:
+        """The records of a file of JSON lines; [] if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        try:
+            return [json.loads(line) for line in (self.read_bytes(name) or b"").splitlines()]
+        except ValueError as error:
+            raise RunFolderError(f"{self.at(name)}: cannot be read: {error}") from error
+
+    def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write a file of JSON lines whole."""
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self.write_bytes(name, "".join(lines).encode())
+
+    def read_table(self, name: str, columns: Sequence[str]) -> pa.Table | None:
+        """Columns of a Parquet file; None if it is not there.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        data = self.read_bytes(name)
+        try:
+            return None if data is None else pq.read_table(io.BytesIO(data), columns=list(columns))
+        except (OSError, pa.ArrowException) as error:
+            raise RunFolderError(f"{self.at(name)}: cannot be read: {error}") from error
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file whole."""
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, sink.getvalue())
+
+    def rounds(self, folder: str) -> list[int]:
+        """Numbers of the rounds that have something in a folder of the run, ascending."""
+        names = (name.removeprefix("round=") for name in self.store.folders(folder))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def stage(self, round: int, stage: str) -> dict[str, Any]:
         """Seconds and facts of a finished stage; {} if it was never recorded."""
@@ -222,6 +356,20 @@ class RunFolder:
 
     def record_stage(self, round: int, stage: str, seconds: float, **facts: Any) -> None:
         self.write(_stage_name(round, stage), {"seconds": round_to(seconds), **facts})
+
+    def stages(self) -> dict[tuple[int, str], dict[str, Any]]:
+        """Every finished stage's record, by round and name."""
+        found = {}
+        for path in self.store.files("stages"):
+            name = path.removeprefix("stages/").removesuffix(".json")
+            number, _, stage = name.removeprefix("round=").partition("-")
+            if number.isdigit():
+                found[int(number), stage] = self.stage(int(number), stage)
+        return found
+
+    def training_log(self, kind: str, round: int) -> bytes:
+        """What the training of a model logged; empty if it did not."""
+        return self.read_bytes(f"checkpoints/round={round}/{kind}/metrics.jsonl") or b""
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Write which problems are searched: the one place that tells their number and levels."""
@@ -231,9 +379,7 @@ class RunFolder:
                 "level": pa.array([p.level.value for p in problems], pa.string()),
             }
         )
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
-        self._write(self.root / "problems.parquet", sink.getvalue())
+        self.write_table(PROBLEMS, table)
 
     def problem_levels(self) -> dict[str, str]:
         """Level of every problem that is searched, by id; {} if they are not written yet.
@@ -241,20 +387,15 @@ class RunFolder:
         Raises:
             RunFolderError: the file cannot be read.
         """
-        path = self.root / "problems.parquet"
-        try:
-            table = pq.read_table(path, columns=["id", "level"])
-        except FileNotFoundError:
+        table = self.read_table(PROBLEMS, ["id", "level"])
+        if table is None:
             return {}
-        except (OSError, pa.ArrowException) as error:
-            raise RunFolderError(f"{path}: cannot be read: {error}") from error
         ids, levels = (table[name].to_pylist() for name in ("id", "level"))
         return dict(zip(ids, levels, strict=True))
 
     def write_suspects(self, round: int, suspects: Sequence[SuspectLabel]) -> None:
         """Write the suspect labels of a round, a JSON line each, for a person to look at."""
-        lines = [json.dumps(asdict(suspect), ensure_ascii=False) for suspect in suspects]
-        self.write_lines(f"suspects/round={round}.jsonl", lines)
+        self.write_lines(suspects_name(round), map(asdict, suspects))
 
     def evaluation_name(self, round: int) -> str:
         return f"evaluations/round={round}.json"
@@ -262,11 +403,12 @@ class RunFolder:
     def ruler_name(self, round: int) -> str:
         return f"rulers/round={round}.json"
 
-    def _write(self, path: Path, data: str | bytes) -> None:
-        try:
-            atomic_write(path, data)
-        except OSError as error:
-            raise RunFolderError(f"{path}: {why_not_written(error)}") from error
+
+def _why(error: StoreError) -> str:
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return why_not_written(cause)
+    return str(error)  # what a bucket's client raises has a message and no number
 
 
 def why_not_written(error: OSError) -> str:
@@ -282,6 +424,16 @@ def why_not_written(error: OSError) -> str:
 def round_to(seconds: float) -> float:
     """Seconds as they are recorded."""
     return float(f"{seconds:.2f}")
+
+
+def dataset_name(round: int) -> str:
+    """Of the folder of a round's dataset, under the run."""
+    return f"datasets/round={round}"
+
+
+def suspects_name(round: int) -> str:
+    """Of a round's suspect labels, under the run."""
+    return f"suspects/round={round}.jsonl"
 
 
 def _stage_name(round: int, stage: str) -> str:

@@ -2,9 +2,9 @@
 
 One actor holds one sandbox (one supervisor, the cores it is given) and any number of trees. A
 search may be run twice at a time (a worker that lost its lease lives on for a while), so a tree
-belongs to an *owner*: the first opener of a tree id gets the sandbox's tree of that name, whose
-random state is a function of it, and another owner a tree of a name of its own. An owner that opens
-its tree again gets a fresh one. A tree not used for `tree_idle_s` is closed: its worker is gone.
+belongs to an *owner*: the first opener of a tree id gets the sandbox's tree of that name, and
+another owner a twin of it, with the same random state. An owner that opens its tree again gets a
+fresh one. A tree not used for `tree_idle_s` is closed: its worker is gone.
 
 Sandbox workers share a node: each uses the part of it that it reserved (of the resource of which
 that is the largest part), and one that reserves nothing an equal part with all its siblings, any of
@@ -29,6 +29,7 @@ from cluster.telemetry import metrics
 from cluster.telemetry.tracing import Traced
 from verifier import AsyncSandbox, SandboxError, SandboxLimits, StepResult
 from verifier.sandbox import Isolation
+from verifier.sandbox_wire import TWIN
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class SandboxWorker(Traced):
         """
         await self.close(tree_id, owner)
         await self._close_idle()
-        name = tree_id if tree_id not in self._names else f"{tree_id}#{owner}"
+        name = tree_id if tree_id not in self._names else f"{tree_id}{TWIN}{owner}"
         tree = self._trees[tree_id, owner] = _OpenTree(name, self._clock())
         self._names.add(name)
         try:

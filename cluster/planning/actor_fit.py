@@ -17,6 +17,7 @@ from cluster.machines.placement import Ask, NodeResources, explain
 from cluster.planning.findings import Finding, error, warning
 from cluster.planning.launch_file import Launch
 from cluster.runs.config import RunConfig
+from rollout.run_store import address_of
 
 MIN_START_TIMEOUT_S = 600.0
 """A machine is bought, set up and loads weights in about so long."""
@@ -152,7 +153,8 @@ def _run_settings(
             f"{cluster.start_timeout_s:g} s is short where a machine has to be bought first",
             "1800",
         )
-    if isinstance(run, RunConfig) and not run.run_dir.is_absolute():
+    is_address = isinstance(run, RunConfig) and address_of(run.run_dir) is not None
+    if isinstance(run, RunConfig) and not run.run_dir.is_absolute() and not is_address:
         yield warning(
             "run config: run_dir",
             f"{str(run.run_dir)!r} is relative: each machine would have its own",

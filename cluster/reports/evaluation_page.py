@@ -14,7 +14,6 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -25,8 +24,9 @@ from rich.table import Table
 from cluster.evaluation import paper
 from cluster.evaluation.results import MCTS_PASS_AT_K, METHODS, PASS_AT_K, method_label
 from cluster.evaluation.shares import counts_text, percent, token_ratio
+from cluster.folder.run_folder import PAGE, RunFolder
 from cluster.reports import plots
-from cluster.reports.page import Section, html_table, paragraph, render_report, write_page
+from cluster.reports.page import Section, html_table, paragraph, render_report
 
 _LABEL_WIDTH, _COLUMN_WIDTH = 34, 12
 """Characters of the accuracy table in a terminal; benchmarks that do not fit get a table more."""
@@ -55,16 +55,16 @@ def print_evaluation(report: Report, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def write_evaluation(root: Path, report: Report) -> None:
+def write_evaluation(folder: RunFolder, report: Report) -> None:
     """Write evaluation.md, accuracy.png and report.html beside the data."""
-    write_page(root / "evaluation.md", markdown(report))
+    folder.write_bytes("evaluation.md", markdown(report).encode())
     names = benchmark_names(report)
     figure = plots.accuracy_against_tokens(report["summaries"], names, report["vote_top_k"])
-    plots.write_png(figure, root / "accuracy.png")
+    folder.write_bytes("accuracy.png", plots.as_png(figure))
     bins = _reliability(report)
     if bins:
-        plots.write_png(plots.reliability(bins), root / "reliability.png")
-    write_page(root / "report.html", page(report))
+        folder.write_bytes("reliability.png", plots.as_png(plots.reliability(bins)))
+    folder.write_bytes(PAGE, page(report).encode())
 
 
 # ------------------------------------------------------------------------------------ rows

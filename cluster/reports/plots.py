@@ -1,6 +1,6 @@
 """Charts of runs and evaluations: drawn once, written as PNG or set into a page as inline SVG.
 
-    figure --write_png--> a picture on white
+    figure --as_png--> a picture on white
            --as_svg-----> SVG whose text and axes take the page's colour, light or dark
 
 The series colours tell apart with every common kind of colour blindness, on white and on black;
@@ -13,7 +13,6 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.evaluation import paper
@@ -21,7 +20,6 @@ from cluster.evaluation.reliability import Bins
 from cluster.evaluation.results import METHODS, WITH_LOGPROB, method_label
 from cluster.evaluation.shares import COLUMNS
 from cluster.reports.run_facts import Q_EDGES, RoundFacts
-from rollout.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,13 +91,14 @@ def _percent(axes: Axes, *, top: float | None = 1.0) -> None:
     axes.set_ylim(0, top)
 
 
-def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure as a picture on white and close it."""
+def as_png(figure: Figure) -> bytes:
+    """A figure as a picture on white, and close it."""
     import matplotlib.pyplot as plt
 
-    with replacing(path) as hidden:
-        figure.savefig(hidden, dpi=130, format="png", facecolor="white")
+    sink = io.BytesIO()
+    figure.savefig(sink, dpi=130, format="png", facecolor="white")
     plt.close(figure)
+    return sink.getvalue()
 
 
 def as_svg(figure: Figure, label: str = "chart") -> str:

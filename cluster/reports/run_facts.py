@@ -16,16 +16,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.evaluation.reliability import Bins, BinSums
-from cluster.evaluation.tables import read_report
+from cluster.folder.run_folder import RunFolder
 from rollout.self_correction import corrections
-from rollout.store import Commit, ManifestFile, RunStore, StoreError, TrajectoryStore
+from rollout.store import Commit, ManifestFile, StoreError, TrajectoryStore
 from rollout.table import table_to_trees
 from rollout.trajectory import Trajectory, trajectories
 from rollout.tree import Outcome, Terminal, Tree
@@ -107,50 +106,33 @@ class RunFacts:
     """In the last round."""
 
 
-def read_run(run: Path, report: Mapping[str, Any]) -> RunFacts:
+def read_run(folder: RunFolder, report: Mapping[str, Any]) -> RunFacts:
     """Read what a finished run committed.
 
     Raises:
         StoreError: a data file is missing or changed.
     """
-    store = RunStore(run)
-    facts = RunFacts(report=report, stages=_stages(run))
+    store = folder.store
+    facts = RunFacts(report=report, stages=folder.stages())
     for entry in report["rounds"]:
         trees = TrajectoryStore(store, entry["round"])
         if trees.manifest() is not None:
             facts.rounds[entry["round"]] = read_round(trees)
-    folders = sorted((run / "checkpoints").glob("round=*"), key=_round_of)
     for kind in ("policy", "ppm"):
         facts.curves[kind] = {
-            f"round {_round_of(folder)}": curve
-            for folder in folders
-            if (curve := read_curve(folder / kind / "metrics.jsonl"))
+            f"round {number}": curve
+            for number in folder.rounds("checkpoints")
+            if (curve := read_curve(folder.training_log(kind, number)))
         }
     if facts.rounds:
         facts.samples, facts.corrected = sample_trees(TrajectoryStore(store, max(facts.rounds)))
     return facts
 
 
-def _stages(run: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    found = {}
-    for path in (run / "stages").glob("round=*.json"):
-        number, _, stage = path.stem.removeprefix("round=").partition("-")
-        found[int(number), stage] = read_report(path, "no such file")
-    return found
-
-
-def _round_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("round="))
-
-
-def read_curve(path: Path, num_points: int = 120) -> list[tuple[float, float]]:
-    """(step, loss) of a training run, each the mean of its neighbours; [] if it has no log."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+def read_curve(log: bytes, num_points: int = 120) -> list[tuple[float, float]]:
+    """(step, loss) of a training run's log, each the mean of its neighbours; [] if it is empty."""
     rows = []
-    for line in lines:
+    for line in log.splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # a last line that was cut off

@@ -18,8 +18,7 @@ from rich.table import Table
 
 from cluster.evaluation.shares import COLUMNS, percent, ruler_text, set_aside_lines, token_ratio
 from cluster.evaluation.tables import REPORT as EVALUATION
-from cluster.evaluation.tables import read_evaluation, read_report
-from cluster.folder.run_folder import REPORT
+from cluster.folder.run_folder import PAGE, REPORT, RunFolder, RunFolderError
 from cluster.reports import plots
 from cluster.reports.evaluation_page import page as evaluation_page
 from cluster.reports.evaluation_page import print_evaluation
@@ -40,26 +39,33 @@ def show_report(run: Path, console: Console, *, page: Path | None = None) -> Non
         RunFolderError: nothing is finished there, or the page cannot be written.
         StoreError: its trees cannot be read.
     """
-    if (run / EVALUATION).is_file():
-        evaluation = read_evaluation(run)
+    folder = RunFolder(run)
+    evaluation = folder.read(EVALUATION)
+    if evaluation is not None:
         print_evaluation(evaluation, console)
         text = evaluation_page(evaluation)
     else:
-        report = read_report(run / REPORT, "no report; has `rstar evolve` finished this run?")
+        report = folder.read(REPORT)
+        if report is None:
+            raise RunFolderError(
+                f"{folder.at(REPORT)}: no report; has `rstar evolve` finished this run?"
+            )
         if "rounds" not in report:
             from cluster.runs.rollout import print_rollout_report
 
             print_rollout_report(report, console)
             return
         print_report(report, console)
-        facts = read_run(run, report)
+        facts = read_run(folder, report)
         text = run_page(facts)
         if page is None:
             for name, figure in figures(facts).items():
-                plots.write_png(figure, run / f"{name}.png")
-    target = page or run / "report.html"
-    write_page(target, text)
-    console.print(f"page {target}", markup=False, highlight=False, soft_wrap=True)
+                folder.write_bytes(f"{name}.png", plots.as_png(figure))
+    if page is None:
+        folder.write_bytes(PAGE, text.encode())
+    else:
+        write_page(page, text)
+    console.print(f"page {page or folder.at(PAGE)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

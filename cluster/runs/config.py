@@ -13,8 +13,14 @@ from pydantic import Field, model_validator
 
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.evaluation.config import EvaluationConfig
-from cluster.fleet.config import ActorConfig, GivenModelsConfig, ServingConfig, check_run_dir
-from cluster.folder.config_file import Config
+from cluster.fleet.config import (
+    ActorConfig,
+    GivenModelsConfig,
+    ServingConfig,
+    StorageConfig,
+    check_run_dir,
+)
+from cluster.folder.config_file import Config, Place
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig
 from rollout.methods import MethodConfig
@@ -41,9 +47,9 @@ class MiniatureConfig(Config):
 class ProblemsConfig(Config):
     """Where the problems come from: files, or the miniature's generator."""
 
-    train: list[Path] = Field(default_factory=list, description="problem files to search")
-    test: Path | None = Field(None, description="held-out problem file; null: no evaluation")
-    pairs: Path | None = Field(
+    train: list[Place] = Field(default_factory=list, description="problem files to search")
+    test: Place | None = Field(None, description="held-out problem file; null: no evaluation")
+    pairs: Place | None = Field(
         None,
         description="problem file held out to measure the PPM on: searched after each round, "
         "never trained on; null: none",
@@ -55,7 +61,7 @@ class ProblemsConfig(Config):
         description="instead: share of the training files' problems, variations together, taken "
         "out of them for that",
     )
-    demonstrations: Path | None = Field(
+    demonstrations: Place | None = Field(
         None, description="written solutions for a cold start; null: none"
     )
     default_level: Level | None = Field(None, description="level of rows that name none")
@@ -121,13 +127,13 @@ Trunk = Literal["policy", "cold_start", "base"]
 class LineageConfig(Config):
     """Which weights training starts from."""
 
-    base_model: Path | None = Field(
+    base_model: Place | None = Field(
         None, description="Hugging Face checkpoint directory; null with the miniature: made"
     )
     policy_init: Literal["base", "previous"] = Field(
         "base", description="start of each round's SFT: base (paper) or the previous policy"
     )
-    ppm_trunk: Trunk | Path = Field(
+    ppm_trunk: Trunk | Place = Field(
         "policy",
         description="start of each round's PPM: the round's policy (paper), cold_start or base, "
         "which never saw the trees' solutions, or the directory of another causal language model",
@@ -137,7 +143,7 @@ class LineageConfig(Config):
 class SolveConfig(GivenModelsConfig):
     """One problem, one answer: `rstar solve`."""
 
-    policy: Path = Field(description="Hugging Face checkpoint directory of the policy")
+    policy: Place = Field(description="Hugging Face checkpoint directory of the policy")
     policy_engine: EngineConfig = Field(
         default_factory=lambda: EngineConfig(gpu_memory_utilization=0.45),
         description="vLLM, policy; half a GPU, so that one holds both models",
@@ -159,7 +165,7 @@ class SolveConfig(GivenModelsConfig):
 class RolloutConfig(GivenModelsConfig):
     """One pass of search over one problem file with given models: `rstar rollout`."""
 
-    problems: Path = Field(description="problem file")
+    problems: Place = Field(description="problem file")
     default_level: Level | None = Field(None, description="level of rows that name none")
     limit: int | None = Field(None, ge=1, description="only the first so many problems")
     endpoint: EndpointConfig | None = Field(
@@ -232,12 +238,12 @@ class RunConfig(ServingConfig):
 class TrainDataConfig(Config):
     """What one training run reads: a round of a run, or files."""
 
-    run: Path | None = Field(None, description="folder of a run whose committed round is used")
+    run: Place | None = Field(None, description="folder of a run whose committed round is used")
     round: int | None = Field(None, ge=0, description="of that run; null: its last")
-    train: Path | None = Field(
+    train: Place | None = Field(
         None, description="Parquet or JSONL: prompt, response; for a PPM prompt, chosen, rejected"
     )
-    validation: Path | None = Field(
+    validation: Place | None = Field(
         None, description="held-out rows; null: a share of the prompts (dataset.validation_share)"
     )
     template: Literal["rstar", "short"] | None = Field(
@@ -254,9 +260,12 @@ class TrainDataConfig(Config):
 class TrainRunConfig(Config):
     """One training run alone: `rstar train`."""
 
-    run_dir: Path = Field(description="folder for the checkpoint and its logs")
+    run_dir: Place = Field(description="folder or bucket for the checkpoint and its logs")
+    storage: StorageConfig = Field(
+        default_factory=StorageConfig, description="how a bucket is reached (docs/storage.md)"
+    )
     seed: int = Field(0, ge=0, description="every random choice follows from it")
-    base: Path | None = Field(
+    base: Place | None = Field(
         None,
         description="checkpoint to start from, for a PPM its trunk; null: that of data.run",
     )
@@ -265,7 +274,7 @@ class TrainRunConfig(Config):
         description="rstar train ppm: which checkpoint of data.run is the trunk; null: base, else "
         "as that run has it",
     )
-    previous: Path | None = Field(
+    previous: Place | None = Field(
         None, description="checkpoint in service, which stays there if the new one is worse"
     )
     data: TrainDataConfig = Field(description="what is trained on")

@@ -33,26 +33,26 @@ from cluster.engines.model_check import ModelCheckError, check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
 from cluster.evaluation.ruler import Steering, measure, steering_of
 from cluster.evaluation.shares import problems_by_level, set_aside_lines
-from cluster.fleet.given_models import check_own_examples, with_chat_turns
+from cluster.fleet.given_models import check_own_examples, marked, with_chat_turns
 from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
 from cluster.folder.lineage import lineage_name, record_lineage
-from cluster.folder.run_folder import REPORT
+from cluster.folder.run_folder import BASE, MARKED_TRUNK, REPORT, dataset_name
+from cluster.folder.staging import at_hand
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve_report import evolution_report
 from cluster.runs.rollout import search_stages
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ROUND_STAGES, ProgressView
 from learner.checkpoint import Checkpoint, CheckpointStore, Kind, checkpoint_directory
-from learner.dataset import read_demonstrations, read_manifest
+from learner.dataset import MANIFEST, read_demonstrations
 from learner.fit import FitProgress, FitRequest, PolicyTrainConfig, PreferenceTrainConfig
-from learner.markers import with_markers
 from learner.ruler import is_pair_problem
 from learner.select import recipe_of, select_dataset
-from rollout.files import new_folder
 from rollout.problem import Problem
 from rollout.problems.reader import read_problems
 from rollout.problems.text import problem_key
+from rollout.run_store import absolute
 from rollout.seeds import derive_seed
 from rollout.store import TrajectoryStore, evaluation_of, folder_of
 
@@ -127,18 +127,20 @@ class Evolution:
             assert self.config.models.base_model is not None
             self.base_model = self.config.models.base_model
         self.inputs = [*train_files, test_file, pair_file, self.demonstrations, self.base_model]
-        check_policy_checkpoint(self.base_model, markers=())
+        check_policy_checkpoint(at_hand(self.base_model), markers=())
         self.untrained = self.base_model
-        self.base_model = with_markers(self.base_model, self.folder.marked_base)
+        self.base_model = marked(self.base_model, self.folder)
         self.given_trunk = self._given_trunk()
         self._check_templates()
         seen: dict[str, Path] = {}
         for path in train_files:
-            found, report = read_problems(path, default_level=problems.default_level)
+            found, report = read_problems(at_hand(path), default_level=problems.default_level)
             self._tell(report.lines())
             self.train += _new_problems(found, path, seen)
         if test_file is not None:
-            self.test, report = read_problems(test_file, default_level=problems.default_level)
+            self.test, report = read_problems(
+                at_hand(test_file), default_level=problems.default_level
+            )
             self._tell(report.lines())
         self._hold_out_pairs(pair_file)
 
@@ -151,7 +153,7 @@ class Evolution:
         problems = self.config.problems
         elsewhere = {problem_key(p.text): f"test problem {p.id!r}" for p in self.test}
         if self.demonstrations is not None and (path is not None or problems.pair_share):
-            for shown in read_demonstrations(self.demonstrations):
+            for shown in read_demonstrations(at_hand(self.demonstrations)):
                 elsewhere[problem_key(shown.problem)] = f"demonstration {shown.id!r}"
         if path is None:
             kept = {p.original for p in self.train if problem_key(p.text) in elsewhere}
@@ -168,7 +170,9 @@ class Evolution:
             held = {p.id for p in self.pair_problems}
             self.train = [p for p in self.train if p.id not in held]
             return
-        self.pair_problems, report = read_problems(path, default_level=problems.default_level)
+        self.pair_problems, report = read_problems(
+            at_hand(path), default_level=problems.default_level
+        )
         self._tell(report.lines())
         elsewhere |= {problem_key(p.text): f"training problem {p.id!r}" for p in self.train}
         originals = {p.original: f"training problem {p.id!r}" for p in self.train}
@@ -192,15 +196,15 @@ class Evolution:
             return self.base_model
         if not isinstance(trunk, Path):
             return None
-        trunk = checkpoint_directory(trunk).absolute()
+        trunk = Path(absolute(checkpoint_directory(trunk)))
         self.inputs.append(trunk)
         try:
-            check_policy_checkpoint(trunk, markers=())
+            check_policy_checkpoint(at_hand(trunk), markers=())
         except ModelCheckError as error:
             raise ConfigError(
                 f"models.ppm_trunk: {error}; expected policy, cold_start, base or such a directory"
             ) from error
-        return with_markers(trunk, self.folder.marked_trunk)
+        return marked(trunk, self.folder, MARKED_TRUNK)
 
     def _trunk(self, policy: Checkpoint) -> Path:
         """What the PPM of a round starts from, given the round's policy."""
@@ -222,7 +226,7 @@ class Evolution:
         endpoint = self.config.endpoint
         if endpoint is not None or self._is_untrained:
             tokenizer = self.untrained if endpoint is None else endpoint.tokenizer
-            search = with_chat_turns(self.config.search, tokenizer)
+            search = with_chat_turns(self.config.search, tokenizer and at_hand(tokenizer))
             self.config = self.config.model_copy(update={"search": search})
         for number, settings in enumerate(self.config.rounds, start=1):
             untrained = number == 1 and self.config.cold_start is None
@@ -267,16 +271,24 @@ class Evolution:
             families=world.families,
             world=world.world,
         )
-        files = write_miniature(self.folder.problems, miniature)
-        self.demonstrations = files.demonstrations
-        self.base_model = self.config.models.base_model or self.folder.base_model
-        if self.config.models.base_model is None and not self.base_model.exists():
+        with self.folder.filling("problems", last="test.parquet") as directory:
+            files = write_miniature(directory, miniature)
             table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
             texts = [*table["problem"].to_pylist(), *table["solution"].to_pylist()]
             texts += pq.read_table(files.train, columns=["problem"])["problem"].to_pylist()
-            with new_folder(self.base_model) as made:
-                write_base_model(made, seed=derive_seed(self.config.seed, "base"), texts=texts)
-        return [files.train], files.test, files.pairs
+        self.demonstrations = self.folder.problems / files.demonstrations.name
+        self.base_model = self.config.models.base_model or self.folder.base_model
+        made = self.folder.store.exists(f"{BASE}/config.json")
+        if self.config.models.base_model is None and not made:
+            with self.folder.filling(BASE, last="config.json", whole=True) as directory:
+                seed = derive_seed(self.config.seed, "base")
+                write_base_model(directory, seed=seed, texts=texts)
+        train, test, pairs = (
+            self.folder.problems / file.name if file is not None else None
+            for file in (files.train, files.test, files.pairs)
+        )
+        assert train is not None
+        return [train], test, pairs
 
     def _tell(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -387,15 +399,15 @@ class Evolution:
             return existing
         assert self.demonstrations is not None
         self.view.begin("cold start", "cold start: SFT on demonstrations")
-        directory = self.folder.dataset(0)
-        if read_manifest(directory) is None:
-            select_dataset(
-                (),
-                directory,
-                template=self.config.search.training_template,
-                config=self.config.dataset,
-                demonstrations=read_demonstrations(self.demonstrations),
-            )
+        if self.folder.dataset_manifest(0) is None:
+            with self.folder.filling(dataset_name(0), last=MANIFEST) as directory:
+                select_dataset(
+                    (),
+                    directory,
+                    template=self.config.search.training_template,
+                    config=self.config.dataset,
+                    demonstrations=read_demonstrations(at_hand(self.demonstrations)),
+                )
         return await self._fit(0, "policy", self.base_model, config)
 
     async def _rollout(
@@ -474,24 +486,27 @@ class Evolution:
 
     async def _select(self, number: int) -> None:
         """Trees of the rounds so far -> SFT examples; trees with outcomes -> pairs."""
-        directory = self.folder.dataset(number)
-        if read_manifest(directory) is not None:
+        if self.folder.dataset_manifest(number) is not None:
             self._skip(number, "select", "select")
             return
         self.view.begin("select", f"round {number}: select", round=number)
         selection = RoundSelection(self.store, number, keep=True)
         demonstrations = (
-            read_demonstrations(self.demonstrations) if self.demonstrations is not None else []
+            read_demonstrations(at_hand(self.demonstrations)) if self.demonstrations else []
         )
+
+        def select() -> dict[str, Any]:
+            with self.folder.filling(dataset_name(number), last=MANIFEST) as directory:
+                return selection.select(
+                    directory,
+                    template=self.config.search.training_template,
+                    config=self.config.dataset,
+                    demonstrations=demonstrations,
+                    valued_steps=self._valued_steps,
+                )
+
         try:
-            manifest = await asyncio.to_thread(
-                selection.select,
-                directory,
-                template=self.config.search.training_template,
-                config=self.config.dataset,
-                demonstrations=demonstrations,
-                valued_steps=self._valued_steps,
-            )
+            manifest = await asyncio.to_thread(select)
         finally:
             selection.stop()
         self._tell(selection.notes())

@@ -12,7 +12,6 @@ from cluster.folder.lineage import lineage_name
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RunConfig
-from learner.dataset import read_manifest
 from rollout.problem import Level
 from rollout.store import RunStore, TrajectoryStore
 
@@ -73,7 +72,7 @@ def _round_entry(
     solved_before |= solved
     stages = {name: folder.stage(trees.round, name) for name in STAGES}
     rollout, select = stages["rollout"], stages["select"]
-    dataset = read_manifest(folder.dataset(trees.round)) or {}
+    dataset = folder.dataset_manifest(trees.round) or {}
     evaluation = _evaluation(folder, trees.round)
     ruler = folder.read(folder.ruler_name(trees.round)) or {}
     shares = {
@@ -119,7 +118,7 @@ def _round_entry(
 
 def _shape(folder: RunFolder, number: int) -> dict[str, Any]:
     """What the round's own trees were like, as its dataset says."""
-    shape = (read_manifest(folder.dataset(number)) or {}).get("shape", {})
+    shape = (folder.dataset_manifest(number) or {}).get("shape", {})
     return {
         name: shape.get(name, {}).get(str(number), {}) for name in ("step_pairs", "node_visits")
     }

@@ -36,7 +36,6 @@ from cluster.evaluation.shares import COLUMNS, problems_by_level, shares_by_leve
 from cluster.folder.lineage import lineage_name
 from cluster.folder.run_folder import REPORT, RunFolder, RunFolderError
 from cluster.telemetry.progress import say
-from learner.dataset import read_manifest
 from rollout.regrade import VerdictChange, compare_verdicts, regrade_table, regraded_commit
 from rollout.store import RunStore, TrajectoryStore, stored_rounds
 from verifier import GRADER_VERSION, Verdict, verify_answer
@@ -99,16 +98,16 @@ def regrade_run(
         StoreError: a file is missing or changed.
     """
     folder = RunFolder(run)
-    if not folder.root.is_dir():
-        raise RunFolderError(f"{folder.root}: no such run folder")
-    store = RunStore(str(folder.root))
+    store = folder.store
+    if not store.exists(""):
+        raise RunFolderError(f"{store.root}: no such run folder")
     rounds = [
         trees
         for number in stored_rounds(store)
         if (trees := TrajectoryStore(store, number)).manifest() is not None
     ]
     if not rounds:
-        raise RunFolderError(f"{folder.root}: no finished round to grade again")
+        raise RunFolderError(f"{store.root}: no finished round to grade again")
     with folder.locked():
         start_symbolic_worker()
         found = [
@@ -205,8 +204,7 @@ def _record_name(round: int, generation: int) -> str:
 def _write_record(folder: RunFolder, result: RoundRegrade) -> None:
     """The list of changes and, last, their summary, which says that all is done."""
     name = _record_name(result.round, result.generation)
-    lines = [json.dumps(asdict(change), ensure_ascii=False) for change in result.changes]
-    folder.write_lines(name.replace(".json", ".jsonl"), lines)
+    folder.write_lines(name.replace(".json", ".jsonl"), map(asdict, result.changes))
     record = asdict(result) | {"changes": result.by_level(), "round": result.round}
     del record["written"]
     folder.write(name, record)
@@ -214,8 +212,8 @@ def _write_record(folder: RunFolder, result: RoundRegrade) -> None:
 
 def _from_record(folder: RunFolder, record: dict[str, Any], *, written: bool) -> RoundRegrade:
     name = _record_name(record["round"], record["generation"])
-    lines = (folder.root / name.replace(".json", ".jsonl")).read_text(encoding="utf-8")
-    changes = tuple(VerdictChange(**json.loads(line)) for line in lines.splitlines())
+    lines = folder.read_lines(name.replace(".json", ".jsonl"))
+    changes = tuple(VerdictChange(**line) for line in lines)
     return RoundRegrade(
         **record
         | {"changes": changes, "from_graders": tuple(record["from_graders"]), "written": written}
@@ -276,16 +274,15 @@ def _correct_trajectories(trees: TrajectoryStore) -> int:
     )
 
 
-def stale_datasets(run: str | Path) -> list[Path]:
-    """Datasets of a run that were selected by other verdicts than its newest."""
+def stale_datasets(run: str | Path) -> list[int]:
+    """Rounds of a run whose dataset was selected by other verdicts than the newest."""
     folder = RunFolder(run)
-    store = RunStore(str(folder.root))
-    newest = verdicts_of(store, stored_rounds(store))
+    newest = verdicts_of(folder.store, stored_rounds(folder.store))
     stale = []
-    for directory in sorted((folder.root / "datasets").glob("round=*")):
-        manifest = read_manifest(directory)
+    for number in folder.rounds("datasets"):
+        manifest = folder.dataset_manifest(number)
         if manifest is not None and not dataset_is_current(manifest, newest):
-            stale.append(directory)
+            stale.append(number)
     return stale
 
 
@@ -333,7 +330,6 @@ def run_regrade(run: str | Path, console: Console) -> list[RoundRegrade]:
 
 def print_regrade(run: str | Path, found: Sequence[RoundRegrade], console: Console) -> None:
     """What changed, by round and level, with a few examples."""
-    root = RunFolder(run).root
     for result in found:
         if not result.generation:
             say(console, f"round {result.round}: graded by {result.grader} already")
@@ -382,8 +378,8 @@ def print_regrade(run: str | Path, found: Sequence[RoundRegrade], console: Conso
         )
     if len(turned) > EXAMPLES:
         say(console, f"  and {len(turned) - EXAMPLES} more")
-    say(console, f"every change: {root / 'regrades'}/round=*.jsonl")
-    stale = [directory.name for directory in stale_datasets(run)]
+    say(console, f"every change: {RunFolder(run).at('regrades')}/round=*.jsonl")
+    stale = [f"round={number}" for number in stale_datasets(run)]
     if stale:
         say(
             console,

@@ -38,6 +38,7 @@ from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.lineage import record_lineage
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import REPORT
+from cluster.folder.staging import at_hand
 from cluster.runs.config import EscalationConfig, RolloutConfig
 from cluster.telemetry.progress import ProgressView
 from rollout.problem import Problem
@@ -66,7 +67,7 @@ class RolloutRun:
             EngineError: what stopped it, named; everything committed stays.
         """
         problems, read = read_problems(
-            self.config.problems, default_level=self.config.default_level
+            at_hand(self.config.problems), default_level=self.config.default_level
         )
         problems = problems[: self.config.limit]
         for line in (form_note(self.config), *read.lines()):

@@ -52,7 +52,7 @@ FILES_AT_ONCE = 512
 class _Share:
     """Some data files of a round, for one process."""
 
-    root: str
+    store: RunStore
     round: int
     files: tuple[ManifestFile, ...]
     recipe: Recipe
@@ -168,7 +168,7 @@ class RoundSelection:
             columns = columns_of(config, newest=number == self.number)
             for start in range(0, len(manifest.files), FILES_AT_ONCE):
                 yield _Share(
-                    root=self.store.root,
+                    store=self.store,
                     round=number,
                     files=manifest.files[start : start + FILES_AT_ONCE],
                     recipe=recipe,
@@ -225,7 +225,7 @@ def _read_in_process(share: _Share) -> _Read:
 
 def _read_share(share: _Share, check: Callable[[], None]) -> _Read:
     """Read and sort what some data files give; what `check` raises ends it."""
-    trees = TrajectoryStore(RunStore(share.root), share.round)
+    trees = TrajectoryStore(share.store, share.round)
     read = _Read(runs=Runs.none(), round=share.round, remade=0)
 
     def tables() -> Iterator[pa.Table]:

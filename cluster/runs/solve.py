@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -40,6 +40,7 @@ from cluster.fleet.given_models import (
 )
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.folder.staging import at_hand
 from cluster.runs.config import SolveConfig
 from cluster.telemetry.progress import say
 from learner.checkpoint import CheckpointStore
@@ -48,6 +49,8 @@ from rollout.problem import Level, Problem
 from rollout.prompt import END_OF_ANSWER, Step, StepKind, parse_response
 from verifier.accuracy import RankedAnswer
 from verifier.verify import start_symbolic_worker
+
+S = TypeVar("S", bound=SolveConfig)
 
 RUN_SECTIONS = ("seed", "cluster", "policy_engine", "ppm_engine", "sandbox", "search")
 """What a run's config tells about serving its models."""
@@ -84,11 +87,27 @@ def read_problem(argument: str, stdin: TextIO) -> Problem:
             f'{where} is empty; give its text, as in rstar solve "What is 3 + 4?", or - for '
             "stdin, or @FILE"
         )
+    return asked_problem(text, source="command line")
+
+
+def asked_problem(text: str, *, source: str) -> Problem:
+    """A problem that somebody asks: equal texts have equal ids."""
     digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-    return Problem(id=f"asked-{digest}", source="command line", level=Level.MATH, text=text)
+    return Problem(id=f"asked-{digest}", source=source, level=Level.MATH, text=text)
 
 
-def solve_config(
+def solve_config(scratch: Path, **given: Any) -> SolveConfig:
+    """The config of one `rstar solve`, as `asked_config` makes it, with one actor of each kind."""
+    made = asked_config(SolveConfig, scratch, **given)
+    one_each = {
+        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
+        for name in ("policy", "ppm", "sandbox")
+    }
+    return made.model_copy(update={"cluster": made.cluster.model_copy(update=one_each)})
+
+
+def asked_config(
+    kind: type[S],
     scratch: Path,
     *,
     policy: Path | None = None,
@@ -98,11 +117,11 @@ def solve_config(
     trajectories: int | None = None,
     config: Path | None = None,
     overrides: Sequence[str] = (),
-) -> SolveConfig:
-    """The config of one `rstar solve`; the later of run, config file, command line, --set wins.
+) -> S:
+    """The config of a command that asks; the later of run, config file, command line, --set wins.
 
     Args:
-        scratch: folder for what Ray's actors write; nothing in it is of use afterwards.
+        scratch: folder for what Ray's actors write.
     Raises:
         ConfigError, RunFolderError, CheckpointError: what is missing or wrong, named.
     """
@@ -122,16 +141,12 @@ def solve_config(
     given = {name: value for name, value in asked.items() if value is not None}
     data["method"] = {**(data.get("method") or {}), **given}
     source = str(config or run or "rstar solve")
-    made = make_config(data, overrides, kind=SolveConfig, source=source)
+    made = make_config(data, overrides, kind=kind, source=source)
     if made.method.name.needs_preference and made.ppm is None:
         raise ConfigError(
             f"method {made.method.name} needs a PPM: give --ppm DIR, or choose another --method"
         )
-    one_each = {
-        name: getattr(made.cluster, name).model_copy(update={"replicas": 1})
-        for name in ("policy", "ppm", "sandbox")
-    }
-    cluster = made.cluster.model_copy(update={"dashboard_port": None, **one_each})
+    cluster = made.cluster.model_copy(update={"dashboard_port": None})
     made = made.model_copy(update={"cluster": cluster})
     return with_prompt_template(with_checkpoint_directories(made))
 
@@ -143,18 +158,19 @@ def models_of_run(run: Path) -> tuple[Path, Path | None]:
         RunFolderError: the folder has no checkpoints.
         CheckpointError: a checkpoint's record cannot be read, or what it names is gone.
     """
-    store = CheckpointStore(RunFolder(run).checkpoints)
+    folder = RunFolder(run)
+    store = CheckpointStore(folder.checkpoints)
     ppm = store.latest("ppm")
     policy = store.current("policy", ppm.round) if ppm is not None else store.latest("policy")
     if policy is None:
-        what = "no checkpoints" if run.is_dir() else "no such folder"
+        what = "no checkpoints" if folder.store.exists("") else "no such folder"
         raise RunFolderError(f"{run}: {what}; expected the folder of an `rstar evolve` run")
     return Path(policy.path), Path(ppm.path) if ppm is not None else None
 
 
 def _settings_of_run(run: Path) -> dict[str, Any]:
     """Serving settings of a run, and those its own evaluation uses the methods with."""
-    stored = read_yaml(run / "config.yaml")
+    stored = RunFolder(run).config() or {}
     settings = {name: stored[name] for name in RUN_SECTIONS if name in stored}
     evaluation = stored.get("evaluation") or {}
     same = {"max_solution_tokens": "max_solution_tokens", "vote_top_k": "top_k"}
@@ -191,7 +207,7 @@ async def solve(config: SolveConfig, problem: Problem, view: SolveView) -> Solve
         view.note(note)
     if uses_ppm:
         assert config.ppm is not None
-        check_preference_checkpoint(config.ppm)
+        check_preference_checkpoint(at_hand(config.ppm))
     fleet = Fleet(config, RunFolder(config.run_dir))
     began_s = time.monotonic()
     try:
@@ -451,9 +467,9 @@ async def run_solve(problem: str, *, as_json: bool = False, **given: Any) -> Non
     Args:
         problem: as `read_problem` takes it.
         as_json: stdout gets the JSON object and nothing else; everything else goes to stderr.
-        given: what `solve_config` takes.
+        given: what `asked_config` takes.
     Raises:
-        As `read_problem`, `solve_config` and `solve`.
+        As `read_problem`, `asked_config` and `solve`.
     """
     asked = read_problem(problem, sys.stdin)
     stdout = stdout_for_result() if as_json else contextlib.nullcontext(sys.stdout)

@@ -22,21 +22,30 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.folder.config_file import load_config, read_yaml
-from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.fleet.given_models import marked
+from cluster.folder.config_file import load_config
+from cluster.folder.run_folder import (
+    BASE,
+    MARKED_BASE,
+    MARKED_TRUNK,
+    RunFolder,
+    RunFolderError,
+    dataset_name,
+)
+from cluster.folder.staging import Stager, at_hand, staged_request
 from cluster.jobs.attempts import Attempts
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.runs.select import RoundSelection
 from cluster.telemetry.progress import ProgressView, say
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
-from learner.dataset import read_manifest
+from learner.dataset import MANIFEST, read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError
-from learner.markers import with_markers
 from learner.plain import write_plain_dataset
 from rollout.prompt import TEMPLATES
+from rollout.run_store import absolute
 from rollout.search import SearchConfig
-from rollout.store import RunStore, TrajectoryStore
+from rollout.store import RunStore, TrajectoryStore, stored_rounds
 
 
 class _Interrupted(Exception):
@@ -60,7 +69,7 @@ async def run_train(
             stopped it, in one line.
     """
     config = load_config(config_path, overrides, kind=TrainRunConfig)
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir, storage=config.storage.client)
     with folder.locked(), ProgressView(console or Console()) as view:
         request = await asyncio.to_thread(_request, kind, config, folder, force)
         folder.write(f"train/{kind}.json", config.effective())
@@ -116,7 +125,7 @@ def _request(kind: Kind, config: TrainRunConfig, folder: RunFolder, force: bool)
         checkpoints=str(folder.checkpoints),
         config=config.train_policy if kind == "policy" else config.train_ppm,
         seed=config.seed,
-        previous=str(checkpoint_directory(previous).absolute()) if previous is not None else None,
+        previous=absolute(checkpoint_directory(previous)) if previous is not None else None,
         force=force,
     )
 
@@ -125,42 +134,41 @@ def _data(kind: Kind, config: TrainRunConfig, folder: RunFolder) -> tuple[int, P
     """The round (0 for files) and the dataset directory."""
     source = config.data
     if source.train is not None:
-        directory = folder.root / "datasets" / kind
+        name = f"datasets/{kind}"
         template = TEMPLATES[source.template] if source.template is not None else None
-        write_plain_dataset(
-            kind,
-            source.train,
-            directory,
-            validation=source.validation,
-            config=config.dataset,
-            template=template,
-        )
-        return 0, directory
+        with folder.filling(name, last=MANIFEST) as directory:
+            write_plain_dataset(
+                kind,
+                at_hand(source.train),
+                directory,
+                validation=source.validation and at_hand(source.validation),
+                config=config.dataset,
+                template=template,
+            )
+        return 0, folder.place(name)
     assert source.run is not None
     run = RunFolder(source.run)
     number = source.round if source.round is not None else _last_round(run)
-    newest = verdicts_of(RunStore(str(run.root)), range(1, number + 1))
-    directory = folder.dataset(number)
+    newest = verdicts_of(run.store, range(1, number + 1))
     valued_steps = kind == "ppm" and config.train_ppm.objective == "q_regression"
-    for made in (run.dataset(number), directory):
+    for made in (run.dataset(number), folder.dataset(number)):
         manifest = read_manifest(made)
         if manifest is None or not dataset_is_current(manifest, newest):
             continue
         if not valued_steps or manifest["counts"]["all"].get("steps_train"):
             return number, made
-    _select(run, number, config, directory, valued_steps=valued_steps)
-    return number, directory
+    with folder.filling(dataset_name(number), last=MANIFEST) as directory:
+        _select(run, number, config, directory, valued_steps=valued_steps)
+    return number, folder.dataset(number)
 
 
 def _last_round(run: RunFolder) -> int:
     """The last round of a run that was committed."""
-    found = [
-        int(path.parent.name.removeprefix("round="))
-        for pattern in ("datasets/round=*/manifest.json", "trajectories/round=*/manifest.json")
-        for path in run.root.glob(pattern)
-    ]
+    found = [number for number in run.rounds("datasets") if run.dataset_manifest(number)]
+    trees = (TrajectoryStore(run.store, number) for number in stored_rounds(run.store))
+    found += [each.round for each in trees if each.manifest() is not None]
     if not found:
-        raise RunFolderError(f"{run.root}: no committed round in this folder")
+        raise RunFolderError(f"{run.store.root}: no committed round in this folder")
     return max(found)
 
 
@@ -168,11 +176,11 @@ def _select(
     run: RunFolder, number: int, config: TrainRunConfig, directory: Path, *, valued_steps: bool
 ) -> None:
     """Build a round's dataset from the trees of the rounds up to it."""
-    store = RunStore(str(run.root))
+    store = run.store
     for r in range(1, max(number, 1) + 1):
         if TrajectoryStore(store, r).manifest() is None:
-            raise RunFolderError(f"{run.root}: round {r} is not committed")
-    search = SearchConfig.model_validate(read_yaml(run.root / "config.yaml").get("search", {}))
+            raise RunFolderError(f"{store.root}: round {r} is not committed")
+    search = SearchConfig.model_validate((run.config() or {}).get("search", {}))
     RoundSelection(store, number).select(
         directory,
         template=search.training_template,
@@ -184,12 +192,12 @@ def _select(
 def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) -> Path:
     """The checkpoint to start from."""
     if config.base is not None:
-        base = checkpoint_directory(config.base).absolute()
-        return with_markers(base, folder.marked_base if kind == "policy" else folder.marked_trunk)
+        base = Path(absolute(checkpoint_directory(config.base)))
+        return marked(base, folder, MARKED_BASE if kind == "policy" else MARKED_TRUNK)
     if config.data.run is None:
         raise RunFolderError("base is missing: files do not say which checkpoint to start from")
     run = RunFolder(config.data.run)
-    models = read_yaml(run.root / "config.yaml").get("models", {})
+    models = (run.config() or {}).get("models", {})
     trunk = "base"
     if kind == "ppm":
         trunk = config.ppm_trunk or models.get("ppm_trunk", "policy")
@@ -197,16 +205,16 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
         made_in = number if trunk == "policy" else 0
         policy = CheckpointStore(run.checkpoints).current("policy", made_in)
         if policy is None:
-            raise RunFolderError(f"{run.root}: round {made_in} has no policy; give base")
+            raise RunFolderError(f"{run.store.root}: round {made_in} has no policy; give base")
         return Path(policy.path)
     if trunk != "base":
-        return with_markers(checkpoint_directory(trunk).absolute(), folder.marked_trunk)
-    for candidate in (run.marked_base, run.base_model):
-        if candidate.exists():
-            return candidate
+        return marked(Path(absolute(checkpoint_directory(trunk))), folder, MARKED_TRUNK)
+    for name in (MARKED_BASE, BASE):
+        if run.store.exists(name):
+            return run.place(name)
     named = models.get("base_model")
     if named is None:
-        raise RunFolderError(f"{run.root}: its config names no base model; give base")
+        raise RunFolderError(f"{run.store.root}: its config names no base model; give base")
     return Path(named)
 
 
@@ -225,18 +233,21 @@ async def _fit(
             raise _Interrupted
         loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
 
+    def note(text: str) -> None:
+        loop.call_soon_threadsafe(view.note, text)
+
     attempts = Attempts(
         config.stage_attempts,
         key="stage_attempts",
-        note=lambda text: loop.call_soon_threadsafe(view.note, text),
+        note=note,
     )
 
     def train() -> FitResult:
         if config.learner.replicas > 1:
-            return _train_on_group(request, config, folder.root / "ray_train", show, attempts)
+            return _train_on_group(request, config, folder.store, show, attempts)
         from learner.trainer import run_fit
 
-        return run_fit(request, progress=show)
+        return run_fit(staged_request(request, Stager(None)), progress=show)
 
     try:
         return await asyncio.to_thread(train)
@@ -257,7 +268,7 @@ def _facts(progress: FitProgress) -> dict[str, str | float]:
 def _train_on_group(
     request: FitRequest,
     config: TrainRunConfig,
-    storage: Path,
+    store: RunStore,
     show: Callable[[FitProgress], None],
     attempts: Attempts,
 ) -> FitResult:
@@ -276,9 +287,8 @@ def _train_on_group(
         raise LearnerError(
             f"Ray could not be started at address={config.address!r}: {error}"
         ) from error
-    store = RunStore(config.run_dir.absolute())
     store.identify()
-    group = LearnerGroup(settings, storage, attempts=config.stage_attempts, store=store)
+    group = LearnerGroup(settings, store, attempts=config.stage_attempts)
 
     async def fit() -> FitResult:
         return group.fit(request, show, attempts.again)

@@ -37,6 +37,7 @@ from cluster.folder.config_file import Config
 from cluster.telemetry.metrics import CATALOGUE, SAMPLE_SECONDS, Kind, Metric
 from cluster.telemetry.samples import FOLDER, ActorTotals, Key, SampleWriter
 from rollout.files import atomic_write
+from rollout.run_store import RunStore, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Exporter:
 
     def __init__(
         self,
-        root: Path,
+        store: RunStore,
         run: str,
         config: MetricsConfig,
         *,
@@ -88,18 +89,18 @@ class Exporter:
     ) -> None:
         """
         Args:
-            root: of the run.
+            store: of the run.
             run: value of the label `run`.
         """
         self.config = config
-        self._root = root
+        self._store = store
         self._run = run
         self._clock = clock
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
         self._lock = threading.Lock()
         self._agents: tuple[str, ...] = ()
         self._actors = ActorTotals(run)
-        self._writer = SampleWriter(root)
+        self._writer = SampleWriter(store)
         self._server: Any = None
         self._told: str = ""
         self._complained = False
@@ -221,14 +222,12 @@ class Exporter:
         if text == self._told:
             return
         self._told = text
-        paths = [self._root / FOLDER / "targets.json"]
-        if self.config.targets_dir is not None:
-            paths.append(self.config.targets_dir / f"{self._run}.json")
-        for path in paths:
-            try:
-                atomic_write(path, text)
-            except OSError as error:
-                logger.warning("%s cannot be written: %s", path, error)
+        try:
+            self._store.put(f"{FOLDER}/targets.json", text.encode(), durable=False)
+            if self.config.targets_dir is not None:
+                atomic_write(self.config.targets_dir / f"{self._run}.json", text)
+        except (StoreError, OSError) as error:
+            logger.warning("Prometheus is not told of this run: %s", error)
 
 
 def _page(address: str) -> str:

@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Literal
 
 from cluster.folder.machine import command_line
-from rollout.files import atomic_write
+from rollout.run_store import RunStore, StoreError
 
 LIVE_FILE = "live.json"
 
@@ -102,13 +102,13 @@ class LiveFile:
 
     def __init__(
         self,
-        root: Path,
+        store: RunStore,
         snapshot: Callable[[], Snapshot],
         *,
         interval_s: float = INTERVAL_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = root / LIVE_FILE
+        self._store = store
         self._snapshot = snapshot
         self._interval_s = interval_s
         self._clock = clock
@@ -119,7 +119,7 @@ class LiveFile:
         self._started_s = 0.0
 
     def __enter__(self) -> LiveFile:
-        earlier = read_live(self._path.parent)
+        earlier = read_live(self._store)
         self.seconds_before = earlier.seconds_total if earlier is not None else 0.0
         self._started_s = self._clock()
         self._write()
@@ -164,16 +164,17 @@ class LiveFile:
             error=error,
             progress=progress,
         )
-        with contextlib.suppress(OSError):
-            atomic_write(self._path, json.dumps(asdict(account), indent=1) + "\n")
+        data = json.dumps(asdict(account), indent=1) + "\n"
+        with contextlib.suppress(StoreError):
+            self._store.put(LIVE_FILE, data.encode(), durable=False)
 
 
-def read_live(root: Path) -> Live | None:
+def read_live(store: RunStore) -> Live | None:
     """The last account in a run's folder; None if there is none that can be read."""
     try:
-        data = json.loads((root / LIVE_FILE).read_text(encoding="utf-8"))
+        data = json.loads(store.read(LIVE_FILE))
         return Live(**{**data, "progress": Snapshot(**data["progress"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, StoreError, ValueError, TypeError, KeyError):
         return None
 
 

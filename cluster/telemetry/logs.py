@@ -8,8 +8,9 @@ A line's ids are those at the end of its sentence, those of the search the task 
 (`ids`: problem, job, lease), and those of the process (replica, policy version), in this order of
 precedence. So a call that a pool tries again says which problem it was for.
 
-A process writes its own file, 2 x 16 MiB at most. A file that cannot be written is no reason to
-stop: the line is lost. Warnings also go where they went before, to the process's stderr.
+A process writes its own file, about 2 x 16 MiB at most (`cluster.telemetry.lines`; on a bucket, in
+parts). A file that cannot be written is no reason to stop: the line is lost. Warnings also go where
+they went before, to the process's stderr.
 
 Not covered: what vLLM and Ray log themselves, which Ray keeps in its session folder; processes of
 the sandbox.
@@ -19,15 +20,16 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from cluster.telemetry.lines import Lines
+from rollout.run_store import RunStore
 
 FOLDER = "logs"
 PACKAGES = ("cluster", "learner", "rollout", "verifier")
@@ -74,9 +76,10 @@ class LogLine:
             return None
 
 
-class _Lines(logging.handlers.RotatingFileHandler):
-    def __init__(self, path: Path, process: str, process_ids: Mapping[str, str]) -> None:
-        super().__init__(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8", delay=True)
+class _Handler(logging.Handler):
+    def __init__(self, lines: Lines, process: str, process_ids: Mapping[str, str]) -> None:
+        super().__init__()
+        self.lines = lines
         self.process = process
         self.process_ids = dict(process_ids)
 
@@ -95,27 +98,30 @@ class _Lines(logging.handlers.RotatingFileHandler):
             ids={**self.process_ids, **_ids.get(), **own},
         ).to_json()
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk is told by the store, once, and not here for every line."""
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.lines.add(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        self.lines.close()
+        super().close()
 
 
-_lines: _Lines | None = None
+_handler: _Handler | None = None
 
 
-def begin(run_dir: str | Path, process: str, **process_ids: Any) -> None:
+def begin(store: RunStore, process: str, **process_ids: Any) -> None:
     """Keep what this process logs from now on in the run's folder.
 
     Args:
+        store: of the run.
         process: unique in the run: "policy-0".
         process_ids: carried by every line.
     """
-    global _lines
+    global _handler
     end()
-    folder = Path(run_dir) / FOLDER
-    try:
-        folder.mkdir(exist_ok=True)  # the run's folder is the driver's to make
-    except OSError:
-        return
     root = logging.getLogger()
     if not root.handlers:
         # Ours would take away the last resort that prints warnings.
@@ -126,76 +132,71 @@ def begin(run_dir: str | Path, process: str, **process_ids: Any) -> None:
         # They get our packages' lines whatever root's own level is.
         handler.setLevel(max(handler.level, root.getEffectiveLevel()))
     known = {name: str(value) for name, value in process_ids.items()}
-    _lines = _Lines(folder / f"{process}.jsonl", process, known)
+    lines = Lines(store, f"{FOLDER}/{process}.jsonl", max_bytes=MAX_BYTES)
+    _handler = _Handler(lines, process, known)
     for package in PACKAGES:
         logger = logging.getLogger(package)
-        logger.addHandler(_lines)
+        logger.addHandler(_handler)
         logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
 
 
 def end() -> None:
     """Keep nothing more of what this process logs."""
-    global _lines
-    if _lines is None:
+    global _handler
+    if _handler is None:
         return
     for package in PACKAGES:
-        logging.getLogger(package).removeHandler(_lines)
-    _lines.close()
-    _lines = None
+        logging.getLogger(package).removeHandler(_handler)
+    _handler.close()
+    _handler = None
 
 
 def carry(**process_ids: Any) -> None:
     """Have every further line of this process carry these ids, as the policy version it serves."""
-    if _lines is not None:
-        _lines.process_ids.update({name: str(value) for name, value in process_ids.items()})
+    if _handler is not None:
+        _handler.process_ids.update({name: str(value) for name, value in process_ids.items()})
 
 
 # ------------------------------------------------------------------------------- reading
 
 
-def read(run_dir: str | Path) -> list[LogLine]:
+def read(store: RunStore) -> list[LogLine]:
     """All lines of a run, in order of time; lines that are cut off are left out."""
-    return sorted(
-        (line for path in _files(run_dir) for line in _lines_of(path)),
-        key=lambda line: line.unix_s,
-    )
+    while True:
+        try:
+            found = store.read_many([*store.sizes(FOLDER)])
+            break
+        except FileNotFoundError:
+            continue  # one was rotated away meanwhile
+    lines = (line for data in found.values() for line in _lines_of(data))
+    return sorted(lines, key=lambda line: line.unix_s)
 
 
-def _files(run_dir: str | Path) -> list[Path]:
-    return sorted((Path(run_dir) / FOLDER).glob("*.jsonl*"))
+def _lines_of(data: bytes) -> Iterator[LogLine]:
+    for text in data.decode(errors="replace").splitlines():
+        line = LogLine.from_json(text)
+        if line is not None:
+            yield line
 
 
-def _lines_of(path: Path) -> Iterator[LogLine]:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                line = LogLine.from_json(text)
-                if line is not None:
-                    yield line
-    except FileNotFoundError:
-        return  # rotated away meanwhile
-
-
-def follow(run_dir: str | Path, *, pause_s: float = 0.5) -> Iterator[LogLine]:
+def follow(store: RunStore, *, pause_s: float = 0.5) -> Iterator[LogLine]:
     """Lines written from now on, of processes that start later too; for ever."""
-    read_to: dict[Path, int] = {path: path.stat().st_size for path in _files(run_dir)}
+    read_to = store.sizes(FOLDER)
     while True:
         found: list[LogLine] = []
-        for path in _files(run_dir):
-            size, begin_at = path.stat().st_size, read_to.get(path, 0)
+        for path, size in store.sizes(FOLDER).items():
+            begin_at = read_to.get(path, 0)
             if size < begin_at:  # rotated
                 begin_at = 0
             if size == begin_at:
                 continue
-            with path.open("rb") as file:
-                file.seek(begin_at)
-                data = file.read()
+            try:
+                data = store.read(path, start=begin_at)
+            except FileNotFoundError:
+                continue  # rotated away meanwhile
             whole = data[: data.rfind(b"\n") + 1]
             read_to[path] = begin_at + len(whole)
-            lines = (
-                LogLine.from_json(text) for text in whole.decode(errors="replace").splitlines()
-            )
-            found += [line for line in lines if line is not None]
+            found += _lines_of(whole)
         yield from sorted(found, key=lambda line: line.unix_s)
         time.sleep(pause_s)
 

@@ -214,6 +214,27 @@ SANDBOX_REPLAYS = _counted(
     "sandbox_replayed_steps", "steps", "", "Steps run again because their state was evicted."
 )
 
+# --- `rstar serve` -------------------------------------------------------------------------------
+
+SERVE_REQUESTS = _counted(
+    "serve_requests",
+    "requests",
+    "method outcome",
+    "Requests that ended; outcome is ok, late (the best answer so far), cancelled, refused (by the "
+    "queue), invalid, unauthorised or failed.",
+)
+SERVE_WAIT = _timed("serve_wait", "method", "A request, until its search begins.", _WAITS)
+SERVE_FIRST_STEP = _timed(
+    "serve_first_step", "method", "A request, until its first step is told.", _WAITS
+)
+SERVE_ANSWER = _timed("serve_answer", "method", "A request, until its answer.", _SEARCHES)
+SERVE_TOKENS = _counted(
+    "serve_tokens",
+    "tokens",
+    "method kind",
+    "Of answered requests; kind is generated, prompt, cached or scored.",
+)
+
 # --- The run, looked at by the driver ------------------------------------------------------------
 
 STAGE = _looked("stage_running", "1", "stage round", "1 for the stage the run is at.")
@@ -271,6 +292,9 @@ WEIGHT_LOAD_SECONDS = _told(
 )
 ENGINE_MEMORY = _looked(
     "replica_memory_bytes", "bytes", "pool replica", "Resident memory of a replica's processes."
+)
+SERVE_SEARCHES = _looked(
+    "serve_searches", "searches", "state", "Searches of requests; state is running or waiting."
 )
 SANDBOX_RUNNING = _looked("sandbox_running", "steps", "", "Steps that run now.")
 SANDBOX_QUEUED = _looked("sandbox_queued", "steps", "", "Steps that wait for a core.")

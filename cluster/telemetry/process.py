@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.telemetry import logs, tracing
 from cluster.telemetry.tracing import Tracing, TracingConfig
+from rollout.run_store import RunStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Telemetry:
     """What a process needs to know to tell what it does."""
 
-    run_dir: Path
+    store: RunStore
     tracing: TracingConfig
 
     def begin(self, process: str, **process_ids: Any) -> None:
@@ -26,9 +26,9 @@ class Telemetry:
         Raises:
             TracingError: the tracing that is asked for is not installed.
         """
-        logs.begin(self.run_dir, process, **process_ids)
+        logs.begin(self.store, process, **process_ids)
         on = self.tracing.sample > 0
-        tracing.begin(Tracing(self.tracing, run_dir=self.run_dir, process=process) if on else None)
+        tracing.begin(Tracing(self.tracing, store=self.store, process=process) if on else None)
 
     def begin_in(self, handle: Any, process: str, **process_ids: Any) -> None:
         """Have an actor begin, before its next call; returns at once."""

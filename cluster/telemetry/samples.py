@@ -20,10 +20,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TextIO
 
+from cluster.telemetry.lines import Lines
 from cluster.telemetry.metrics import CATALOGUE, Kind, Source
+from rollout.run_store import RunStore, StoreError
 
 FOLDER = "metrics"
 
@@ -90,18 +90,14 @@ class ActorTotals:
 class SampleWriter:
     """Appends rows to the segments of a run's folder."""
 
-    def __init__(self, root: Path) -> None:
-        self._folder = root / FOLDER
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
         self._keys: dict[Key, int] = {}
-        self._file: TextIO | None = None
+        self._file: Lines | None = None
         self._began_s = 0.0
 
     def write(self, unix_s: float, values: Mapping[Key, float]) -> None:
-        """Append one row.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Append one row."""
         if self._file is None or unix_s - self._began_s >= SEGMENT_S:
             self._begin(unix_s)
         assert self._file is not None
@@ -109,10 +105,9 @@ class SampleWriter:
         if new:
             self._keys.update((key, len(self._keys) + i) for i, key in enumerate(new))
             named = [[name, dict(labels)] for name, labels in new]
-            self._file.write(json.dumps({"series": named}) + "\n")
+            self._file.add(json.dumps({"series": named}) + "\n")
         row = [_rounded(values.get(key)) for key in self._keys]
-        self._file.write(json.dumps({"t": round(unix_s, 2), "v": row}) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps({"t": round(unix_s, 2), "v": row}) + "\n")
 
     def close(self) -> None:
         if self._file is not None:
@@ -121,14 +116,12 @@ class SampleWriter:
 
     def _begin(self, unix_s: float) -> None:
         self.close()
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._keys = {}
-        path = self._folder / f"samples-{int(unix_s * 1000):013d}.jsonl"
-        self._file = path.open("a", encoding="utf-8")
+        self._file = Lines(self._store, f"{FOLDER}/samples-{int(unix_s * 1000):013d}.jsonl")
         self._began_s = unix_s
-        for old in _segments(self._folder)[:-NUM_SEGMENTS]:
-            with contextlib.suppress(OSError):
-                old.unlink()
+        with contextlib.suppress(StoreError):
+            for old in segments(self._store)[: 1 - NUM_SEGMENTS]:
+                self._store.delete(old)
 
 
 def _rounded(value: float | None) -> float | None:
@@ -137,8 +130,9 @@ def _rounded(value: float | None) -> float | None:
     return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.6g}")
 
 
-def _segments(folder: Path) -> list[Path]:
-    return sorted(folder.glob("samples-*.jsonl"))
+def segments(store: RunStore) -> list[str]:
+    """Files of a run that hold its samples, oldest first."""
+    return [path for path in store.files(FOLDER) if path.startswith(f"{FOLDER}/samples-")]
 
 
 @dataclass(slots=True)
@@ -196,12 +190,13 @@ class Samples:
         return self.times[i]
 
     @classmethod
-    def read(cls, root: Path) -> Samples:
+    def read(cls, store: RunStore) -> Samples:
         """Everything in a run's folder; empty if there is nothing."""
         found = cls()
-        for path in _segments(root / FOLDER):
-            with contextlib.suppress(OSError):
-                found._read(path.read_text(encoding="utf-8", errors="replace").splitlines())
+        # One goes now and then.
+        with contextlib.suppress(FileNotFoundError):
+            for data in store.read_many(segments(store)).values():
+                found._read(data.decode(errors="replace").splitlines())
         return found
 
     def _read(self, lines: Iterable[str]) -> None:

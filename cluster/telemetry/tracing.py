@@ -30,7 +30,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 from opentelemetry import trace
@@ -44,6 +43,8 @@ from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, Status, Sta
 from pydantic import Field
 
 from cluster.folder.config_file import Config
+from cluster.telemetry.lines import Lines
+from rollout.run_store import RunStore
 
 FOLDER = "traces"
 
@@ -89,34 +90,30 @@ class _KnownIds(IdGenerator):
 class _File(SpanExporter):
     """Appends spans to a file, a JSON object a line."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        lines = "".join(json.dumps(_as_record(span)) + "\n" for span in spans)
-        try:
-            self.path.parent.mkdir(exist_ok=True)  # the run's folder is the driver's to make
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError:
-            # A trace is not worth a search: where the disk is full the store says so.
-            return SpanExportResult.FAILURE
+        self.lines.add("".join(json.dumps(_as_record(span)) + "\n" for span in spans))
         return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        self.lines.close()
 
 
 class Tracing:
     """How this process traces; `begin` makes it current."""
 
-    def __init__(self, config: TracingConfig, *, run_dir: str | Path, process: str) -> None:
+    def __init__(self, config: TracingConfig, *, store: RunStore, process: str) -> None:
         """
         Args:
-            run_dir: of the run; part of every trace's id.
+            store: of the run; where it is is part of every trace's id.
             process: unique in the run, for people: "policy-0".
         Raises:
             TracingError: the OTLP exporter is asked for and not installed.
         """
         self.config = config
-        self.run = str(Path(run_dir).absolute())
+        self.run = store.root
         self.process = process
         self._ids = _KnownIds()
         self._provider = TracerProvider(
@@ -126,13 +123,13 @@ class Tracing:
                 {
                     "service.name": "rstar",
                     "service.instance.id": process,
-                    "rstar.run": Path(run_dir).name,
+                    "rstar.run": store.root.rpartition("/")[2],
                 }
             ),
             span_limits=SpanLimits(max_attribute_length=MAX_TEXT),
             shutdown_on_exit=True,
         )
-        file = _File(Path(run_dir) / FOLDER / f"{process}.jsonl")
+        file = _File(Lines(store, f"{FOLDER}/{process}.jsonl"))
         for exporter in (file, *_otlp(config)):
             self._provider.add_span_processor(
                 BatchSpanProcessor(exporter, schedule_delay_millis=1000 * EXPORT_PAUSE_S)

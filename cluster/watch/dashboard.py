@@ -31,11 +31,12 @@ import aiohttp
 from aiohttp import web
 from rich.console import Console
 
+from cluster.folder.run_folder import RunFolder
 from cluster.telemetry.live import read_live
-from cluster.telemetry.samples import Samples
+from cluster.telemetry.samples import FOLDER, Samples
 from cluster.watch.panels import DASHBOARDS, Dashboard, Query
 from cluster.watch.queries import MIN_WINDOW_S, rate_window_s
-from cluster.watch.status import run_root, runs, state_text
+from cluster.watch.status import run_folder, runs, state_text
 
 COOKIE = "rstar_token"
 
@@ -57,17 +58,16 @@ class DashboardError(RuntimeError):
 class SampleSource:
     """The run's own samples as the source of a page's numbers."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
         self._samples = Samples()
-        self._read: tuple[Any, ...] = ()
+        self._read: dict[str, int] = {}
 
     async def refresh(self) -> float | None:
         """Have the newest data; returns the time of the last of it, None if there is none."""
-        files = sorted((self._root / "metrics").glob("samples-*.jsonl"))
-        now = tuple((path.name, path.stat().st_size) for path in files)
+        now = await asyncio.to_thread(self._folder.store.sizes, FOLDER)
         if now != self._read:
-            self._samples = await asyncio.to_thread(Samples.read, self._root)
+            self._samples = await asyncio.to_thread(Samples.read, self._folder.store)
             self._read = now
         return self._samples.times[-1] if self._samples.times else None
 
@@ -91,7 +91,7 @@ class SampleSource:
 
     def describe(self) -> str:
         """For people."""
-        return f"from the samples in {self._root / 'metrics'}, of the last hour"
+        return f"from the samples in {self._folder.at(FOLDER)}, of the last hour"
 
     async def close(self) -> None:
         return None
@@ -152,7 +152,7 @@ Source = SampleSource | PrometheusSource
 
 
 async def dashboard_data(
-    root: Path, dashboard: Dashboard, source: Source, *, minutes: float, now_s: float
+    folder: RunFolder, dashboard: Dashboard, source: Source, *, minutes: float, now_s: float
 ) -> dict[str, Any]:
     """Everything the page shows of one dashboard.
 
@@ -161,7 +161,7 @@ async def dashboard_data(
     Raises:
         DashboardError: the source cannot be asked.
     """
-    live = read_live(root)
+    live = await asyncio.to_thread(read_live, folder.store)
     alive = runs(live, now_s)
     last_s = await source.refresh()
     to_s = now_s if alive or last_s is None else min(now_s, last_s)
@@ -185,7 +185,7 @@ async def dashboard_data(
             }
         )
     return {
-        "run": root.name,
+        "run": folder.name,
         "title": dashboard.title,
         "state": state_text(live, now_s),
         "well": alive or (live is not None and live.state == "finished"),
@@ -201,7 +201,7 @@ async def dashboard_data(
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(root: Path, source: Source, *, token: str = "") -> web.Application:
+def make_app(folder: RunFolder, source: Source, *, token: str = "") -> web.Application:
     """The server.
 
     Args:
@@ -211,7 +211,7 @@ def make_app(root: Path, source: Source, *, token: str = "") -> web.Application:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not token:
-            if not _is_loopback(urlsplit(f"//{request.host}").hostname or ""):
+            if not is_loopback(urlsplit(f"//{request.host}").hostname or ""):
                 raise web.HTTPForbidden(text="this page is served to this machine only\n")
             return await handler(request)
         given = request.query.get("token")
@@ -249,7 +249,7 @@ def make_app(root: Path, source: Source, *, token: str = "") -> web.Application:
             return web.json_response({"error": "no such dashboard, or time"}, status=404)
         try:
             found = await dashboard_data(
-                root, dashboard, source, minutes=minutes, now_s=time.time()
+                folder, dashboard, source, minutes=minutes, now_s=time.time()
             )
         except DashboardError as error:
             return web.json_response({"error": str(error)}, status=502)
@@ -284,10 +284,10 @@ async def serve_dashboard(
         RunFolderError: there is no such run.
         DashboardError: the address cannot be listened on.
     """
-    root = run_root(run)
-    source = PrometheusSource(prometheus, root.name) if prometheus else SampleSource(root)
-    secret = "" if _is_loopback(host) and token is None else token or secrets.token_urlsafe(18)
-    app = make_app(root, source, token=secret)
+    folder = run_folder(run)
+    source = PrometheusSource(prometheus, folder.name) if prometheus else SampleSource(folder)
+    secret = "" if is_loopback(host) and token is None else token or secrets.token_urlsafe(18)
+    app = make_app(folder, source, token=secret)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
@@ -316,7 +316,7 @@ def _equal(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode(), token.encode())
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

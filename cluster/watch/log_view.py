@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cluster.folder.run_folder import RunFolderError, resolve_problem
+from cluster.folder.run_folder import RunFolder, RunFolderError, resolve_problem
 from cluster.jobs.queue import Job, StagePlan, plan_jobs
 from cluster.telemetry import logs, tracing
 from cluster.telemetry.logs import LogFilter, LogLine
@@ -113,14 +113,14 @@ def show_logs(
     Raises:
         RunFolderError: no run, no logs or no such problem there, or an option cannot be read.
     """
-    if not run.is_dir():
+    store = RunFolder(run).store
+    if not store.exists(""):
         raise RunFolderError(f"{run}: no such folder")
     levels = logging.getLevelNamesMapping()
     if level.upper() not in levels:
         raise RunFolderError(f"--level {level!r}: expected debug, info, warning or error")
     problem_id, jobs = "", frozenset({job} if job else ())
     if problem is not None:
-        store = RunStore(str(run))
         problem_id = resolve_problem(problem, _planned_problems(store), str(run))
         history = job_history(store, problem_id)
         jobs = jobs or frozenset(entry.job.id for entry in history)
@@ -129,8 +129,8 @@ def show_logs(
             for entry in history:
                 console.print(Text(f"  {describe(entry, problem_id)}"), soft_wrap=True)
             console.print()
-            _print_spans(read_spans(run, problem_id), console)
-    elif not (run / logs.FOLDER).is_dir():
+            _print_spans(read_spans(store, problem_id), console)
+    elif not store.exists(logs.FOLDER):
         raise RunFolderError(f"{run}: no logs here; runs keep them in {logs.FOLDER}/")
     wanted = LogFilter(
         problem=problem_id,
@@ -140,13 +140,13 @@ def show_logs(
         level=levels[level.upper()],
         since_unix_s=_since(since, time.time()),
     )
-    lines = list(logs.select(logs.read(run), wanted))
+    lines = list(logs.select(logs.read(store), wanted))
     shown = lines if last is None else lines[len(lines) - min(last, len(lines)) :]
     _print_lines(shown, console, as_json)
     if not shown and not follow and not as_json:
         console.print("no line matches", style="dim")
     if follow:
-        _print_lines(logs.select(logs.follow(run), wanted), console, as_json)
+        _print_lines(logs.select(logs.follow(store), wanted), console, as_json)
 
 
 def _since(text: str | None, now_unix_s: float) -> float:
@@ -177,12 +177,12 @@ def _print_lines(lines: Iterable[LogLine], console: Console, as_json: bool) -> N
 # ------------------------------------------------------------------------------- spans
 
 
-def read_spans(run: Path, problem_id: str) -> list[dict[str, Any]]:
+def read_spans(store: RunStore, problem_id: str) -> list[dict[str, Any]]:
     """Spans of all traces of a problem, as `telemetry.tracing` writes them, in order of time."""
     spans: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     wanted = set()
-    for path in sorted((run / tracing.FOLDER).glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for data in store.read_many(store.files(tracing.FOLDER)).values():
+        for line in data.decode(errors="replace").splitlines():
             try:
                 span = json.loads(line)
             except ValueError:

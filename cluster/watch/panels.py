@@ -6,6 +6,7 @@
     sandbox     steps, how they ended, queue, live states
     learner     loss, speed, utilisation, the PPM's held-out pairs
     cluster     actors, deaths, nodes, money
+    serve       requests of `rstar serve`: queue, first step, answers, tokens
 
 A panel is a title, a unit and queries (`watch.queries`); where it stands follows from the order.
 """
@@ -515,7 +516,69 @@ CLUSTER = Dashboard(
     ),
 )
 
-DASHBOARDS = (OVERVIEW, ROLLOUTS, ENGINES, SANDBOX, LEARNER, CLUSTER)
+_SERVED = Rate(m.SERVE_REQUESTS)
+
+SERVE = Dashboard(
+    name="serve",
+    title="Serving",
+    panels=(
+        _number("Requests", "/s", "Of `rstar serve`, that ended.", _SERVED),
+        _number(
+            "Answered",
+            "share",
+            "Of the requests that ended lately: answered whole, within their time.",
+            Rate(m.SERVE_REQUESTS, where={"outcome": "ok"}) / _SERVED,
+        ),
+        _number(
+            "Searching",
+            "short",
+            "At present.",
+            Value(m.SERVE_SEARCHES, where={"state": "running"}),
+        ),
+        _lines(
+            "Searches",
+            "short",
+            "Running and waiting for their turn. Waiting that stays is more demand than engines; "
+            "at serve.max_queued further requests are refused with 429.",
+            (Value(m.SERVE_SEARCHES, by=("state",)), "{state}"),
+        ),
+        _lines(
+            "Requests by outcome",
+            "/s",
+            "late: the deadline came first, with the best answer so far. cancelled: the client "
+            "left. refused: the queue was full, or the turn did not come in time.",
+            (Rate(m.SERVE_REQUESTS, by=("outcome",)), "{outcome}"),
+        ),
+        _lines(
+            "Wait for a turn, 95 %",
+            "s",
+            "In the queue, by method.",
+            (Quantile(0.95, m.SERVE_WAIT, by=("method",)), "{method}"),
+        ),
+        _lines(
+            "Time to the first step",
+            "s",
+            "Until there is something to show, the queue included.",
+            (Quantile(0.5, m.SERVE_FIRST_STEP, by=("method",)), "{method}, half"),
+            (Quantile(0.95, m.SERVE_FIRST_STEP, by=("method",)), "{method}, 95 %"),
+        ),
+        _lines(
+            "Time to the answer",
+            "s",
+            "Of whole requests.",
+            (Quantile(0.5, m.SERVE_ANSWER, by=("method",)), "{method}, half"),
+            (Quantile(0.95, m.SERVE_ANSWER, by=("method",)), "{method}, 95 %"),
+        ),
+        _lines(
+            "Tokens of requests",
+            "tokens/s",
+            "Written by the policy, in prompts, of these found in the cache, and read by the PPM.",
+            (Rate(m.SERVE_TOKENS, by=("kind",)), "{kind}"),
+        ),
+    ),
+)
+
+DASHBOARDS = (OVERVIEW, ROLLOUTS, ENGINES, SANDBOX, LEARNER, CLUSTER, SERVE)
 
 
 def places(dashboard: Dashboard) -> Iterator[tuple[Panel, int, int]]:

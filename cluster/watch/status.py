@@ -15,7 +15,6 @@ problems, in about 9 s on two busy cores), one record afterwards.
 
 from __future__ import annotations
 
-import json
 import shlex
 import socket
 import time
@@ -25,16 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.evaluation.shares import problems_by_level, with_all
 from cluster.folder.lineage import lineage_name
-from cluster.folder.run_folder import REPORT, RunFolder, RunFolderError
+from cluster.folder.run_folder import (
+    CONFIG,
+    REPORT,
+    RunFolder,
+    RunFolderError,
+    suspects_name,
+)
 from cluster.jobs.queue import StagePlan
 from cluster.telemetry.live import INTERVAL_S, Live, read_live
 from cluster.telemetry.progress import cost_usd, duration
-from learner.dataset import read_manifest
-from rollout.store import Commit, RunStore, Totals, TrajectoryStore
+from rollout.store import Commit, Totals, TrajectoryStore
 
 DONE, RUNNING, STOPPED, PENDING = "done", "running", "stopped", "pending"
 
@@ -143,17 +145,16 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
             be read; names it.
     """
     folder = RunFolder(run)
-    config = _read_config(folder, run)
-    live = read_live(folder.root)
+    config = run_config(folder)
+    live = read_live(folder.store)
     alive = live is not None and _alive(folder, live, now_unix_s, host or socket.gethostname())
     if alive:
-        live = read_live(folder.root) or live
+        live = read_live(folder.store) or live
     levels = folder.problem_levels()
-    store = RunStore(folder.root)
     is_evolve = "rounds" in config
     first = 0 if is_evolve and config.get("cold_start") is not None else 1
     numbers = range(first, len(config["rounds"]) + 1) if is_evolve else [1]
-    rounds = [_round(folder, store, config, number, levels, live, alive) for number in numbers]
+    rounds = [_round(folder, config, number, levels, live, alive) for number in numbers]
     finished = all(s.state == DONE for round in rounds for s in round.stages.values())
     state, explanation = _state(live, alive, finished, now_unix_s)
     report = folder.read(REPORT) or {} if live is None else {}
@@ -179,34 +180,31 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
 # --------------------------------------------------------------------------------- reading
 
 
-def run_root(run: Path) -> Path:
+def run_folder(run: str | Path) -> RunFolder:
     """The folder of a run.
 
     Raises:
         RunFolderError: it is none.
     """
-    if not (run / "config.yaml").is_file():
-        raise RunFolderError(f"{run}: {_no_run(run)}")
-    return run.absolute()
+    folder = RunFolder(run)
+    run_config(folder)
+    return folder
 
 
-def _no_run(path: Path) -> str:
-    return "not a run: it has no config.yaml" if path.is_dir() else "no such folder"
+def run_config(folder: RunFolder) -> dict[str, Any]:
+    """The config a run was started with, unchecked.
 
-
-def _read_config(folder: RunFolder, run: str | Path) -> dict[str, Any]:
-    path = folder.root / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = sorted(str(p.parent) for p in Path(run).parent.glob("*/config.yaml"))
-        hint = f"; runs there: {', '.join(near[:8])}" if near else ""
-        raise RunFolderError(f"{run}: {_no_run(folder.root)}{hint}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise RunFolderError(f"{path}: expected a YAML mapping, got {type(config).__name__}")
-    return config
+    Raises:
+        RunFolderError: there is no such run, or its config cannot be read.
+    """
+    config = folder.config()
+    if config is not None:
+        return config
+    what = "not a run: it has no config.yaml" if folder.store.exists("") else "no such folder"
+    beside = folder.store.local
+    near = sorted(str(p.parent) for p in beside.parent.glob("*/config.yaml")) if beside else []
+    hint = f"; runs there: {', '.join(near[:8])}" if near else ""
+    raise RunFolderError(f"{folder.store.root}: {what}{hint}")
 
 
 def _alive(folder: RunFolder, live: Live, now_unix_s: float, host: str) -> bool:
@@ -217,7 +215,7 @@ def _alive(folder: RunFolder, live: Live, now_unix_s: float, host: str) -> bool:
     if live.host == host:
         return False
     time.sleep(1.5 * INTERVAL_S)
-    again = read_live(folder.root)
+    again = read_live(folder.store)
     return again is not None and again.time_unix_s != live.time_unix_s
 
 
@@ -274,20 +272,19 @@ def _go_on(folder: RunFolder, live: Live | None, is_evolve: bool) -> str:
         return f"cd {shlex.quote(live.cwd)} && {live.command}"
     if not is_evolve:
         return "the `rstar rollout` command it was started with"
-    config = folder.root / "config.yaml"
-    return shlex.join(["rstar", "evolve", str(config), "--set", f"run_dir={folder.root}"])
+    run_dir = f"run_dir={folder.store.root}"
+    return shlex.join(["rstar", "evolve", folder.at(CONFIG), "--set", run_dir])
 
 
 def _round(
     folder: RunFolder,
-    store: RunStore,
     config: Mapping[str, Any],
     number: int,
     levels: Mapping[str, str],
     live: Live | None,
     alive: bool,
 ) -> RoundState:
-    trees = TrajectoryStore(store, number)
+    trees = TrajectoryStore(folder.store, number)
     manifest = trees.manifest() if number > 0 else None
     record = folder.stage(number, "rollout") if manifest is not None else {}
     counted = "solved_by_level" in record
@@ -319,7 +316,7 @@ def _round(
         lost=record.get("lost"),
         doubled=record.get("doubled"),
         quarantined=quarantined,
-        suspects=_suspects(folder, number),
+        suspects=folder.read_lines(suspects_name(number)),
         checkpoints=checkpoints,
         ruler={k: v for k, v in (ruler or {}).items() if k != "problems"},
         lineage=folder.read(lineage_name(number)) or {},
@@ -338,15 +335,15 @@ def _done(
         return {"rollout": sealed}
     done = {
         "rollout": sealed,
-        "select": read_manifest(folder.dataset(number)) is not None,
+        "select": folder.dataset_manifest(number) is not None,
         "train policy": "policy" in checkpoints,
         "train ppm": "ppm" in checkpoints,
     }
     if "min_pair_accuracy" in (config.get("evaluation") or {}):  # not before there were rulers
-        done["ruler"] = (folder.root / folder.ruler_name(number)).exists()
+        done["ruler"] = folder.store.exists(folder.ruler_name(number))
     problems = config.get("problems") or {}
     if problems.get("test") or problems.get("miniature"):
-        done["evaluate"] = (folder.root / folder.evaluation_name(number)).exists()
+        done["evaluate"] = folder.store.exists(folder.evaluation_name(number))
     if number == 0:
         return {name: done[name] for name in ("train policy", "evaluate") if name in done}
     return done
@@ -395,16 +392,6 @@ def _passes(trees: TrajectoryStore, commits: Mapping[str, Commit]) -> list[Plann
     return passes
 
 
-def _suspects(folder: RunFolder, number: int) -> list[dict[str, Any]]:
-    path = folder.root / f"suspects/round={number}.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{path}: cannot be read: {error}") from error
-
-
 def _checkpoints(folder: RunFolder, number: int) -> dict[str, CheckpointState]:
     found = {}
     for kind in ("policy", "ppm"):
@@ -420,5 +407,5 @@ def _checkpoints(folder: RunFolder, number: int) -> dict[str, CheckpointState]:
                 held=(record.get("held") or {}).get("reason", ""),
             )
         except (KeyError, TypeError) as error:
-            raise RunFolderError(f"{folder.root / name}: not a checkpoint: {error!r}") from error
+            raise RunFolderError(f"{folder.at(name)}: not a checkpoint: {error!r}") from error
     return found

@@ -17,13 +17,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cluster.folder.run_folder import RunFolder
 from cluster.telemetry import metrics as m
 from cluster.telemetry.live import read_live
 from cluster.telemetry.progress import duration
 from cluster.telemetry.samples import Samples
 from cluster.watch.panels import CLUSTER, OVERVIEW, ROLLOUTS, SANDBOX, Panel, Unit
 from cluster.watch.queries import Expression, Quantile, Rate, Result, Value, rate_window_s
-from cluster.watch.status import run_root, runs, state_text
+from cluster.watch.status import run_folder, runs, state_text
 from cluster.watch.status_view import redraw, short
 
 _REDRAW_S = 2.0
@@ -71,41 +72,41 @@ def show_top(run: Path, console: Console, *, once: bool = False) -> None:
     Raises:
         RunFolderError: there is no such run.
     """
-    root = run_root(run)
+    folder = run_folder(run)
     if once:
-        console.print(top_view(root, Samples.read(root), time.time()))
+        console.print(top_view(folder, Samples.read(folder.store), time.time()))
     elif console.is_terminal:
-        redraw(console, (top_view(root, s, time.time()) for s in _samples(root, _REDRAW_S)))
+        redraw(console, (top_view(folder, s, time.time()) for s in _samples(folder, _REDRAW_S)))
     else:
-        for samples in _samples(root, _LINE_S):
-            console.print(top_line(root, samples, time.time()), soft_wrap=True)
+        for samples in _samples(folder, _LINE_S):
+            console.print(top_line(folder, samples, time.time()), soft_wrap=True)
 
 
-def _samples(root: Path, pause_s: float) -> Iterator[Samples]:
+def _samples(folder: RunFolder, pause_s: float) -> Iterator[Samples]:
     """Those of a run, read again and again until it ends."""
     while True:
-        yield Samples.read(root)
-        if not runs(read_live(root), time.time()):
+        yield Samples.read(folder.store)
+        if not runs(read_live(folder.store), time.time()):
             return
         time.sleep(pause_s)
 
 
-def top_line(root: Path, samples: Samples, now_s: float) -> str:
+def top_line(folder: RunFolder, samples: Samples, now_s: float) -> str:
     """A run in one line."""
-    live = read_live(root)
+    live = read_live(folder.store)
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now_s))
     found = [(panel, _now(panel.queries[0].expression, samples)) for panel in _NUMBERS[:6]]
     told = [f"{p.title.lower()} {number(v, p.unit)}" for p, v in found if v is not None]
-    return "; ".join([f"{stamp} {root.name}: {state_text(live, now_s)}", *told])
+    return "; ".join([f"{stamp} {folder.name}: {state_text(live, now_s)}", *told])
 
 
-def top_view(root: Path, samples: Samples, now_s: float) -> RenderableType:
+def top_view(folder: RunFolder, samples: Samples, now_s: float) -> RenderableType:
     """A run on one screen."""
-    live = read_live(root)
+    live = read_live(folder.store)
     state = state_text(live, now_s)
     style = "green" if live is not None and live.fresh(now_s) else "yellow"
     parts: list[RenderableType] = [
-        Text.assemble((root.name, "bold"), "  ", (state, style)),
+        Text.assemble((folder.name, "bold"), "  ", (state, style)),
     ]
     if live is not None and live.progress.last_error:
         parts.append(Text(f"last error: {live.progress.last_error}", style="yellow"))

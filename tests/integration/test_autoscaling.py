@@ -215,7 +215,9 @@ async def test_learners_machine_is_there_while_its_group_is_whatever_others_ask(
     await until(lambda: has("policy") == 2)
     assert has("learner") == 0
     group = LearnerGroup(
-        ActorConfig(resources={"learner": 1}), tmp_path, coming=lambda: bool(nodes.starting())
+        ActorConfig(resources={"learner": 1}),
+        RunStore(tmp_path),
+        coming=lambda: bool(nodes.starting()),
     )
     group.start()
     life = group._life

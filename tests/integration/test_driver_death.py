@@ -54,7 +54,7 @@ class Driver:
             cwd=ROOT,
         )
         self.trees = TrajectoryStore(RunStore(str(root)), 1)
-        self.namespace = namespace_of(root)
+        self.namespace = namespace_of(RunStore(root))
 
     def committed(self) -> int:
         return len(self.trees.commits())

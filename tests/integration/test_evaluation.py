@@ -21,6 +21,7 @@ from cluster.evaluation.benchmarks import EvaluationRun
 from cluster.evaluation.compare import compare
 from cluster.evaluation.results import Arm
 from cluster.fleet.actors import PolicyKind, PreferenceKind
+from cluster.folder.run_folder import RunFolder
 from cluster.reports.evaluation_page import write_evaluation
 from cluster.telemetry.progress import ProgressView
 from tests.models import write_tiny_policy, write_tiny_ppm
@@ -133,5 +134,5 @@ async def test_stopped_evaluation_goes_on_to_what_an_undisturbed_one_finds(
     again = await evaluation(whole, models).run()
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert again["summaries"] == expected["summaries"]
-    write_evaluation(whole / "out", again)
+    write_evaluation(RunFolder(whole / "out"), again)
     assert (whole / "out" / "report.html").stat().st_size > 10_000

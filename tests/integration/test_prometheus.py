@@ -35,6 +35,7 @@ from cluster.watch.panels import DASHBOARDS, Query
 from learner.checkpoint import Checkpoint
 from learner.fit import FitProgress, FitResult
 from rollout.engine import GenerationReply, GenerationRequest
+from rollout.run_store import RunStore
 from rollout.search import SearchConfig
 from tests.builders import make_problem
 from tests.made_metrics import metrics_of
@@ -141,7 +142,7 @@ async def run_that_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> Async
                 on_progress=view.update,
             )
 
-    with LiveFile(root, view.snapshot, interval_s=0.5):
+    with LiveFile(RunStore(root), view.snapshot, interval_s=0.5):
         async with stopped_at_the_end(fleet):
             await fleet.start(root / "hold", version="policy-r0", learner=False)
             await fleet.serve_preference(Checkpoint(kind="ppm", round=0, path="x", digest="d"))
@@ -256,7 +257,7 @@ def missing_records(prometheus: Prometheus) -> dict[str, str]:
 
 def differences(prometheus: Prometheus, root: Path) -> dict[str, str]:
     """What Prometheus and the run's own samples tell differently."""
-    samples = Samples.read(root)
+    samples = Samples.read(RunStore(root))
     found = {}
     for name, query in queries():
         needed = {metric.name for metric in metrics_of(query.expression)}

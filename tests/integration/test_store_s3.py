@@ -7,11 +7,8 @@ Not shown: real S3, its latency and throttling; GCS (gcsfs) and Azure (adlfs) ha
 from __future__ import annotations
 
 import threading
-import uuid
-from collections.abc import Iterator
 from typing import Any
 
-import boto3
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
@@ -38,28 +35,6 @@ class OverwritingS3(S3FileSystem):
 
 
 fsspec.register_implementation("overwritings3", OverwritingS3, clobber=True)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    started.start()
-    host, port = started.get_host_and_port()
-    yield f"http://{host}:{port}"
-    started.stop()
-
-
-@pytest.fixture
-def root(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A run's folder in a bucket of its own; how it is reached is in the environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    S3FileSystem.clear_instance_cache()
-    bucket = uuid.uuid4().hex
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/run"
 
 
 @pytest.fixture
@@ -120,7 +95,9 @@ def test_s3_whose_second_create_succeeds_is_refused(root: str) -> None:
 
 
 def test_bucket_that_is_not_there_is_one_clear_error(root: str) -> None:
-    with pytest.raises(StoreError, match=r"cannot create .* of s3://no-such-bucket/run: .*bucket"):
+    with pytest.raises(
+        StoreError, match=r"no such bucket.* cannot create .* of s3://no-such-bucket/run"
+    ):
         RunStore("s3://no-such-bucket/run").self_check()
 
 

@@ -23,6 +23,7 @@ from learner.checkpoint import CheckpointStore, directory_digest
 from learner.fit import FitRequest, LearnerError, PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig, select_dataset
 from rollout.prompt import SHORT_TEMPLATE
+from rollout.run_store import RunStore
 from tests.builders import answered, code, make_problem, make_tree
 from tests.models import write_tiny_policy
 
@@ -35,7 +36,7 @@ PPM = PreferenceTrainConfig(num_epochs=4, batch_examples=16, learning_rate=3e-3,
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    group = LearnerGroup(ActorConfig(replicas=2), tmp_path_factory.mktemp("ray_train"))
+    group = LearnerGroup(ActorConfig(replicas=2), RunStore(tmp_path_factory.mktemp("run")))
     group.start()
     yield group
     group.shutdown()
@@ -167,7 +168,8 @@ def test_rstar_train_on_two_ranks_publishes_and_logs(request_of, tmp_path):
     made = store.current("policy", 0)
     assert made is not None and made.path in done.stdout
     assert directory_digest(Path(made.path)) == made.digest
-    folder = store.folder("policy", 0)
+    folder = store.home("policy", 0).local
+    assert folder is not None
     *steps, last = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert steps[-1]["loss"] < steps[0]["loss"] and last["held"] is None
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))

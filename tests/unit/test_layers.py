@@ -26,6 +26,7 @@ ROOMS = (
     "runs",
     "watch",
     "reports",
+    "serve",
     "planning",
 )
 """Of cluster/, from the ground up: a room imports only from itself and from those below."""

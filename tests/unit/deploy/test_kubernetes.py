@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 
+from cluster.cli import app
+from cluster.folder.config_file import make_config
 from cluster.machines.placement import NodeResources, explain
 from cluster.planning.actor_fit import actor_asks, read_run
 from cluster.planning.launch_check import pinned
 from cluster.runs.config import RunConfig
+from cluster.serve.config import ServeConfig
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -251,3 +256,20 @@ def test_the_token_is_of_a_secret_and_the_same_everywhere() -> None:
     reference = env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
     assert options == {"mode": "token", "secretName": reference["name"]}
     assert all("auth_token:" not in path.read_text() for path in FOLDER.glob("*.yaml"))
+
+
+def test_server_is_reached_where_it_listens_and_its_options_are_known() -> None:
+    job, service, policy = documents("serve.yaml")
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:2] == ["rstar", "serve"]
+    command: Any = typer.main.get_command(app)
+    given = command.commands["serve"].make_context("serve", words[2:]).params
+    make_config(
+        {"run_dir": "/r", "policy": "p"}, given["overrides"], kind=ServeConfig, source="serve.yaml"
+    )
+    assert given["host"] == "0.0.0.0" and given["keys"] is not None
+    assert service["spec"]["ports"][0]["targetPort"] == given["port"]
+    assert policy["spec"]["ingress"][0]["ports"][0]["port"] == given["port"]
+    head = {"ray.io/cluster": cluster()["metadata"]["name"], "ray.io/node-type": "head"}
+    assert service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"] == head
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": head["ray.io/cluster"]}

@@ -6,6 +6,7 @@ import pytest
 
 from learner.fit import FitRequest, GateConfig, LearnerError, PolicyTrainConfig
 from learner.resume import FitState, ResumeFolder, fingerprint
+from rollout.run_store import RunStore
 
 REQUEST = FitRequest(
     fit_id="f",
@@ -28,7 +29,7 @@ def commit(folder: ResumeFolder, step: int) -> None:
 
 
 def test_latest_committed_state_is_read_and_older_ones_go(tmp_path):
-    folder = ResumeFolder(tmp_path, "f" * 64, world_size=2)
+    folder = ResumeFolder(RunStore(tmp_path), "f" * 64, world_size=2)
     assert folder.read() is None
     commit(folder, 3)
     commit(folder, 6)
@@ -37,14 +38,14 @@ def test_latest_committed_state_is_read_and_older_ones_go(tmp_path):
 
 
 def test_writer_killed_before_the_commit_leaves_the_state_before(tmp_path):
-    folder = ResumeFolder(tmp_path, "f" * 64, world_size=2)
+    folder = ResumeFolder(RunStore(tmp_path), "f" * 64, world_size=2)
     commit(folder, 3)
     (folder.path / "step=6").mkdir()
     assert folder.read() == state(3)
 
 
 def test_state_whose_files_are_gone_or_unreadable_is_none(tmp_path):
-    folder = ResumeFolder(tmp_path, "f" * 64, world_size=2)
+    folder = ResumeFolder(RunStore(tmp_path), "f" * 64, world_size=2)
     commit(folder, 3)
     (folder.path / "STATE.json").write_text("{")
     assert folder.read() is None
@@ -55,8 +56,8 @@ def test_state_whose_files_are_gone_or_unreadable_is_none(tmp_path):
 
 def test_clear_takes_the_states_of_all_fits(tmp_path):
     for world_size, fit in ((1, "e" * 64), (2, "f" * 64)):
-        commit(ResumeFolder(tmp_path, fit, world_size=world_size), 3)
-    ResumeFolder(tmp_path, "f" * 64, world_size=2).clear()
+        commit(ResumeFolder(RunStore(tmp_path), fit, world_size=world_size), 3)
+    ResumeFolder(RunStore(tmp_path), "f" * 64, world_size=2).clear()
     assert not list(tmp_path.iterdir())
 
 
@@ -80,12 +81,12 @@ def test_fingerprint_covers_the_data():
 
 
 def test_another_number_of_ranks_is_refused_and_told_what_to_do(tmp_path):
-    two = ResumeFolder(tmp_path, "f" * 64, world_size=2)
+    two = ResumeFolder(RunStore(tmp_path), "f" * 64, world_size=2)
     commit(two, 3)
-    one = ResumeFolder(tmp_path, "f" * 64, world_size=1)
+    one = ResumeFolder(RunStore(tmp_path), "f" * 64, world_size=1)
     with pytest.raises(LearnerError, match=r"cut off at step 3 with 2 ranks.*not with 1.*remove"):
         one.read()
     assert two.read() == state(3)
-    assert ResumeFolder(tmp_path, "e" * 64, world_size=1).read() is None
+    assert ResumeFolder(RunStore(tmp_path), "e" * 64, world_size=1).read() is None
     commit(one, 6)  # further than the two ranks came
     assert one.read() == state(6)

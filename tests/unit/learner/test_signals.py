@@ -6,6 +6,7 @@ import pytest
 
 from learner.fit import GateConfig
 from learner.signals import LossWatch, MetricsLog, bin_of, calibration, chance_warning, judge
+from rollout.run_store import RunStore
 
 
 def test_loss_spike_is_named_with_its_step():
@@ -70,13 +71,13 @@ def test_gate_judges_accuracy_by_what_the_pairs_can_tell():
 
 
 def test_log_that_is_continued_drops_steps_that_are_done_again(tmp_path):
-    log = MetricsLog(tmp_path, resumed_from=0)
+    log = MetricsLog(RunStore(tmp_path), tmp_path, resumed_from=0)
     for step in range(1, 6):
         log.step(step, {"loss": float(step), "mfu": None})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    log = MetricsLog(tmp_path, resumed_from=3)
+    log = MetricsLog(RunStore(tmp_path), tmp_path, resumed_from=3)
     log.step(4, {"loss": 40.0})
     log.end(4, {"loss": 0.5}, warnings=[])
     log.close()

@@ -12,6 +12,7 @@ import pytest
 
 from rollout.engine import Completion, EngineError, FinishReason, GenerationRequest
 from rollout.methods import (
+    Ending,
     Event,
     EventKind,
     Method,
@@ -576,3 +577,74 @@ def test_events_tell_what_is_extended_and_found_with_values_and_cost(method: Met
     assert [event.value for event in events] == [None, valued_steps, valued_answer]
     assert events[0].cost.generated_tokens == 0
     assert events[-1].cost.generated_tokens == result.generated_tokens
+
+
+# ---------------------------------------------------------------- a time limit
+
+
+class SlowOnce(ScriptedPolicy):
+    """Answers `fast` requests, then none any more."""
+
+    def __init__(self, script: Any, fast: int) -> None:
+        super().__init__(script)
+        self.fast = fast
+
+    async def generate(self, request: GenerationRequest) -> Any:
+        if len(self.requests) == self.fast:
+            await asyncio.Event().wait()
+        return await super().generate(request)
+
+
+def stopped(method: Method, fast: int, **config: Any) -> tuple[SolveResult, ScriptedSandbox]:
+    sandbox = ScriptedSandbox(default="7\n")
+    solver = Solver(
+        config=MethodConfig(name=method, num_trajectories=8, **config),
+        search=SearchConfig(template="short", num_candidates=2),
+        policy=SlowOnce(by_printed("12"), fast),
+        preference=TablePreference({answer("2"): 0.5}, default=-0.5),
+        sandbox=sandbox,
+    )
+    return asyncio.run(solver.solve(PROBLEM, seed=0, limit_s=0.2)), sandbox
+
+
+def test_search_that_is_stopped_answers_with_the_best_it_visited() -> None:
+    result, sandbox = stopped(Method.MCTS, fast=2)
+    assert (result.ended, result.num_rollouts, result.answer) == (Ending.TIME, 1, "1")
+    assert result.notes[0] == "stopped after 0.2 s"
+    assert sandbox.open_trees == []
+
+
+def test_beam_that_is_stopped_answers_with_what_it_finished() -> None:
+    script = {
+        QUESTION: ["print(1)\n<end_of_code>", "x = 1\n<end_of_step>"],
+        "<end_of_output>\n": [answer("7")],
+        "<end_of_step>": ["print(x)\n<end_of_code>"],
+    }
+    solver = Solver(
+        config=MethodConfig(name=Method.BEAM, num_trajectories=8),
+        search=SearchConfig(template="short"),
+        policy=SlowOnce(script, 3),
+        preference=TablePreference({}),
+        sandbox=(sandbox := ScriptedSandbox(default="7\n")),
+    )
+    result = asyncio.run(solver.solve(PROBLEM, seed=0, limit_s=0.2))
+    assert (result.ended, result.answer, sandbox.open_trees) == (Ending.TIME, "7", [])
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_method_that_is_stopped_before_it_found_anything_says_so(method: Method) -> None:
+    result, sandbox = stopped(method, fast=0)
+    assert (result.ended, result.answer, result.chosen) == (Ending.TIME, None, None)
+    assert result.notes == ("stopped after 0.2 s", "no solution reached an answer")
+    assert sandbox.open_trees == []
+
+
+def test_result_says_what_ended_it() -> None:
+    policy, ppm = by_printed("12"), TablePreference({})
+    whole = solve(Method.MCTS, policy, ppm, num_trajectories=2)
+    assert whole.ended is Ending.TRAJECTORIES
+    few = solve(Method.MCTS, policy, ppm, num_trajectories=9, max_generated_tokens=1)
+    assert few.ended is Ending.TOKENS
+    empty = solve(Method.MCTS, lambda request: ["cut"], ppm, num_trajectories=2)
+    assert empty.ended is Ending.TRAJECTORIES
+    assert solve(Method.GREEDY, policy).num_rollouts == 1

@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from rollout import run_store
-from rollout.run_store import RunStore, StoreError
+from rollout.run_store import RunStore, StoreError, absolute, address_of
 
 
 class _Overwriting(MemoryFileSystem):
@@ -207,3 +207,61 @@ def test_a_write_that_breaks_off_leaves_no_file(
     with pytest.raises(StoreError, match="cannot create k"):
         RunStore(tmp_path, backoff_s=0).create("k", b"half")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "address", "whole"),
+    [
+        ("s3://bucket/run", "s3://bucket/run", "s3://bucket/run"),
+        (Path("s3://bucket/run"), "s3://bucket/run", "s3://bucket/run"),
+        (Path("gs://b") / "runs" / "x", "gs://b/runs/x", "gs://b/runs/x"),
+        ("/mnt/runs/x", None, "/mnt/runs/x"),
+        ("file:///mnt/x", None, "/mnt/x"),
+        ("c:/x", None, str(Path("c:/x").absolute())),
+    ],
+)
+def test_address_is_known_also_by_what_a_path_makes_of_it(
+    place: str | Path, address: str | None, whole: str
+) -> None:
+    assert address_of(place) == address
+    assert absolute(place) == whole
+
+
+def test_store_below_has_its_own_root_and_no_id(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.identify()
+    below = store.below("a/b")
+    below.put("c", b"1")
+    assert store.read("a/b/c") == b"1" and below.run_id is None
+    assert (store.local, below.local) == (tmp_path, tmp_path / "a" / "b")
+
+
+def test_folder_is_uploaded_its_last_file_last_and_found_whole(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "manifest.json").write_bytes(b"{}")
+    (source / "sub" / "data").write_bytes(b"12")
+    store = RunStore(tmp_path / "store")
+    written: list[str] = []
+    put_file = RunStore.put_file
+
+    def noted(self: RunStore, path: str, file: Path) -> None:
+        assert not self.exists("manifest.json")
+        written.append(path)
+        put_file(self, path, file)
+
+    store.put("set/manifest.json", b"old")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunStore, "put_file", noted)
+        store.upload(source, "set", last="manifest.json")
+    assert written == ["sub/data", "manifest.json"]
+    assert store.below_all("set") == {"manifest.json": 2, "sub/data": 2}
+    store.fetch("set/sub/data", tmp_path / "there" / "data")
+    assert (tmp_path / "there" / "data").read_bytes() == b"12"
+    before = store.stamp("set/sub/data")
+    store.put("set/sub/data", b"123")
+    assert store.stamp("set/sub/data") != before and store.sizes("set/sub") == {"set/sub/data": 3}
+    assert store.read("set/sub/data", start=1) == b"23"
+    store.delete_folder("set")
+    store.delete_folder("set")
+    assert store.below_all("set") == {}

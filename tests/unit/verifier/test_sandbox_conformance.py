@@ -13,6 +13,7 @@ import time
 import pytest
 
 from verifier.sandbox import SandboxError, SandboxLimits, StepStatus
+from verifier.sandbox_wire import TWIN
 
 QUICK = SandboxLimits(wall_s=0.4, memory_mib=512)
 
@@ -159,6 +160,15 @@ def test_open_seeds_random_from_problem_and_seed(strict_sandbox):
         seen.append(strict_sandbox.run(root, ["import random\nprint(random.random())"])[0].stdout)
         strict_sandbox.close("seeded")
     assert seen[0] == seen[1] != seen[2]
+
+
+def test_twins_are_open_at_once_with_the_same_random_state(strict_sandbox):
+    code = "import random, numpy\nprint(random.random(), numpy.random.random())"
+    names = ["seeded", f"seeded{TWIN}1", f"seeded{TWIN}2", "another"]
+    seen = [strict_sandbox.run(strict_sandbox.open(name), [code])[0].stdout for name in names]
+    for name in names:
+        strict_sandbox.close(name)
+    assert seen[0] == seen[1] == seen[2] != seen[3]
 
 
 @pytest.mark.parametrize("code", ["", "   \n\n", "# only words", "\n  # a\r\n\t# b\r# c\n"])

@@ -13,7 +13,7 @@ import pytest
 from cluster.engines.config import EngineConfig
 from cluster.engines.model_check import ModelCheckError, ModelInfo, weights_digest
 from cluster.engines.replica import PreferenceReplica
-from cluster.machines.staging import Staged
+from cluster.folder.staging import Staged
 from rollout.engine import EngineError, EvaluationRequest
 from tests.models import make_model_info
 

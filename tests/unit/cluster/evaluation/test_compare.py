@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.evaluation.compare import compare, show_comparison, verdict
 from cluster.evaluation.tables import RESULT_SCHEMA, read_evaluation
 from cluster.folder.config_file import ConfigError
-from cluster.folder.run_folder import RunFolderError
+from cluster.folder.run_folder import RunFolder, RunFolderError
 
 
 def write_results(root: Path, scores: dict[tuple[str, str, int], list[float]]) -> Path:
@@ -72,4 +72,4 @@ def test_nothing_in_common_and_unfinished_evaluations_are_named(tmp_path: Path) 
     with pytest.raises(RunFolderError, match=r"nowhere.*folder of a finished"):
         compare(first, tmp_path / "nowhere")
     with pytest.raises(RunFolderError, match="folder of a finished"):
-        read_evaluation(tmp_path)
+        read_evaluation(RunFolder(tmp_path))

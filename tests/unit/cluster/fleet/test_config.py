@@ -7,6 +7,7 @@ import pytest
 from cluster.fleet.config import ActorConfig
 from cluster.folder.config_file import ConfigError, make_config
 from cluster.runs.config import RolloutConfig
+from rollout.run_store import address_of
 
 
 def test_actors_ask_ray_for_what_their_config_says() -> None:
@@ -34,6 +35,36 @@ def test_run_dir_of_several_machines_is_no_relative_path() -> None:
         make_config(data, ["cluster.address=auto"], kind=RolloutConfig, source="test")
     overrides = ["cluster.address=auto", "run_dir=/mnt/shared/a"]
     make_config(data, overrides, kind=RolloutConfig, source="test")
+
+
+def test_run_dir_may_be_an_address_and_is_stored_as_one() -> None:
+    data = {"run_dir": "s3://bucket/runs/a", "problems": "p.jsonl", "policy": "gs://b/model"}
+    made = make_config(data, ["cluster.address=auto"], kind=RolloutConfig, source="test")
+    assert address_of(made.run_dir) == "s3://bucket/runs/a"
+    stored = made.effective()
+    assert (stored["run_dir"], stored["policy"]) == ("s3://bucket/runs/a", "gs://b/model")
+    again = make_config(stored, kind=RolloutConfig, source="test")
+    assert (again.run_dir, again.storage.client) == (made.run_dir, {})
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {"options": {"key": "AKIA123"}},
+        {"options": {"secret": "hush"}},
+        {"options": {"account_key": "hush"}},
+        {"options": {"connection_string": "hush"}},
+        {"endpoint_url": "http://me:hush@minio:9000"},
+    ],
+)
+def test_secrets_are_refused_in_a_config_and_not_shown(storage: dict[str, object]) -> None:
+    data = {"run_dir": "s3://b/r", "problems": "p.jsonl", "policy": "x", "storage": storage}
+    with pytest.raises(ConfigError, match=r"'storage': .*secrets stay out") as caught:
+        make_config(data, kind=RolloutConfig, source="test")
+    assert "hush" not in str(caught.value) and "AKIA" not in str(caught.value)
+    fine = {"endpoint_url": "http://minio:9000", "options": {"anon": False}}
+    made = make_config(data | {"storage": fine}, kind=RolloutConfig, source="test")
+    assert made.storage.client == {"anon": False, "endpoint_url": "http://minio:9000"}
 
 
 def test_gpus_of_a_replica_must_be_those_of_its_engine(tmp_path: Path) -> None:

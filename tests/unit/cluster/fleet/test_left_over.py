@@ -7,25 +7,26 @@ import threading
 from pathlib import Path
 
 from cluster.fleet.left_over import Home, Watchman, namespace_of
+from rollout.run_store import RunStore
 
 
 def test_namespace_of_a_run_is_its_own_and_stays(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for root in (first, second):
         root.mkdir()
-    name = namespace_of(first)
-    assert namespace_of(first) == name != namespace_of(second)
+    name = namespace_of(RunStore(first))
+    assert namespace_of(RunStore(first)) == name != namespace_of(RunStore(second))
 
 
 def test_copied_run_and_new_run_in_an_old_place_are_other_runs(tmp_path: Path) -> None:
     root, copy = tmp_path / "run", tmp_path / "copy"
     root.mkdir()
-    name = namespace_of(root)
+    name = namespace_of(RunStore(root))
     shutil.copytree(root, copy)
-    assert namespace_of(copy) != name
+    assert namespace_of(RunStore(copy)) != name
     shutil.rmtree(root)
     root.mkdir()
-    assert namespace_of(root) != name
+    assert namespace_of(RunStore(root)) != name
 
 
 def test_two_drivers_of_one_run_give_no_name_twice() -> None:

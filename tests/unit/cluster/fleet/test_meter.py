@@ -103,6 +103,14 @@ def test_run_is_told_from_its_own_account_and_the_round(tmp_path: Path) -> None:
     assert value(made, m.STALLED, part="search", waits_on="policy") is None
 
 
+def test_searches_of_a_server_are_told_by_state(tmp_path: Path) -> None:
+    made = meter(tmp_path, {})
+    made.tell_service(running=3, waiting=8)
+    made.tell_service(running=4, waiting=0)
+    assert value(made, m.SERVE_SEARCHES, state="running") == 4
+    assert value(made, m.SERVE_SEARCHES, state="waiting") == 0
+
+
 async def test_replica_that_is_gone_or_silent_has_no_value_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from cluster.folder import run_folder
+from cluster.folder import lease
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.config import RunConfig
+from rollout import run_store
 from rollout.problem import Level
+from rollout.run_store import StoreError
 from tests.builders import make_problem
 
 
@@ -71,29 +75,28 @@ def test_folder_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_folder.os, "write", full)
+    monkeypatch.setattr(run_store, "create_only", full)
     folder = RunFolder(tmp_path / "run")
+    folder.store.backoff_s = 0
     with pytest.raises(RunFolderError, match="disk full"), folder.locked():
         pass
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_file_system_without_locks_is_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+def test_driver_whose_run_is_taken_over_is_stopped_and_told_by_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*args: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(run_folder.fcntl, "flock", refused)
+    monkeypatch.setattr(lease, "RENEW_S", 0.01)
     folder = RunFolder(tmp_path / "run")
-    wanted = rf"run: its file system locks no files \({os.strerror(code)}\).* NFS 4"
-    with pytest.raises(RunFolderError, match=wanted), folder.locked():
-        pass
+    taken = pytest.raises(RunFolderError, match="process 7 on elsewhere has taken over")
+    with taken, folder.locked():
+        other = json.loads(folder.store.read("drivers/00001.json")) | {"pid": 7}
+        folder.write("drivers/00002.json", other | {"owner": "x", "host": "elsewhere"})
+        threading.Event().wait(10)  # Ctrl-C comes
 
 
-@pytest.mark.parametrize("root", ["s3://bucket/run", Path("s3://bucket/run"), "gs:/b", "file:///x"])
-def test_address_is_no_run_folder(root: str | Path) -> None:
-    with pytest.raises(RunFolderError, match=r"has to be a path, not an address.*mount"):
+@pytest.mark.parametrize("root", ["xyz://bucket/run", Path("xyz://bucket/run")])
+def test_address_that_nothing_here_can_open_is_one_clear_error(root: str | Path) -> None:
+    with pytest.raises(StoreError, match=r"^store xyz://bucket/run: .*extras s3, gcs and azure"):
         RunFolder(root)
 
 

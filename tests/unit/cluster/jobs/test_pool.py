@@ -23,6 +23,7 @@ from cluster.jobs.sandbox_worker import SandboxWorker
 from rollout.engine import EngineError, EvaluationRequest, GenerationReply, GenerationRequest
 from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference
 from verifier import SandboxError
+from verifier.sandbox_wire import TWIN
 
 
 class Handle:
@@ -518,7 +519,7 @@ async def test_two_owners_of_one_tree_do_not_meet() -> None:
     inner = ScriptedSandbox()
     worker = SandboxWorker(sandbox=inner)
     one, two = await worker.open("t", "one"), await worker.open("t", "two")
-    assert inner.open_trees == ["t", "t#two"]
+    assert inner.open_trees == ["t", f"t{TWIN}two"]
     await worker.close("t", "two")
     assert (await worker.run(one, ["a"]))[0].ok
     with pytest.raises(SandboxError, match="not one of an open tree"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.folder.run_folder import RunFolder
 from cluster.reports.evaluation_page import (
     benchmark_names,
     long_cells,
@@ -119,7 +120,7 @@ def test_page_is_one_file_without_scripts_or_requests(tmp_path: Path) -> None:
     assert "&lt;b&gt;r4&lt;/b&gt;" in text and "<b>r4" not in text
     assert text.count("<svg") == 2
     assert "currentColor" in text and "#010203" not in text
-    write_evaluation(tmp_path, report())
+    write_evaluation(RunFolder(tmp_path), report())
     written = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert written.keys() == {"evaluation.md", "accuracy.png", "reliability.png", "report.html"}
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.evaluation.shares import shares_by_level
-from cluster.reports.plots import rounds_figure, write_png
+from cluster.reports.plots import as_png, rounds_figure
 from cluster.reports.run_report import print_report
 
 
@@ -73,7 +73,7 @@ def test_table_fits_eighty_columns_and_adds_up_what_was_lost() -> None:
 
 def test_plot_of_the_rounds_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "p.png"
-    write_png(rounds_figure(report()), path)
+    path.write_bytes(as_png(rounds_figure(report())))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
 

@@ -13,6 +13,7 @@ import pytest
 from cluster.telemetry import metrics as m
 from cluster.telemetry.exporter import Exporter, ExporterError, MetricsConfig
 from cluster.telemetry.samples import Samples
+from rollout.run_store import RunStore
 
 CONFIG = MetricsConfig()
 AGENT_PAGE = (
@@ -27,7 +28,7 @@ def get(exporter: Exporter) -> str:
 
 @pytest.fixture
 def exporter(tmp_path: Path) -> Iterator[Exporter]:
-    made = Exporter(tmp_path / "demo", "demo", CONFIG, clock=lambda: 1000.0)
+    made = Exporter(RunStore(tmp_path / "demo"), "demo", CONFIG, clock=lambda: 1000.0)
     made.start()
     yield made
     made.stop()
@@ -52,7 +53,7 @@ def test_endpoint_shows_what_has_a_value_and_the_run(exporter: Exporter) -> None
 def test_targets_name_the_endpoint_and_the_agents_and_are_empty_at_the_end(tmp_path: Path) -> None:
     shared = tmp_path / "targets"
     config = MetricsConfig(targets_dir=shared)
-    exporter = Exporter(tmp_path / "demo", "demo", config)
+    exporter = Exporter(RunStore(tmp_path / "demo"), "demo", config)
     exporter.start()
     exporter.agents(["10.0.0.2:1", "10.0.0.1:1"])
     path = tmp_path / "demo" / "metrics" / "targets.json"
@@ -72,19 +73,19 @@ def test_port_in_use_is_named(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        exporter = Exporter(tmp_path, "demo", MetricsConfig(port=port))
+        exporter = Exporter(RunStore(tmp_path), "demo", MetricsConfig(port=port))
         with pytest.raises(ExporterError, match=f"127.0.0.1:{port}.*choose another metrics.port"):
             exporter.start()
 
 
 def test_without_a_port_only_samples_are_kept(tmp_path: Path) -> None:
-    exporter = Exporter(tmp_path, "demo", MetricsConfig(port=None), clock=lambda: 5.0)
+    exporter = Exporter(RunStore(tmp_path), "demo", MetricsConfig(port=None), clock=lambda: 5.0)
     exporter.start()
     exporter.set(m.OPEN_TREES, 7)
     exporter.sample()
     exporter.stop()
     assert exporter.address == ""
-    assert Samples.read(tmp_path).series["rstar_open_trees"][()].values == [7]
+    assert Samples.read(RunStore(tmp_path)).series["rstar_open_trees"][()].values == [7]
 
 
 def test_sample_holds_own_values_and_those_of_living_agents(
@@ -107,14 +108,14 @@ def test_sample_holds_own_values_and_those_of_living_agents(
         exporter.set(m.OPEN_TREES, 7)
         exporter.sample()
     server.shutdown()
-    series = Samples.read(tmp_path / "demo").series
+    series = Samples.read(RunStore(tmp_path / "demo")).series
     assert series["rstar_open_trees"][()].values == [7]
     assert [s.values for s in series[m.TREES.exported].values()] == [[4]]
 
 
 def test_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    exporter = Exporter(tmp_path / "file", "demo", MetricsConfig(port=None))
+    exporter = Exporter(RunStore(tmp_path / "file"), "demo", MetricsConfig(port=None))
     exporter.start()
     exporter.sample()
     exporter.stop()

@@ -32,26 +32,26 @@ def _logs_end() -> Iterator[None]:
 
 
 def test_a_line_carries_the_ids_of_its_sentence_its_task_and_its_process(tmp_path: Path) -> None:
-    logs.begin(tmp_path, "policy-0", replica="policy-0")
+    logs.begin(RunStore(tmp_path), "policy-0", replica="policy-0")
     with logs.ids(problem="p1", job="j1"):
         logger.warning("A call is tried again: too slow method=generate job=%s", "j2")
 
-    [line] = logs.read(tmp_path)
+    [line] = logs.read(RunStore(tmp_path))
 
     assert line.ids == {"replica": "policy-0", "problem": "p1", "job": "j2", "method": "generate"}
     assert (line.level, line.process, line.logger) == ("WARNING", "policy-0", "cluster.test_logs")
 
 
 def test_an_equals_sign_inside_a_sentence_is_no_id(tmp_path: Path) -> None:
-    logs.begin(tmp_path, "driver")
+    logs.begin(RunStore(tmp_path), "driver")
     logger.info("Open trees: a=1 was the limit, now it is lower worker=w-0")
     logger.info("No ids, but x=1 in the middle of it")
 
-    assert [line.ids for line in logs.read(tmp_path)] == [{"worker": "w-0"}, {}]
+    assert [line.ids for line in logs.read(RunStore(tmp_path))] == [{"worker": "w-0"}, {}]
 
 
 async def test_ids_belong_to_the_task_that_set_them(tmp_path: Path) -> None:
-    logs.begin(tmp_path, "worker-0")
+    logs.begin(RunStore(tmp_path), "worker-0")
     both_inside = asyncio.Barrier(2)
 
     async def search(problem: str) -> None:
@@ -64,41 +64,41 @@ async def test_ids_belong_to_the_task_that_set_them(tmp_path: Path) -> None:
 
     await asyncio.gather(search("a"), search("b"))
 
-    assert {line.text: line.ids["problem"] for line in logs.read(tmp_path)} == {
+    assert {line.text: line.ids["problem"] for line in logs.read(RunStore(tmp_path))} == {
         "Searching a": "a",
         "Searching b": "b",
     }
 
 
 def test_what_the_process_carries_may_change(tmp_path: Path) -> None:
-    logs.begin(tmp_path, "policy-0", policy_version="r0")
+    logs.begin(RunStore(tmp_path), "policy-0", policy_version="r0")
     logger.info("one")
     logs.carry(policy_version="r1")
     logger.info("two")
 
-    assert [line.ids["policy_version"] for line in logs.read(tmp_path)] == ["r0", "r1"]
+    assert [line.ids["policy_version"] for line in logs.read(RunStore(tmp_path))] == ["r0", "r1"]
 
 
 def test_a_traceback_is_kept_in_the_one_line(tmp_path: Path) -> None:
-    logs.begin(tmp_path, "driver")
+    logs.begin(RunStore(tmp_path), "driver")
     try:
         raise KeyError("gone")
     except KeyError:
         logger.exception("It failed job=j1")
 
-    [line] = logs.read(tmp_path)
+    [line] = logs.read(RunStore(tmp_path))
     assert "KeyError: 'gone'" in line.text
     assert line.ids == {"job": "j1"}
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
-    logs.begin(tmp_path, "driver")
+    logs.begin(RunStore(tmp_path), "driver")
     logger.info("whole")
     logs.end()
     path = tmp_path / logs.FOLDER / "driver.jsonl"
     path.write_text(path.read_text() + '{"unix_s": 1.0, "lev')
 
-    assert [line.text for line in logs.read(tmp_path)] == ["whole"]
+    assert [line.text for line in logs.read(RunStore(tmp_path))] == ["whole"]
 
 
 def test_info_lines_do_not_reach_a_terminal_that_is_to_be_quiet(
@@ -107,17 +107,17 @@ def test_info_lines_do_not_reach_a_terminal_that_is_to_be_quiet(
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [logging.StreamHandler()])
     monkeypatch.setattr(root, "level", logging.ERROR)
-    logs.begin(tmp_path, "driver")
+    logs.begin(RunStore(tmp_path), "driver")
     logger.info("quiet")
     logger.error("loud")
 
     assert capsys.readouterr().err == "loud\n"
-    assert len(logs.read(tmp_path)) == 2
+    assert len(logs.read(RunStore(tmp_path))) == 2
 
 
 def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / logs.FOLDER).write_text("a file")
-    logs.begin(tmp_path, "driver")
+    logs.begin(RunStore(tmp_path), "driver")
     logger.info("lost")
 
 
@@ -139,9 +139,9 @@ def test_a_problems_lines_are_its_own_and_those_of_its_jobs_as_a_whole() -> None
 
 
 def test_following_tells_of_lines_and_processes_that_come_later(tmp_path: Path) -> None:
-    logs.begin(tmp_path, "one")
+    logs.begin(RunStore(tmp_path), "one")
     logger.info("before")
-    following = logs.follow(tmp_path, pause_s=0.0)
+    following = logs.follow(RunStore(tmp_path), pause_s=0.0)
     path = tmp_path / logs.FOLDER / "two.jsonl"
     found = []
 
@@ -179,7 +179,7 @@ def run(tmp_path: Path) -> Path:
         remaining=[["p1"]],
         info={"writer": "worker-0", "ended": "engines failed", "policy": "r0-base"},
     )
-    logs.begin(tmp_path, "worker-0")
+    logs.begin(RunStore(tmp_path), "worker-0")
     logger.warning("A search raised problem=p2 attempt=1")
     logger.error("A shard ends early job=%s", first.id)
     logger.info("Something else problem=q3")

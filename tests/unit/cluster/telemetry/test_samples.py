@@ -11,6 +11,7 @@ from cluster.telemetry.samples import (
     Samples,
     SampleWriter,
 )
+from rollout.run_store import RunStore
 
 PAGE = """\
 # TYPE ray_rstar_trees_total counter
@@ -43,12 +44,12 @@ def test_other_runs_and_other_metrics_are_left_out() -> None:
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
-    writer = SampleWriter(tmp_path)
+    writer = SampleWriter(RunStore(tmp_path))
     writer.write(100.0, {TREES: 1.0})
     writer.write(110.0, {TREES: 2.5, ("rstar_open_trees", ()): 7.0})
     writer.write(120.0, {TREES: 4.0})
     writer.close()
-    samples = Samples.read(tmp_path)
+    samples = Samples.read(RunStore(tmp_path))
     assert samples.times == [100, 110, 120]
     assert samples.interval_s == 10
     trees = samples.series[TREES[0]][TREES[1]]
@@ -57,40 +58,40 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_only_an_hour_is_kept(tmp_path: Path) -> None:
-    writer = SampleWriter(tmp_path)
+    writer = SampleWriter(RunStore(tmp_path))
     for row in range(40):
         writer.write(row * SEGMENT_S / 2, {TREES: float(row)})
     writer.close()
     assert len(list((tmp_path / "metrics").iterdir())) == NUM_SEGMENTS
-    samples = Samples.read(tmp_path)
+    samples = Samples.read(RunStore(tmp_path))
     assert samples.times[-1] - samples.times[0] >= 3600
     assert len(samples.times) <= 2 * NUM_SEGMENTS
 
 
 def test_torn_line_and_rubbish_are_left_out(tmp_path: Path) -> None:
-    writer = SampleWriter(tmp_path)
+    writer = SampleWriter(RunStore(tmp_path))
     writer.write(100.0, {TREES: 1.0})
     writer.write(110.0, {TREES: 2.0})
     writer.close()
     (path,) = (tmp_path / "metrics").iterdir()
     text = path.read_text(encoding="utf-8")
     path.write_text(text + 'null\n[1]\n{"t": 120.0, "v": [3', encoding="utf-8")
-    assert Samples.read(tmp_path).times == [100, 110]
-    assert Samples.read(tmp_path / "none").times == []
+    assert Samples.read(RunStore(tmp_path)).times == [100, 110]
+    assert Samples.read(RunStore(tmp_path / "none")).times == []
 
 
 def test_counter_of_a_run_that_was_started_again_does_not_fall(tmp_path: Path) -> None:
     for start, values in ((0, (1, 5)), (1000, (0, 3))):
-        writer = SampleWriter(tmp_path)
+        writer = SampleWriter(RunStore(tmp_path))
         for row, value in enumerate(values):
             writer.write(start + 10.0 * row, {TREES: float(value)})
         writer.close()
-    trees = Samples.read(tmp_path).series[TREES[0]][TREES[1]]
+    trees = Samples.read(RunStore(tmp_path)).series[TREES[0]][TREES[1]]
     assert trees.values == [1, 5, 5, 8]
 
 
 def test_numbers_are_written_short(tmp_path: Path) -> None:
-    writer = SampleWriter(tmp_path)
+    writer = SampleWriter(RunStore(tmp_path))
     writer.write(1.0, {TREES: 123456789.0, WAITS: 1 / 3, ("rstar_open_trees", ()): float("nan")})
     writer.close()
     (path,) = (tmp_path / "metrics").iterdir()

@@ -25,7 +25,7 @@ def _tracing_ends() -> Iterator[None]:
 
 
 def _begin(run: Path, process: str, sample: float = 1.0) -> None:
-    tracing.begin(Tracing(TracingConfig(sample=sample), run_dir=run, process=process))
+    tracing.begin(Tracing(TracingConfig(sample=sample), store=RunStore(run), process=process))
 
 
 def _spans(run: Path) -> dict[str, dict[str, Any]]:
@@ -74,7 +74,7 @@ def test_a_search_that_is_gone_on_with_elsewhere_stays_in_its_trace(tmp_path: Pa
 
 
 def test_different_trees_of_a_problem_are_different_traces(tmp_path: Path) -> None:
-    tracer = Tracing(TracingConfig(sample=1.0), run_dir=tmp_path, process="x")
+    tracer = Tracing(TracingConfig(sample=1.0), store=RunStore(tmp_path), process="x")
     tracing.begin(tracer)
     firsts = [tracer.first(1, "p1", 0), tracer.first(1, "p1", 1), tracer.first(2, "p1", 0)]
 
@@ -85,7 +85,8 @@ def test_a_share_of_the_problems_is_sampled_and_every_process_takes_the_same(
     tmp_path: Path,
 ) -> None:
     some = [
-        Tracing(TracingConfig(sample=0.25), run_dir=tmp_path, process=name) for name in ("a", "b")
+        Tracing(TracingConfig(sample=0.25), store=RunStore(tmp_path), process=name)
+        for name in ("a", "b")
     ]
     taken = [{p for p in range(2000) if tracer.first(1, str(p), 0) is not None} for tracer in some]
     for tracer in some:
@@ -168,7 +169,7 @@ def test_logs_of_a_problem_show_its_spans(tmp_path: Path) -> None:
 
     assert "  problem r1/p1/0" in text
     assert "    sandbox.run" in text and "replica=sandbox-0" in text
-    assert [span["name"] for span in read_spans(tmp_path, "p1")] == [
+    assert [span["name"] for span in read_spans(RunStore(tmp_path), "p1")] == [
         "problem r1/p1/0",
         "sandbox.run",
     ]
@@ -193,7 +194,7 @@ def test_a_collector_gets_the_spans(tmp_path: Path) -> None:
     Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}/v1/traces"
     config = TracingConfig(sample=1.0, otlp_endpoint=endpoint)
-    tracing.begin(Tracing(config, run_dir=tmp_path, process="worker-0"))
+    tracing.begin(Tracing(config, store=RunStore(tmp_path), process="worker-0"))
     with tracing.problem_span(1, "p1", 0, {}):
         pass
     tracing.begin(None)

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from cluster.folder.run_folder import RunFolderError
+from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.telemetry import metrics as m
 from cluster.watch.dashboard import (
     DashboardError,
@@ -54,13 +54,18 @@ def lines(data: dict[str, Any], title: str) -> dict[str, list[list[float]]]:
     return {line["name"]: line["points"] for line in panel["series"]}
 
 
+def app_of(root: Path, **more: str) -> web.Application:
+    folder = RunFolder(root)
+    return make_app(folder, SampleSource(folder), **more)
+
+
 async def get(source: Source, root: Path, dashboard: Any = OVERVIEW, **other: Any) -> Any:
     arguments = {"minutes": 60.0, "now_s": time.time(), **other}
-    return await dashboard_data(root, dashboard, source, **arguments)
+    return await dashboard_data(RunFolder(root), dashboard, source, **arguments)
 
 
 async def test_page_gets_the_numbers_of_the_runs_own_samples(root: Path) -> None:
-    data = await get(SampleSource(root), root)
+    data = await get(SampleSource(RunFolder(root)), root)
     assert data["state"] == "running, round 2: rollout, 260/600, stage ETA 15:00, run ETA 1:30:00"
     assert data["well"] is True
     (trajectories,) = lines(data, "Verified").values()
@@ -68,7 +73,7 @@ async def test_page_gets_the_numbers_of_the_runs_own_samples(root: Path) -> None
     assert lines(data, "Cost so far")["Cost so far"][-1][1] == pytest.approx(6.0, abs=0.1)
     generated = lines(data, "Generated and scored")["generated"]
     assert len(generated) > 80 and generated[0][0] < generated[-1][0] <= data["to_s"]
-    engines = await get(SampleSource(root), root, ENGINES)
+    engines = await get(SampleSource(RunFolder(root)), root, ENGINES)
     assert set(lines(engines, "Generated tokens by replica")) == {f"policy-{n}" for n in range(3)}
     assert lines(engines, "Preemptions") == {}
 
@@ -76,14 +81,14 @@ async def test_page_gets_the_numbers_of_the_runs_own_samples(root: Path) -> None
 async def test_run_that_is_over_is_shown_up_to_its_end(tmp_path: Path) -> None:
     end_s = time.time() - 86_400
     write_made_run(tmp_path / "demo", end_s, state="finished")
-    data = await get(SampleSource(tmp_path / "demo"), tmp_path / "demo")
+    data = await get(SampleSource(RunFolder(tmp_path / "demo")), tmp_path / "demo")
     assert data["to_s"] == pytest.approx(end_s, abs=0.1)
     assert data["state"] == "finished 24:00:00 ago" and data["well"] is True
     assert lines(data, "Generated and scored")["generated"]
 
 
 async def test_new_rows_are_seen(root: Path) -> None:
-    source = SampleSource(root)
+    source = SampleSource(RunFolder(root))
     before = await source.refresh()
     write_made_run(root, time.time() + 60)
     after = await source.refresh()
@@ -91,7 +96,10 @@ async def test_new_rows_are_seen(root: Path) -> None:
 
 
 async def test_every_dashboard_is_served_and_nothing_else(root: Path) -> None:
-    async with serving(make_app(root, SampleSource(root))) as url, aiohttp.ClientSession() as http:
+    async with (
+        serving(app_of(root)) as url,
+        aiohttp.ClientSession() as http,
+    ):
         for dashboard in DASHBOARDS:
             reply = await http.get(f"{url}/api/{dashboard.name}?minutes=10")
             assert reply.status == 200
@@ -103,14 +111,17 @@ async def test_every_dashboard_is_served_and_nothing_else(root: Path) -> None:
 
 
 async def test_loopback_answers_no_foreign_name(root: Path) -> None:
-    async with serving(make_app(root, SampleSource(root))) as url, aiohttp.ClientSession() as http:
+    async with (
+        serving(app_of(root)) as url,
+        aiohttp.ClientSession() as http,
+    ):
         assert (await http.get(url)).status == 200
         reply = await http.get(url, headers={"Host": "evil.example"})
         assert reply.status == 403
 
 
 async def test_token_is_asked_of_every_request_and_leaves_the_address(root: Path) -> None:
-    app = make_app(root, SampleSource(root), token="s3cret")
+    app = app_of(root, token="s3cret")
     async with (
         serving(app) as url,
         aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as http,
@@ -128,7 +139,10 @@ async def test_page_asks_for_nothing_from_elsewhere(root: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"<(link|img|iframe)|src=|@import|url\(", text)
-    async with serving(make_app(root, SampleSource(root))) as url, aiohttp.ClientSession() as http:
+    async with (
+        serving(app_of(root)) as url,
+        aiohttp.ClientSession() as http,
+    ):
         policy = (await http.get(url)).headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; script-src 'nonce-")
     assert "connect-src 'self'" in policy
@@ -150,7 +164,7 @@ async def test_what_is_no_run_and_a_port_in_use_are_named(root: Path, tmp_path: 
     console = Console(quiet=True)
     with pytest.raises(RunFolderError, match="no such folder"):
         await serve_dashboard(tmp_path / "none", console)
-    async with serving(make_app(root, SampleSource(root))) as url:
+    async with serving(app_of(root)) as url:
         port = int(url.rpartition(":")[2])
         with pytest.raises(DashboardError, match=f"127.0.0.1:{port}.*--port"):
             await serve_dashboard(root, console, port=port)
@@ -179,7 +193,7 @@ async def test_prometheus_is_asked_the_same_questions(root: Path) -> None:
 
 async def test_prometheus_that_does_not_answer_is_named_on_the_page(root: Path) -> None:
     source = PrometheusSource("http://127.0.0.1:9", "demo")
-    async with serving(make_app(root, source)) as url, aiohttp.ClientSession() as http:
+    async with serving(make_app(RunFolder(root), source)) as url, aiohttp.ClientSession() as http:
         reply = await http.get(f"{url}/api/overview")
         assert reply.status == 502
         assert "Prometheus at http://127.0.0.1:9 does not answer" in (await reply.json())["error"]
@@ -190,7 +204,7 @@ async def test_page_draws_itself_light_and_dark_in_a_browser(root: Path, tmp_pat
     import matplotlib.image
 
     shots = {}
-    async with serving(make_app(root, SampleSource(root))) as url:
+    async with serving(app_of(root)) as url:
         for scheme, number in (("light", 1), ("dark", 0)):
             shots[scheme] = tmp_path / f"{scheme}.png"
             process = await asyncio.create_subprocess_exec(

@@ -102,7 +102,7 @@ class Run:
         """A driver that was at work at `at_s`, and then was killed."""
         now = [at_s - 100.0]
         snapshot = Snapshot(**progress)  # type: ignore[arg-type]
-        live = LiveFile(self.folder.root, lambda: snapshot, clock=lambda: now[0])
+        live = LiveFile(self.folder.store, lambda: snapshot, clock=lambda: now[0])
         live.__enter__()
         now[0] = at_s
         live._write()
@@ -164,7 +164,7 @@ def test_finished_round_is_done_and_the_next_pending(run: Run) -> None:
 def test_finished_run_says_so_and_needs_no_command(run: Run) -> None:
     run.finish_round(1)
     run.finish_round(2)
-    with LiveFile(run.folder.root, Snapshot):
+    with LiveFile(run.folder.store, Snapshot):
         pass
     status = run.status()
     assert (status.state, status.go_on) == ("finished", "")
@@ -194,7 +194,7 @@ def test_run_of_another_machine_whose_clock_is_behind_is_looked_at_twice(
 
 
 def test_error_of_a_failed_run_is_told(run: Run) -> None:
-    with pytest.raises(ValueError), LiveFile(run.folder.root, Snapshot):
+    with pytest.raises(ValueError), LiveFile(run.folder.store, Snapshot):
         raise ValueError("no GPU left")
     assert "no GPU left" in run.status().explanation
 
@@ -264,7 +264,7 @@ def test_watching_ends_when_the_run_does(run: Run, monkeypatch: pytest.MonkeyPat
     run.account(time.time(), stage="rollout", label="round 1: rollout", round=1)
 
     def end(seconds: float) -> None:
-        with LiveFile(run.folder.root, Snapshot):
+        with LiveFile(run.folder.store, Snapshot):
             pass
 
     monkeypatch.setattr(status_module.time, "sleep", end)

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.folder.run_folder import RunFolderError
+from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.telemetry import metrics as m
 from cluster.telemetry.live import LIVE_FILE
 from cluster.telemetry.samples import Samples, SampleWriter
 from cluster.watch.top import show_top, top_line, top_view
+from rollout.run_store import RunStore
 from tests.made_metrics import write_made_run
 
 
 def shown(root: Path, now_s: float, width: int = 80) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(top_view(root, Samples.read(root), now_s))
+    console.print(top_view(RunFolder(root), Samples.read(RunStore(root)), now_s))
     return console.export_text()
 
 
@@ -41,7 +42,7 @@ def test_numbers_replicas_jobs_and_waits_fit_80_columns(tmp_path: Path) -> None:
 def test_stalled_parts_and_old_samples_are_told(tmp_path: Path) -> None:
     now_s = float(int(time.time()))  # samples keep no more than milliseconds
     write_made_run(tmp_path / "demo", now_s)
-    writer = SampleWriter(tmp_path / "demo")
+    writer = SampleWriter(RunStore(tmp_path / "demo"))
     stalled = (m.STALLED.exported, (("part", "search"), ("waits_on", "policy")))
     writer.write(now_s + 10, {stalled: 1.0})
     writer.close()
@@ -59,7 +60,7 @@ def test_without_a_terminal_a_line_is_printed_until_the_run_ends(
     show_top(root, Console(width=80))
     (line,) = capsys.readouterr().out.splitlines()
     assert "demo: finished 1:00 ago; trees 0.429/s; verified 2.8/s" in line
-    assert top_line(root, Samples(), time.time()).endswith("finished 1:00 ago")
+    assert top_line(RunFolder(root), Samples(), time.time()).endswith("finished 1:00 ago")
 
 
 def test_run_without_samples_and_what_is_no_run(tmp_path: Path) -> None:

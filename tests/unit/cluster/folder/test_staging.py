@@ -13,11 +13,17 @@ from typing import Any
 
 import pytest
 
-from cluster.machines import staging
-from cluster.machines.staging import Staged, Stager
+from cluster.folder import staging
+from cluster.folder.staging import Staged, Stager
 from learner.checkpoint import CheckpointStore
+from rollout.run_store import RunStore
 
-FILES = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "sub/tokenizer.json": b"t"}
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"w" * 5000,
+    "sub-a.json": b"after what is in sub, in the order of paths",
+    "sub/tokenizer.json": b"t",
+}
 
 
 def write(folder: Path, **other: bytes) -> None:
@@ -61,7 +67,9 @@ def test_a_copy_holds_the_same_files_and_is_used_again(base: Path, tmp_path: Pat
 def _stage_at(path: Path, folder: Path, start: Any, out: Any) -> None:
     copied = []
     inner = staging._copy
-    staging._copy = lambda source, target: (copied.append(source.name), inner(source, target))[1]
+    staging._copy = lambda source, file, target: (copied.append(file), inner(source, file, target))[
+        1
+    ]
     start.wait()
     stager = Stager(folder)
     out.put((stager(str(path)), len(copied)))
@@ -80,7 +88,7 @@ def test_of_readers_that_start_together_one_copies(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert len({staged.path for staged, _ in found}) == 1
-    assert sorted(copied for _, copied in found) == [0, 0, 0, 3]
+    assert sorted(copied for _, copied in found) == [0, 0, 0, 4]
     assert {staged.note for staged, _ in found} == {""}
 
 
@@ -141,7 +149,7 @@ def test_without_room_the_checkpoint_is_read_where_it_is(
 def test_a_disk_that_fills_up_while_copying_leaves_nothing_behind(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(source: Path, target: Path) -> str:
+    def full(source: RunStore, file: str, target: Path) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
