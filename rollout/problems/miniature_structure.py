@@ -122,6 +122,9 @@ PHRASES: Mapping[str, tuple[Phrases, Phrases]] = {
 
 _ORDINALS = ("first", "second", "third", "fourth")
 
+_Reading = tuple[tuple[tuple[str, str], ...], int]
+"""Steps and answer."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
@@ -169,11 +172,9 @@ class Story:
                         ),
                     )
 
-    def _readings(
-        self, meanings: Sequence[int], numbers: Sequence[int]
-    ) -> list[tuple[tuple[tuple[str, str], ...], int]] | None:
-        """Steps and answer as meant, then with each cue misread; None if one makes no sense."""
-        found: list[tuple[tuple[tuple[str, str], ...], int]] = []
+    def _readings(self, meanings: Sequence[int], numbers: Sequence[int]) -> list[_Reading] | None:
+        """As meant, then with each cue misread; None if one makes no sense."""
+        found: list[_Reading] = []
         for misread in range(-1, len(meanings)):
             taken = [m ^ (place == misread) for place, m in enumerate(meanings)]
             reading = self._solve(taken, numbers)
@@ -182,9 +183,7 @@ class Story:
             found.append(reading)
         return found
 
-    def _solve(
-        self, meanings: Sequence[int], numbers: Sequence[int]
-    ) -> tuple[tuple[tuple[str, str], ...], int] | None:
+    def _solve(self, meanings: Sequence[int], numbers: Sequence[int]) -> _Reading | None:
         by_cue: dict[str, list[int]] = {cue: [] for cue in PHRASES}
         for cue, meaning in zip(self.cues, meanings, strict=True):
             by_cue[cue].append(meaning)
