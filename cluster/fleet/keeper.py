@@ -45,6 +45,7 @@ from cluster.engines.model_check import ModelCheckError
 from cluster.fleet.membership import Membership, SupervisionConfig
 from cluster.jobs.attempts import LostError
 from cluster.jobs.ray_errors import cause
+from cluster.machines import nodes
 from cluster.machines.scaler import MemberState, ReplicaLoad
 from rollout.engine import EngineError
 from rollout.tasks import done_within, within
@@ -352,7 +353,7 @@ class PoolKeeper:
     async def _shortage(self) -> str:
         """The same, with the reason why there is no place."""
         short = self.short()
-        why = await asyncio.to_thread(self.kind.why_pending) if self._waiting else ""
+        why = await nodes.asked(self.kind.why_pending) if self._waiting else ""
         return f"{short}: {why}" if why else short
 
     # -- inside

@@ -339,8 +339,8 @@ class Meter:
 
     async def _look_at_nodes(self) -> None:
         out = self._exporter
-        every = await asyncio.to_thread(ray.nodes)
-        draining = await asyncio.to_thread(nodes.draining)
+        every = await nodes.asked(ray.nodes)
+        draining = await nodes.asked(nodes.draining)
         living = [node for node in every if node["Alive"]]
         ids = {node["NodeID"] for node in living}
         self._nodes_seen |= ids

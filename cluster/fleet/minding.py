@@ -100,7 +100,7 @@ class Minder:
         spot = self._config.cluster.spot
         if spot is None:
             return
-        living = await asyncio.to_thread(nodes.living)
+        living = await nodes.asked(nodes.living)
         for node in living.keys() - self._watchers.keys():
             self._watchers[node] = nodes.start_spot_watcher(node, spot)
         for node in self._watchers.keys() - living.keys():
@@ -108,14 +108,14 @@ class Minder:
 
     async def _leave_draining_nodes(self) -> None:
         """Drain what runs on nodes that are about to go; it is started anew elsewhere."""
-        ends = await asyncio.to_thread(nodes.draining)
+        ends = await nodes.asked(nodes.draining)
         if not ends:
             return
         for name, keeper in list(self._pools.keepers.items()):
             if name in ("coordinator", "watchman"):
                 continue  # Ray restarts them elsewhere, and the store has what they need
             for member, handle in keeper.handles.items():
-                end_s = ends.get(await asyncio.to_thread(nodes.node_of, handle))
+                end_s = ends.get(await nodes.asked(nodes.node_of, handle))
                 if end_s is not None:
                     left_s = end_s - time.time() if end_s else nodes.ADVICE_S
                     self._note(f"{member} leaves its node, which goes in {left_s:.0f} s")
@@ -143,13 +143,13 @@ class Minder:
             keeper.drain(pool.drain, cluster.request_timeout_s or cluster.supervision.stall_s)
         if cluster.autoscale and cluster.address != "local":
             asked = [part for bundle in decision.bundles for part in parts(self._config, bundle)]
-            await asyncio.to_thread(self._request.ask, asked)
+            await nodes.asked(self._request.ask, asked)
 
     async def _foresee_learner(self) -> None:
         """Say once, and not only when a fit waits for it, that the learner's nodes are missing."""
         if not self._foresees_learner:
             return
-        why = await asyncio.to_thread(why_learner_cannot_come, self._config.cluster)
+        why = await nodes.asked(why_learner_cannot_come, self._config.cluster)
         now_s = time.monotonic()
         self._absent_s = (self._absent_s or now_s) if why else None
         if self._absent_s is not None and now_s - self._absent_s >= ABSENT_S:

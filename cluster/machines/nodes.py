@@ -17,8 +17,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -29,8 +29,27 @@ from cluster.machines.spot import SpotConfig, SpotNotice, SpotWatcher
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ADVICE_S = 120.0
 """Time given to a node whose notice names none."""
+
+ANSWER_S = 10.0
+"""How long whoever is cancelled waits for an answer of Ray."""
+
+
+async def asked(question: Callable[..., T], *of: Any) -> T:
+    """The answer of a blocking question to Ray; whoever is cancelled meanwhile waits for it first.
+
+    A question that is still open when Ray ends here waits for a GCS that is gone, and after a
+    minute Ray ends the process for that.
+    """
+    answer = asyncio.ensure_future(asyncio.to_thread(question, *of))
+    try:
+        return await asyncio.shield(answer)
+    except asyncio.CancelledError:
+        await asyncio.wait([answer], timeout=ANSWER_S)
+        raise
 
 
 def living() -> dict[str, NodeResources]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -46,3 +48,24 @@ def test_actor_without_a_place_says_which_nodes_are_starting(
 def test_actor_that_fits_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "living", lambda: {"id": HEAD})
     assert PolicyKind(MembersConfig(num_cpus=2), EngineConfig()).why_pending() == ""
+
+
+async def test_who_is_cancelled_waits_for_the_answer_of_an_open_question() -> None:
+    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def question(what: str) -> str:
+        begun.set()
+        assert go.wait(10)
+        ended.set()
+        return what
+
+    asking = asyncio.create_task(nodes.asked(question, "who"))
+    await asyncio.to_thread(begun.wait, 10)
+    asking.cancel()
+    await asyncio.sleep(0)
+    assert not asking.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert ended.is_set()
+    assert await nodes.asked(question, "who") == "who"
