@@ -40,6 +40,7 @@ from rollout.search import SearchConfig
 from tests.builders import make_problem
 from tests.made_metrics import metrics_of
 from tests.prometheus import MISSING, Prometheus, has_prometheus
+from tests.rulers import ruler_record
 from tests.saboteur import stopped_at_the_end
 from tests.scripted_replicas import ScriptedPolicyReplica, ScriptedPreferenceReplica
 
@@ -64,6 +65,11 @@ EMPTY = {
     "rstar_resumed_trees_total": "no worker dies",
     "rstar_store_errors_total": "the store works",
     "rstar_sandbox_replayed_steps_total": "no state is evicted",
+    **{
+        name: "nobody is served (rstar serve alone; tests/unit/cluster/serve)"
+        for name in CATALOGUE
+        if name.startswith("rstar_serve_")
+    },
 }
 """Metrics without a value in this run, and why."""
 
@@ -156,7 +162,8 @@ async def run_that_goes_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> Async
 
 
 def tell_fit(fleet: Fleet) -> None:
-    """As `Fleet.fit` does: a PPM's fit is over, a policy's is under way."""
+    """As a round does: a PPM's fit is over, it was measured, and a policy's is under way."""
+    fleet.meter.tell_ruler(ruler_record(1))
     fleet.meter.end_fit(
         FitResult(
             fit_id="round=1/ppm",
