@@ -1,10 +1,16 @@
 # make demo   set up, then four rounds of self-evolution of the miniature on this machine
 # make demo-pretrained   the same with a real pretrained model (docs/pretrained.md)
 # make test   set up, then lint and all tests
+# make check  lint, types and the fast tests: after each change
 VENV ?= .venv
 export VENV
+CORES := $(shell nproc)
+# Processes that run tests with Ray, which wait as much as they work. Ray gives a node 30 s to start: more
+# at a time get in each other's way on a small machine.
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo demo-pretrained test lint unit docs-check format clean
+.PHONY: install demo demo-pretrained test check lint unit docs-check format clean
 
 install:
 	@deploy/install.sh
@@ -22,7 +28,9 @@ lint: install
 	$(VENV)/bin/mypy
 
 unit: install
-	$(VENV)/bin/python -m pytest tests/unit -q
+	$(PYTEST) tests/unit -n $(CORES)
+
+check: lint unit
 
 # Parses every command that README and docs/ show; part of `make test`.
 docs-check: install
@@ -30,7 +38,8 @@ docs-check: install
 
 test: lint
 	@deploy/test_tools.sh
-	$(VENV)/bin/python -m pytest tests -q
+	$(PYTEST) tests/unit -n $(CORES)
+	$(PYTEST) tests/integration tests/slow -n $(WORKERS)
 
 format: install
 	$(VENV)/bin/ruff check --fix .

@@ -510,7 +510,7 @@ class Study:
                 round=0,
                 seed=seed,
                 searched=(problem.id,) if guided else (),
-                search=search.model_copy(update={"num_candidates": config.num_candidates}),
+                search=config.searched(search),
                 policy=policy,
                 preference=preference if guided else None,
                 sandbox=sandbox,

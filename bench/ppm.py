@@ -42,6 +42,8 @@ DIFFERENCES = {
     "best_of_n_minus_majority": ("best_of_n", "majority"),
     "mcts_minus_majority": ("search", "majority"),
     "mcts_minus_greedy": ("search", "greedy"),
+    "weighted_mcts_minus_majority": ("weighted_search", "majority"),
+    "weighted_mcts_minus_greedy": ("weighted_search", "greedy"),
     "any_minus_majority": ("any_sample", "majority"),
 }
 """Name -> the two methods, as the evaluation's rows have them; the last one is the head-room."""

@@ -5,7 +5,8 @@
 
     overhead   the HTTP layer alone: engines that cost nothing, one request after the other
     users      `--users` clients that stream, against the bare search of `bench.search`: the same
-               models, problems and engines, as many searches open
+               models, problems and engines, as many searches open; turn by turn, since what else
+               a machine does is never the same twice
     cancel     from a closed connection until engine and sandbox hold nothing of it
     chaos      `--requests` requests, every tenth closed by its client, the policy's replica killed
                in the middle: answers that are lost, and answers that went to somebody else
@@ -26,6 +27,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -49,6 +51,7 @@ from cluster.serve.models import started
 from cluster.serve.replies import content_of
 from cluster.serve.service import Ask, Engines, Service
 from rollout.methods import SolveResult
+from rollout.problem import Problem
 from rollout.search import SearchConfig
 
 SECTIONS = ("overhead", "users", "cancel", "chaos")
@@ -62,7 +65,7 @@ GOALS = {
 }
 
 SEARCHES_PER_USER = 4
-"""In the section `users`."""
+"""In the section `users`, unless `--problems-used` is less."""
 
 CANCELS = 5
 
@@ -221,6 +224,23 @@ async def overhead(figures: dict[str, Any]) -> None:
         figures |= {f"p50_{name}_ms": statistics.median(ms), f"p99_{name}_ms": p99(ms)}
 
 
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """What an engine did while there was more to do than fits."""
+
+    tokens: int = 0
+    """Generated."""
+    seconds: float = 0.0
+    idle_s: float = 0.0
+
+    def __add__(self, other: Supply) -> Supply:
+        return Supply(
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.idle_s + other.idle_s,
+        )
+
+
 class Bench:
     """The sections that need engines."""
 
@@ -256,44 +276,102 @@ class Bench:
                 for section in SECTIONS[1:]:
                     if section in sections:
                         with timed(section, figures):
-                            figures |= await getattr(self, section)(url, noted)
+                            found = await getattr(self, section)(url, noted)
+                        print(f"{section}: {json.dumps(found)}", file=sys.stderr, flush=True)
+                        figures |= found
 
     async def users(self, url: str, service: Noted) -> dict[str, Any]:
-        """Generated tokens per second with all users at it, and without HTTP, queue and method."""
-        users, rollouts = self.arguments.users, self.arguments.rollouts
+        """Generated tokens per second with all users at it, and without HTTP, queue and method.
+
+        Each half of the problems is searched both ways, the second in the other order: what the
+        first of two left in the engines' caches, and what else the machine does, is shared.
+        """
+        users = self.arguments.users
         problems = self.models.problems[: users * SEARCHES_PER_USER]
-        assert service.engines.preference is not None
-        recorder = Recorder(service.engines.policy, service.engines.preference)
-        _, window = await search_all(
-            problems, self.search, recorder, recorder, service.engines.sandbox, users
-        )
-        bare_s = window.supplied_s - window.began_s
-        bare = recorder.tokens(0.0, window.supplied_s) / bare_s
-        recorder = Recorder(service.engines.policy, service.engines.preference)
-        plain = service.engines
-        service.engines = Engines(policy=recorder, preference=recorder, sandbox=plain.sandbox)
-        wanted = [Wanted(f"rstar-mcts-{rollouts}", p.text, n) for n, p in enumerate(problems)]
-        began_s = time.monotonic()
-        found = await from_clients(url, wanted, users)
-        service.engines = plain
-        began_s = min(got.began_s for got in found)
-        # While all users had something to ask.
-        supplied_s = sorted(got.ended_s for got in found)[-users]
-        served = recorder.tokens(0.0, supplied_s) / (supplied_s - began_s)
+        middle = len(problems) // 2
+        bare, served = Supply(), Supply()
+        found: list[Got] = []
+        for half, order in ((problems[:middle], "bs"), (problems[middle:], "sb")):
+            for way in order:
+                if way == "b":
+                    bare += await self.bare(half, service)
+                else:
+                    supply, some = await self.served(half, url, service)
+                    served += supply
+                    found += some
         firsts = [got.first_step_s for got in found if got.first_step_s is not None]
         ms = service.overhead_ms(found)
         return {
             "users": users,
             "searches": len(found),
-            "served_tokens_per_s": served,
-            "search_tokens_per_s": bare,
-            "utilisation_vs_search": served / bare,
+            "served_tokens_per_s": served.tokens / served.seconds,
+            "search_tokens_per_s": bare.tokens / bare.seconds,
+            "utilisation_vs_search": served.tokens / served.seconds * bare.seconds / bare.tokens,
+            "served_idle_share": served.idle_s / served.seconds,
+            "search_idle_share": bare.idle_s / bare.seconds,
             "p50_first_step_s": statistics.median(firsts),
             "p99_first_step_s": p99(firsts),
             "p50_answer_s": statistics.median(got.ended_s - got.began_s for got in found),
             "p50_overhead_loaded_ms": statistics.median(ms),
             "p99_overhead_loaded_ms": p99(ms),
         }
+
+    async def bare(self, problems: Sequence[Problem], service: Noted) -> Supply:
+        recorder = self.recorded(service.engines)
+        before = await self.policy.stats.remote()
+        supplied: list[Any] = []
+
+        async def note() -> None:
+            supplied.append(await self.policy.stats.remote())
+
+        _, window = await search_all(
+            problems,
+            self.search,
+            recorder,
+            recorder,
+            service.engines.sandbox,
+            self.arguments.users,
+            note,
+        )
+        return Supply(
+            tokens=recorder.tokens(0.0, window.supplied_s),
+            seconds=window.supplied_s - window.began_s,
+            idle_s=supplied[0].idle_s - before.idle_s,
+        )
+
+    async def served(
+        self, problems: Sequence[Problem], url: str, service: Noted
+    ) -> tuple[Supply, list[Got]]:
+        """The same from clients, until there are fewer requests left than users."""
+        plain = service.engines
+        recorder = self.recorded(plain)
+        service.engines = Engines(policy=recorder, preference=recorder, sandbox=plain.sandbox)
+        model = f"rstar-mcts-{self.arguments.rollouts}"
+        wanted = [Wanted(model, p.text, n) for n, p in enumerate(problems)]
+        known = len(service.spans)
+        asking = asyncio.create_task(from_clients(url, wanted, self.arguments.users))
+        while not service.standing.running and not asking.done():
+            await asyncio.sleep(0.01)
+        before = await self.policy.stats.remote()
+        last = known + len(wanted) - self.arguments.users
+        while len(service.spans) < last and not asking.done():
+            await asyncio.sleep(0.01)
+        after = await self.policy.stats.remote()
+        found = await asking
+        service.engines = plain
+        began_s = min(got.began_s for got in found)
+        supplied_s = sorted(got.ended_s for got in found)[-self.arguments.users]
+        supply = Supply(
+            tokens=recorder.tokens(0.0, supplied_s),
+            seconds=supplied_s - began_s,
+            idle_s=after.idle_s - before.idle_s,
+        )
+        return supply, found
+
+    @staticmethod
+    def recorded(engines: Engines) -> Recorder:
+        assert engines.preference is not None
+        return Recorder(engines.policy, engines.preference)
 
     async def cancel(self, url: str, service: Noted) -> dict[str, Any]:
         """The longest of a few closed connections."""

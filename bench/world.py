@@ -1,6 +1,6 @@
-"""Are a world's mistakes of structure, and does only the question tell that they are mistakes?
+"""Are the miniature's mistakes of structure, and does only the question tell that they are ones?
 
-    python -m bench.world [RUN...] [--world NAME] [--seed S] [--problems N] [--rounds R...]
+    python -m bench.world [RUN...] [--seed S] [--problems N] [--rounds R...]
 
     RUN     --> the preference pairs its trees gave --+
     no RUN  --> written solution over each of its ----+--> shares --> gates
@@ -47,7 +47,8 @@ from scipy.sparse import csr_matrix
 
 from cluster.folder.run_folder import RunFolder
 from learner.dataset import read_pairs
-from rollout.problems.miniature import WORLDS, generate
+from rollout.problems.miniature import generate
+from rollout.problems.miniature_checked import FAMILIES
 from rollout.prompt import ASSISTANT, parse_response
 
 GATES = {"number_only": 0.3, "blind": 0.6, "form": 0.6, "length": 0.6}
@@ -99,19 +100,19 @@ def run_comparisons(run: Path, rounds: Sequence[int] | None) -> list[Comparison]
     return list(found)
 
 
-def generated_comparisons(world: str, *, seed: int, num_problems: int) -> list[Comparison]:
-    """Each written solution over its misreadings: whole, and from the first step that differs.
-
-    Raises:
-        ValueError: the world's problems come without misreadings.
-    """
+def generated_comparisons(*, seed: int, num_problems: int) -> list[Comparison]:
+    """Each written solution over its misreadings: whole, and from the first step that differs."""
     miniature = generate(
-        seed=seed, num_demonstrations=0, num_train=num_problems, num_test=0, world=world
+        seed=seed,
+        num_demonstrations=0,
+        num_train=num_problems,
+        num_test=0,
+        families=list(FAMILIES),
     )
     found = []
     for problem in miniature.train:
         right = [step.rendered for step in parse_response(problem.solution)]
-        for _, trajectory in problem.misreadings:
+        for trajectory in problem.misreadings:
             wrong = [step.rendered for step in parse_response(trajectory)]
             place = next(i for i, (r, w) in enumerate(zip(right, wrong, strict=True)) if r != w)
             sides = (
@@ -119,8 +120,6 @@ def generated_comparisons(world: str, *, seed: int, num_problems: int) -> list[C
                 ("answer", "", problem.solution, trajectory),
             )
             found += [Comparison(problem.id, *side) for side in sides]
-    if not found:
-        raise ValueError(f"the problems of world {world!r} have no misreadings; give a run instead")
     return found
 
 
@@ -212,7 +211,6 @@ def report(pairs: Sequence[Comparison], *, seed: int = 0) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="*", help="run folders; none: generate a world")
-    parser.add_argument("--world", choices=list(WORLDS), default="structure")
     parser.add_argument("--seed", type=int, default=3, help="of the generated world and the folds")
     parser.add_argument("--problems", type=int, default=600, help="generated ones")
     parser.add_argument("--rounds", type=int, nargs="+", help="of the runs; default: all")
@@ -220,9 +218,7 @@ def main() -> int:
     try:
         pairs = [c for run in arguments.runs for c in run_comparisons(run, arguments.rounds)]
         if not arguments.runs:
-            pairs = generated_comparisons(
-                arguments.world, seed=arguments.seed, num_problems=arguments.problems
-            )
+            pairs = generated_comparisons(seed=arguments.seed, num_problems=arguments.problems)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(str(error)) from None
     if not pairs:

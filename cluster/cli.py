@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import signal
-from collections.abc import Coroutine, Iterator
+import sys
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -19,6 +23,7 @@ import typer
 from rich.console import Console
 
 from cluster.errors import explain, quiet_logging
+from cluster.folder.config_file import table
 from cluster.telemetry.progress import say
 from rollout.methods import Method
 from rollout.problem import DecontaminationRule, Level
@@ -28,8 +33,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-GPU_KINDS = Path(__file__).parents[1] / "deploy" / "gpus.yaml"
-MACHINE_PRICES = Path(__file__).parents[1] / "deploy" / "prices.yaml"
+SAME_S = 1.0
+"""Two signals within so long are one request to stop."""
+
+GPU_KINDS = table("gpus.yaml")
+MACHINE_PRICES = table("prices.yaml")
 
 
 class TrainKind(StrEnum):
@@ -50,6 +58,9 @@ app = typer.Typer(
 cluster_app = typer.Typer(no_args_is_help=True, help="The machines a run lives on.")
 app.add_typer(cluster_app, name="cluster")
 
+job_app = typer.Typer(no_args_is_help=True, help="Runs on a cluster's job server (rstar submit).")
+app.add_typer(job_app, name="job")
+
 problems_app = typer.Typer(no_args_is_help=True, help="Problem sets: import, count, check.")
 app.add_typer(problems_app, name="problems")
 
@@ -59,6 +70,14 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a config value, as search.top_p=0.9."
     ),
 ]
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Dashboard of the cluster [RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265]."
+    ),
+]
+Job = Annotated[str, typer.Argument(help="As `rstar submit` names it.")]
 
 
 @app.command()
@@ -70,12 +89,19 @@ def evolve(
     force: Annotated[
         bool, typer.Option(help="Promote checkpoints that the gate holds back.")
     ] = False,
+    restarts: Annotated[
+        int,
+        typer.Option(min=0, help="Start it again so often in a row when it dies or fails."),
+    ] = 0,
     verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and the engines.")] = False,
 ) -> None:
     """Run all rounds of self-evolution; run it again to go on where it stopped."""
     quiet_logging(verbose)
+    if restarts:
+        _start_again(restarts)
     from cluster.folder.config_file import load_config
     from cluster.folder.machine import command_line
+    from cluster.planning.planner import estimate_run
     from cluster.reports.run_report import show_report
     from cluster.runs.config import RunConfig
     from cluster.runs.evolve import Evolution
@@ -84,11 +110,87 @@ def evolve(
     settings = load_config(config, overrides or (), kind=RunConfig)
     console = Console()
     view = ProgressView(console)
-    evolution = Evolution(settings, view, force=force)
+    evolution = Evolution(settings, view, force=force, estimate=estimate_run)
     _run(evolution.run(), again=command_line(), view=view)
     run = evolution.folder.store.root
     show_report(settings.run_dir, console)
     say(console, f"all of it in {run}")
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="Run config, YAML, or the name of one.")],
+    address: Address = None,
+    overrides: Overrides = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=VALUE]", help="For every process; without a value, as here."),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Starts of a driver that dies or fails, in a row.")
+    ] = 5,
+    code: Annotated[
+        bool, typer.Option(help="Upload this code, to run in place of what is installed there.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option(help="Promote checkpoints that the gate holds back.")
+    ] = False,
+) -> None:
+    """Have a Ray cluster do `rstar evolve`: nothing here needs to stay open."""
+    from cluster.runs.submit import submit
+
+    submit(
+        config,
+        overrides or (),
+        Console(),
+        address=address,
+        env=env or (),
+        restarts=restarts,
+        code=code,
+        force=force,
+    )
+
+
+@job_app.command("list")
+def job_list(address: Address = None) -> None:
+    """Show the runs that were submitted to a cluster."""
+    from cluster.runs.submit import show_jobs
+
+    show_jobs(Console(), address=address)
+
+
+@job_app.command("status")
+def job_status(job: Job, address: Address = None) -> None:
+    """Show how a submitted run stands, as its cluster knows it."""
+    from cluster.runs.submit import show_job
+
+    show_job(job, Console(), address=address)
+
+
+@job_app.command("logs")
+def job_logs(
+    job: Job,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option(help="Go on until it ends.")] = False,
+) -> None:
+    """Show what the driver of a submitted run has printed."""
+    from cluster.runs.submit import show_job_logs
+
+    with _interruptible():
+        show_job_logs(job, Console(), address=address, follow=follow)
+
+
+@job_app.command("stop")
+def job_stop(
+    job: Job,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option(help="Until it has ended.")] = True,
+) -> None:
+    """Have a submitted run drain and end; `rstar submit` goes on with it."""
+    from cluster.runs.submit import stop_job
+
+    with _interruptible():
+        stop_job(job, Console(), address=address, wait=wait)
 
 
 @app.command()
@@ -274,6 +376,20 @@ def status(
         show_status(run, Console(), as_json=as_json, watch=watch)
 
 
+@app.command("set")
+def set_(
+    run: Annotated[Path, typer.Argument(help="A run: a folder, or s3://, gs://, az://.")],
+    assignments: Annotated[
+        list[str], typer.Argument(metavar="KEY=VALUE...", help="As cluster.policy.replicas=8.")
+    ],
+) -> None:
+    """Change a run while it goes on: pool sizes, priorities, prices, budget, log level."""
+    from cluster.runs.change import set_run
+
+    with _interruptible():
+        set_run(run, assignments, Console())
+
+
 @app.command()
 def logs(
     run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
@@ -321,6 +437,21 @@ def top(
 
     with _interruptible():
         show_top(run, Console(), once=once)
+
+
+@app.command()
+def why(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout, whole stacks.")] = False,
+    offline: Annotated[
+        bool, typer.Option(help="Do not ask Ray; the run's folder has to do.")
+    ] = False,
+) -> None:
+    """Say why a run does not move: who waits for whom, the slowest, their stacks."""
+    from cluster.watch.why import show_why
+
+    with _interruptible():
+        show_why(run, Console(), as_json=as_json, offline=offline)
 
 
 @app.command()
@@ -403,6 +534,25 @@ def copy(
 
 
 @app.command()
+def track(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, as runs/demo.")],
+    to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TRACKER", help="tensorboard, mlflow or wandb [as its config says]."),
+    ] = None,
+) -> None:
+    """Tell experiment trackers of a run that is over, or what they missed."""
+    from cluster.telemetry.tracking import track
+    from cluster.watch.status import run_folder
+
+    folder = run_folder(run)
+    console = Console()
+    trackers = to or (folder.config() or {}).get("tracking", [])
+    if not track(folder, trackers, partial(say, console)):
+        raise typer.Exit(1)
+
+
+@app.command()
 def simulate(
     overrides: Annotated[
         list[str] | None,
@@ -431,8 +581,12 @@ def simulate(
 
 @app.command()
 def plan(
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
-    gpu_kind: Annotated[str, typer.Option(help="A row of the table of GPU kinds.")],
+    config: Annotated[
+        Path | None, typer.Argument(help="Run config, or the name of one: the whole run.")
+    ] = None,
+    problems: Annotated[int, typer.Option(min=1, help="To search; with a config.")] = 747_000,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Instead: one round on so many.")] = None,
+    gpu_kind: Annotated[str, typer.Option(help="A row of the table of GPU kinds.")] = "",
     on_demand: Annotated[bool, typer.Option(help="At the on-demand price, nothing lost.")] = False,
     kinds: Annotated[Path, typer.Option(help="Table of GPU kinds, YAML; edit it.")] = GPU_KINDS,
     overrides: Annotated[
@@ -440,10 +594,25 @@ def plan(
         typer.Option("--set", metavar="KEY=VALUE", help="As problems=100000, price_per_hour=2."),
     ] = None,
 ) -> None:
-    """Say how many days and dollars a round would take."""
-    from cluster.folder.config_file import ConfigError, make_config
-    from cluster.planning.planner import PlanConfig, make_plan, print_plan, read_gpu_kinds
+    """Say how many days and dollars a run, or one round of it, would take."""
+    from cluster.folder.config_file import ConfigError, load_config, make_config
+    from cluster.planning.planner import (
+        PlanConfig,
+        estimate_run,
+        make_plan,
+        print_estimate,
+        print_plan,
+        read_gpu_kinds,
+    )
 
+    if (config is None) == (gpus is None):
+        raise typer.BadParameter("give a config, or --gpus and --gpu-kind")
+    if config is not None:
+        from cluster.runs.config import RunConfig
+
+        run = load_config(config, overrides or (), kind=RunConfig)
+        print_estimate(estimate_run(run, problems), Console())
+        return
     table = read_gpu_kinds(kinds)
     if gpu_kind not in table:
         raise ConfigError(f"{kinds}: no GPU kind {gpu_kind!r}; there are {', '.join(table)}")
@@ -690,8 +859,22 @@ def _interruptible(said: str = "") -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _start_again(restarts: int) -> None:
+    """Have this command done in a process of its own, again when it fails; in that, nothing."""
+    from cluster.runs.restarts import VARIABLE, run_again
+
+    if VARIABLE in os.environ:
+        return
+    command = [sys.executable, "-m", "cluster", *sys.argv[1:]]
+    status = run_again(command, restarts=restarts, tell=partial(typer.echo, err=True))
+    raise typer.Exit(status)
+
+
 def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | None = None) -> T:
     """Run to the end; Ctrl-C cancels once politely, and says how to go on.
+
+    SIGTERM and SIGHUP do the same. But what can be gone on with needs no terminal: where SIGHUP
+    says that there is none any more, it goes on without.
 
     Args:
         again: the command that goes on; "" if nothing is kept.
@@ -702,9 +885,14 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
         task = asyncio.ensure_future(coroutine)
         loop = asyncio.get_running_loop()
         interrupts = 0
+        last_s = -SAME_S
 
         def interrupt() -> None:
-            nonlocal interrupts
+            nonlocal interrupts, last_s
+            # A terminal, or Ray, tells this process and who started it, and that one passes it on.
+            again_s, last_s = loop.time() - last_s, loop.time()
+            if again_s < SAME_S:
+                return
             interrupts += 1
             if interrupts == 1:
                 if view is not None:
@@ -716,9 +904,20 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
                 loop.remove_signal_handler(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
 
+        def hang_up() -> None:
+            if again and _left_terminal(terminal):
+                said = f"the terminal is gone; this goes on, until kill {os.getpid()}"
+                view.note(said) if view is not None else logging.getLogger(__name__).warning(said)
+            elif not interrupts:  # a second one is no person who is in a hurry
+                interrupt()
+
         loop.add_signal_handler(signal.SIGINT, interrupt)
         loop.add_signal_handler(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            loop.add_signal_handler(signal.SIGHUP, hang_up)
         return await task
+
+    terminal = [number for number in range(3) if os.isatty(number)]
 
     try:
         return asyncio.run(main())
@@ -726,6 +925,17 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
         hint = f"; to go on where it stopped: {again}" if again else ""
         typer.echo(f"stopped{hint}", err=True)
         raise typer.Exit(130) from None
+
+
+def _left_terminal(terminal: Sequence[int]) -> bool:
+    """Have streams that were a terminal's be nobody's, if it is gone; False if it is there."""
+    if not terminal or any(map(os.isatty, terminal)):
+        return False
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in terminal:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+    return True
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from cluster.folder.run_folder import RunFolderError, why_not_written
 from cluster.jobs.ray_errors import plain
 from cluster.planning.latency import CurveError
 from cluster.planning.planner import PlanError
+from cluster.runs.submit import SubmitError
+from cluster.telemetry.live import StoppedError
 from cluster.telemetry.tracing import TracingError
 from cluster.watch.dashboard import DashboardError
 from learner.checkpoint import CheckpointError
@@ -42,7 +44,9 @@ KNOWN_ERRORS: tuple[type[Exception], ...] = (
     RunFolderError,
     SandboxError,
     SearchError,
+    StoppedError,
     StoreError,
+    SubmitError,
     SynthesisError,
     TracingError,
 )

@@ -91,11 +91,21 @@ class PreferenceObjective(torch.nn.Module):
 
 
 def untied_output(policy: str | Path) -> torch.nn.Module | None:
-    """The output layer of a policy checkpoint, float32; None if it is the input embedding."""
+    """The output layer of a policy checkpoint, float32; None if it is the input embedding.
+
+    Raises:
+        ValueError: the checkpoint has none, as a PPM's.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    # With its loading info, of which the stubs know nothing, it is a pair.
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        policy, dtype=torch.float32, output_loading_info=True
+    )
+    model, loaded = found
     head = model.get_output_embeddings()
+    if loaded["missing_keys"]:
+        raise ValueError(f"{policy} has no output layer, which lm_weight trains with")
     return None if head.weight is model.get_input_embeddings().weight else head
 
 

@@ -23,7 +23,7 @@ HEAD_NAME = "score"
 
 
 def new_preference_model(policy: str | Path, *, seed: int, dtype: torch.dtype) -> Any:
-    """A PPM whose trunk is a policy checkpoint and whose head is new.
+    """A PPM whose trunk is a checkpoint; of a policy, its head is new; of a PPM, both go on.
 
     Raises:
         ValueError: the architecture has no sequence-classification form in transformers.
@@ -43,6 +43,8 @@ def new_preference_model(policy: str | Path, *, seed: int, dtype: torch.dtype) -
         raise ValueError(
             f"{config.model_type!r} of {policy} has no sequence-classification form: {error}"
         ) from error
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return model
     generator = torch.Generator().manual_seed(seed)
     head = getattr(model, HEAD_NAME)
     with torch.no_grad():

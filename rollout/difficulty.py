@@ -28,7 +28,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict, Field
 
 from rollout.programs import one_per_program, program_of
-from rollout.tree import Node, Tree
+from rollout.tree import Node, Tree, solution_shares
 from verifier.accuracy import answer_groups
 
 
@@ -124,21 +124,10 @@ def difficulty_of(trees: Iterable[tuple[int, int, int]]) -> Difficulty:
 
 def right_share(tree: Tree) -> float | None:
     """Share of the policy's solutions that are right, as the tree lets it be told; None without a
-    graded answer.
-
-    Of a node it is the mean over the children that have answers at or below them, each counted as
-    often as it was sampled: a step that 14 of 16 candidates agreed on weighs 14, though it is one
-    node, and a branch weighs no more for having been searched more.
-    """
-    right, sampled = [0.0] * len(tree.nodes), [0] * len(tree.nodes)
-    for node in tree.reached_answers():
-        if node.correct is not None:
-            right[node.id], sampled[node.id] = float(node.correct), 1
-    for node in reversed(tree.nodes[1:]):
-        if sampled[node.id]:
-            right[node.parent] += node.multiplicity * right[node.id] / sampled[node.id]
-            sampled[node.parent] += node.multiplicity
-    return right[0] / sampled[0] if sampled[0] else None
+    graded answer."""
+    graded = [node for node in tree.reached_answers() if node.correct is not None]
+    shares = solution_shares(tree, graded)
+    return math.fsum(shares[node.id] for node in graded if node.correct) if graded else None
 
 
 def suspect_label(trees: Sequence[Tree], config: SuspectConfig) -> SuspectLabel | None:

@@ -11,7 +11,8 @@
     best-of-n   the same N programs, valued by the PPM        the best-valued one
     weighted-majority           the same valued programs      the vote of all, weighed by value
     beam        step beam searches (`rollout.beam`)           the vote of the top K by PPM value
-    mcts        tree search (`rollout.search`)                the vote of the top K by PPM value
+    mcts        tree search (`rollout.search`)                the vote of the top K by PPM value,
+                                                              or of all, weighed (`mcts_vote`)
 
 `num_trajectories` is the number of solutions a method may finish: samples, beam slots (searches of
 `beam_width` each), or trajectories of MCTS. What one of those is, `rollouts_per_tree` decides:
@@ -26,10 +27,12 @@ rollout; what was started ends, so a search goes over its budget by a part of a 
 drawn up to the budget, to the nearest sample: two methods that are to have the same tokens are a
 search first and then samples with its tokens as their budget.
 
-A weighed vote counts (1 + value) / 2, the chance of being right that the PPM gives. With
-`logprob_weight` that is multiplied by exp(logprob_weight * mean log-probability of a token by the
-policy), and best-of-n ranks by the product: a second opinion at test time, off by default, which no
-training sees.
+A weighed vote counts (1 + value) / 2, the chance of being right that the PPM gives; of an answer
+of a tree times the share of the policy's solutions that it stands for, since a tree holds equal
+steps once and goes where values are high (`rollout.tree.solution_shares`). With `logprob_weight`
+the chance is multiplied by exp(logprob_weight * mean log-probability of a token by the policy),
+and best-of-n ranks by the product: a second opinion at test time, off by default, which no training
+sees.
 
 Votes group equivalent answers (`verifier.accuracy`); ties go to the higher PPM value, then to the
 seed. Where no solution has a PPM value, all of them vote, and the result says so. Of one search (a
@@ -48,10 +51,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -73,7 +77,7 @@ from rollout.sampling import Solution, sample_solutions, sample_texts
 from rollout.search import SearchConfig, StepSandbox, run_search
 from rollout.seeds import derive_seed
 from rollout.tasks import all_of
-from rollout.tree import Tree, own_tokens
+from rollout.tree import Tree, own_tokens, solution_shares
 from verifier.accuracy import RankedAnswer, rank_answers
 
 T = TypeVar("T")
@@ -87,6 +91,9 @@ class Candidate(Protocol):
 
     @property
     def value(self) -> float | None: ...
+
+    @property
+    def share(self) -> float: ...
 
     @property
     def mean_logprob(self) -> float | None: ...
@@ -140,6 +147,11 @@ class MethodConfig(BaseModel):
     top_k: int = Field(
         4, ge=1, description="solutions that vote, best PPM value first (released evaluation: 4)"
     )
+    mcts_vote: Literal["top_k", "weighted"] = Field(
+        "top_k",
+        description="who votes in trees that share their rollouts. top_k: the top_k answers by PPM "
+        "value; weighted: all, each by value and by how often the policy goes its way",
+    )
     logprob_weight: float = Field(
         0.0,
         ge=0.0,
@@ -162,7 +174,12 @@ class MethodConfig(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _weight_is_used(self) -> MethodConfig:
+    def _settings_are_used(self) -> MethodConfig:
+        if self.mcts_vote == "weighted" and self.rollouts_per_tree is not None:
+            raise ValueError(
+                "mcts_vote: weighted is for trees that share their rollouts; of the independent "
+                "ones of rollouts_per_tree one answer each votes"
+            )
         if self.logprob_weight and self.name not in _OF_VALUED_SAMPLES:
             raise ValueError(f"logprob_weight is for {' and '.join(_OF_VALUED_SAMPLES)} only")
         return self
@@ -301,11 +318,13 @@ def choose(
     method: Method,
     top_k: int,
     seed: int,
+    weighted: bool = False,
     logprob_weight: float = 0.0,
 ) -> tuple[RankedAnswer, ...]:
     """Rank the answers of finished solutions by the rule of a method, the chosen one first.
 
     Args:
+        weighted: MCTS: all vote, weighed by value and share, in place of the top K.
         top_k: solutions that vote in MCTS and beam search; the other methods have their own number.
         seed: settles what votes and values leave tied.
         logprob_weight: as of `MethodConfig`; above 0, answers have no PPM value but a weight.
@@ -314,9 +333,9 @@ def choose(
     values = [solution.value for solution in solutions]
     if not method.uses_preference or not _valued(solutions):
         return tuple(rank_answers(answers, seed=seed))
-    if method not in _OF_VALUED_SAMPLES:
+    if method not in _OF_VALUED_SAMPLES and not weighted:
         return tuple(rank_answers(answers, values=values, top_k=top_k, seed=seed))
-    weights = [vote_weight(s.value, s.mean_logprob, logprob_weight) for s in solutions]
+    weights = [s.share * vote_weight(s.value, s.mean_logprob, logprob_weight) for s in solutions]
     if logprob_weight:
         if all(s.mean_logprob is None for s in solutions if s.answer is not None):
             raise ValueError(
@@ -330,6 +349,8 @@ def choose(
 
 def tree_solutions(tree: Tree, *, visited: bool = True) -> list[Solution]:
     """The answers a search has visited, or not visited, in creation order."""
+    found = [n for n in tree.answers() if (n.visit_count > 0) is visited]
+    shares = solution_shares(tree, found)
     return [
         Solution(
             steps=tuple(tree.steps(node)),
@@ -338,9 +359,10 @@ def tree_solutions(tree: Tree, *, visited: bool = True) -> list[Solution]:
             num_tokens=own_tokens(tree.path(node)),
             status="ok",
             seed=tree.seed,
+            share=shares[node.id],
         )
-        for node in tree.answers()
-        if (node.visit_count > 0) is visited and node.step is not None
+        for node in found
+        if node.step is not None
     ]
 
 
@@ -350,10 +372,18 @@ def search_solutions(trees: Iterable[Tree]) -> list[Solution]:
 
 
 def _one_per_program(solutions: Sequence[Solution]) -> list[Solution]:
-    """The best-valued solution of each distinct program, in their order."""
+    """The best-valued solution of each distinct program, in their order, with the share of all of
+    it."""
+    programs = [program_of(solution.steps) for solution in solutions]
     best_first = sorted(range(len(solutions)), key=lambda n: -_known(solutions[n]))
-    kept = one_per_program(best_first, lambda n: program_of(solutions[n].steps))
-    return [solutions[n] for n in sorted(kept)]
+    kept = one_per_program(best_first, lambda n: programs[n])
+    shares: defaultdict[str, float] = defaultdict(float)
+    for program, solution in zip(programs, solutions, strict=True):
+        shares[program] += solution.share
+    return [
+        replace(solutions[n], share=shares[programs[n]]) if programs[n] else solutions[n]
+        for n in sorted(kept)
+    ]
 
 
 @dataclass
@@ -502,6 +532,7 @@ class Solver:
             method=method,
             top_k=self.config.top_k,
             seed=seed,
+            weighted=self.config.mcts_vote == "weighted" and method is Method.MCTS,
             logprob_weight=self.config.logprob_weight,
         )
         return SolveResult(

@@ -316,7 +316,10 @@ def split_question(prompt: str, template: PromptTemplate) -> tuple[str, str]:
 
 
 def parse_step(text: str) -> Step:
-    """Read a completion (its stop string still at its end) as a step; never raises."""
+    """Read a completion (its stop string still at its end) as a step; never raises.
+
+    What names a marker is no answer: the policy has lost its way in the grammar.
+    """
     marker = next((m for m in _KIND_OF_END if text.endswith(m)), None)
     if marker is None:
         return Step(kind=StepKind.UNFINISHED, text=text)
@@ -324,7 +327,10 @@ def parse_step(text: str) -> Step:
     if kind is not StepKind.ANSWER:
         return Step(kind=kind, text=text)
     sentence = text[: -len(marker)].split(ANSWER, 1)[-1]
-    return Step(kind=kind, text=text, answer=extract_answer(sentence))
+    answer = extract_answer(sentence)
+    if answer is not None and any(marker in answer for marker in MARKERS):
+        answer = None
+    return Step(kind=kind, text=text, answer=answer)
 
 
 def read_completion(text: str, template: PromptTemplate, previous: Step | None) -> Step:

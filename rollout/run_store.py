@@ -204,6 +204,12 @@ class RunStore:
         else:
             self._retry("write", path, lambda: self._fs.pipe_file(full, data))
 
+    def put_new(self, path: str, data: bytes) -> None:
+        """As `put`, of a name that nobody else writes: a bucket is asked to create it, for which a
+        key that may replace nothing will do."""
+        if self._local or not (self.create(path, data) or self.read(path) == data):
+            self.put(path, data)
+
     def create(self, path: str, data: bytes) -> bool:
         """Write a file whole only if there is none; False if there was one.
 
@@ -302,8 +308,12 @@ class RunStore:
 
     def delete_folder(self, path: str) -> None:
         """Remove a folder with all that is in it; harmless if there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            self._retry("delete", path, lambda: self._fs.rm(self._full(path), recursive=True))
+        if self._local:
+            with contextlib.suppress(FileNotFoundError):
+                self._retry("delete", path, lambda: shutil.rmtree(self._full(path)))
+            return
+        for name in self.below_all(path):  # not every S3 can delete many at once
+            self.delete(f"{path}/{name}")
 
     def exists(self, path: str) -> bool:
         """True if there is a file or folder."""
@@ -425,8 +435,10 @@ class RunStore:
             return create_only(Path(full), data)
         try:
             self._fs.pipe_file(full, data, mode="create")
-        except FileExistsError:
-            return False
+        except OSError as error:
+            if isinstance(error, FileExistsError) or _is_refused(error):
+                return False
+            raise
         return True
 
     def _names(self, prefix: str, kind: str) -> list[str]:
@@ -461,6 +473,13 @@ def _has_own_create(fs: AbstractFileSystem) -> bool:
     if isinstance(fs, AsyncFileSystem):
         return type(fs)._pipe_file is not AsyncFileSystem._pipe_file
     return type(fs).pipe_file is not AbstractFileSystem.pipe_file
+
+
+def _is_refused(error: OSError) -> bool:
+    """True if S3 refused a write for its condition. s3fs says so only where the answer has the
+    element `Condition`, which is Amazon's own."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412
 
 
 def _files(folder: Path) -> list[Path]:

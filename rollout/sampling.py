@@ -63,6 +63,9 @@ class Solution:
     """Why its program (of `sample_texts`: its text) ended."""
     error: str = ""
     """What the program raised, as "TypeName: message"; "" if it ran."""
+    share: float = 1.0
+    """What it stands for among all that the policy would write: of a sample 1; of an answer of a
+    tree its part of it (`rollout.tree.solution_shares`)."""
     logprob: float | None = None
     """Sum of the log-probabilities of its `num_tokens` tokens under the policy; None: the engine
     was not asked for them."""

@@ -3,12 +3,14 @@
     worker:  data/<shard>-<attempt>.parquet   a unique name, never written twice
              derived/<kind>/<shard>-<attempt> what was made of it for a later stage
              commits/<shard>.json             create-only: the first to create it has committed
+    reader:  gathered/<digest>.jsonl.gz       copies of many markers, read in the place of these
     round:   manifest.json                    create-only: what readers and the learner read
 
     <root>/trajectories/round=R/plans/<stage>.json     which problems a stage searches
                                /data/<shard>-<attempt>.parquet
                                /derived/<kind>/<shard>-<attempt>
                                /commits/<shard>.json
+                               /gathered/<digest>.jsonl.gz
                                /manifest.json
                                /regrades/<NNNN>/plan.json, data/, commits/, ..., manifest.json
     <root>/evaluations/round=R/...                     likewise, of the evaluation of round R
@@ -32,6 +34,10 @@ were handed back, each the problems of one new shard. Part and rest are decided 
 What a killed worker left, a data file no marker names, is removed once the round is sealed and the
 file is older than any lease (`TrajectoryStore.remove_orphans`).
 
+A marker never changes, so a copy of it says the same. Whoever reads each as it comes
+(`gathered_commit`: the coordinator) writes every `GATHERED` of them into one file, so that a round
+of ten thousand shards is read in dozens of requests. Without these files nothing but time is lost.
+
 The store itself is `rollout.run_store`, the records of markers and manifests `rollout.commits`;
 other packages take them from here.
 
@@ -45,12 +51,16 @@ round that is not sealed may lack the commits of the last minute, and never show
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import io
 import json
+import logging
 import posixpath
 import time
 import uuid
+import zlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -81,6 +91,8 @@ __all__ = [
     "stored_rounds",
 ]
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 F = TypeVar("F", Commit, ManifestFile)
 
@@ -88,6 +100,9 @@ LISTING_S = 60.0
 """What a listing lacks is looked up by name for so long before it counts as missing."""
 
 LOOK_UP_PAUSE_S = 2.0
+
+GATHERED = 128
+"""Markers of one gathered file."""
 
 _MARKERS_AT_ONCE = 4096
 """Bounds the memory of reading a round's markers, which are many times larger than what is kept."""
@@ -100,6 +115,8 @@ class TrajectoryStore:
         self.store = store
         self.round = round
         self.prefix = folder_of(round)
+        self._loose: dict[str, bytes] = {}
+        """Markers by shard that this one is to write into a gathered file."""
 
     # -- writing
 
@@ -167,10 +184,10 @@ class TrajectoryStore:
             num_bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
         )
-        self.store.put(path, data)
+        self.store.put_new(path, data)
         beside = {_derived(path, kind): made for kind, made in (derived or {}).items()}
         for name, made in beside.items():
-            self.store.put(name, made)
+            self.store.put_new(name, made)
         if self.store.create(self._marker(commit.shard, generation), commit.to_json()):
             return True
         return self._is_own(commit.shard, commit.attempt, derived or (), generation=generation)
@@ -182,8 +199,10 @@ class TrajectoryStore:
         if self.read_commit(shard_id, trees=False, generation=generation).attempt == attempt:
             return True
         path = self._data(shard_id, attempt, generation)
-        for name in (path, *(_derived(path, kind) for kind in kinds)):
-            self.store.delete(name)
+        # A key that may only create leaves them to `remove_orphans`.
+        with contextlib.suppress(StoreError):
+            for name in (path, *(_derived(path, kind) for kind in kinds)):
+                self.store.delete(name)
         return False
 
     def seal(self, shard_ids: Iterable[str] | None = None) -> Manifest:
@@ -318,6 +337,27 @@ class TrajectoryStore:
         path = self._marker(shard_id, generation)
         return self._parse_commit(self.store.read(path), path, trees=trees)
 
+    def gathered_commit(self, shard_id: str) -> Commit:
+        """As `read_commit` without trees, for who reads each marker of the round once, as it comes:
+        every `GATHERED` of them are written into one file for all who read them later."""
+        path = self._marker(shard_id)
+        data = self.store.read(path)
+        commit = self._parse_commit(data, path, trees=False)
+        self._loose[shard_id] = data
+        self._gather()
+        return commit
+
+    def _gather(self) -> None:
+        if len(self._loose) < GATHERED:
+            return
+        loose, self._loose = self._loose, {}
+        name = hashlib.sha256(" ".join(sorted(loose)).encode()).hexdigest()[:16]
+        data = gzip.compress(b"\n".join(loose.values()), compresslevel=1, mtime=0)
+        try:
+            self.store.put(f"{self.prefix}/gathered/{name}.jsonl.gz", data, durable=False)
+        except StoreError as error:  # the markers stand
+            logger.warning("Markers were not gathered: %s round=%d", error, self.round)
+
     def commits(self, *, trees: bool = True, generation: int | None = None) -> dict[str, Commit]:
         """All markers of the round by shard id.
 
@@ -344,11 +384,14 @@ class TrajectoryStore:
             )
         return found
 
-    def each_commit(self, *, trees: bool = True, generation: int | None = None) -> Iterator[Commit]:
+    def each_commit(
+        self, *, trees: bool = True, generation: int | None = None, gather: bool = False
+    ) -> Iterator[Commit]:
         """The markers of the round one after the other, a bounded number of them in memory.
 
         Args:
             trees, generation: as of `commits`.
+            gather: write those that are in no gathered file into some (of generation 0).
         Raises:
             StoreError: a marker cannot be read; the message names it.
         """
@@ -359,6 +402,16 @@ class TrajectoryStore:
         else:
             listed = self.store.files(f"{self._folder(number)}/commits")
             paths = [path for path in listed if path.endswith(".json")]
+        if not number and len(paths) >= GATHERED:
+            wanted, known = set(paths), set[str]()
+            for path, data in self._gathered_markers():
+                commit = self._parse_commit(data, path, trees=trees)
+                marker = self._marker(commit.shard)
+                # What a listing lacks is committed all the same, unlike what a manifest lacks.
+                if marker not in known and (sealed is None or marker in wanted):
+                    known.add(marker)
+                    yield commit
+            paths = [path for path in paths if path not in known]
         for start in range(0, len(paths), _MARKERS_AT_ONCE):
             try:
                 some = self.store.read_many(paths[start : start + _MARKERS_AT_ONCE])
@@ -368,7 +421,20 @@ class TrajectoryStore:
                     f"{error}"
                 ) from error
             for path, data in some.items():
-                yield self._parse_commit(data, path, trees=trees)
+                commit = self._parse_commit(data, path, trees=trees)
+                if gather:
+                    self._loose[commit.shard] = data
+                    self._gather()
+                yield commit
+
+    def _gathered_markers(self) -> Iterator[tuple[str, bytes]]:
+        """Markers, each with the file that has it; some may come twice."""
+        paths = self.store.files(f"{self.prefix}/gathered")
+        step = _MARKERS_AT_ONCE // GATHERED
+        for start in range(0, len(paths), step):
+            for path, data in self.store.read_many(paths[start : start + step]).items():
+                for marker in _parse(_unzipped, data, path).splitlines():
+                    yield path, marker
 
     def _wanted(self, shard_ids: Set[str] | None, generation: int) -> Iterator[Commit]:
         """The markers of these shards (None: all that are listed), each once; those that a listing
@@ -671,6 +737,13 @@ def stored_rounds(store: RunStore, *, evaluations: bool = False) -> list[int]:
         found += map(evaluation_of, numbers("evaluations"))
         found += map(ruler_of, numbers("rulers"))
     return sorted(found)
+
+
+def _unzipped(data: bytes) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(str(error)) from error
 
 
 def _parse(parse: Callable[[bytes], T], data: bytes, path: str) -> T:

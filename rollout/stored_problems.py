@@ -77,6 +77,11 @@ class StoredProblems(Mapping[str, Problem]):
         order = np.argsort(found, kind="stable")
         return cls(store, tuple(blocks), found[order], order.astype(np.uint32))
 
+    @property
+    def digest(self) -> str:
+        """Of all problems, in their order."""
+        return hashlib.sha256("".join(self._blocks).encode()).hexdigest()
+
     def __getitem__(self, problem_id: str) -> Problem:
         """
         Raises:

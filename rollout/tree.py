@@ -286,6 +286,28 @@ def own_tokens(nodes: Sequence[Node]) -> int:
     return sum(node.num_tokens // max(node.multiplicity, 1) for node in nodes)
 
 
+def solution_shares(tree: Tree, answers: Sequence[Node]) -> dict[int, float]:
+    """How often the policy ends in each of some answers, as the tree lets it be told: node id ->
+    share, 1 in all.
+
+    At each node the children that have one of them at or below them are weighed as often as they
+    were sampled: a step that 14 of 16 candidates agreed on weighs 14, though it is one node, and a
+    branch weighs no more for having been searched more.
+    """
+    leads, sampled = [False] * len(tree.nodes), [0] * len(tree.nodes)
+    for node in answers:
+        leads[node.id] = True
+    for node in reversed(tree.nodes[1:]):
+        if leads[node.id]:
+            leads[node.parent] = True
+            sampled[node.parent] += node.multiplicity
+    shares = [1.0] + [0.0] * (len(tree.nodes) - 1)
+    for node in tree.nodes[1:]:
+        if leads[node.id]:
+            shares[node.id] = shares[node.parent] * node.multiplicity / sampled[node.parent]
+    return {node.id: shares[node.id] for node in answers}
+
+
 def is_answer(node: Node) -> bool:
     """True if the node's step is an answer."""
     return node.step is not None and node.step.kind is StepKind.ANSWER

@@ -47,7 +47,7 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def until(self, condition: str, limit_s: float = 60) -> None:
+    async def until(self, condition: str, limit_s: float = 180) -> None:
         """Wait until an expression of the page is true."""
         async with asyncio.timeout(limit_s):
             while not await self.run(condition):
@@ -80,7 +80,7 @@ async def opened(url: str, folder: Path, size: str = "1200,1500") -> AsyncIterat
     )
     assert process.stderr is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while not (found := re.search(rb"ws://([\d.]+:\d+)/", await process.stderr.readline())):
                 pass
         async with aiohttp.ClientSession() as session:

@@ -1,17 +1,47 @@
-"""The whole suite holds many libraries with threads of their own (torch, Ray, Arrow) in a process.
+"""The whole suite in several processes: what is long begins first, a file stays together.
 
-Python ended in a segmentation fault while it took them down, after every test had passed: the
-process ends here instead, with the status of the tests.
+`make test` starts `pytest -n ... --dist loadfile --no-loadscope-reorder`: a file goes to one
+process, files in the order of collection.
+
+The suite holds many libraries with threads of their own (torch, Ray, Arrow) in a process. Python
+ended in a segmentation fault while it took them down, after every test had passed: the process
+ends here instead, with the status of the tests.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
+ROOMS = ("slow", "integration", "unit")
+LONGEST = (
+    "slow/test_evolve.py",
+    "slow/test_silence.py",  # it waits, while the one before it works
+    "integration/test_store_faults.py",
+    "slow/test_learner_group.py",
+    "slow/test_faults.py",
+    "slow/test_serve_vllm.py",
+    "slow/test_pretrained.py",
+)
+"""First of all, so that nothing has to wait for one of them at the end."""
+
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Of 15, Ray's own, an actor hardly runs beside the tests of another process."""
+
 _status = 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> tuple[int, int]:
+        path = item.path.relative_to(HERE)
+        long = LONGEST.index(path.as_posix()) if path.as_posix() in LONGEST else len(LONGEST)
+        return long, ROOMS.index(path.parts[0])
+
+    items.sort(key=turn)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

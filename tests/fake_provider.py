@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
@@ -52,6 +56,10 @@ class AutoscaledCluster:
             head: custom resources of the head.
             idle_s: a node that nobody uses for so long is taken away.
         """
+        # As `ray.init` does. A process keeps the mode of its first Ray: a cluster without tokens
+        # takes one that has them for dead, and ends all its actors.
+        enable_token_auth_by_default()
+        ensure_token_if_auth_enabled()
         ip, port = get_node_ip_address(), _free_port()
         self.address = f"{ip}:{port}"
         # A path to a socket must be short.
@@ -74,7 +82,6 @@ class AutoscaledCluster:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": self._folder.name,
-            "RAY_AUTH_MODE": "disabled",
             "RAY_FAKE_CLUSTER": "1",
             "RAY_enable_autoscaler_v2": "1",
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
@@ -96,7 +103,7 @@ class AutoscaledCluster:
             self.shutdown()
             raise
 
-    def _wait_until_it_answers(self, ip: str, port: int, limit_s: float = 60.0) -> None:
+    def _wait_until_it_answers(self, ip: str, port: int, limit_s: float = 180.0) -> None:
         give_up_s = time.monotonic() + limit_s
         log = Path(self._log.name)
         while "Ray runtime started" not in log.read_text(errors="replace"):

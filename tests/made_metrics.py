@@ -51,6 +51,7 @@ def write_made_run(root: Path, end_s: float, *, state: str = "running") -> None:
             stage_eta_s=900,
             run_eta_s=5400,
             usd_per_hour=12.0,
+            cost_usd=6.0,
         ),
     )
     (root / LIVE_FILE).write_text(json.dumps(asdict(live)), encoding="utf-8")
@@ -127,6 +128,8 @@ def made_row(row: int) -> dict[Key, float]:
         (m.LOOP_LAG, 0.01),
     ):
         put(metric, value)
+    for process, cores in (("PolicyReplica", 0.9), ("SandboxWorker", 0.6), ("driver", 0.1)):
+        put(m.PROCESS_CPU, cores * seconds, process=process)
     put(m.STAGE, 1, stage="rollout", round="2")
     put(m.ETA, 5400 - seconds, of="run")
     put(m.CLUSTER_NODES, 5, state="alive")

@@ -55,7 +55,7 @@ class Prometheus:
             stderr=subprocess.STDOUT,
         )
 
-    def wait_ready(self, limit_s: float = 20) -> None:
+    def wait_ready(self, limit_s: float = 60) -> None:
         give_up_s = time.monotonic() + limit_s
         while True:
             try:

@@ -1,14 +1,18 @@
-"""Kills processes of a running fleet, one of each kind, and waits until each is replaced."""
+"""Kills processes of a running fleet, one of each kind, and waits until each is replaced; fills its
+disk."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -93,11 +97,37 @@ _VICTIMS: dict[str, Callable[[Saboteur], Awaitable[int]]] = {
 """How the process id of one of each kind is found."""
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 120) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 600) -> None:
     """Wait for something to come true."""
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.02)
+
+
+def can_mount() -> bool:
+    """Whether `small_disk` works here."""
+    return os.geteuid() == 0 and shutil.which("mount") is not None
+
+
+@contextmanager
+def small_disk(folder: Path, *, mib: int) -> Iterator[None]:
+    """A real file system in a folder, that is soon full."""
+    what = ["-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)]
+    subprocess.run(["mount", *what], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until nothing more fits."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return
 
 
 @asynccontextmanager
@@ -114,7 +144,7 @@ async def stopped_at_the_end(fleet: Fleet, *, processes: bool = True) -> AsyncIt
         children = psutil.Process().children(recursive=True) if processes else []
         started = [child for child in children if child not in before]
         await fleet.stop()
-        _, alive = psutil.wait_procs(started, timeout=15)
+        _, alive = psutil.wait_procs(started, timeout=60)
         assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 

@@ -1,22 +1,29 @@
 """A driver without models, for tests that kill it: `python -m tests.scripted_driver RUN ADDRESS`.
 
 It searches `PROBLEMS` on scripted replicas of an existing Ray cluster. Problems that ask `HELD`
-wait while the file `hold` lies in the run's folder.
+wait while the file `hold` lies in the run's folder. Told to stop, it drains. `drive` is a driver
+with models: `rstar rollout`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.cluster_utils import Cluster
+from rich.console import Console
 
+from cluster.cli import _run
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.stages import RolloutOutcome, RolloutStage
 from cluster.folder.run_folder import RunFolder
 from cluster.runs.config import RolloutConfig
+from cluster.runs.rollout import RolloutRun
+from cluster.telemetry.progress import ProgressView
 from rollout.search import SearchConfig
 from tests.builders import make_problem
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
@@ -25,6 +32,22 @@ SEARCH = SearchConfig(template="short", num_candidates=3, num_rollouts=10, max_d
 PROBLEMS = [
     make_problem(f"p{n}", text="How many?" if n % 8 else HELD, answer="3") for n in range(40)
 ]
+
+
+@contextmanager
+def small_cluster() -> Iterator[Cluster]:
+    """A head of four CPUs that outlives the drivers on it."""
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 4,
+            "object_store_memory": 80 * 2**20,
+            "include_dashboard": False,
+        },
+    )
+    yield made
+    ray.shutdown()
+    made.shutdown()
 
 
 def make_fleet(root: Path, address: str, **cluster: Any) -> Fleet:
@@ -62,6 +85,22 @@ async def rollout(fleet: Fleet) -> RolloutOutcome:
     )
 
 
+def drive(config: dict[str, Any], said: Path) -> None:
+    """Do what `rstar rollout` does, and write what it says into a file, after what stands there."""
+    with said.open("a") as file:
+        view = ProgressView(Console(file=file))
+        _run(RolloutRun(RolloutConfig.model_validate(config), view).run(), again="", view=view)
+
+
+async def held_rollout(fleet: Fleet) -> RolloutOutcome:
+    """The same by the one driver of the run, which ends its actors."""
+    with fleet.folder.locked():
+        try:
+            return await rollout(fleet)
+        finally:
+            await fleet.stop()
+
+
 if __name__ == "__main__":
-    orphan_s = float(sys.argv[3])
-    asyncio.run(rollout(make_fleet(Path(sys.argv[1]), sys.argv[2], orphan_s=orphan_s)))
+    made = make_fleet(Path(sys.argv[1]), sys.argv[2], orphan_s=float(sys.argv[3]))
+    _run(held_rollout(made), again="")

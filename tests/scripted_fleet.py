@@ -17,12 +17,12 @@ from tests.scripted_replicas import ScriptedPolicyReplica, ScriptedPreferenceRep
 
 
 def scripted_fleet(
-    root: Path, *, replica: type = ScriptedPolicyReplica, seed: int = 0, **cluster: Any
+    root: Path | str, *, replica: type = ScriptedPolicyReplica, seed: int = 0, **cluster: Any
 ) -> Fleet:
     """A fleet of scripted replicas and real sandboxes, looked at five times a second.
 
     Args:
-        root: of its run; is made.
+        root: of its run, a folder, which is made, or an address.
         replica: class of the policy's replicas.
         cluster: over what follows; without `address` an embedded Ray.
     """
@@ -37,7 +37,8 @@ def scripted_fleet(
             "cluster": {**embedded, "supervision": watched, **cluster},
         }
     )
-    root.mkdir(parents=True, exist_ok=True)
+    if isinstance(root, Path):
+        root.mkdir(parents=True, exist_ok=True)
     fleet = Fleet(config, RunFolder(root))
     fleet._policy_kind.actor = ray.remote(replica)
     fleet._preference_kind.actor = ray.remote(ScriptedPreferenceReplica)

@@ -34,7 +34,9 @@ class ScriptedReplica:
     delay_s = 0.01
     """Of each request: not too fast to be killed at work."""
 
-    def __init__(self, path: str, config: Any = None, *, version: str, name: str) -> None:
+    def __init__(
+        self, path: str, config: Any = None, *, version: str, name: str, stage: Any = None
+    ) -> None:
         self.path, self.version, self.name = path, version, name
         self.requests = 0
         self.running = 0

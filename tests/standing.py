@@ -23,6 +23,7 @@ PLACES = {
     "Mailbox": DRIVER,
     "Watchman": DRIVER,
     "NodeSpotWatcher": ITS_NODE,
+    "look_at": ITS_NODE,
     "RolloutWorker": POOL,
     "SandboxWorker": POOL,
     "PolicyReplica": POOL,

@@ -38,6 +38,11 @@ _UNITS = {
     "per usd": "short",
 }
 
+LONGEST = "60d"
+"""What is looked back on for a run's own time."""
+
+_TYPES = {"number": "stat", "lines": "timeseries", "timeline": "state-timeline"}
+
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -60,7 +65,13 @@ def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
                 "asDropdown": False,
                 "keepTime": True,
                 "includeVars": True,
-            }
+            },
+            {
+                "type": "link",
+                "title": "the run's own time",
+                "url": f"/d/rstar-{dashboard.name}?from=${{began_ms}}&to=${{ended_ms}}",
+                "includeVars": True,
+            },
         ],
         "templating": {"list": _variables()},
         "annotations": {"list": []},
@@ -88,7 +99,26 @@ def _variables() -> list[dict[str, Any]]:
             "refresh": 2,
             "sort": 1,
         },
+        *(_edge(name, of) for name, of in (("began_ms", "min"), ("ended_ms", "max"))),
     ]
+
+
+def edge_promql(of: str) -> str:
+    """When the first (of: "min") or the last sample of a run was, in ms; $run is the run."""
+    seen = f'timestamp({RUN_SECONDS.exported}{{run="$run"}})'
+    return f"floor(1000 * {of}({of}_over_time({seen}[{LONGEST}:5m])))"
+
+
+def _edge(name: str, of: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "query",
+        "hide": 2,
+        "datasource": _SOURCE,
+        "query": f"query_result({edge_promql(of)})",
+        "regex": r"/ (\d+) \d+$/",
+        "refresh": 2,
+    }
 
 
 def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
@@ -97,23 +127,35 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         defaults |= {"min": 0, "max": 1}
     if panel.kind == "lines":
         defaults["custom"] = {"fillOpacity": 8, "lineWidth": 2, "showPoints": "never"}
-    options: dict[str, Any] = (
-        {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "area"}
-        if panel.kind == "number"
-        else {
+    if panel.kind == "timeline":
+        defaults |= {
+            "custom": {"fillOpacity": 80, "lineWidth": 0, "spanNulls": False},
+            "color": {"mode": "fixed", "fixedColor": "blue"},
+            "mappings": [{"type": "value", "options": {"1": {"text": "running"}}}],
+        }
+    options: dict[str, dict[str, Any]] = {
+        "number": {"reduceOptions": {"calcs": ["lastNotNull"]}, "graphMode": "area"},
+        "lines": {
             "legend": {"displayMode": "list", "placement": "bottom"},
             "tooltip": {"mode": "multi"},
-        }
-    )
+        },
+        "timeline": {
+            "mergeValues": True,
+            "showValue": "never",
+            "rowHeight": 0.8,
+            "legend": {"showLegend": False},
+            "tooltip": {"mode": "single"},
+        },
+    }
     return {
         "id": number,
-        "type": "stat" if panel.kind == "number" else "timeseries",
+        "type": _TYPES[panel.kind],
         "title": panel.title,
         "description": panel.help,
         "datasource": _SOURCE,
         "gridPos": {"x": x, "y": y, "w": panel.width, "h": panel.height},
         "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": options,
+        "options": options[panel.kind],
         "targets": [
             {
                 "refId": chr(ord("A") + position),

@@ -25,6 +25,7 @@ This page is made by `python -m tools.metrics_reference` from the catalogue
 (`cluster/telemetry/metrics.py`), the dashboards (`cluster/watch/panels.py`) and the rules
 (`deploy/prometheus/rules.yml`); a test fails when it is out of date.
 
+    rstar why RUN                            # what it hangs on (docs/runbook.md)
     rstar top RUN                            # in the terminal, over ssh; nothing else is needed
     rstar dashboard RUN                      # the dashboards as a page, from the run's own samples
     rstar dashboard RUN --prometheus URL     # the same from a Prometheus
@@ -40,9 +41,17 @@ This page is made by `python -m tools.metrics_reference` from the catalogue
 - Every metric has the label `run`, the name of the run's folder: give runs that one Prometheus sees
   folders of different names. Sum over processes, never look at a single one: a process that is
   replaced counts from 0 again, and Ray keeps the last value of one that is gone.
-- Ray hands counts on every 10 seconds (`RAY_metrics_report_interval_ms`), so what an actor counted
-  in its last seconds is not seen, and a run of less than about 20 seconds shows little.
-- `python -m bench.metrics` measures what all this costs.
+- Ray hands counts on every 10 seconds (`RAY_metrics_report_interval_ms`). An actor that ends in
+  good order hands over what it counted last, and the driver looks once more when all have ended:
+  the samples hold everything. What a process that is killed counted in its last seconds is lost.
+- Time left has no value until some of the stage is done, or a stage like it was measured; `rstar
+  status` and `rstar top` say "unknown" then.
+- `rstar train` alone exports what a run exports of a fit (`rstar_learner_*`, `rstar_stage_running`,
+  `rstar_eta_seconds`), and `rstar top`, `dashboard` and `why` work on its folder.
+- `rstar dashboard` opens on the run's own time, from its first start to its end (as far as there is
+  data); in Grafana the link "the run's own time" of each dashboard does that.
+- `python -m bench.demo --profile RUN` shows where the time of a run went: seconds by stage and by
+  process. `python -m bench.metrics` measures what all this costs.
 
 Ray's discovery over HTTP (`/api/prometheus/sd`) asks for Ray's token; its discovery file on the
 head does not, and neither do the agents' and the driver's `/metrics`: keep strangers out by network

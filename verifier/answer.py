@@ -59,7 +59,9 @@ _FOR_ALL = re.compile(
     rf"|\\(?:text|mathrm)\s*\{{\s*\}}\s*\\forall|\\forall|\b{_FOR_ALL_WORDS}\s)"
     r"\s*\$?\s*[A-Za-z]\s*(?:(?:\\in|∈|\bin\b)\s*(?:\\mathbb\s*\{?\s*)?[RQZNC]\s*\}?)?\s*\$?$"
 )
-_TRAILING_SPACE = re.compile(r"(?:\\\\|\\[,;:! ]|\\q?quad|\\|~|\s)+$")
+# Possessive, and from the start of a run only: a long run of backslashes can be read in more ways
+# than can be tried.
+_TRAILING_SPACE = re.compile(r"(?<![\\~\s])(?:\\[,;:! ]|\\q?quad|\\|~|\s)++$")
 _LEADING_SPACE = re.compile(r"^(?:\\\\|\\[,;:! ]|\\q?quad(?![A-Za-z])|\s)+")
 
 

@@ -53,8 +53,8 @@ list of them that were named one by one, or `Label("")` for none."""
 
 MAX_CHAIN = 12
 MAX_CELLS = 16
-_POINT = re.compile(r"[A-Z](?:_\w+|')*")
-_CAPITAL_OR_INDEXED = re.compile(r"[A-Z](?:_\w+|')*|[a-z]_\w+")
+_POINT = re.compile(r"[A-Z](?:_\w++|')*+")
+_CAPITAL_OR_INDEXED = re.compile(r"[A-Z](?:_\w++|')*+|[a-z]_\w+")
 _INDEXED = re.compile(r"([A-Za-z])_(\d+)")
 _LETTERS_OF_A_FUNCTION = re.compile(r"(.+)\(([A-Za-z]\w*(?:,[A-Za-z]\w*)*)\)")
 

@@ -201,7 +201,7 @@ def _solution_set(relation: Relation) -> RealSet | None:
     if letter is None:
         return None
     for operator, (left, right) in relation.links():
-        if operator == "≈" or not is_expression(left) or not is_expression(right):
+        if operator not in _FLIPPED or not is_expression(left) or not is_expression(right):
             return None
         solved = _solve(letter, left, operator, right)
         if solved is None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.evaluation.config import EvaluateConfig
+from cluster.evaluation.config import EvaluateConfig, search_of_run
 from cluster.fleet.given_models import chat_prompt, with_checkpoint_directories
 from cluster.folder.config_file import ConfigError, make_config, read_yaml
 from cluster.folder.run_folder import RunFolder, RunFolderError
@@ -139,12 +139,12 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
     """Serving settings of a run, and those its own evaluation uses the methods with."""
     stored = RunFolder(run).config() or {}
     settings = {name: stored[name] for name in RUN_SECTIONS if name in stored}
+    if "search" in settings:
+        settings["search"] = search_of_run(stored)
     evaluation = stored.get("evaluation") or {}
     for name in ("max_solution_tokens", "vote_top_k"):
         if name in evaluation:
             settings[name] = evaluation[name]
-    if "num_candidates" in evaluation and "search" in settings:
-        settings["search"]["num_candidates"] = evaluation["num_candidates"]
     return settings
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +12,7 @@ from cluster.fleet.config import GivenModelsConfig
 from cluster.folder.config_file import Config
 from rollout.methods import Method
 from rollout.problem import Level
+from rollout.search import SearchConfig
 
 
 class EvaluationConfig(Config):
@@ -29,6 +31,9 @@ class EvaluationConfig(Config):
         None, ge=1, description="problems for majority, best-of-N and search; null: all"
     )
     num_candidates: int = Field(8, ge=1, description="candidates per expansion of search")
+    temperature: float | None = Field(
+        None, gt=0.0, description="of samples and search; null: search.temperature"
+    )
     vote_top_k: int = Field(4, ge=1, description="answers that vote, best PPM value first")
     max_solution_tokens: int = Field(2048, ge=1, description="generated tokens per sample")
     num_pair_problems: int = Field(
@@ -45,6 +50,22 @@ class EvaluationConfig(Config):
         "over at least 20 problems) of its held-out pair accuracy is above this; null: every PPM "
         "does",
     )
+
+    def searched(self, search: SearchConfig) -> SearchConfig:
+        """The search of a run, as it is evaluated."""
+        own = {name: getattr(self, name) for name in _OF_SEARCH}
+        return search.model_copy(update={n: value for n, value in own.items() if value is not None})
+
+
+_OF_SEARCH = ("num_candidates", "temperature")
+"""Settings of a search that an evaluation has its own of."""
+
+
+def search_of_run(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Section `search` of a run's stored config, as the run itself is evaluated; {} without one."""
+    evaluation = stored.get("evaluation") or {}
+    own = {name: evaluation[name] for name in _OF_SEARCH if evaluation.get(name) is not None}
+    return {**stored["search"], **own} if "search" in stored else {}
 
 
 class EvaluateConfig(GivenModelsConfig):

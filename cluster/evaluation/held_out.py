@@ -64,6 +64,8 @@ class ProblemEvaluation:
     best_of_n: bool | None = None
     weighted_majority: bool | None = None
     search: bool | None = None
+    weighted_search: bool | None = None
+    """The same trees, of which all answers vote, each by value and share."""
     any_sample: bool | None = None
     """Some sample was right: what a perfect choice among them would reach."""
     any_search: bool | None = None
@@ -168,7 +170,7 @@ async def evaluate(
     Goes on from what an earlier start has committed. Cancelling drains, as a rollout does.
 
     Args:
-        search: its template and token limits; rollouts and candidates are those of `config`.
+        search: its template and limits; rollouts, candidates and temperature are those of `config`.
         round: of the models.
     Raises:
         EngineError: members of a pool died too often.
@@ -180,7 +182,7 @@ async def evaluate(
     searched = frozenset(problem.id for problem in few)
     stage = RolloutStage(
         name="evaluate",
-        search=search.model_copy(update={"num_candidates": config.num_candidates}),
+        search=config.searched(search),
         answers=partial(evaluate_problem, config=config, round=round, seed=seed, searched=searched),
         shard_size=_SHARD_SIZE,
     )
@@ -313,8 +315,8 @@ def _judge_problem(trees: Sequence[Tree], top_k: int) -> ProblemEvaluation:
     drawn, reached = chain_solutions(samples), search_solutions(searches)
     right = {node.step.answer for t in others for node in t.answers() if node.correct and node.step}
 
-    def chosen(solutions: Sequence[Solution], method: Method) -> bool:
-        ranked = choose(solutions, method=method, top_k=top_k, seed=greedy.seed)
+    def chosen(solutions: Sequence[Solution], method: Method, weighted: bool = False) -> bool:
+        ranked = choose(solutions, method=method, top_k=top_k, weighted=weighted, seed=greedy.seed)
         return bool(ranked) and solutions[ranked[0].members[0]].answer in right
 
     return replace(
@@ -323,6 +325,7 @@ def _judge_problem(trees: Sequence[Tree], top_k: int) -> ProblemEvaluation:
         best_of_n=chosen(drawn, Method.BEST_OF_N),
         weighted_majority=chosen(drawn, Method.WEIGHTED_MAJORITY),
         search=chosen(reached, Method.MCTS),
+        weighted_search=chosen(reached, Method.MCTS, weighted=True),
         any_sample=samples.solved,
         any_search=any(tree.solved for tree in searches),
         num_samples=len(drawn),
@@ -342,6 +345,7 @@ def _set_aside(problem: Problem, why: str, *, searched: bool) -> ProblemEvaluati
         best_of_n=wrong,
         weighted_majority=wrong,
         search=wrong,
+        weighted_search=wrong,
         any_sample=wrong,
         any_search=wrong,
         failure=why,

@@ -129,6 +129,11 @@ class Attempt:
     """Of this solution; of a tree's answers the first carries the tree's, the others 0."""
 
     @property
+    def share(self) -> float:
+        """As of `Solution`; each tree is one of its own here, so its answers have one vote."""
+        return 1.0
+
+    @property
     def undecided(self) -> bool:
         """True if the grader could not tell."""
         return self.verdict in (Reason.UNDECIDED.value, Reason.LIMIT.value)

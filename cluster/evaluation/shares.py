@@ -97,11 +97,11 @@ def problems_by_level(
     """
     keys = [key for commit in commits.values() for key in commit.trees]
     ids = {
-        "searched_by_level": {key.problem_id for key in keys},
-        "solved_by_level": {key.problem_id for key in keys if key.solved},
+        "searched_by_level": {problem_id for problem_id, _, _ in keys},
+        "solved_by_level": {problem_id for problem_id, _, solved in keys if solved},
     }
     return {
-        name: with_all(Counter(levels[i] for i in found if i in levels), len(found))
+        name: with_all(Counter(filter(None, map(levels.get, found))), len(found))
         for name, found in ids.items()
     }
 

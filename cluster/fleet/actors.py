@@ -18,13 +18,16 @@ The group is made before the replica and removed after it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -41,14 +44,25 @@ from cluster.engines.weight_sync import (
 )
 from cluster.fleet.config import MembersConfig
 from cluster.fleet.keeper import ActorKind, Look
-from cluster.fleet.left_over import COORDINATOR, WATCHMAN, WORKER, Home, WatchmanActor
+from cluster.fleet.left_over import (
+    COORDINATOR,
+    WATCHMAN,
+    WORKER,
+    Home,
+    WatchmanActor,
+    groups_of,
+)
+from cluster.fleet.stages import StageSearch
+from cluster.folder.machine import source_digest
 from cluster.folder.staging import Stager
 from cluster.jobs.coordinator import CoordinatorActor, WorkerProgress
 from cluster.jobs.queue import QueueConfig
 from cluster.jobs.ray_errors import cause, plain
 from cluster.jobs.sandbox_worker import SandboxWorkerActor
+from cluster.jobs.worker import RolloutWorker, RolloutWorkerActor
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
+from rollout.engine import EngineError
 from rollout.run_store import address_of
 from rollout.store import RunStore
 from verifier import SandboxLimits
@@ -78,6 +92,15 @@ class RayKind(ActorKind):
     def ids(self, name: str) -> dict[str, str]:
         """What every line carries that an actor logs."""
         return {}
+
+    def code(self) -> str:
+        """Of the source that its actors run; blocks."""
+        return source_digest(self.actor.__ray_metadata__.modified_class.__module__)
+
+    def made_of(self) -> dict[str, Any]:
+        """What makes its actors what they are, as in the config; plain data."""
+        asked = self.settings.model_dump(mode="json", exclude={"replicas", "min_ready"})
+        return {"cluster": {self.prefix: asked}}
 
     def start(self, name: str) -> Any:
         return self.actor.options(**self.options(name)).remote(*self._arguments)
@@ -166,6 +189,34 @@ class EngineKind(RayKind):
     def ids(self, name: str) -> dict[str, str]:
         return {"replica": name, f"{self.prefix}_version": self.version}
 
+    def made_of(self) -> dict[str, Any]:
+        cluster = super().made_of()["cluster"]
+        stage = None if self.stage is None else str(self.stage.folder)
+        return {
+            "cluster": cluster | {"stage_weights": stage},
+            f"{self.prefix}_engine": self.engine.model_dump(mode="json"),
+        }
+
+    def adopted(self, name: str, handle: Any) -> None:
+        if self.engine.num_ranks == 1 or self.home is None:
+            return
+        for actor, group in groups_of(self.home.namespace).items():
+            if actor.rpartition("-")[0] == name:
+                self._groups[name] = group
+
+    async def served(self, handles: Iterable[Any], answer_s: float) -> tuple[str, str] | None:
+        """Path and version that most replicas serve; None if none serves anything yet."""
+
+        async def ask(handle: Any) -> tuple[str, str] | None:
+            with contextlib.suppress(TimeoutError, EngineError, RayError):
+                async with asyncio.timeout(answer_s):
+                    info = await handle.ready.remote()
+                    return info.path, info.version
+            return None
+
+        found = Counter(filter(None, await asyncio.gather(*map(ask, handles))))
+        return found.most_common(1)[0][0] if found else None
+
     def start(self, name: str) -> Any:
         stage = self.stage or (Stager(None) if address_of(self.path) is not None else None)
         staged = {} if stage is None else {"stage": stage}
@@ -248,8 +299,17 @@ class SandboxKind(RayKind):
             most: workers the pool may grow to.
         """
         super().__init__(settings, limits, isolation, most)
+        self._limits, self._isolation, self._most = limits, isolation, most
         self.supervisor_restarts: dict[str, int] = {}
         """Of each sandbox worker there ever was, as last heard."""
+
+    def made_of(self) -> dict[str, Any]:
+        asked = super().made_of()["cluster"]["sandbox"]
+        return {
+            # What each takes of its node follows from how many there may be.
+            "cluster": {"sandbox": asked | {"replicas": self._most}},
+            "sandbox": {"limits": asdict(self._limits), "isolation": self._isolation},
+        }
 
     async def ready(self, handle: Any) -> None:
         await handle.stats.remote()
@@ -275,9 +335,13 @@ class CoordinatorKind(BesideDriver):
             patience_s: it may be silent so long while it reads the store.
         """
         super().__init__(store.root, queue, store.run_id)
+        self._queue = queue
         self.silent_s = patience_s
         self._epoch = ""
         self._heard_s = 0.0
+
+    def made_of(self) -> dict[str, Any]:
+        return {"cluster": self._queue.model_dump(mode="json")}
 
     def start(self, name: str) -> Any:
         self._epoch = ""
@@ -296,6 +360,7 @@ class EndpointKind(BesideDriver):
 
     kind = "endpoint actor"
     prefix = "endpoint"
+    actor = EndpointActor
 
     def __init__(self, endpoint: EndpointConfig, key: str) -> None:
         super().__init__()
@@ -338,6 +403,9 @@ class WatchmanKind(BesideDriver):
     prefix = WATCHMAN
     actor = WatchmanActor
 
+    def made_of(self) -> dict[str, Any]:
+        return {"cluster": {"orphan_s": self._arguments[1]}}
+
     async def look(self, name: str, handle: Any) -> Look:
         await handle.seen.remote()
         return Look()
@@ -348,6 +416,7 @@ class WorkerKind(RayKind):
 
     kind = "rollout worker"
     prefix = "worker"
+    actor = RolloutWorkerActor
 
     def __init__(
         self,
@@ -356,10 +425,12 @@ class WorkerKind(RayKind):
         *,
         incarnation: str,
         forget: Callable[[str], None],
+        work: Mapping[str, Any],
     ) -> None:
         """
         Args:
             make: a worker actor from its name and what it asks of Ray.
+            work: what they are to do, see `made_of`; "round" is one of it.
             incarnation: keeps the names apart from those of other rollouts and drivers.
             forget: told the name of each worker that is gone, so that its leases end.
         """
@@ -370,6 +441,17 @@ class WorkerKind(RayKind):
         self.runs: dict[str, asyncio.Future[WorkerProgress]] = {}
         self._make = make
         self._forget = forget
+        self._work = work
+
+    def code(self) -> str:
+        return source_digest(RolloutWorker.__module__, StageSearch.__module__)
+
+    def made_of(self) -> dict[str, Any]:
+        asked = self.settings.model_dump(mode="json", exclude={"replicas", "min_ready"})
+        return {"cluster": {"workers": asked}, **self._work}
+
+    def adopted(self, name: str, handle: Any) -> None:
+        self.runs[name] = asyncio.ensure_future(handle.run.remote())
 
     def start(self, name: str) -> Any:
         worker = self._make(name, self.options(name))

@@ -12,10 +12,12 @@ from cluster.engines.config import EngineConfig
 from cluster.fleet.membership import SupervisionConfig
 from cluster.folder.config_file import Config, Place
 from cluster.jobs.admission import AdmissionConfig
+from cluster.machines.cost import Expected, MachinePrice
 from cluster.machines.scaler import ScalerConfig
 from cluster.machines.spot import SpotConfig
 from cluster.telemetry.exporter import MetricsConfig
 from cluster.telemetry.tracing import TracingConfig
+from cluster.telemetry.trackers import TrackerName
 from rollout.difficulty import SuspectConfig
 from rollout.run_store import address_of
 from rollout.search import SearchConfig
@@ -142,14 +144,42 @@ def check_run_dir(run_dir: Path, address: str, *, key: str = "cluster.address") 
 
 
 class CostConfig(Config):
-    """What the machines cost, for the progress view and `rstar status`."""
+    """What the machines cost, and what the run may cost in all (docs/cost.md)."""
 
     usd_per_hour: float | None = Field(
-        None, ge=0, description="dollars per hour of all machines together; null: not shown"
+        None,
+        ge=0,
+        description="dollars per hour of all machines together, however many are up; null: of each "
+        "by `prices`",
+    )
+    prices: dict[str, MachinePrice] = Field(
+        default_factory=dict,
+        description="kind of machine -> its price, counted for each node while it is up; the kind "
+        "is the node's label `machine`, else Ray's `ray.io/node-group` or accelerator type",
     )
     budget_usd: float | None = Field(
-        None, gt=0, description="an alert says when the run costs more; null: none does"
+        None, gt=0, description="dollars the run may cost, all starts together; null: no limit"
     )
+    on_budget: Literal["warn", "drain"] = Field(
+        "warn",
+        description="when it has cost that much: warn says so and goes on; drain commits what is "
+        "finished and ends the actors, and the run goes on once the budget is raised",
+    )
+    expected: Expected | None = Field(
+        None,
+        description="what `rstar plan CONFIG`, and the estimate kept with a run, rest on; null: no "
+        "estimate",
+    )
+
+    @model_validator(mode="after")
+    def _priced(self) -> CostConfig:
+        machines = self.expected.machines if self.expected is not None else {}
+        wrong = sorted({machine.kind for machine in machines.values()} - self.prices.keys())
+        if wrong and self.usd_per_hour is None:
+            raise ValueError(f"expected.machines: no price of {', '.join(wrong)} in prices")
+        if self.expected is not None and not machines and self.usd_per_hour is None:
+            raise ValueError("expected needs its machines, with prices, or usd_per_hour")
+        return self
 
 
 class ClusterConfig(Config):
@@ -176,6 +206,16 @@ class ClusterConfig(Config):
     admission: AdmissionConfig = Field(
         default_factory=AdmissionConfig, description="how many of them the engines take now"
     )
+    priority: int = Field(
+        0,
+        description="of the run among those on its cluster: while actors of a higher one wait for "
+        "a place, its pools that hold the like give up members, down to min_ready of them",
+    )
+    priorities: dict[str, int] = Field(
+        default_factory=dict,
+        description="problem set (a problem's source) -> priority: jobs of a higher one are "
+        "searched first; 0 of sets not named",
+    )
     shard_size: int = Field(16, ge=1, description="problems per job")
     lease_s: float = Field(600.0, gt=0, description="a job not renewed for so long is given again")
     start_timeout_s: float = Field(
@@ -194,8 +234,8 @@ class ClusterConfig(Config):
     orphan_s: float = Field(
         300.0,
         gt=0,
-        description="after the driver's death engines and workers carry on for so long (not on an "
-        "embedded Ray, which ends with it)",
+        description="after the driver's death engines and workers carry on for so long, and the "
+        "same command takes them over; then they end (on an embedded Ray, with the driver)",
     )
     request_timeout_s: float | None = Field(
         None,
@@ -256,6 +296,9 @@ class SandboxConfig(Config):
     limits: SandboxLimits = Field(default_factory=SandboxLimits, description="per step")
 
 
+TRACKING = "experiment trackers that are told of it: tensorboard, mlflow, wandb (docs/tracking.md)"
+
+
 class ServingConfig(Config):
     """What every command that searches needs: where it runs and how."""
 
@@ -275,13 +318,17 @@ class ServingConfig(Config):
     hard_problems: HardProblemsConfig = Field(
         default_factory=HardProblemsConfig, description="problems that stay unsolved"
     )
-    cost: CostConfig = Field(default_factory=CostConfig, description="for people")
+    cost: CostConfig = Field(default_factory=CostConfig, description="prices and budget")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="what every process keeps in RUN/logs: this and above"
+    )
     metrics: MetricsConfig = Field(
         default_factory=MetricsConfig, description="what is measured while it runs"
     )
     tracing: TracingConfig = Field(
         default_factory=TracingConfig, description="which problems leave a trace (docs/logs.md)"
     )
+    tracking: list[TrackerName] = Field(default_factory=list, description=TRACKING)
 
     @model_validator(mode="after")
     def _run_dir_of_all_machines(self) -> Self:

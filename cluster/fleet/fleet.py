@@ -6,7 +6,8 @@
            -- rollout --> rollout workers, one stage after the other, until the round is sealed
            -- fit     --> learner group
            -- stop    --> drain, then everything ends
-           -- dies    --> all but learner and endpoint go on for a while (`cluster.fleet.left_over`)
+           -- dies    --> all but learner and endpoint go on for a while, and the next driver
+                          takes them over (`cluster.fleet.left_over`)
 
 The PPM's replicas start when the first PPM is served, and so do the policy's where the run starts
 with an endpoint. Rollout workers live for one round: they carry its search settings.
@@ -30,7 +31,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,17 +55,18 @@ from cluster.fleet.actors import (
 from cluster.fleet.config import ServingConfig
 from cluster.fleet.keeper import PoolKeeper
 from cluster.fleet.learner_group import RAY_TRAIN, LearnerGroup
-from cluster.fleet.left_over import Home, end_all, end_left_over, namespace_of, remove_groups
+from cluster.fleet.left_over import Home, end_all, namespace_of, remove_groups
 from cluster.fleet.meter import Meter
 from cluster.fleet.minding import Minder, why_learner_waits
 from cluster.fleet.pools import Pools
-from cluster.fleet.rollouts import DRAIN_S, Progress, Rollout, queue_config
+from cluster.fleet.rollouts import Progress, Rollout, queue_config
 from cluster.fleet.stages import RolloutOutcome, RolloutStage, StageSearch
 from cluster.folder.run_folder import RunFolder
 from cluster.jobs.attempts import Attempts
 from cluster.jobs.coordinator import WorkerProgress
 from cluster.jobs.pool import PolicyPool, PreferencePool, SandboxPool
 from cluster.machines import nodes
+from cluster.machines.cost import NodeUse
 from cluster.telemetry.process import end as end_telemetry
 from learner.candidates import Recipe
 from learner.checkpoint import Checkpoint
@@ -85,9 +89,7 @@ class Fleet:
         self.store = folder.store
         self.note: Callable[[str], None] = logger.info
         """Told what a person should know now."""
-        self.pools = Pools(
-            config, folder.store, note=lambda text: self.note(text), tried=self._tried
-        )
+        self.pools = Pools(config, folder, note=lambda text: self.note(text), tried=self._tried)
         self.meter = Meter(
             config.metrics, folder, self.pools.keepers, budget_usd=config.cost.budget_usd
         )
@@ -159,8 +161,10 @@ class Fleet:
     ) -> None:
         """Bring up Ray and the actors; the policy engines start from `policy` (None: later).
 
-        What a driver that died has left of this run is drained and ended first. On a cluster pools
-        that do not start are tried again (`attempts`); an embedded Ray's machine does not change.
+        What a driver that died has left of this run is taken over, engines with the weights that
+        they serve: where the run makes its models, each stage says later which it needs. What
+        cannot be taken over ends first. On a cluster pools that do not start are tried again
+        (`attempts`); an embedded Ray's machine does not change.
 
         Args:
             marked: False: `policy` was never fine-tuned on the step markers.
@@ -177,15 +181,8 @@ class Fleet:
         if learner:
             self._policy_kind.store = self._preference_kind.store = self.store
         self._start_ray(namespace)
+        self.pools.watch()
         self.meter.start()
-        if cluster.address != "local":
-            ended = await asyncio.to_thread(end_left_over, namespace, DRAIN_S)
-            if ended:
-                self.note(
-                    f"{len(ended)} actors of an earlier start, whose driver is gone, were ended; "
-                    "their rollout workers committed what was finished"
-                )
-            await self.pools.keep("watchman", WatchmanKind(namespace, cluster.orphan_s), 1)
         if learner:
             self._learner = LearnerGroup(
                 cluster.learner,
@@ -212,17 +209,31 @@ class Fleet:
         )
         if not marked:
             await self._have_markers(False)
+        if cluster.address != "local":
+            watchman = WatchmanKind(namespace, cluster.orphan_s)
+            await self.pools.find_left()
+            await self.pools.keep("watchman", watchman, 1)
+            await self.pools.judge_left(
+                {
+                    "coordinator": coordinator,
+                    "sandbox": sandbox,
+                    "policy": self._policy_kind,
+                    "ppm": self._preference_kind,
+                }
+            )
 
         async def pools() -> None:
+            await self._adopt_engines()
             starting = {
                 "coordinator": partial(self.pools.keep, "coordinator", coordinator, 1),
                 "sandbox": partial(self.pools.keep, "sandbox", sandbox, cluster.sandbox.replicas),
             }
-            if policy is not None and not (cluster.hand_over and learner):
+            there = {*self.pools.keepers}  # some of them, in a further attempt
+            if policy is not None and not (learner and (cluster.hand_over or "policy" in there)):
                 starting["policy"] = partial(
                     self._serve, "policy", self._policy_kind, str(policy), version
                 )
-            there = self.pools.keepers  # some of them, in a further attempt
+                there.discard("policy")
             await all_of(start() for name, start in starting.items() if name not in there)
 
         await (pools() if cluster.address == "local" else self.attempts("start", pools))
@@ -233,6 +244,15 @@ class Fleet:
                 learner=self._learner is not None,
                 note=lambda text: self.note(text),
             )
+
+    async def _adopt_engines(self) -> None:
+        """Take over the engines that an earlier driver has left, as they serve."""
+        for name, kind in (("policy", self._policy_kind), ("ppm", self._preference_kind)):
+            handles = [actor.handle for actor in self.pools.left.get(name, ())]
+            silent_s = self.config.cluster.supervision.silent_s
+            if handles and (served := await kind.served(handles, silent_s)) is not None:
+                kind.serve(*served)
+                await self.pools.keep(name, kind, kind.settings.replicas)
 
     async def _serve(
         self, name: str, kind: PolicyKind | PreferenceKind, path: str, version: str
@@ -296,12 +316,16 @@ class Fleet:
         counting = self.meter.prepare()
         if counting and cluster.address != "local":  # what is started here inherits them
             arguments["runtime_env"] = {"env_vars": counting}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=cluster.address, **arguments)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise EngineError(
                 f"Ray could not be started at cluster.address={cluster.address!r}: {error}"
             ) from error
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            # Ray's own would end this process in the middle of its drain.
+            signal.signal(signal.SIGTERM, on_sigterm)
         self._ray_started = True
 
     async def serve_policy(
@@ -391,6 +415,23 @@ class Fleet:
         )
         return await self._rollout.run()
 
+    def change(self, config: ServingConfig) -> None:
+        """Go on with a config that differs in what may change meanwhile (`folder.changes.LIVE`)."""
+        self.config = config
+        self._policy_kind.settings = config.cluster.policy
+        self._preference_kind.settings = config.cluster.ppm
+        self.pools.change(config)
+        self.meter.budget_usd = config.cost.budget_usd
+        for part in (self._minder, self._rollout):
+            if part is not None:
+                part.change(config)
+
+    async def uses(self) -> dict[str, NodeUse]:
+        """The nodes that are up, as the run pays for them; {} before Ray is."""
+        if not self._ray_started or self.pools.home is None:
+            return {}
+        return await nodes.asked(nodes.uses, self.pools.home.namespace)
+
     def mend(self) -> None:
         """Replace members again in pools where too many died to go on."""
         for keeper in self.pools.keepers.values():
@@ -432,28 +473,39 @@ class Fleet:
         return result
 
     async def stop(self, note: Callable[[str], None] = lambda text: None) -> None:
-        """End every actor, and Ray if it was started here. Bounded in time; safe to call twice."""
+        """End every actor, and Ray if it was started here. Bounded in time; safe to call twice.
+
+        Actors go on if another driver has taken the run.
+        """
         if not self._ray_started:
             return
-        await self.meter.stop()
+        self.pools.leaving()
+        await self.pools.unwatch()
         if self._minder is not None:
             await self._minder.stop()
             self._minder = None
         await self._leave_endpoint()
         await asyncio.gather(*(self.pools.end(name, note) for name in StageSearch.POOLS))
-        for keeper in self.pools.keepers.values():
-            end_all(await keeper.stop())
-        self.pools.keepers.clear()
+        taken = self.folder.is_taken
+        if not taken:
+            await self.pools.end_left()
+        keepers = list(self.pools.keepers.values())
+        self.pools.keepers.clear()  # the meter still looks
+        for keeper in keepers:
+            handles = await keeper.stop()
+            end_all({} if taken else handles)
+        await self.meter.stop()
         if self._learner is not None:
             await asyncio.to_thread(self._learner.shutdown, 5.0)
             self._learner = None
-        if self.pools.home is not None:
+        if self.pools.home is not None and not taken:
             await asyncio.to_thread(remove_groups, self.pools.home.namespace)
         ray.shutdown()
         self._ray_started = False
         end_telemetry()
         with contextlib.suppress(StoreError):
-            self.store.delete_folder(RAY_TRAIN)
+            if not taken:
+                self.store.delete_folder(RAY_TRAIN)
 
 
 def _port_is_free(port: int) -> bool:

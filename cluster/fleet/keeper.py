@@ -33,9 +33,9 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -82,6 +82,8 @@ class Look:
     """Units of work in its hands; while it has none it is idle, not stalled."""
     revived_after_s: float | None = None
     """It died since the last look and was restarted by Ray, after at most so long; None: no."""
+    seen_s: float = field(default_factory=time.monotonic, compare=False)
+    """When it was taken."""
 
 
 class ActorKind(ABC):
@@ -133,6 +135,10 @@ class ActorKind(ABC):
         """Why, of each of those that took `version` and does not say what the others do."""
         return {}
 
+    def adopted(self, name: str, handle: Any) -> None:
+        """Told of one that an earlier driver has made."""
+        return None
+
     def why_pending(self) -> str:
         """Why an actor of this kind finds no place; "" if it is not known."""
         return ""
@@ -182,6 +188,8 @@ class PoolKeeper:
         self._made = made
         self.looks: dict[str, Look] = {}
         """What the last look at each READY member showed."""
+        self.lost: deque[tuple[str, str, float]] = deque(maxlen=8)
+        """Name, reason and time of the last deaths."""
         self._handles: dict[str, Any] = {}
         self._placed: set[str] = set()
         """Members that have a process."""
@@ -209,14 +217,23 @@ class PoolKeeper:
         """Of all members, those that are starting or draining included."""
         return dict(self._handles)
 
-    async def start(self) -> None:
+    async def start(self, adopted: Mapping[str, Any] | None = None) -> None:
         """Bring up the first members, until enough are READY, and look after all from then on.
 
+        Args:
+            adopted: actors of an earlier driver, by name, which are members already.
         Raises:
             PoolLostError: so many failed, or found no place in time, that there are not enough;
                 says why. All are ended.
             ModelCheckError: too many cannot serve what they should.
         """
+        for name, handle in (adopted or {}).items():
+            self.members.add(name, time.monotonic())
+            self.kind.adopted(name, handle)
+            self._spawn(self._bring_up(name, handle))
+            prefix, _, number = name.rpartition("-")
+            if prefix == self.kind.prefix:
+                self._next = max(self._next, int(number) + 1)
         self._keep_on()
         late = asyncio.create_task(done_within(asyncio.Future(), self._start_timeout_s))
         try:
@@ -388,11 +405,13 @@ class PoolKeeper:
         self.members.add(name, time.monotonic())
         return name
 
-    async def _bring_up(self, name: str) -> None:
-        """From nothing to READY; a member that does not get there is lost."""
+    async def _bring_up(self, name: str, adopted: Any = None) -> None:
+        """From nothing, or an adopted actor, to READY; a member that does not get there is lost."""
         try:
-            handle = self._handles[name] = self.kind.start(name)
-            self._made(name, handle)
+            handle = adopted if adopted is not None else self.kind.start(name)
+            self._handles[name] = handle
+            if adopted is None:
+                self._made(name, handle)
             await self._until_ready(name, handle)
         except Exception as error:
             if self.members.state(name) is MemberState.STARTING:
@@ -571,6 +590,7 @@ class PoolKeeper:
         self._tries.pop(name, None)
         self._placed.discard(name)
         if self.members.lost(name, reason, time.monotonic()):
+            self.lost.append((name, reason, time.monotonic()))
             logger.error("A %s is lost: %s name=%s", self.kind.kind, reason, name)
         self._end(name, handle)
         self._tell()

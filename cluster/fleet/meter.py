@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -28,8 +28,8 @@ from cluster.machines import nodes
 from cluster.machines.scaler import MemberState
 from cluster.telemetry import metrics
 from cluster.telemetry.exporter import Exporter, ExporterError, MetricsConfig
-from cluster.telemetry.live import read_live
-from cluster.telemetry.progress import cost_usd
+from cluster.telemetry.live import Live, read_live
+from cluster.telemetry.process_times import ProcessTimes
 from learner.fit import FitProgress, FitResult
 from rollout.engine import EngineError
 from rollout.store import Totals
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 ANSWER_S = 2.0
 """A replica that has not said how it is by then is left out of this look."""
+
+LAST_S = 2.5
+"""After the end of an actor its node's agent has its last counts."""
 
 PULSE_S = 0.1
 """Between two moments at which the event loop is expected to come by."""
@@ -63,27 +66,32 @@ class Meter:
         self,
         config: MetricsConfig,
         folder: RunFolder,
-        keepers: Mapping[str, PoolKeeper],
+        keepers: Mapping[str, PoolKeeper] | None,
         *,
         budget_usd: float | None = None,
+        account: Callable[[], Live | None] | None = None,
     ) -> None:
         """
         Args:
-            keepers: of the fleet, by pool; looked at again each time.
+            keepers: of the fleet, by pool; looked at again each time. None: nothing of Ray's is.
+            account: of the driver; None: that in the run's folder.
         """
         self.config = config
         self.run = folder.name
         self._folder = folder
-        self._keepers = keepers
+        self._keepers = {} if keepers is None else keepers  # which are not there yet
+        self._asks_ray = keepers is not None
+        self._account = account or (lambda: read_live(folder.store))
         self._exporter = Exporter(folder.store, self.run, config)
         self._watching: asyncio.Task[None] | None = None
         self._pulse: asyncio.Task[None] | None = None
         self._lag_s = 0.0
+        self._times = ProcessTimes()
         self._status: RoundStatus | None = None
         self._stalls: Sequence[Stall] = ()
         self._open_trees = 0
         self._nodes_seen: set[str] = set()
-        self._budget_usd = budget_usd
+        self.budget_usd = budget_usd
 
     # ------------------------------------------------------------------ life
 
@@ -91,6 +99,8 @@ class Meter:
         """Have this process count, before Ray starts; returns the variables of its actors."""
         if not self.config.enabled:
             return {}
+        self.run = self._folder.label  # which it has now
+        self._exporter.name(self.run)
         metrics.switch_on(self.run)
         return {metrics.VARIABLE: self.run}
 
@@ -110,13 +120,19 @@ class Meter:
         self._pulse = asyncio.create_task(self._feel_pulse(), name="pulse")
 
     async def stop(self) -> None:
-        """Look a last time, then close the endpoint; harmless if it was never started."""
+        """Look a last time, then close the endpoint; harmless if it was never started.
+
+        Actors that have ended by now are in it with all that they counted.
+        """
         if self._watching is not None and self._pulse is not None:
             for task in (self._watching, self._pulse):
                 task.cancel()
             await asyncio.gather(self._watching, self._pulse, return_exceptions=True)
             self._watching = self._pulse = None
             self._look_at_run()
+            await asyncio.to_thread(self._look_at_processes)
+            if self._exporter.has_agents:
+                await asyncio.sleep(LAST_S)
             await asyncio.to_thread(self._exporter.sample)
             await asyncio.to_thread(self._exporter.stop)
         metrics.switch_on("")
@@ -206,12 +222,15 @@ class Meter:
         self._exporter.set(metrics.LOOP_LAG, self._lag_s)
         self._lag_s = 0.0
         self._look_at_run()
+        if not self._asks_ray:
+            return
         self._look_at_pools()
         await asyncio.gather(
             self._look_at_engines(),
             self._look_at_sandboxes(),
             self._look_at_coordinator(),
             self._look_at_nodes(),
+            asyncio.to_thread(self._look_at_processes),
         )
 
     def _look_at_earlier_rounds(self) -> None:
@@ -232,7 +251,7 @@ class Meter:
 
     def _look_at_run(self) -> None:
         out = self._exporter
-        live = read_live(self._folder.store)
+        live = self._account()
         if live is not None:
             now = live.progress
             out.clear(metrics.STAGE)
@@ -242,10 +261,9 @@ class Meter:
             out.set(metrics.ETA, now.stage_eta_s, of="stage")
             out.set(metrics.ETA, now.run_eta_s, of="run")
             out.set(metrics.RUN_SECONDS, live.seconds_total)
-            price = now.usd_per_hour
-            out.set(metrics.PRICE, price)
-            out.set(metrics.COST, None if price is None else cost_usd(live.seconds_total, price))
-        out.set(metrics.BUDGET, self._budget_usd)
+            out.set(metrics.PRICE, now.usd_per_hour)
+            out.set(metrics.COST, now.cost_usd)
+        out.set(metrics.BUDGET, self.budget_usd)
         out.clear(metrics.STALLED)
         for stall in self._stalls:
             out.set(metrics.STALLED, 1, part=stall.stage, waits_on=stall.waits_on)
@@ -336,6 +354,11 @@ class Meter:
                 leases = stats.leases
                 for event in LEASE_EVENTS:
                     self._exporter.set(metrics.LEASES, getattr(leases, event), event=event)
+
+    def _look_at_processes(self) -> None:
+        self._times.look()
+        for kind, seconds in self._times.seconds.items():
+            self._exporter.set(metrics.PROCESS_CPU, seconds, process=kind)
 
     async def _look_at_nodes(self) -> None:
         out = self._exporter

@@ -4,6 +4,7 @@
     a new node         --> a watcher for spot notices, if the config asks for it
     work at hand       --> Scaler --> the size of a pool; what it lacks is asked of the autoscaler
     no learner's node  --> said in time: it is needed only when the round's search is over
+    a run that counts more waits for a place --> a pool that holds the like gives one up
 
 Whatever fails here is logged and tried again: a run goes on without, and what dies is replaced.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,15 +21,21 @@ from typing import Any
 
 from cluster.fleet.config import ClusterConfig, ServingConfig
 from cluster.fleet.keeper import PoolKeeper
-from cluster.fleet.pools import Pools
+from cluster.fleet.pools import SETTINGS, Pools
 from cluster.machines import nodes
 from cluster.machines.placement import Ask, explain
-from cluster.machines.scaler import Scaler
+from cluster.machines.scaler import MemberState, Scaler, emptiest
 
 logger = logging.getLogger(__name__)
 
 MIND_S = 2.0
 """Pause between two looks at the nodes."""
+
+GIVE_WAY_S = 10.0
+"""Pause between two members that are given up for a run that counts more."""
+
+TAKE_BACK_S = 60.0
+"""After so long without anybody to give way to, pools have their size again."""
 
 ABSENT_S = 20.0
 """After so long without a node for the learner a person is told."""
@@ -55,6 +63,8 @@ class Minder:
         self._note = note
         self._watchers: dict[str, Any] = {}
         """Of spot notices, by node."""
+        self._gave_way_s = self._heard_s = float("-inf")
+        """When a member was given up last, and when somebody last waited for one."""
         self._foresees_learner = learner
         self._absent_s: float | None = None
         """Since when the learner's nodes are neither there nor able to come."""
@@ -75,6 +85,12 @@ class Minder:
         await asyncio.gather(self._minding, return_exceptions=True)
         await asyncio.to_thread(self._request.withdraw)
 
+    def change(self, config: ServingConfig) -> None:
+        """Go on with another config: bounds of the pools that scale."""
+        self._config = config
+        for name, bounds in config.cluster.autoscale.items():
+            self._scaler.bound(name, bounds)
+
     def tried(self, name: str, ready: bool) -> None:
         """A start succeeded or failed: a pool that is scaled pauses after failures."""
         if name not in self._config.cluster.autoscale:
@@ -90,6 +106,7 @@ class Minder:
                 await self._watch_new_nodes()
                 await self._leave_draining_nodes()
                 await self._scale()
+                await self._give_way()
                 await self._foresee_learner()
             except Exception:
                 # Whatever fails here is tried again; what dies meanwhile is replaced anyway.
@@ -144,6 +161,38 @@ class Minder:
         if cluster.autoscale and cluster.address != "local":
             asked = [part for bundle in decision.bundles for part in parts(self._config, bundle)]
             await nodes.asked(self._request.ask, asked)
+
+    async def _give_way(self) -> None:
+        """Have a smaller pool while a run of a higher priority waits for what its members hold.
+
+        Pools that scale follow their work, and replicas of several ranks stay together: neither
+        gives way.
+        """
+        cluster, home = self._config.cluster, self._pools.home
+        assert home is not None
+        await nodes.asked(nodes.say_priority, home.namespace, cluster.priority)
+        now_s = time.monotonic()
+        waiting = await nodes.asked(nodes.asked_above, cluster.priority)
+        if waiting:
+            self._heard_s = now_s
+        for name, keeper in list(self._pools.keepers.items()):
+            settings = getattr(cluster, SETTINGS.get(name, ""), None)
+            if settings is None or name in cluster.autoscale:
+                continue
+            size, least = keeper.members.size, math.ceil(settings.replicas * settings.min_ready)
+            if size < settings.replicas and now_s - self._heard_s > TAKE_BACK_S:
+                self._note(f"{name}: {size} -> {settings.replicas}, nobody else waits any more")
+                keeper.resize(settings.replicas)
+            holds = any(settings.bundle().keys() & ask.keys() for ask in waiting)
+            leaving = keeper.members.names(MemberState.DRAINING)
+            if holds and size > least and not leaving and now_s - self._gave_way_s > GIVE_WAY_S:
+                self._gave_way_s = now_s
+                self._note(
+                    f"{name}: {size} -> {size - 1}, a run that counts more waits for a place"
+                )
+                keeper.resize(size - 1)
+                limit_s = cluster.request_timeout_s or cluster.supervision.stall_s
+                keeper.drain(emptiest(keeper.loads(), keeper.living - (size - 1)), limit_s)
 
     async def _foresee_learner(self) -> None:
         """Say once, and not only when a fit waits for it, that the learner's nodes are missing."""

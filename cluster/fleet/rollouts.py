@@ -6,7 +6,8 @@
                 tree; then seal and audit
 
 A continued round keeps the plans it had. Cancelled, or failed, it drains: what is finished is
-committed, what is open is kept for whoever comes next, and the workers end.
+committed, what is open is kept for whoever comes next, and the workers end. Killed, it leaves
+workers that go on; those of the same rollout are taken over by the next driver (`_work`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.engines.endpoint import EndpointStats
 from cluster.fleet.actors import WorkerKind
 from cluster.fleet.config import ClusterConfig, ServingConfig
-from cluster.fleet.left_over import end_all, find_coordinator
+from cluster.fleet.left_over import DRAIN_S, end_all, find_coordinator
 from cluster.fleet.membership import Losses
 from cluster.fleet.meter import Meter
 from cluster.fleet.pools import NO_LOAD, Pools
@@ -35,6 +36,7 @@ from cluster.fleet.stages import (
     RolloutStage,
     StageSearch,
     hardest_first,
+    in_sets,
 )
 from cluster.fleet.stall import Stall, StallDetector
 from cluster.jobs.audit import audit_round
@@ -59,8 +61,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 
-DRAIN_S = 20.0
-"""How long a stopped rollout may take to commit what is finished."""
+QUIET_S = 5.0
+"""A part that did not move for so long is told in the driver's account."""
 
 FIRST_CANDIDATES = 200
 """Of a round, that tell whether its policy writes steps at all."""
@@ -93,6 +95,8 @@ class Rollout:
     _workers: WorkerKind | None = None
     """Their kind, while there are any."""
     _endpoint_ended: bool = False
+    _ranked: tuple[str, Mapping[str, int]] = ("", {})
+    """Which coordinator (`epoch`) was told which priorities of problem sets."""
     _steps_seen: bool = False
     """Whether the first candidates were looked at."""
     _began_s: float = field(default_factory=time.monotonic)
@@ -124,13 +128,16 @@ class Rollout:
             endpoint = await self._endpoint_stats()
             finished: RoundStatus = await self._ask("status", round)
             manifest = await self._ask("seal", round)
+        except asyncio.CancelledError:
+            pools.leaving()  # the drain may be cut off
+            raise
         finally:
             telling.cancel()
             losses = pools.losses()
             # Without its engines no open search comes to its end.
             crippled = self._endpoint_ended or any(k.hopeless for k in pools.keepers.values())
             progress = await self._stop_workers(0.0 if crippled else DRAIN_S)
-            pools.load = NO_LOAD
+            pools.load, pools.parts = NO_LOAD, (0.0, ())
             self.meter.end_round()
         # The round is sealed, its workers are gone: nobody needs what they worked with.
         await asyncio.to_thread(OpenTreeStore(self.trees.store, round).remove_all)
@@ -160,6 +167,27 @@ class Rollout:
             resumed_trees=sum(p.resumed_trees for p in progress),
         )
 
+    def change(self, config: ServingConfig) -> None:
+        """Go on with another config: open trees of a worker, priorities of problem sets."""
+        before, self.config = self.config, config
+        most = config.cluster.max_open_trees
+        if most != before.cluster.max_open_trees and "worker" in self.pools.keepers:
+            for worker in self.pools.keepers["worker"].all_handles.values():
+                worker.set_max_open_trees.remote(most)
+
+    async def _rank(self, epoch: str) -> None:
+        """Tell the coordinator which problem sets come first, if it does not know."""
+        priorities = self.config.cluster.priorities
+        if self._ranked == (epoch, priorities):
+            return
+        ranks = {
+            problem.id: priorities[problem.source]
+            for problem in self.problems.values()
+            if priorities.get(problem.source)
+        }
+        await self._ask("prioritise", ranks)
+        self._ranked = (epoch, priorities)
+
     def progress(self, *, living: bool = False) -> list[WorkerProgress]:
         """Last reports of the workers, of dead ones too unless `living`; none after the end."""
         if self._workers is None:
@@ -187,19 +215,20 @@ class Rollout:
         index = 0
         for stage in self.stages:
             for name in stage.tree_stages:
-                wanted = hardest_first(self.problems.values())
+                size = stage.shard_size or self.config.cluster.shard_size
+                wanted = in_sets(self.problems.values(), size)
                 if name in planned:  # a continued round: what was planned stands
                     wanted = list(planned[name].problem_ids)
                 elif stage.unsolved_only:
                     unsolved = (await self._escalation()).search
-                    wanted = hardest_first(self.problems[problem_id] for problem_id in unsolved)
+                    wanted = in_sets((self.problems[i] for i in unsolved), size)
                 if wanted:
                     plan = StagePlan(
                         round=self.trees.round,
                         stage=name,
                         tree_index=index,
                         problem_ids=tuple(wanted),
-                        shard_size=stage.shard_size or self.config.cluster.shard_size,
+                        shard_size=size,
                         seed=self.config.seed,
                         priority=index,
                     )
@@ -227,6 +256,7 @@ class Rollout:
         before = sum(stage.counts.problems[JobState.DONE] for stage in others)
         detector = StallDetector(self.config.cluster.stalled_after_s)
         while not status.finished:
+            await self._rank(status.epoch)
             await asyncio.sleep(POLL_S)
             self.pools.check()
             status = await self._ask("status", self.trees.round)
@@ -315,6 +345,7 @@ class Rollout:
         detector.report("commit", now_s, done=committed, open=waiting, waits_on="the store")
         requests = sum(p.requests + p.finished.trees for p in everyone)
         detector.report("search", now_s, done=requests, open=open_trees, waits_on=waits_on)
+        self.pools.parts = (now_s, detector.stalls(now_s, QUIET_S))
         return detector.stalls(now_s)
 
     async def _endpoint_stats(self) -> EndpointStats | None:
@@ -375,14 +406,17 @@ class Rollout:
         ordered = (
             self.problems[problem_id] for problem_id in hardest_first(self.problems.values())
         )
-        shared = ray.put(await asyncio.to_thread(StoredProblems.write, self.trees.store, ordered))
-        config = WorkerConfig(
-            max_open_trees=cluster.max_open_trees,
-            admission=cluster.admission,
-            renew_s=RENEW_S,
-            checkpoint_open_trees_s=cluster.checkpoint_open_trees_s,
-        )
+        stored = await asyncio.to_thread(StoredProblems.write, self.trees.store, ordered)
+        shared = ray.put(stored)
         find = partial(find_coordinator, home.namespace)
+
+        def worker_config() -> WorkerConfig:
+            return WorkerConfig(
+                max_open_trees=self.config.cluster.max_open_trees,
+                admission=cluster.admission,
+                renew_s=RENEW_S,
+                checkpoint_open_trees_s=cluster.checkpoint_open_trees_s,
+            )
 
         def make(name: str, options: Mapping[str, Any]) -> Any:
             # Pickled now, the pools hold the replicas of now; later ones are announced.
@@ -392,7 +426,7 @@ class Rollout:
                 self.trees.store.root,
                 shared,
                 search,
-                config,
+                worker_config(),
                 follows_engines=self.pools.endpoint is None,
                 info={**self.versions, "grader": GRADER_VERSION},
                 recipe=self.recipe,
@@ -405,18 +439,52 @@ class Rollout:
             # Those of an attempt before may not have ended yet.
             incarnation=f"r{self.trees.round}-{home.driver}-{uuid.uuid4().hex[:4]}",
             forget=self._forget_worker,
+            work=self._work(stored, worker_config()),
         )
         await self.pools.keep("worker", self._workers, cluster.workers.replicas)
+
+    def _work(self, stored: StoredProblems, config: WorkerConfig) -> dict[str, Any]:
+        """All that decides what a worker of this rollout does, as plain data."""
+        return {
+            "round": self.trees.round,
+            "problems": stored.digest,
+            "stages": {
+                # How an evaluation answers is a function, which cannot be compared.
+                stage.name: uuid.uuid4().hex
+                if stage.answers is not None
+                else {
+                    "search": stage.search.model_dump(mode="json"),
+                    "trees": stage.trees,
+                    "unsolved_only": stage.unsolved_only,
+                }
+                for stage in self.stages
+            },
+            "preference": self.preference,
+            "models": dict(self.versions),
+            "grader": GRADER_VERSION,
+            "recipe": self.recipe.name if self.recipe is not None else None,
+            "worker": config.model_dump(mode="json"),
+            "endpoint": self.pools.endpoint is not None,
+            "request_timeout_s": self.config.cluster.request_timeout_s,
+            "start_timeout_s": self.config.cluster.start_timeout_s,
+        }
 
     async def _stop_workers(self, drain_s: float) -> list[WorkerProgress]:
         """Drain the workers and end them; returns what each there ever was reported last."""
         keeper, kind = self.pools.keepers.pop("worker", None), self._workers
         if keeper is None or kind is None:
             return []
-        handles = await keeper.stop()
-        if not await kind.finish(handles, drain_s, DRAIN_S + 5.0):
-            logger.warning("Rollout workers did not drain within %.0f s", DRAIN_S)
-        end_all(handles)
+        everyone = keeper.all_handles
+        try:
+            handles = await keeper.stop()
+            if self.pools.folder.is_taken:
+                handles = {}
+            if not await kind.finish(handles, drain_s, DRAIN_S + 5.0):
+                logger.warning("Rollout workers did not drain within %.0f s", DRAIN_S)
+            await self.pools.end_counted(handles)
+        except BaseException:  # told to stop at once
+            end_all({} if self.pools.folder.is_taken else everyone)
+            raise
         self._workers = None
         return list(kind.progress.values())
 

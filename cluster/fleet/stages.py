@@ -122,6 +122,11 @@ class StageSearch:
         if isinstance(engine, ReplicaPool):
             engine.set_pressures(pressures)
 
+    def waits(self) -> dict[str, dict[str, tuple[int, float]]]:
+        """Whom searches wait for; by engine, see `ReplicaPool.waits`."""
+        engines = {name: self._engine(name) for name in self.POOLS}
+        return {name: e.waits() for name, e in engines.items() if isinstance(e, ReplicaPool)}
+
     def _engine(self, pool: str) -> object:
         return {"policy": self.policy, "ppm": self.preference, "sandbox": self.sandbox}[pool]
 
@@ -153,6 +158,25 @@ class StageSearch:
             **engines,
         )
         return [found]
+
+
+def in_sets(problems: Iterable[Problem], size: int) -> list[str]:
+    """Ids of problems, hardest first, such that jobs of `size` hold problems of one source each.
+
+    So a set (all problems of a source) can be searched before the others at any time. What is left
+    of each set, less than a job, stands at the end.
+    """
+    problems = list(problems)
+    source = {problem.id: problem.source for problem in problems}
+    ordered: list[str] = []
+    filling: dict[str, list[str]] = {}
+    for problem_id in hardest_first(problems):
+        job = filling.setdefault(source[problem_id], [])
+        job.append(problem_id)
+        if len(job) == size:
+            ordered += job
+            job.clear()
+    return [*ordered, *(problem_id for job in filling.values() for problem_id in job)]
 
 
 def hardest_first(problems: Iterable[Problem]) -> list[str]:

@@ -90,12 +90,17 @@ class StallDetector:
             known.moved_s = now_s
         known.done, known.open, known.waits_on, known.heard_s = done, open, waits_on, now_s
 
-    def stalls(self, now_s: float) -> list[Stall]:
-        """Stages with work and without progress for `after_s`: causes first, then the longest."""
+    def stalls(self, now_s: float, after_s: float | None = None) -> list[Stall]:
+        """Stages with work and without progress for so long: causes first, then the longest.
+
+        Args:
+            after_s: None: the detector's.
+        """
+        after_s = self.after_s if after_s is None else after_s
         stalled = {
             name: stage
             for name, stage in self._stages.items()
-            if stage.open and now_s - stage.moved_s >= self.after_s
+            if stage.open and now_s - stage.moved_s >= after_s
         }
         chains = {name: _chain(name, stalled) for name in stalled}
         found = [

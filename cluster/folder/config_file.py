@@ -99,6 +99,13 @@ def presets(kind: type[BaseModel]) -> dict[str, Path]:
     return {f.stem: f for f in files if ("rounds" in read_yaml(f)) == has_rounds}
 
 
+def table(name: str) -> Path:
+    """A shipped table of prices or GPUs, by the name of its file."""
+    package = Path(__file__).parents[1]
+    inside = package / "tables" / name
+    return inside if inside.exists() else package.parent / "deploy" / name
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a config file, unchecked.
 
@@ -133,7 +140,7 @@ def make_config(
         return kind.model_validate(data)
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(f"{source}: {_explain(kind, item)}" for item in error.errors())
+            "\n".join(f"{source}: {explain(kind, item)}" for item in error.errors())
         ) from None
 
 
@@ -164,7 +171,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         place = place[at]
 
 
-def _explain(kind: type[BaseModel], item: Any) -> str:
+def explain(kind: type[BaseModel], item: Any) -> str:
+    """For people: one of the errors of a `ValidationError` of a kind of config."""
     location = item["loc"]
     name = ".".join(str(part) for part in location) or "config"
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):

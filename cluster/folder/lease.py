@@ -89,7 +89,8 @@ class RunLease:
         self._lost = lost
         self._renew_s = RENEW_S if renew_s is None else renew_s
         self._expires_s = EXPIRES_S if expires_s is None else expires_s
-        self._number = 0
+        self.number = 0
+        """Of this driver among all that the run ever had, from 1; 0: the lease was not taken."""
         self._own = Holder(
             owner=uuid.uuid4().hex,
             host=socket.gethostname(),
@@ -117,9 +118,9 @@ class RunLease:
         holder = self._read(number) if number else None
         if holder is not None and not self._is_free(number, holder):
             raise LeaseHeldError(str(holder))
-        self._number = number + 1
-        if not self._store.create(_name(self._number), _to_json(self._own)):
-            holder = self._read(self._number)
+        self.number = number + 1
+        if not self._store.create(_name(self.number), _to_json(self._own)):
+            holder = self._read(self.number)
             # It may be one's own: the answer to a first try can be lost.
             if holder is None or holder.owner != self._own.owner:
                 raise LeaseHeldError(str(holder or "another process"))
@@ -153,7 +154,7 @@ class RunLease:
     def _renew_forever(self) -> None:
         while not self._ended.wait(self._renew_s):
             try:
-                self.taken_by = self._read(self._number + 1)
+                self.taken_by = self._read(self.number + 1)
                 if self.taken_by is not None:
                     self._lost()
                     return
@@ -176,7 +177,7 @@ class RunLease:
             ) from error
 
     def _write(self, holder: Holder) -> None:
-        self._store.put(_name(self._number), _to_json(holder), durable=False)
+        self._store.put(_name(self.number), _to_json(holder), durable=False)
 
 
 def _name(number: int) -> str:

@@ -12,6 +12,7 @@ Not covered: data and models outside the run folder that are changed after their
 
 from __future__ import annotations
 
+import calendar
 import hashlib
 import os
 import socket
@@ -55,6 +56,14 @@ def record_start(folder: RunFolder, inputs: Iterable[Path]) -> None:
         }
     )
     folder.write(VERSIONS, record)
+
+
+def first_start_s(folder: RunFolder) -> float | None:
+    """When a run was started for the first time, seconds since 1970; None: it is not recorded."""
+    starts = (folder.read(VERSIONS) or {"starts": []})["starts"]
+    if not starts:
+        return None
+    return calendar.timegm(time.strptime(starts[0]["time"], "%Y-%m-%dT%H:%M:%SZ"))
 
 
 def record_lineage(

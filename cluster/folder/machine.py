@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from functools import partial
+import threading
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,63 @@ _PACKAGES = (
     "pyarrow",
     "sympy",
 )
+
+
+COMMAND_VARIABLE = "RSTAR_COMMAND"
+"""What a person typed, where that was not this process's own command (`rstar submit`)."""
+
+
+_OWN = ("cluster", "learner", "rollout", "verifier")
+_PARSING = threading.Lock()
+"""CPython 3.11 counts the depth of all threads that parse as one, and then fails."""
+
+
+@cache
+def source_digest(*modules: str) -> str:
+    """Of the source of modules and of all of this project that they use, lazily or by name too.
+
+    So it stays the same when something else is changed. Not covered: other packages.
+    """
+    found: set[str] = set()
+    waiting = [*modules]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (source := _source(name)) is not None:
+            found.add(name)
+            waiting += source[1]
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(found):
+        source = _source(name)
+        assert source is not None
+        digest.update(name.encode() + b"\0" + source[0] + b"\0")
+    return digest.hexdigest()
+
+
+@cache
+def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
+    """Text of a module, and what may be modules that it uses; None: there is none of this name.
+
+    Nothing is imported to find it.
+    """
+    place = Path(__file__).parents[2].joinpath(*module.split("."))
+    paths = (place.with_suffix(".py"), place / "__init__.py")
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
+    text = path.read_bytes()
+    names: set[str] = set()
+    with _PARSING:
+        parsed = ast.parse(text)
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            # What is imported may be a module, or something that stands in one.
+            names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.update((node.value, node.value.rpartition(".")[0]))
+    own = re.compile(rf"({'|'.join(_OWN)})(\.\w+)*")
+    return text, tuple(sorted(filter(own.fullmatch, names)))
 
 
 def versions() -> dict[str, str]:
@@ -42,7 +103,9 @@ def code_version(directory: Path | None = None) -> dict[str, Any] | None:
     Args:
         directory: inside the checkout; None: where this package is.
     Returns:
-        None if the code is not in a git checkout, or git is not installed.
+        None if it is not known: the code is in no git checkout (or git is not installed), and
+        RSTAR_COMMIT does not say (as images do, `git describe --always --dirty --abbrev=40`; there
+        is one changed file at least where it ends in -dirty).
     """
     directory = directory or Path(__file__).parent
     # Without locks: a look at the state must not stand in the way of somebody's commit.
@@ -53,7 +116,8 @@ def code_version(directory: Path | None = None) -> dict[str, Any] | None:
         commit = run([*git, "rev-parse", "HEAD"]).stdout.strip()
         changed = run([*git, "status", "--porcelain", "--untracked-files=no"]).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
+        commit, _, dirty = os.environ.get("RSTAR_COMMIT", "").partition("-")
+        return {"commit": commit, "changed_files": int(bool(dirty))} if commit else None
     return {"commit": commit, "changed_files": len(changed.splitlines())}
 
 
@@ -93,5 +157,5 @@ def _cpu_model() -> str:
 
 
 def command_line() -> str:
-    """What was typed to start this process, as a shell would read it."""
-    return shlex.join(["rstar", *sys.argv[1:]])
+    """What was typed to start this process, on whichever machine, as a shell would read it."""
+    return os.environ.get(COMMAND_VARIABLE) or shlex.join(["rstar", *sys.argv[1:]])

@@ -5,8 +5,11 @@
     RUN/run.id                         tells a new run in the same place from the one before
     RUN/versions.json                  each start: code, packages, machine, problem files (lineage)
     RUN/lineage/round=R.json           which models, grader and data made what (lineage)
+    RUN/lineage/changes/NNNNN.json     what was changed while it went on, and by whom (changes)
+    RUN/cost.json, estimate.json       what it has cost, and what that was thought to be
     RUN/live.json                      what the driver does right now (live)
     RUN/logs/, RUN/traces/             what each process logged, and traced if asked (docs/logs.md)
+    RUN/tracking.json, RUN/tensorboard/     what experiment trackers were told (tracking)
     RUN/metrics/                       what to scrape, and the last hour of samples (exporter)
     RUN/problems.parquet               id and level of every problem to search
     RUN/problem_blocks/                the problems themselves, for the workers of the round in hand
@@ -62,11 +65,12 @@ from learner.dataset import MANIFEST
 from rollout.difficulty import SuspectLabel
 from rollout.files import new_folder
 from rollout.problem import Problem
-from rollout.run_store import RunStore, StoreError, absolute
+from rollout.run_store import RUN_ID, RunStore, StoreError, absolute
 
 RESUMABLE = (
     "cluster",
     "cost",
+    "log_level",
     "metrics",
     "policy_engine",
     "ppm_engine",
@@ -75,6 +79,7 @@ RESUMABLE = (
     "sandbox",
     "storage",
     "tracing",
+    "tracking",
     "endpoint.api_key_env",
     "endpoint.base_url",
     "endpoint.deadline_s",
@@ -91,6 +96,8 @@ RESUMABLE = (
 
 
 CONFIG = "config.yaml"
+COST = "cost.json"
+ESTIMATE = "estimate.json"
 PROBLEMS = "problems.parquet"
 BASE = "base"
 MARKED_BASE = "base_with_markers"
@@ -115,7 +122,19 @@ class RunFolder:
         Raises:
             StoreError: nothing here can open such an address.
         """
+        self.storage = dict(storage or {})
         self.store = RunStore(absolute(root), options=storage)
+        self._lease: RunLease | None = None
+
+    @property
+    def turn(self) -> int:
+        """Which driver of the run this process is, a number that grows; 0: it holds no lease."""
+        return self._lease.number if self._lease is not None else 0
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether another driver has taken the run from this process, and all that is its."""
+        return self._lease is not None and self._lease.taken_by is not None
 
     @property
     def root(self) -> Path:
@@ -132,6 +151,16 @@ class RunFolder:
     def name(self) -> str:
         """Of the run, for people: the last part of where it is."""
         return self.store.root.rpartition("/")[2]
+
+    @property
+    def label(self) -> str:
+        """Of the run among all others, in metrics: its name and the beginning of its id.
+
+        Raises:
+            RunFolderError: its id cannot be read.
+        """
+        known = self.read_bytes(RUN_ID)
+        return self.name if known is None else f"{self.name}-{known.decode()[:6]}"
 
     def place(self, name: str) -> Path:
         """Where something of the run is, as a path that may stand for an address."""
@@ -200,6 +229,7 @@ class RunFolder:
         try:
             self.store.self_check()  # what a lease rests on, too
             lease.take()
+            self._lease = lease
         except StoreError as error:
             raise RunFolderError(
                 f"{self.store.root}: {_why(error)}; choose another folder with --set run_dir=..."
@@ -238,7 +268,7 @@ class RunFolder:
             earlier = type(config).model_validate(earlier).effective()
         changed = [
             name
-            for name in _differences(earlier, effective)
+            for name in differences(earlier, effective)
             if not any(name == part or name.startswith(f"{part}.") for part in RESUMABLE)
         ]
         if changed:
@@ -440,13 +470,13 @@ def _stage_name(round: int, stage: str) -> str:
     return f"stages/round={round}-{stage}.json"
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Dotted names of the values that are not equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted({*old, *new}):
             name = f"{prefix}.{key}" if prefix else str(key)
-            found += _differences(old.get(key), new.get(key), name)
+            found += differences(old.get(key), new.get(key), name)
         return found
     return [] if old == new else [prefix]
 

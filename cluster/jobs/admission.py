@@ -109,6 +109,12 @@ class AdmissionController:
         self.reason = "start"
         """Why the limit is what it is, for people."""
 
+    def bound(self, max_trees: int) -> int:
+        """Change the upper bound, >= 1; returns the limit that follows."""
+        self.max_trees = max_trees
+        self._set(self._limit)
+        return self._limit
+
     @property
     def limit(self) -> int:
         """Trees that may be open now."""

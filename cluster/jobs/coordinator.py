@@ -87,6 +87,8 @@ class WorkerProgress:
     """Those of them that ended in no step marker."""
     unfinished_text: str = ""
     """The first of these; "" if there is none."""
+    waits: Mapping[str, Mapping[str, tuple[int, float]]] = field(default_factory=dict)
+    """By pool, see `ReplicaPool.waits`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,8 @@ class RoundStatus:
     round: int
     sealed: bool
     stages: Mapping[str, StageStatus]
+    epoch: str = ""
+    """Of the coordinator: different after each start."""
 
     @property
     def finished(self) -> bool:
@@ -206,6 +210,7 @@ class Coordinator:
         return RoundStatus(
             round=round,
             sealed=round in self._sealed,
+            epoch=self.epoch,
             stages={
                 stage: StageStatus(
                     stage=stage,
@@ -241,6 +246,10 @@ class Coordinator:
         manifest = trajectories.seal(job.id for job in self._queue.jobs(round))
         self._sealed.add(round)
         return manifest
+
+    def prioritise(self, ranks: Mapping[str, int]) -> None:
+        """See `JobQueue.prioritise`; one that was restarted has to be told again (`epoch`)."""
+        self._queue.prioritise(ranks)
 
     # -- workers
 
@@ -286,7 +295,7 @@ class Coordinator:
             return self._queue.complete(job_id, lease_id)
         job = self._queue.job(job_id)
         try:
-            commit = self._of_round(job.round).read_commit(job_id, trees=False)
+            commit = self._of_round(job.round).gathered_commit(job_id)
         except FileNotFoundError:
             message = (
                 f"job {job_id} is said to be committed, and store {self.store.root} has no marker "
@@ -345,7 +354,8 @@ class Coordinator:
         if round in self._sealed:
             return
         plans = [StagePlan.from_json(data) for data in trajectories.plans().values()]
-        commits = trajectories.commits(trees=False) if plans else {}
+        found = trajectories.each_commit(trees=False, gather=True) if plans else ()
+        commits = {commit.shard: commit for commit in found}
         for plan in sorted(plans, key=lambda plan: plan.tree_index):
             self._adopt(plan, commits)
         if plans:
@@ -401,7 +411,7 @@ class Coordinator:
             info={"stage": job.stage, "writer": "coordinator", "error": error},
         )
         # Whoever won: what stands in the store counts.
-        self._record(job.id, "", trajectories.read_commit(job.id, trees=False))
+        self._record(job.id, "", trajectories.gathered_commit(job.id))
         logger.warning(
             "A job out of attempts was %s: %s job=%s",
             "quarantined" if single else "split",

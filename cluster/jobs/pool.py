@@ -153,6 +153,8 @@ class _Replica:
     told_s: float = float("-inf")
     told_in_flight: int = 0
     """What this pool had in flight then."""
+    asked: dict[object, float] = field(default_factory=dict)
+    """Requests that have no answer yet, and when each was sent; the oldest first."""
 
     def load(self, now_s: float) -> Load:
         """How busy it is, to choose by."""
@@ -178,6 +180,8 @@ class ReplicaPool:
         self.config = config or PoolConfig()
         self._replicas = {name: _Replica(name, handle) for name, handle in handles.items()}
         self._waiters: deque[asyncio.Future[None]] = deque()
+        self._queued: dict[object, tuple[float, str]] = {}
+        """Requests without a slot: since when, and of which replica if it must be that one."""
         self._lost: list[str] = []
         self._revision = -1
 
@@ -214,6 +218,20 @@ class ReplicaPool:
             if replica is not None:
                 replica.told, replica.told_s = pressure, now_s
                 replica.told_in_flight = replica.in_flight
+
+    def waits(self) -> dict[str, tuple[int, float]]:
+        """Who is waited for: replica -> how many requests, and for how many seconds the oldest.
+
+        Those that wait for a replica to have room, or to be there at all, are under "".
+        """
+        now_s = time.monotonic()
+        since: dict[str, list[float]] = {}
+        for replica in self._replicas.values():
+            if replica.asked:
+                since[replica.name] = list(replica.asked.values())
+        for begun_s, only in self._queued.values():
+            since.setdefault(only, []).append(begun_s)
+        return {name: (len(times), now_s - min(times)) for name, times in since.items()}
 
     async def call(
         self, method: str, *arguments: Any, key: str = "", max_tokens: int = 0
@@ -287,6 +305,16 @@ class ReplicaPool:
         only: str = "",
     ) -> _Replica:
         """Take a slot of the chosen replica, waiting for one if need be."""
+        request = object()
+        self._queued[request] = (start_s, only)
+        try:
+            return await self._slot(key, start_s, max_tokens, avoid=avoid, only=only)
+        finally:
+            del self._queued[request]
+
+    async def _slot(
+        self, key: str, start_s: float, max_tokens: int, *, avoid: Iterable[str], only: str
+    ) -> _Replica:
         patience_s = self._patience_s(max_tokens)
         deadline_s = start_s + patience_s
         while True:
@@ -381,6 +409,8 @@ class ReplicaPool:
         if self.config.deadline_s is not None:
             patience_s = max(0.0, start_s + patience_s - began_s)
         timeout = asyncio.timeout(patience_s)
+        request = object()
+        replica.asked[request] = began_s
         try:
             async with timeout:
                 answer = getattr(replica.handle, method).remote(*arguments)
@@ -411,6 +441,7 @@ class ReplicaPool:
             self._rest(replica)
             raise _Failed(describe(error).splitlines()[0]) from error
         finally:
+            del replica.asked[request]
             replica.in_flight -= 1
             self._wake_one()
 

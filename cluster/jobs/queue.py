@@ -9,6 +9,9 @@
 - `renew` of a job nobody holds leases it to the asking worker, whoever had granted it.
 - A FAILED job is out of attempts. The coordinator completes it by splitting it (several problems)
   or by quarantining it (one problem).
+- A worker that is lost charges all jobs it held, though one alone may have ended it. So a job of
+  one problem whose last attempt is left after a loss is granted to a worker that holds nothing
+  else: what was lost beside others comes through, and what ends workers is found.
 
 The queue is told things and asked things. It owns no clock (`now_s` is an argument, any monotonic
 seconds), no randomness and no I/O, so a simulation can drive it at virtual time.
@@ -217,6 +220,8 @@ class _Entry:
     attempts: int = 0
     """Leases that ended badly."""
     error: str = ""
+    alone: bool = False
+    """It may be what its workers were lost by, and has one attempt left."""
     lease_id: str = ""
     worker: str = ""
     expires_s: float = 0.0
@@ -236,7 +241,7 @@ class StageCounts:
 
 
 class JobQueue:
-    """Jobs by priority, then by the order they came, parts in their parent's place.
+    """Jobs by rank (`prioritise`) and priority, then as they came, parts in their parent's place.
 
     See the module for the transitions.
     """
@@ -251,14 +256,27 @@ class JobQueue:
         self.epoch = epoch
         self.counters = LeaseCounters()
         self._entries: dict[str, _Entry] = {}
-        self._pending: list[tuple[int, tuple[int, ...], str]] = []
+        self._pending: list[tuple[int, int, tuple[int, ...], str]] = []
         self._expiries: list[tuple[float, str, str]] = []
         self._held: dict[str, set[str]] = {}
         self._counts: dict[tuple[int, str], StageCounts] = {}
         self._failed: dict[str, None] = {}
         self._num_leases = 0
+        self._ranks: Mapping[str, int] = {}
 
     # -- told by the coordinator
+
+    def prioritise(self, ranks: Mapping[str, int]) -> None:
+        """Have jobs of problems of a higher rank granted first, those pending now included.
+
+        Args:
+            ranks: by problem; 0 of those not named. A job has the highest of its problems'.
+        """
+        self._ranks = ranks
+        self._pending.clear()
+        for entry in self._entries.values():
+            if entry.state is JobState.PENDING:
+                self._push(entry)
 
     def add(self, job: Job) -> bool:
         """Queue a job; False if it is known already."""
@@ -287,7 +305,10 @@ class JobQueue:
                 heapq.heappush(self._expiries, (entry.expires_s, job_id, lease_id))
                 continue
             self.counters.expired += 1
-            self._charge(entry, f"worker {entry.worker} was not heard of before its lease ended")
+            worker = entry.worker
+            self._charge(
+                entry, f"worker {worker} was not heard of before its lease ended", lost=True
+            )
             ended.append(job_id)
         return ended
 
@@ -296,7 +317,7 @@ class JobQueue:
         ended = sorted(self._held.get(worker, ()))
         for job_id in ended:
             self.counters.expired += 1
-            self._charge(self._entries[job_id], f"worker {worker} is gone")
+            self._charge(self._entries[job_id], f"worker {worker} is gone", lost=True)
         return ended
 
     def failed(self) -> list[tuple[Job, str]]:
@@ -307,16 +328,26 @@ class JobQueue:
     # -- asked for by a worker
 
     def grant(self, worker: str, now_s: float) -> Lease | None:
-        """Lease the next job to a worker; None if there is none pending."""
-        while self._pending:
-            _, _, job_id = heapq.heappop(self._pending)
+        """Lease the next job to a worker; None if there is none pending that it may have."""
+        held = self._held.get(worker, ())
+        if any(self._entries[job_id].alone for job_id in held):
+            return None
+        passed_over: list[_Entry] = []
+        found: Lease | None = None
+        while self._pending and found is None:
+            *_, job_id = heapq.heappop(self._pending)
             entry = self._entries[job_id]
             if entry.state is not JobState.PENDING:
                 continue
+            if entry.alone and held:
+                passed_over.append(entry)
+                continue
             self._num_leases += 1
             self.counters.granted += 1
-            return self._lease(entry, f"{job_id}.{self.epoch}.{self._num_leases}", worker, now_s)
-        return None
+            found = self._lease(entry, f"{job_id}.{self.epoch}.{self._num_leases}", worker, now_s)
+        for entry in passed_over:
+            self._push(entry)
+        return found
 
     def renew(self, job_id: str, lease_id: str, worker: str, now_s: float) -> bool:
         """Extend a lease; False if the worker should drop the job: another has it, or it is done.
@@ -416,9 +447,15 @@ class JobQueue:
         heapq.heappush(self._expiries, (entry.expires_s, entry.job.id, lease_id))
         return Lease(id=lease_id, job=entry.job, worker=worker, expires_s=entry.expires_s)
 
-    def _charge(self, entry: _Entry, error: str) -> None:
+    def _charge(self, entry: _Entry, error: str, *, lost: bool = False) -> None:
+        """
+        Args:
+            lost: with its worker, by whatever that held.
+        """
         entry.attempts += 1
         entry.error = error
+        last = entry.attempts == self.config.max_attempts - 1
+        entry.alone = lost and last and len(entry.job.problem_ids) == 1
         if entry.attempts >= self.config.max_attempts:
             self._move(entry, JobState.FAILED)
             return
@@ -442,7 +479,8 @@ class JobQueue:
         entry.state = state
 
     def _push(self, entry: _Entry) -> None:
-        heapq.heappush(self._pending, (-entry.job.priority, entry.order, entry.job.id))
+        rank = max((self._ranks.get(i, 0) for i in entry.job.problem_ids), default=0)
+        heapq.heappush(self._pending, (-rank, -entry.job.priority, entry.order, entry.job.id))
 
 
 def _hash(*parts: object) -> str:

@@ -89,6 +89,10 @@ class PooledSearch(Protocol):
         """See `RolloutWorker.set_pressures`."""
         ...
 
+    def waits(self) -> dict[str, dict[str, tuple[int, float]]]:
+        """By pool, see `ReplicaPool.waits`."""
+        ...
+
 
 GC_THRESHOLD = (100_000, 50, 1000)
 """Trees hold no reference cycles: with Python's own thresholds a third of the time of a worker with
@@ -224,15 +228,29 @@ class RolloutWorker:
         # Workers that fall idle together do not ask together for ever.
         self._jitter = random.Random(name)
         self._succeeded_s = time.monotonic()
+        self._run: asyncio.Task[WorkerProgress] | None = None
 
     # -- lifecycle
 
     async def run(self) -> WorkerProgress:
         """Work until `drain`; returns what was done.
 
+        Asked again, by a driver that takes the worker over, it goes on: that driver is told what is
+        done from now on, of the trees in hand all.
+
         Raises:
             RayActorError: the coordinator is gone for good.
         """
+        if self._run is None:
+            self._run = asyncio.ensure_future(self._run_until_drained())
+        else:
+            self._progress = WorkerProgress(
+                open_trees=self._progress.open_trees,
+                waiting_commits=self._progress.waiting_commits,
+            )
+        return await asyncio.shield(self._run)
+
+    async def _run_until_drained(self) -> WorkerProgress:
         gc.set_threshold(*GC_THRESHOLD)
         renewal = asyncio.create_task(self._renew_forever())
         keeping = asyncio.create_task(self._keep_open_trees_forever())
@@ -268,7 +286,8 @@ class RolloutWorker:
     async def drain(self, timeout_s: float = 0.0) -> WorkerProgress:
         """Stop, commit finished trees as parts of their shards and hand the rest back.
 
-        Returns when that is done.
+        Returns when that is done. All is kept first, for whoever asks may be killed, and this
+        worker with him, before the time is over.
 
         Args:
             timeout_s: time that open searches are given to end by themselves.
@@ -276,6 +295,8 @@ class RolloutWorker:
         self._draining.set()
         self._changed.set()
         give_up_s = time.monotonic() + timeout_s
+        if timeout_s:
+            await self._keep_open_trees()
         while self._shards and time.monotonic() < give_up_s:
             await asyncio.sleep(min(0.05, timeout_s))
         for shard in self._shards.values():
@@ -291,7 +312,10 @@ class RolloutWorker:
             for shard in self._shards.values()
             for tree in (*shard.trees, *shard.open.values())
         )
-        return replace(self._progress, requests=requests)
+        search = self._search
+        if not isinstance(search, PooledSearch):
+            return replace(self._progress, requests=requests)
+        return replace(self._progress, requests=requests, waits=search.waits())
 
     def set_replicas(self, pool: str, handles: Mapping[str, Any], revision: int) -> None:
         """Let a pool of the search consist of these replicas; see `ReplicaPool.set_replicas`.
@@ -325,6 +349,12 @@ class RolloutWorker:
             )
             self._slots.limit = limit
             self._changed.set()
+
+    def set_max_open_trees(self, most: int) -> None:
+        """Change how many searches may run at once; those above it end by themselves."""
+        limit = self._admission.bound(most)
+        self._slots.limit = limit if self._follows_engines else most
+        self._changed.set()
 
     def pid(self) -> int:
         """Process id, for logs and tests."""
@@ -576,10 +606,13 @@ class RolloutWorker:
         """Checkpoint the trees of all shards now and then."""
         while self.config.checkpoint_open_trees_s is not None:
             await asyncio.sleep(self.config.checkpoint_open_trees_s)
-            for shard in list(self._shards.values()):
-                async with shard.saving:
-                    if not shard.stop.is_set() and shard.lease.job.id in self._shards:
-                        await self._save(shard, shard.lease.job.id, shard.lease.job.problem_ids)
+            await self._keep_open_trees()
+
+    async def _keep_open_trees(self) -> None:
+        for shard in list(self._shards.values()):
+            async with shard.saving:
+                if not shard.stop.is_set() and shard.lease.job.id in self._shards:
+                    await self._save(shard, shard.lease.job.id, shard.lease.job.problem_ids)
 
     async def _save(self, shard: _Shard, job_id: str, problem_ids: Iterable[str]) -> None:
         """Keep what is known of these problems' trees for whoever holds `job_id` next."""

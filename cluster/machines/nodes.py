@@ -21,15 +21,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.machines.cost import NodeUse
 from cluster.machines.placement import NodeResources
 from cluster.machines.spot import SpotConfig, SpotNotice, SpotWatcher
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+RUNS = "rstar-"
+"""Beginning of the Ray namespaces of runs (`cluster.fleet.left_over`)."""
+
+KIND_LABELS = ("machine", "ray.io/node-group", "ray.io/accelerator-type")
+MARKET_LABELS = ("market", "ray.io/market-type")
+"""Labels of a node that say what machine it is, and how it is bought; the first one counts."""
+
+UNKNOWN_KIND = "machine"
+"""Of a node without such a label."""
 
 ADVICE_S = 120.0
 """Time given to a node whose notice names none."""
@@ -68,6 +80,11 @@ def living() -> dict[str, NodeResources]:
     }
 
 
+def table() -> list[dict[str, Any]]:
+    """Every node there ever was, as Ray tells it."""
+    return ray.nodes()
+
+
 def starting() -> dict[str, int]:
     """How many nodes of each type the autoscaler is starting; {} without an autoscaler."""
     from ray.autoscaler.v2.sdk import get_cluster_status
@@ -91,6 +108,57 @@ def node_of(handle: Any) -> str:
     from ray._private.state import actors
 
     return actors(handle._actor_id.hex()).get("Address", {}).get("NodeID", "")
+
+
+def uses(namespace: str) -> dict[str, NodeUse]:
+    """The living nodes by id, each with its kind, its market and how much of it a run pays."""
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    record = vars(gcs_pb2)["ActorTableData"]
+    table = state._connect_and_get_accessor().get_actor_table(None, "ALIVE")
+    runs_on: dict[str, set[str]] = {}
+    for entry in table:
+        actor = record.FromString(entry)
+        if actor.ray_namespace.startswith(RUNS) and actor.class_name != NodeSpotWatcher.__name__:
+            runs_on.setdefault(actor.address.node_id.hex(), set()).add(actor.ray_namespace)
+    living_runs = {namespace}.union(*runs_on.values())
+    found = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            labels, runs = node.get("Labels") or {}, runs_on.get(node["NodeID"], set())
+            payers = runs or living_runs
+            found[node["NodeID"]] = NodeUse(
+                kind=next(filter(None, map(labels.get, KIND_LABELS)), UNKNOWN_KIND),
+                market=next(filter(None, map(labels.get, MARKET_LABELS)), "on-demand"),
+                idle=not runs,
+                share=1 / len(payers) if namespace in payers else 0.0,
+            )
+    return found
+
+
+def say_priority(namespace: str, priority: int) -> None:
+    """Tell the other runs of the cluster how much this one counts."""
+    _internal_kv_put(f"{RUNS}priority/{namespace}", str(priority), overwrite=True)
+
+
+def asked_above(priority: int) -> list[dict[str, float]]:
+    """What each actor asks that waits for a place, of runs with a higher priority."""
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    record = vars(gcs_pb2)["ActorTableData"]
+    table = state._connect_and_get_accessor().get_actor_table(None, "PENDING_CREATION")
+    priorities: dict[str, int] = {}
+    waiting = []
+    for actor in map(record.FromString, table):
+        space = actor.ray_namespace
+        if space not in priorities:
+            said = _internal_kv_get(f"{RUNS}priority/{space}") if space.startswith(RUNS) else None
+            priorities[space] = priority if said is None else int(said)
+        if priorities[space] > priority and actor.required_resources:
+            waiting.append(dict(actor.required_resources))
+    return waiting
 
 
 def near_driver(*, soft: bool = True) -> dict[str, Any]:

@@ -191,6 +191,13 @@ class Scaler:
 
     # -- told
 
+    def bound(self, pool: str, config: ScalerConfig) -> None:
+        """Give a pool other bounds; a target outside of them moves into them at once."""
+        state = self._pools[pool]
+        state.config = config
+        state.target = min(max(state.target, config.min_replicas), config.max_replicas)
+        state.needs.clear()  # bounded by those before
+
     def observe(
         self, pool: str, now_s: float, load: PoolLoad, replicas: Mapping[str, ReplicaLoad]
     ) -> None:
@@ -245,7 +252,7 @@ class Scaler:
             decisions[name] = PoolDecision(
                 target=pool.target,
                 start=start,
-                drain=_emptiest(pool.replicas, living - pool.target),
+                drain=emptiest(pool.replicas, living - pool.target),
                 reason=reason,
             )
             if pool.target > pool.count(MemberState.READY):
@@ -301,7 +308,7 @@ def _need(work: float, rate: float | None, config: ScalerConfig, share: float) -
     return min(max(math.ceil(replicas), config.min_replicas), config.max_replicas)
 
 
-def _emptiest(replicas: Mapping[str, ReplicaLoad], count: int) -> tuple[str, ...]:
+def emptiest(replicas: Mapping[str, ReplicaLoad], count: int) -> tuple[str, ...]:
     """The replicas to give up: those that have not started, then the ones with least to do."""
     if count <= 0:
         return ()

@@ -15,7 +15,7 @@ from cluster.fleet.config import ActorConfig, ClusterConfig
 from cluster.folder.config_file import ConfigError, find_config, load_config, make_config, read_yaml
 from cluster.machines.placement import Ask, NodeResources, explain
 from cluster.planning.findings import Finding, error, warning
-from cluster.planning.launch_file import Launch
+from cluster.planning.launch_file import PLACEHOLDER, Launch
 from cluster.runs.config import RunConfig
 from rollout.run_store import address_of
 
@@ -153,10 +153,25 @@ def _run_settings(
             f"{cluster.start_timeout_s:g} s is short where a machine has to be bought first",
             "1800",
         )
-    is_address = isinstance(run, RunConfig) and address_of(run.run_dir) is not None
-    if isinstance(run, RunConfig) and not run.run_dir.is_absolute() and not is_address:
+    if not isinstance(run, RunConfig):
+        return
+    if run.sandbox.isolation != "strict":
+        yield error(
+            "run config: sandbox.isolation",
+            f"{run.sandbox.isolation!r} starts sandboxes on machines that cannot lock them down",
+            "strict",
+        )
+    places = (run.run_dir, run.models.base_model, *run.problems.train, run.problems.test)
+    names = [address_of(place) or str(place) for place in places if place]
+    if placeholders := [name for name in names if PLACEHOLDER in name]:
+        yield warning(
+            "run config: run_dir, models, problems",
+            f"{', '.join(placeholders)}: placeholders",
+            "put your own bucket there",
+        )
+    if not run.run_dir.is_absolute() and address_of(run.run_dir) is None:
         yield warning(
             "run config: run_dir",
             f"{str(run.run_dir)!r} is relative: each machine would have its own",
-            "a folder that all machines mount",
+            "a bucket, or a folder that all machines mount",
         )

@@ -27,11 +27,14 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.fleet.config import ClusterConfig
+from cluster.folder.config_file import ConfigError
+from cluster.machines.prices import PriceTable, read_prices
 from cluster.planning.actor_fit import actors_fit, read_run
 from cluster.planning.findings import Finding, Severity, error, unknown, warning
 from cluster.planning.launch_file import (
     PLACEHOLDER,
     Launch,
+    NodeType,
     RayStart,
     mapping,
     ray_starts,
@@ -40,8 +43,10 @@ from cluster.planning.launch_file import (
     whole,
 )
 from cluster.planning.node_config import node_configs_fit
-from cluster.planning.prices import PriceTable, print_costs, read_prices
+from cluster.planning.prices import print_costs
+from cluster.planning.sandbox_policy import read_policy, too_wide
 from cluster.runs.config import RunConfig
+from rollout.run_store import address_of
 
 MIN_OPEN_FILES = 65536
 
@@ -69,6 +74,8 @@ def check_launch(
         *_spot(launch),
         *_sizes(launch, prices),
         *_images(launch),
+        *_sold_out(launch),
+        *_sandbox_machines(launch, run),
         *_start_commands(launch),
         *_token(launch),
         *_file_mounts(launch),
@@ -171,6 +178,13 @@ def _spot(launch: Launch) -> Iterator[Finding]:
             )
         elif market is None and not node.head:
             yield warning(f"{node.where}.labels.market", "missing", repr(bought))
+        machine = mapping(node.fields.get("labels")).get("machine")
+        if machine is not None and machine != node.instance:
+            yield error(
+                f"{node.where}.labels.machine",
+                f"says {machine!r}, which the run's account would price (cost.prices)",
+                repr(node.instance),
+            )
         if node.spot and "learner" in node.resources:
             yield error(
                 f"{node.where}.node_config",
@@ -210,6 +224,12 @@ def _sizes(launch: Launch, prices: PriceTable) -> Iterator[Finding]:
 
 def _images(launch: Launch) -> Iterator[Finding]:
     docker = mapping(launch.data.get("docker"))
+    if not docker:
+        yield warning(
+            "docker",
+            "missing: each machine installs what it runs, for minutes, and no two alike",
+            "the images of deploy/ (docs/deploy.md)",
+        )
     keys = ("image", "head_image", "worker_image")
     images = [(f"docker.{key}", docker[key]) for key in keys if key in docker]
     for node in launch.types:
@@ -243,6 +263,88 @@ def _images(launch: Launch) -> Iterator[Finding]:
                     yield warning(
                         f"{where}.disks", f"{source!r} is another image tomorrow", "an image name"
                     )
+
+
+def _sold_out(launch: Launch) -> Iterator[Finding]:
+    """Spot capacity of one kind of machine runs out; Ray then tries another type that will do."""
+    for resource in sorted({name for node in launch.types for name in node.resources}):
+        offering = [node for node in launch.types if resource in node.resources]
+        one_kind = len({node.instance for node in offering}) == 1
+        if one_kind and all(node.spot for node in offering):
+            yield warning(
+                f"{offering[0].where}.node_config",
+                f"{resource!r} is offered by one kind of spot machine, which may be sold out",
+                "a second node type with other machines that offers it",
+            )
+
+
+_MOUNT = re.compile(r"\bmount\s+-t|mount\.\w|\b(s3fs|gcsfuse|blobfuse2?|mount-s3)\b")
+
+
+def _sandbox_machines(launch: Launch, run: RunConfig | ClusterConfig | None) -> Iterator[Finding]:
+    """What code that left its sandbox would find: file systems, and a key to the bucket."""
+    address = address_of(run.run_dir) if isinstance(run, RunConfig) else None
+    policy = mapping(launch.data.get("metadata")).get("sandbox_policy")
+    for node in launch.types:
+        if "sandbox" not in node.resources or address is None:
+            continue
+        for where, text in _on_machine(launch, node):
+            if _MOUNT.search(text):
+                yield error(
+                    where,
+                    "they mount a file system, which step code that got out could write",
+                    "leave it out: run_dir is a bucket",
+                )
+        others = {other.identity for other in launch.types if "sandbox" not in other.resources}
+        if launch.provider == "azure":
+            yield warning(
+                node.where,
+                "Ray gives all machines of Azure one identity, so these hold the head's",
+                "AKS, where pods have their own (docs/security.md)",
+            )
+        elif not node.identity:
+            key = "IamInstanceProfile" if launch.provider == "aws" else "serviceAccounts"
+            yield error(
+                f"{node.where}.node_config.{key}",
+                f"missing: workers cannot reach {address}",
+                "an identity of its own, with the policy of metadata.sandbox_policy",
+            )
+        elif node.identity in others:
+            yield error(
+                f"{node.where}.node_config",
+                f"sandbox machines are {node.identity!r} as others are, and may do as much",
+                "an identity of its own, with the policy of metadata.sandbox_policy",
+            )
+    if policy is None:
+        if address is not None:
+            yield warning(
+                "metadata.sandbox_policy",
+                "missing: what sandbox machines may do with the bucket is not checked",
+                "a policy, as one of deploy/policies",
+            )
+        return
+    try:
+        grants = read_policy(launch.folder / str(policy))
+    except ConfigError as wrong:
+        yield error("metadata.sandbox_policy", str(wrong), "a policy, as one of deploy/policies")
+        return
+    yield from too_wide(grants, f"metadata.sandbox_policy {policy}", address)
+
+
+def _on_machine(launch: Launch, node: NodeType) -> Iterator[tuple[str, str]]:
+    """Commands and container options of a worker machine with their places."""
+    keys = ("initialization_commands", "setup_commands", "worker_setup_commands")
+    for fields, where in ((launch.data, ""), (node.fields, f"{node.where}.")):
+        for key in (*keys, "worker_start_ray_commands"):
+            for place, text in strings(list(fields.get(key) or ()), f"{where}{key}"):
+                yield place, text
+        docker = mapping(fields.get("docker"))
+        for key in ("run_options", "worker_run_options"):
+            for place, text in strings(list(docker.get(key) or ()), f"{where}docker.{key}"):
+                yield (
+                    place,
+                    f"mount -t {text}" if re.match(r"(-v|--volume|--mount)\b", text) else text,
+                )
 
 
 def pinned(image: str) -> bool:
@@ -378,7 +480,8 @@ def _file_mounts(launch: Launch) -> Iterator[Finding]:
                     "rsync_exclude", "runs also keeps cluster/runs back, which is code", "/runs"
                 )
                 continue
-            heavy = [name for name in (".git", ".venv", "/runs") if name not in excluded]
+            there = [n for n in (".git", ".venv", "/runs") if (path / n.lstrip("/")).exists()]
+            heavy = [name for name in there if name not in excluded]
             if heavy:
                 yield warning(
                     "rsync_exclude",

@@ -71,6 +71,15 @@ class NodeType:
         return name.rsplit("/", 1)[-1]
 
     @property
+    def identity(self) -> str:
+        """Who the machine is to the cloud's services; "" if nobody, or if all machines are one."""
+        if self.provider == "aws":
+            profile = mapping(self.machine.get("IamInstanceProfile"))
+            return str(profile.get("Arn") or profile.get("Name") or "")
+        accounts = self.machine.get("serviceAccounts") or []
+        return ",".join(str(mapping(account).get("email", "")) for account in accounts)
+
+    @property
     def spot(self) -> bool:
         """Whether the provider may take it back."""
         machine = self.machine
@@ -89,6 +98,8 @@ class Launch:
     data: Mapping[str, Any]
     types: tuple[NodeType, ...]
     provider: str
+    folder: Path
+    """Where the file is: other files are named from there."""
 
 
 def read_launch(path: str | Path) -> Launch:
@@ -118,7 +129,7 @@ def read_launch(path: str | Path) -> Launch:
         )
         for name, fields in rows.items()
     )
-    return Launch(data=data, types=types, provider=provider)
+    return Launch(data=data, types=types, provider=provider, folder=Path(path).parent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

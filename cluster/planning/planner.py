@@ -1,4 +1,4 @@
-"""How many days and dollars a round takes: a formula for people, in the time it takes to read it.
+"""How many days and dollars a round or a run takes: a formula that is read faster than it is run.
 
     tokens of a tree = rollouts * expansions of a rollout * candidates * tokens of a step
     busy             = problems * tokens of a tree / (policy GPUs * tokens per second)
@@ -12,14 +12,21 @@ times more problems than open trees, which a test holds.
 
 Every GPU is paid for all the time, which is an upper bound.
 
-Not covered: training and evaluation between rounds, CPU nodes, storage and network, waiting for
-spot capacity.
+A whole run is estimated from its own config (`estimate_run`): the searches of its rounds by this
+formula, escalation and fits included, each stage with the machines that are up in it at the prices
+that the run's account goes by (`cluster.machines.cost`):
+
+    fit = start + solved problems * tokens of theirs * epochs / (tokens per second of all ranks)
+
+Not covered: storage and network, waiting for spot capacity; of one round, training and evaluation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -27,6 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.folder.config_file import Config
+from cluster.runs.config import RunConfig
+from rollout.search import SearchConfig
 
 TAIL_TREES = 0.75
 """Time of the tail in times of one tree at full load; seen in the simulation."""
@@ -172,6 +181,107 @@ def make_plan(config: PlanConfig) -> Plan:
         dollars_per_solved=dollars / (config.problems * config.solve_rate),
         expected_losses=losses_per_s * gpu_s,
     )
+
+
+def estimate_run(config: RunConfig, problems: int) -> dict[str, Any]:
+    """Hours and dollars of a run, in all and by stage, as its account names them.
+
+    Keys: usd, hours, problems, by_stage {stage: {hours, usd}}, assumed (`cost.expected`).
+
+    Raises:
+        PlanError: the config has no `cost.expected`.
+    """
+    expected = config.cost.expected
+    if expected is None:
+        raise PlanError("cost.expected is not set: it says how fast the machines are")
+    engines = [name for name in expected.machines if name != "learner"]
+    stages: dict[str, dict[str, float]] = {}
+
+    def add(stage: str, seconds: float, pools: Sequence[str]) -> None:
+        hours = seconds / 3600.0
+        stages[stage] = {"hours": hours, "usd": hours * _price_of(config, pools)}
+
+    add("start", expected.start_s, engines)
+    for number, settings in enumerate(config.rounds, start=1):
+        served = [name for name in engines if name != "ppm" or number > 1]
+        search = settings.search(config.search)
+        passes = [(search, problems * settings.trees)]
+        unsolved = round(problems * (1 - expected.solve_rate))
+        passes += [(own.search(search), unsolved * own.trees) for own in settings.escalation]
+        seconds = sum(_search_s(config, search, trees) for search, trees in passes if trees)
+        add(f"round {number}: rollout", seconds, served)
+        solved = problems * expected.solve_rate
+        for kind, tokens, fit in (
+            ("policy", expected.policy_tokens, config.train_policy),
+            ("ppm", expected.ppm_tokens, config.train_ppm),
+        ):
+            fit_s = solved * tokens * fit.num_epochs / expected.train_tokens_per_s
+            held = served if not config.cluster.hand_over else ["head"]
+            add(f"round {number}: train {kind}", expected.train_start_s + fit_s, [*held, "learner"])
+        add(f"round {number}: other", expected.other_s, served)
+    return {
+        "usd": sum(stage["usd"] for stage in stages.values()),
+        "hours": sum(stage["hours"] for stage in stages.values()),
+        "problems": problems,
+        "by_stage": stages,
+        "assumed": expected.model_dump(mode="json"),
+    }
+
+
+def _search_s(config: RunConfig, search: SearchConfig, trees: int) -> float:
+    """Seconds of one pass over so many trees."""
+    cluster, expected = config.cluster, config.cost.expected
+    assert expected is not None
+    replicas = cluster.policy.replicas
+    plan = PlanConfig(
+        gpus=replicas,
+        ppm_share=0,
+        tokens_per_s=expected.tokens_per_s,
+        price_per_hour=0,
+        lost_per_hour=expected.lost_per_hour,
+        problems=trees,
+        rollouts=search.num_rollouts,
+        candidates=search.num_candidates,
+        expansions_per_rollout=expected.expansions_per_rollout,
+        tokens_per_step=expected.tokens_per_step,
+        open_trees=max(1, cluster.max_open_trees * cluster.workers.replicas // replicas),
+        start_s=0,
+        checkpoint_s=cluster.checkpoint_open_trees_s,
+    )
+    return make_plan(plan).total_s
+
+
+def _price_of(config: RunConfig, pools: Sequence[str]) -> float:
+    """Dollars per hour of the machines of some pools."""
+    if config.cost.usd_per_hour is not None:
+        return config.cost.usd_per_hour
+    assert config.cost.expected is not None
+    total = 0.0
+    for name, machine in config.cost.expected.machines.items():
+        if name in pools:
+            actors = 1 if name == "head" else getattr(config.cluster, name).replicas
+            price = config.cost.prices[machine.kind].usd_per_hour(machine.market)
+            total += math.ceil(actors / machine.holds) * price
+    return total
+
+
+def print_estimate(estimate: Mapping[str, Any], console: Console) -> None:
+    """Hours and dollars in all, by stage, and what was assumed."""
+    console.print(
+        f"{estimate['problems']:,} problems: {estimate['hours'] / 24:,.2f} days, "
+        f"{estimate['usd']:,.2f} dollars",
+        markup=False,
+        highlight=False,
+    )
+    table = Table()
+    for column in ("stage", "hours", "dollars"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, stage in estimate["by_stage"].items():
+        table.add_row(name, f"{stage['hours']:,.2f}", f"{stage['usd']:,.2f}")
+    console.print(table)
+    assumed = {k: v for k, v in estimate["assumed"].items() if k != "machines"}
+    told = ", ".join(f"{name} {value:,}" for name, value in assumed.items())
+    console.out(f"assumed (cost.expected): {told}", highlight=False)
 
 
 def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:

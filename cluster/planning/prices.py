@@ -5,47 +5,15 @@ Prices of disks, traffic and shared file systems are not in it.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from cluster.folder.config_file import Config, ConfigError, read_yaml
+from cluster.machines.prices import Instance, PriceTable
 from cluster.planning.launch_file import Launch, NodeType, whole
-
-
-class Instance(Config):
-    """A row of the price table."""
-
-    on_demand: float = Field(gt=0, description="dollars per hour")
-    spot: float | None = Field(None, gt=0, description="dollars per hour; null: not sold as spot")
-    cpus: int = Field(ge=1, description="logical CPUs")
-    gpus: int = Field(0, ge=0, description="GPUs")
-
-
-class PriceTable(Config):
-    """List prices to be checked, by provider and instance type."""
-
-    as_of: datetime.date = Field(description="when the prices were looked up")
-    instances: dict[str, dict[str, Instance]] = Field(description="provider -> type -> row")
-
-
-def read_prices(path: str | Path) -> PriceTable:
-    """The price table.
-
-    Raises:
-        ConfigError: it cannot be read, or a row is wrong; the message names it.
-    """
-    try:
-        return PriceTable.model_validate(read_yaml(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {where}: {first['msg']}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +29,7 @@ class TypeCost:
         """Dollars per hour of one, as it is bought: on demand where no spot price is known."""
         if self.size is None:
             return None
-        spot = self.size.spot if self.node.spot else None
-        return self.size.on_demand if spot is None else spot
+        return self.size.usd_per_hour("spot" if self.node.spot else "on-demand")
 
     def dollars(self, most: bool) -> float:
         """Per hour, with the least or the most machines of the type."""

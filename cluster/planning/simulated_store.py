@@ -103,8 +103,8 @@ class RacingStore(RunStore):
     on_put: Callable[[], None] | None = None
     """Called once after the next file was put."""
 
-    def put(self, path: str, data: bytes, *, durable: bool = True) -> None:
-        super().put(path, data, durable=durable)
+    def put_new(self, path: str, data: bytes) -> None:
+        super().put_new(path, data)
         if self.on_put is not None:
             call, self.on_put = self.on_put, None
             call()

@@ -43,6 +43,7 @@ HELD_OUT = {
     "best_of_n": "best-of-N by PPM",
     "weighted_majority": "weighted majority",
     "search": "MCTS + PPM",
+    "weighted_search": "MCTS + PPM, weighted vote",
     "any_sample": "some sample (oracle)",
 }
 """Method, as a round's entry of a run's report has it -> its name for people."""

@@ -22,6 +22,7 @@ from cluster.evaluation.shares import (
     set_aside_lines,
     token_ratio,
 )
+from cluster.machines.cost import cost_lines
 from cluster.reports import plots
 from cluster.reports.marked_tree import snippet
 from cluster.reports.page import (
@@ -466,14 +467,14 @@ def _cost(facts: RunFacts) -> str:
         for pool in ("policy", "ppm")
         if pool in cluster
     )
-    dollars = (config.get("cost") or {}).get("usd_per_hour")
+    cost = report.get("cost") or {}
+    dollars = {int(number): of["usd"] for number, of in cost.get("rounds", {}).items()}
     rows = []
     for entry in report["rounds"]:
         seconds = entry["seconds"]
         rollout = seconds.get("rollout") or 0.0
         problems = facts.stages.get((entry["round"], "rollout"), {}).get("expected")
         solved = facts.stages.get((entry["round"], "rollout"), {}).get("solved")
-        total = sum(value for value in seconds.values() if value is not None)
         told = paper.GPU_SECONDS_PER_PROBLEM.get(entry["round"])
         rows.append(
             [
@@ -485,7 +486,7 @@ def _cost(facts: RunFacts) -> str:
                 *(f"{seconds[s]:,.0f}" if seconds.get(s) is not None else "" for s in STAGES),
                 f"{rollout * gpus / problems:,.1f}" if gpus and problems else "-",
                 "" if told is None else f"{told}",
-                f"{total * dollars / 3600:,.2f}" if dollars is not None else "-",
+                f"{dollars[entry['round']]:,.2f}" if entry["round"] in dollars else "-",
             ]
         )
     header = ["", "trees", "tokens", "tokens/s", "per solved", *STAGES.values()]
@@ -496,9 +497,10 @@ def _cost(facts: RunFacts) -> str:
         "reserve, beside those that follow from the machines and days the paper states. A commit "
         "counts in the chart when it was written, so the last ones pile up."
     )
-    if dollars is None:
-        about += " Set cost.usd_per_hour to see dollars."
-    return chart + html_table(header, rows) + paragraph(about)
+    if not dollars:
+        about += " Set cost.prices or cost.usd_per_hour to see dollars."
+    lines = "".join(paragraph(line) for line in cost_lines(cost))
+    return chart + html_table(header, rows) + paragraph(about) + lines
 
 
 def _failures(facts: RunFacts) -> str:

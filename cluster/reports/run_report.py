@@ -19,6 +19,7 @@ from rich.table import Table
 from cluster.evaluation.shares import COLUMNS, percent, ruler_text, set_aside_lines, token_ratio
 from cluster.evaluation.tables import REPORT as EVALUATION
 from cluster.folder.run_folder import PAGE, REPORT, RunFolder, RunFolderError
+from cluster.machines.cost import cost_lines
 from cluster.reports import plots
 from cluster.reports.evaluation_page import page as evaluation_page
 from cluster.reports.evaluation_page import print_evaluation
@@ -86,6 +87,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         if entry.get("steering") and not entry["steering"]["steers"]:
             line = f"round {entry['round']} stayed terminal-guided: {entry['steering']['why']}"
             console.print(line, markup=False, highlight=False)
+    for line in cost_lines(report.get("cost", {})):
+        console.print(line, markup=False, highlight=False)
     for line in set_aside_lines(report.get("set_aside", {})):
         console.print(line, markup=False, highlight=False)
     lost = sum(r["lost"] for r in report["rounds"])
@@ -101,6 +104,8 @@ def _accuracy_table(report: Mapping[str, Any], *, wide: bool) -> Table:
     if wide:
         methods["weighted_majority"] = "weighted maj."
     methods["search"] = "MCTS+PPM"
+    if wide:
+        methods["weighted_search"] = "weighted MCTS"
     evaluation = report.get("evaluation", {})
     caption = ""
     if evaluation:

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from cluster.engines.config import EndpointConfig, EngineConfig
 from cluster.evaluation.config import EvaluationConfig
 from cluster.fleet.config import (
+    TRACKING,
     ActorConfig,
     GivenModelsConfig,
     ServingConfig,
@@ -21,6 +22,8 @@ from cluster.fleet.config import (
     check_run_dir,
 )
 from cluster.folder.config_file import Config, Place
+from cluster.telemetry.exporter import MetricsConfig
+from cluster.telemetry.trackers import TrackerName
 from learner.fit import PolicyTrainConfig, PreferenceTrainConfig
 from learner.select import DatasetConfig
 from rollout.methods import MethodConfig
@@ -31,9 +34,6 @@ from rollout.search import SearchConfig, TerminalValue
 class MiniatureConfig(Config):
     """The CPU-sized world: made-up word problems and a policy trained from scratch on them."""
 
-    world: Literal["numbers", "structure"] = Field(
-        "numbers", description="what its mistakes are: wrong numbers, or a phrase misread"
-    )
     num_demonstrations: int = Field(450, ge=1, description="written solutions for the cold start")
     num_train: int = Field(600, ge=1, description="problems to search")
     num_test: int = Field(300, ge=1, description="held-out problems")
@@ -120,8 +120,9 @@ class RoundConfig(Config):
         return SearchConfig.model_validate(base.model_dump() | own)
 
 
-Trunk = Literal["policy", "cold_start", "base"]
-"""A checkpoint of a run: the round's own policy, that of round 0, the base model."""
+Trunk = Literal["policy", "previous", "cold_start", "base"]
+"""A checkpoint of a run: the round's own policy, the PPM of the round before with its head (in
+round 1 the policy), the policy of round 0, the base model."""
 
 
 class LineageConfig(Config):
@@ -135,8 +136,9 @@ class LineageConfig(Config):
     )
     ppm_trunk: Trunk | Place = Field(
         "policy",
-        description="start of each round's PPM: the round's policy (paper), cold_start or base, "
-        "which never saw the trees' solutions, or the directory of another causal language model",
+        description="start of each round's PPM: the round's policy (paper), previous (the PPM of "
+        "the round before, which keeps what it has learned), cold_start or base, which never saw "
+        "the trees' solutions, or the directory of another causal language model",
     )
 
 
@@ -232,6 +234,11 @@ class RunConfig(ServingConfig):
             raise ValueError("cold_start needs problems.demonstrations")
         if self.models.ppm_trunk == "cold_start" and self.cold_start is None:
             raise ValueError("models.ppm_trunk: cold_start, but the run has no cold_start section")
+        if self.models.ppm_trunk == "previous" and self.train_ppm.lm_weight:
+            raise ValueError(
+                "models.ppm_trunk: previous goes on from a PPM, which has no output layer for "
+                "train_ppm.lm_weight"
+            )
         return self
 
 
@@ -282,6 +289,7 @@ class TrainRunConfig(Config):
         default_factory=DatasetConfig,
         description="trees to training data, where the round has none yet; and the split of files",
     )
+    tracking: list[TrackerName] = Field(default_factory=list, description=TRACKING)
     address: str = Field("local", description='Ray address of more than one rank; "local": own')
     learner: ActorConfig = Field(
         default_factory=ActorConfig, description="ranks; one trains in this process"
@@ -290,6 +298,9 @@ class TrainRunConfig(Config):
         3,
         ge=1,
         description="times that more than one rank try when actors or machines are lost",
+    )
+    metrics: MetricsConfig = Field(
+        default_factory=MetricsConfig, description="what is measured while it trains"
     )
     train_policy: PolicyTrainConfig = Field(
         default_factory=PolicyTrainConfig, description="rstar train policy"

@@ -37,7 +37,7 @@ from cluster.fleet.given_models import check_own_examples, marked, with_chat_tur
 from cluster.fleet.session import Session
 from cluster.folder.config_file import ConfigError
 from cluster.folder.lineage import lineage_name, record_lineage
-from cluster.folder.run_folder import BASE, MARKED_TRUNK, REPORT, dataset_name
+from cluster.folder.run_folder import BASE, ESTIMATE, MARKED_TRUNK, REPORT, dataset_name
 from cluster.folder.staging import at_hand
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve_report import evolution_report
@@ -64,13 +64,23 @@ T = TypeVar("T")
 class Evolution:
     """One run of self-evolution, from its config to its report."""
 
-    def __init__(self, config: RunConfig, view: ProgressView, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        view: ProgressView,
+        *,
+        force: bool = False,
+        estimate: Callable[[RunConfig, int], dict[str, Any]] | None = None,
+    ) -> None:
         """
         Args:
             force: promote checkpoints that the gate holds back, or held back before.
+            estimate: what a run of so many problems is thought to cost, kept with it before the
+                first stage; None: no estimate is made.
         """
         self.config = config
         self.force = force
+        self.estimate = estimate
         self.view = view
         self.session = Session(config, view)
         self.folder, self.store = self.session.folder, self.session.store
@@ -101,6 +111,7 @@ class Evolution:
             self._prepare()
             self.folder.write_problems(self.train)
             self._plan()
+            self._keep_estimate()
             async with self.session.fleet_shown():
                 await self._rounds()
             report = evolution_report(
@@ -202,18 +213,21 @@ class Evolution:
             check_policy_checkpoint(at_hand(trunk), markers=())
         except ModelCheckError as error:
             raise ConfigError(
-                f"models.ppm_trunk: {error}; expected policy, cold_start, base or such a directory"
+                f"models.ppm_trunk: {error}; expected policy, previous, cold_start, base "
+                "or such a directory"
             ) from error
         return marked(trunk, self.folder, MARKED_TRUNK)
 
-    def _trunk(self, policy: Checkpoint) -> Path:
-        """What the PPM of a round starts from, given the round's policy."""
+    def _trunk(self, policy: Checkpoint, before: Checkpoint | None) -> Path:
+        """What the PPM of a round starts from, given the round's policy and the PPM before it."""
         if self.given_trunk is not None:
             return self.given_trunk
         if self.config.models.ppm_trunk == "cold_start":
             cold = self.checkpoints.current("policy", 0)
             assert cold is not None
             policy = cold
+        if self.config.models.ppm_trunk == "previous" and before is not None:
+            return Path(before.path)
         return Path(policy.path)
 
     def _check_templates(self) -> None:
@@ -262,15 +276,17 @@ class Evolution:
         world = self.config.problems.miniature
         assert world is not None
         seed = self.config.seed if world.seed is None else world.seed
-        miniature = generate(
-            seed=seed,
-            num_demonstrations=world.num_demonstrations,
-            num_train=world.num_train,
-            num_test=world.num_test,
-            num_pairs=world.num_pair_problems,
-            families=world.families,
-            world=world.world,
-        )
+        try:
+            miniature = generate(
+                seed=seed,
+                num_demonstrations=world.num_demonstrations,
+                num_train=world.num_train,
+                num_test=world.num_test,
+                num_pairs=world.num_pair_problems,
+                families=world.families,
+            )
+        except ValueError as error:
+            raise ConfigError(f"problems.miniature: {error}") from None
         with self.folder.filling("problems", last="test.parquet") as directory:
             files = write_miniature(directory, miniature)
             table = pq.read_table(files.demonstrations, columns=["problem", "solution"])
@@ -300,6 +316,17 @@ class Evolution:
         if self.config.cold_start is not None:
             plan += ["cold start", "evaluate"]
         self.view.plan = plan + [*ROUND_STAGES] * len(self.config.rounds)
+
+    def _keep_estimate(self) -> None:
+        """Have what the run was thought to cost before it began, if its config tells enough."""
+        if self.estimate is None or self.config.cost.expected is None:
+            return
+        if self.folder.read(ESTIMATE) is None:
+            record = self.estimate(self.config, len(self.train))
+            self.folder.write(ESTIMATE, record)
+            self.view.note(
+                f"estimated: ${record['usd']:,.2f} in {record['hours']:,.1f} hours of machines"
+            )
 
     # ---------------------------------------------------------------- the rounds
 
@@ -342,7 +369,7 @@ class Evolution:
             fit = partial(self._train, number, "policy", start, self.config.train_policy, policy)
             policy = await self._attempted(number, "train_policy", fit)
             await self._record_lineage(number)
-            trunk = self._trunk(policy)
+            trunk = self._trunk(policy, ppm)
             fit = partial(self._train, number, "ppm", trunk, self.config.train_ppm, ppm)
             ppm = await self._attempted(number, "train_ppm", fit)
             await self.fleet.leave_learner()

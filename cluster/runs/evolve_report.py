@@ -11,6 +11,7 @@ from cluster.evaluation.shares import shares_by_level
 from cluster.folder.lineage import lineage_name
 from cluster.folder.machine import hardware, versions
 from cluster.folder.run_folder import RunFolder
+from cluster.machines.cost import run_cost
 from cluster.runs.config import RunConfig
 from rollout.problem import Level
 from rollout.store import RunStore, TrajectoryStore
@@ -47,6 +48,7 @@ def evolution_report(
         "cold_start": {"greedy": cold.shares("greedy")} if cold is not None else None,
         "rounds": rounds,
         "seconds_total": round(seconds_total, 1),
+        "cost": run_cost(folder, {r["round"]: r["solved"] for r in rounds}, finished=True),
         "evaluation": _evaluation_facts(config.evaluation, num_test),
         "set_aside": {
             number: evaluation.failures
@@ -78,8 +80,8 @@ def _round_entry(
     shares = {
         method: evaluation.shares(method) if evaluation is not None else None
         for method in (
-            *("greedy", "majority", "best_of_n", "weighted_majority", "search"),
-            *("any_sample", "any_search"),
+            *("greedy", "majority", "best_of_n", "weighted_majority"),
+            *("search", "weighted_search", "any_sample", "any_search"),
         )
     }
     return {
@@ -96,6 +98,7 @@ def _round_entry(
         "ruler": {name: value for name, value in ruler.items() if name != "problems"},
         "steering": (folder.read(lineage_name(trees.round)) or {}).get("steering"),
         "head_room": evaluation and head_room(evaluation),
+        "solved": len(solved),
         "trees": manifest.totals.trees,
         "trajectories": select.get("trajectories", 0),
         "correct_trajectories": select.get("correct_trajectories", 0),

@@ -30,6 +30,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.engines.model_check import check_preference_checkpoint
+from cluster.evaluation.config import search_of_run
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.given_models import (
     form_note,
@@ -172,11 +173,11 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
     """Serving settings of a run, and those its own evaluation uses the methods with."""
     stored = RunFolder(run).config() or {}
     settings = {name: stored[name] for name in RUN_SECTIONS if name in stored}
+    if "search" in settings:
+        settings["search"] = search_of_run(stored)
     evaluation = stored.get("evaluation") or {}
     same = {"max_solution_tokens": "max_solution_tokens", "vote_top_k": "top_k"}
     settings["method"] = {ours: evaluation[its] for its, ours in same.items() if its in evaluation}
-    if "num_candidates" in evaluation and "search" in settings:
-        settings["search"]["num_candidates"] = evaluation["num_candidates"]
     return settings
 
 

@@ -4,7 +4,7 @@
            --> base: as given, or what that round of RUN starts from
            --> fit: in this process (one rank) or on a group over Ray (more), which is done again
                     if its machines are lost (`cluster.jobs.attempts`)
-           --> RUN_DIR/checkpoints/round=R/{policy,ppm}
+           --> RUN_DIR/checkpoints/round=R/{policy,ppm}; metrics as of a run's fits
 
 The same command goes on after a stop: from the last state inside a fit, and a finished fit is only
 reported.
@@ -15,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.fleet.given_models import marked
+from cluster.fleet.meter import Meter
 from cluster.folder.config_file import load_config
 from cluster.folder.run_folder import (
     BASE,
@@ -37,7 +39,9 @@ from cluster.jobs.attempts import Attempts
 from cluster.runs.config import TrainRunConfig
 from cluster.runs.regrade import dataset_is_current, verdicts_of
 from cluster.runs.select import RoundSelection
+from cluster.telemetry.live import LiveFile
 from cluster.telemetry.progress import ProgressView, say
+from cluster.telemetry.tracking import Following
 from learner.checkpoint import CheckpointStore, Kind, checkpoint_directory
 from learner.dataset import MANIFEST, read_manifest
 from learner.fit import FitProgress, FitRequest, FitResult, LearnerError
@@ -65,18 +69,20 @@ async def run_train(
         overrides: `a.b=c`, over the file.
         force: promote a checkpoint that the gate holds back.
     Raises:
-        ConfigError, RunFolderError, DatasetError, StoreError, CheckpointError, LearnerError: what
-            stopped it, in one line.
+        ConfigError, RunFolderError, DatasetError, StoreError, CheckpointError, LearnerError,
+            EngineError: what stopped it, in one line.
     """
     config = load_config(config_path, overrides, kind=TrainRunConfig)
     folder = RunFolder(config.run_dir, storage=config.storage.client)
     with folder.locked(), ProgressView(console or Console()) as view:
         request = await asyncio.to_thread(_request, kind, config, folder, force)
         folder.write(f"train/{kind}.json", config.effective())
+        Following(folder, config.tracking, view.note).start()
         stage = f"train {kind}"
         view.plan = [stage]
         view.begin(stage, stage)
-        result = await _fit(request, config, folder, view)
+        async with _measured(config, folder, view) as meter:
+            result = await _fit(request, config, folder, view, meter)
         seconds = view.end(
             f"{result.examples} examples, {result.steps} steps, loss {result.final_loss:.3f}"
         )
@@ -201,6 +207,11 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
     trunk = "base"
     if kind == "ppm":
         trunk = config.ppm_trunk or models.get("ppm_trunk", "policy")
+    if trunk == "previous":
+        before = CheckpointStore(run.checkpoints).current("ppm", number - 1)
+        if before is not None:
+            return Path(before.path)
+        trunk = "policy"
     if trunk in ("policy", "cold_start"):
         made_in = number if trunk == "policy" else 0
         policy = CheckpointStore(run.checkpoints).current("policy", made_in)
@@ -221,8 +232,31 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
 # -------------------------------------------------------------------- the fit
 
 
+@asynccontextmanager
+async def _measured(
+    config: TrainRunConfig, folder: RunFolder, view: ProgressView
+) -> AsyncIterator[Meter]:
+    """Export what a fit measures, and tell in its folder how it goes, unless that is a run's.
+
+    Raises:
+        EngineError: the endpoint's port is taken.
+    """
+    live = LiveFile(folder.store, view.snapshot)
+    meter = Meter(config.metrics, folder, None, account=live.account)
+    with live if folder.config() is None else nullcontext():
+        meter.start()
+        try:
+            yield meter
+        finally:
+            await meter.stop()
+
+
 async def _fit(
-    request: FitRequest, config: TrainRunConfig, folder: RunFolder, view: ProgressView
+    request: FitRequest,
+    config: TrainRunConfig,
+    folder: RunFolder,
+    view: ProgressView,
+    meter: Meter,
 ) -> FitResult:
     """Train, and show how far it is; Ctrl-C ends it at its next step."""
     loop = asyncio.get_running_loop()
@@ -231,6 +265,7 @@ async def _fit(
     def show(progress: FitProgress) -> None:
         if stop.is_set():
             raise _Interrupted
+        meter.tell_fit(progress)
         loop.call_soon_threadsafe(view.update, progress.step, progress.num_steps, _facts(progress))
 
     def note(text: str) -> None:
@@ -250,7 +285,9 @@ async def _fit(
         return run_fit(staged_request(request, Stager(None)), progress=show)
 
     try:
-        return await asyncio.to_thread(train)
+        result = await asyncio.to_thread(train)
+        meter.end_fit(result)
+        return result
     except asyncio.CancelledError:
         stop.set()
         raise

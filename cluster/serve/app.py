@@ -380,6 +380,11 @@ async def _next_chunk(
 
 def _explained(error: Exception, request_id: str) -> ApiError:
     """What a client is told of a failure; nothing of the inside of the server."""
+    if isinstance(error, StoppingError | NeverBegunError):
+        after_s = error.retry_after_s if isinstance(error, NeverBegunError) else 1
+        return ApiError(
+            503, str(error), code="overloaded", kind="server_error", retry_after_s=after_s
+        )
     if isinstance(error, BusyError):
         return ApiError(
             429,
@@ -388,8 +393,6 @@ def _explained(error: Exception, request_id: str) -> ApiError:
             kind="rate_limit_error",
             retry_after_s=error.retry_after_s,
         )
-    if isinstance(error, StoppingError | NeverBegunError):
-        return ApiError(503, str(error), code="overloaded", kind="server_error", retry_after_s=1)
     part_failed = isinstance(error, EngineError | SandboxError | SearchError)
     logger.error("A request failed request=%s", request_id, exc_info=error)
     what = "a part of the server failed again and again" if part_failed else "the server failed"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ async def answer_batch(
         EngineError, SandboxError, SearchError: a part failed again and again; the rest is not
             tried.
     """
-    slots = asyncio.Semaphore(config.serve.max_running)
+    slots = asyncio.Semaphore(service.max_running)
     done = failed = 0
 
     async def one(line: Line) -> None:
@@ -186,8 +187,7 @@ async def run_batch(batch: Path, out: Path, console: Console, **given: Any) -> N
     with tempfile.TemporaryDirectory(prefix="rstar-solve-") as scratch:
         config = asked_config(ServeConfig, Path(scratch), **given)
         # A batch waits for itself: every choice of what runs has its place.
-        room = config.serve.max_running * config.serve.max_choices
-        serve = config.serve.model_copy(update={"max_queued": room})
+        serve = config.serve.model_copy(update={"max_queued": sys.maxsize})
         config = config.model_copy(update={"serve": serve})
         say(console, "starting the engines")
         async with started(config, lambda text: say(console, text)) as (models, service, _):

@@ -93,7 +93,7 @@ async def run_serve(
         text = yaml.safe_dump(config.effective(), sort_keys=False)
         folder.store.put(CONFIG, text.encode())
         note("starting the engines")
-        async with started(config, note) as (models, service, fleet):
+        async with started(config, note, folder) as (models, service, fleet):
             note(f"{fleet.describe()} up")
             server = Server(service, models.config, keys, models.why_not_ready)
             with LiveFile(folder.store, lambda: _snapshot(service)):
@@ -183,8 +183,10 @@ async def _serve(
 
 
 async def _look(service: Service, fleet: Fleet) -> None:
-    """Tell the meter how the service stands, and have dead pools tried again."""
+    """Have as many searches as the replicas there are, tell the meter how the service stands, and
+    have dead pools tried again."""
     while True:
+        service.scale(len(fleet.pools.handles("policy")))
         standing = service.standing
         fleet.meter.tell_service(running=standing.running, waiting=standing.waiting)
         try:

@@ -26,9 +26,14 @@ class ServiceConfig(Config):
     public_url: str | None = Field(
         None, description="address in links to tree pages, behind a proxy; null: as asked for"
     )
-    max_running: int = Field(32, ge=1, description="searches at a time")
+    max_running: int = Field(
+        32, ge=1, description="searches at a time, for each policy replica that serves"
+    )
     max_queued: int = Field(
-        128, ge=0, description="searches that may wait; more are refused with 429"
+        256,
+        ge=0,
+        description="searches that may wait, of one key as many as it leaves free; more are "
+        "refused with 429",
     )
     max_choices: int = Field(8, ge=1, description="most choices (n) of one request")
     max_trajectories: int = Field(256, ge=1, description="most trajectories of one search")

@@ -150,10 +150,12 @@ def engines_of(fleet: Fleet, config: ServeConfig) -> Engines:
 
 @asynccontextmanager
 async def started(
-    config: ServeConfig, note: Note
+    config: ServeConfig, note: Note, folder: RunFolder | None = None
 ) -> AsyncIterator[tuple[ServedModels, Service, Fleet]]:
     """Engines and a service over them; ended with the block.
 
+    Args:
+        folder: that is held, so that what an earlier server has left can be taken over.
     Raises:
         ModelCheckError: a directory is not the model it should be; before anything starts.
         EngineError: too few actors started.
@@ -163,13 +165,14 @@ async def started(
         note(said)
     if config.ppm is not None:
         check_preference_checkpoint(config.ppm)
-    fleet = Fleet(config, RunFolder(config.run_dir))
+    fleet = Fleet(config, folder or RunFolder(config.run_dir))
     fleet.note = note
     try:
         await serve_given(fleet, config, preference=config.ppm is not None)
         # A symbolic question that has to wait for its process would end undecided.
         await asyncio.to_thread(start_symbolic_worker)
         service = Service(engines_of(fleet, config), config.serve)
+        service.scale(len(fleet.pools.handles("policy")))
         yield ServedModels(config, fleet, service, note), service, fleet
     finally:
         await fleet.stop(note)

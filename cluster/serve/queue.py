@@ -8,6 +8,10 @@ fewest running, then whose key was served the fewest tokens; of one key, whose u
 that waits longest. So a user with a thousand requests delays another one's first by at most the
 rest of a search, and a key that names many users gets no more than one that names none.
 
+Of the places in the queue a key may take as many as it leaves free (dynamic thresholds, Choudhury
+and Hahne 1998): half of them alone, a third beside another one that asks for all. So there is room
+for whoever comes next, however much somebody asks for.
+
 Whoever was away gets no credit for it: tokens served begin at the least of those that are here
 (start-time fair queueing, Goyal et al. 1996).
 """
@@ -66,10 +70,16 @@ class FairQueue:
         """Let so many searches of a user wait: all of them or none.
 
         Raises:
-            QueueFullError: there is no room for all.
+            QueueFullError: there is no room for all, or none for so many of one key.
         """
-        if self.running + self.waiting + count > self.max_running + self.max_waiting:
+        free = self.max_running + self.max_waiting - self.running - self.waiting
+        if count > free:
             raise QueueFullError(f"{self.waiting} searches wait, {self.running} run")
+        own = self._accounts.get(user[:1], _Account()).waiting
+        if own + count > free:
+            raise QueueFullError(
+                f"{own} searches of this key wait, of {self.waiting} in all, {self.running} run"
+            )
         for path in _beginnings(user):
             account = self._accounts.setdefault(path, _Account())
             if not account.here:

@@ -65,7 +65,7 @@ class StoppingError(RuntimeError):
     """The server takes no requests any more."""
 
 
-class NeverBegunError(RuntimeError):
+class NeverBegunError(BusyError):
     """A search's deadline came before its turn."""
 
 
@@ -113,6 +113,7 @@ class Service:
         self.engines = engines
         self._clock = clock
         self._queue = FairQueue(config.max_running, config.max_queued)
+        """Its `max_running` grows with the replicas."""
         self._turns: dict[Ticket, asyncio.Event] = {}
         self._mean_s = FIRST_SEARCH_S
         self._holds = 0
@@ -125,6 +126,16 @@ class Service:
     @property
     def standing(self) -> Standing:
         return Standing(running=self._queue.running, waiting=self._queue.waiting)
+
+    @property
+    def max_running(self) -> int:
+        """Searches at a time, as of now."""
+        return self._queue.max_running
+
+    def scale(self, replicas: int) -> None:
+        """Run as many searches at a time as so many policy replicas (at least one) are to have."""
+        self._queue.max_running = self.config.max_running * max(replicas, 1)
+        self._give_turns()
 
     # ---------------------------------------------------------------- requests
 
@@ -170,7 +181,8 @@ class Service:
                 await self._turns[ticket].wait()
         except TimeoutError:
             raise NeverBegunError(
-                f"the request waited {ask.timeout_s:g} s for its turn, which is its time-out"
+                f"the request waited {ask.timeout_s:g} s for its turn, which is its time-out",
+                self._retry_after_s(),
             ) from None
         turn_s = self._clock()
         metrics.observe(metrics.SERVE_WAIT, turn_s - began_s, method=method)
@@ -226,7 +238,7 @@ class Service:
     def _retry_after_s(self) -> int:
         """When there is room again, as it goes now."""
         ahead = self._queue.waiting + 1
-        seconds = math.ceil(self._mean_s * ahead / self.config.max_running)
+        seconds = math.ceil(self._mean_s * ahead / self.max_running)
         return min(max(seconds, 1), MAX_RETRY_AFTER_S)
 
     # ---------------------------------------------------------------- life

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 import urllib.request
@@ -107,6 +108,10 @@ class Exporter:
 
     # -- told
 
+    def name(self, run: str) -> None:
+        """Change the value of the label `run`, before anything is exported."""
+        self._run, self._actors = run, ActorTotals(run)
+
     def set(self, metric: Metric, value: float | None, **labels: str) -> None:
         """What a driver's metric is now; None: it has no value."""
         key = tuple(labels[name] for name in metric.labels)
@@ -126,6 +131,11 @@ class Exporter:
         """Which agents of Ray there are now, as host:port."""
         self._agents = tuple(sorted(addresses))
         self._tell_targets()
+
+    @property
+    def has_agents(self) -> bool:
+        """True if nodes of Ray are known."""
+        return bool(self._agents)
 
     # -- life
 
@@ -154,7 +164,8 @@ class Exporter:
         """Of the endpoint, as host:port; "" if there is none."""
         if self._server is None:
             return ""
-        return f"{self.config.host}:{self._server.server_port}"
+        host = self.config.host
+        return f"{own_address() if host == '0.0.0.0' else host}:{self._server.server_port}"
 
     def stop(self) -> None:
         """Close the endpoint; nothing is left to scrape."""
@@ -228,6 +239,17 @@ class Exporter:
                 atomic_write(self.config.targets_dir / f"{self._run}.json", text)
         except (StoreError, OSError) as error:
             logger.warning("Prometheus is not told of this run: %s", error)
+
+
+def own_address() -> str:
+    """Where others reach this machine, or its name where no line leads out of it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            return socket.gethostname()
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def _page(address: str) -> str:

@@ -1,6 +1,7 @@
 """What a run is doing right now, for people at another shell or machine: `RUN/live.json`.
 
     driver -- every 2 s --> RUN/live.json -- rstar status --> "running", or "not running since ..."
+                                          -- rstar why    --> who waits for whom (`FleetAccount`)
 
 A thread of the driver writes it, whole, so that a busy event loop is no reason to look dead. It is
 an account, never a truth: nothing reads it to decide what is done, and what cannot be written is
@@ -19,11 +20,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.folder.machine import command_line
 from rollout.run_store import RunStore, StoreError
@@ -35,6 +36,11 @@ INTERVAL_S = 2.0
 
 STALE_S = 15.0
 """An account older than this is of a driver that does not run any more."""
+
+
+class StoppedError(RuntimeError):
+    """A run was ended in good order for a reason that a person can do something about."""
+
 
 State = Literal["running", "stopping", "stopped", "failed", "finished"]
 
@@ -55,6 +61,8 @@ class Snapshot:
     facts: Mapping[str, str | float] = field(default_factory=dict)
     """Short name -> value, as "tokens/s" -> 3472.0."""
     stage_elapsed_s: float = 0.0
+    stage_still_s: float = 0.0
+    """Since its count last changed, or since it began."""
     stage_eta_s: float | None = None
     """None: nothing can be said yet; likewise below."""
     run_eta_s: float | None = None
@@ -62,7 +70,114 @@ class Snapshot:
     """What went wrong last and was dealt with; "" if nothing did."""
     stopping: bool = False
     usd_per_hour: float | None = None
-    """Of all machines; None: not known."""
+    """Of the machines that are up; None: not known."""
+    cost_usd: float | None = None
+    """Of all starts together; None: not known."""
+    change: int = 0
+    """Number of the last change that was taken over (`cluster.folder.changes`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorAccount:
+    """One actor of the fleet as its driver knows it; seconds are until the account."""
+
+    name: str
+    pool: str
+    state: str
+    """starting | syncing | ready | draining"""
+    host: str = ""
+    """Of its node; "": it has no process yet. Likewise below."""
+    node: str = ""
+    """Ray's id of it."""
+    pid: int = 0
+    open: int = 0
+    """Units of work in its hands."""
+    speed: float | None = None
+    """Units of its own work a second while it has any, lately; None: not known."""
+    still_s: float = 0.0
+    """For so long it has had work and made no progress."""
+    silent_s: float = 0.0
+    """Since it last answered, or since it was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitAccount:
+    """Requests of one rollout worker that have no answer yet."""
+
+    who: str
+    pool: str
+    on: str
+    """The replica they were sent to; "": there is none with room."""
+    count: int
+    for_s: float
+    """The oldest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartAccount:
+    """A part of the stage that has work and did not move for a while (`cluster.fleet.stall`)."""
+
+    part: str
+    waits_on: str
+    open: int
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossAccount:
+    """An actor that died."""
+
+    name: str
+    pool: str
+    host: str
+    node: str
+    reason: str
+    ago_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeAccount:
+    """A node that serves this driver no more, or not for long."""
+
+    node: str
+    host: str
+    state: str
+    """gone | draining"""
+    for_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetAccount:
+    """Who works for a run, who waits for whom, and who was lost; the worst first, not all."""
+
+    address: str = ""
+    """Of Ray; "" before it runs."""
+    short: str = ""
+    """Which pools have fewer members at work than they should."""
+    num_actors: int = 0
+    num_nodes: int = 0
+    """That live."""
+    loop_still_s: float = 0.0
+    """For so long the driver's event loop has heard nobody."""
+    actors: Sequence[ActorAccount] = ()
+    waits: Sequence[WaitAccount] = ()
+    parts: Sequence[PartAccount] = ()
+    losses: Sequence[LossAccount] = ()
+    nodes: Sequence[NodeAccount] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FleetAccount:
+        """Raises TypeError if it is none."""
+        of: dict[str, Any] = {
+            "actors": ActorAccount,
+            "waits": WaitAccount,
+            "parts": PartAccount,
+            "losses": LossAccount,
+            "nodes": NodeAccount,
+        }
+        lists = {name: tuple(kind(**e) for e in data[name]) for name, kind in of.items()}
+        return cls(**{**data, **lists})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +197,10 @@ class Live:
     """What was typed; the same goes on with the run."""
     cwd: str
     error: str = ""
-    """Why it failed; "" if it did not."""
+    """Why it failed, or stopped by itself; "" if it did not."""
     progress: Snapshot = field(default_factory=Snapshot)
+    fleet: FleetAccount | None = None
+    """None: it has none, or is of an earlier version."""
 
     @property
     def claims_to_run(self) -> bool:
@@ -105,18 +222,20 @@ class LiveFile:
         store: RunStore,
         snapshot: Callable[[], Snapshot],
         *,
+        fleet: Callable[[], FleetAccount | None] = lambda: None,
         interval_s: float = INTERVAL_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._snapshot = snapshot
+        self._fleet = fleet
         self._interval_s = interval_s
         self._clock = clock
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._write_forever, name="live-file", daemon=True)
         self.seconds_before = 0.0
         """Seconds of the starts before this one."""
-        self._started_s = 0.0
+        self._started_s = clock()
 
     def __enter__(self) -> LiveFile:
         earlier = read_live(self._store)
@@ -137,7 +256,8 @@ class LiveFile:
         if kind is None:
             self._write("finished")
         elif issubclass(kind, Exception):
-            self._write("failed", _message(error))
+            stopped = issubclass(kind, StoppedError)
+            self._write("stopped" if stopped else "failed", _message(error))
         else:
             self._write("stopped")
 
@@ -150,9 +270,10 @@ class LiveFile:
         while not self._ended.wait(self._interval_s):
             self._write()
 
-    def _write(self, state: State | None = None, error: str = "") -> None:
+    def account(self, state: State | None = None, error: str = "") -> Live:
+        """What is written next."""
         progress = self._snapshot()
-        account = Live(
+        return Live(
             state=state or ("stopping" if progress.stopping else "running"),
             time_unix_s=self._clock(),
             started_unix_s=self._started_s,
@@ -163,8 +284,11 @@ class LiveFile:
             cwd=str(Path.cwd()),
             error=error,
             progress=progress,
+            fleet=self._fleet(),
         )
-        data = json.dumps(asdict(account), indent=1) + "\n"
+
+    def _write(self, state: State | None = None, error: str = "") -> None:
+        data = json.dumps(asdict(self.account(state, error)), indent=1) + "\n"
         with contextlib.suppress(StoreError):
             self._store.put(LIVE_FILE, data.encode(), durable=False)
 
@@ -173,8 +297,10 @@ def read_live(store: RunStore) -> Live | None:
     """The last account in a run's folder; None if there is none that can be read."""
     try:
         data = json.loads(store.read(LIVE_FILE))
-        return Live(**{**data, "progress": Snapshot(**data["progress"])})
-    except (FileNotFoundError, StoreError, ValueError, TypeError, KeyError):
+        told = data.get("fleet")
+        fleet = FleetAccount.from_json(told) if told is not None else None
+        return Live(**{**data, "progress": Snapshot(**data["progress"]), "fleet": fleet})
+    except (FileNotFoundError, StoreError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

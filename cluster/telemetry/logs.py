@@ -23,7 +23,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,12 +112,13 @@ class _Handler(logging.Handler):
 _handler: _Handler | None = None
 
 
-def begin(store: RunStore, process: str, **process_ids: Any) -> None:
+def begin(store: RunStore, process: str, *, level: str = "info", **process_ids: Any) -> None:
     """Keep what this process logs from now on in the run's folder.
 
     Args:
         store: of the run.
         process: unique in the run: "policy-0".
+        level: see `set_level`.
         process_ids: carried by every line.
     """
     global _handler
@@ -135,9 +136,18 @@ def begin(store: RunStore, process: str, **process_ids: Any) -> None:
     lines = Lines(store, f"{FOLDER}/{process}.jsonl", max_bytes=MAX_BYTES)
     _handler = _Handler(lines, process, known)
     for package in PACKAGES:
-        logger = logging.getLogger(package)
-        logger.addHandler(_handler)
-        logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+        logging.getLogger(package).addHandler(_handler)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """Keep lines of this level and above: debug, info, warning or error."""
+    if _handler is None:
+        return
+    _handler.setLevel(level.upper())
+    shown = logging.getLogger().getEffectiveLevel()
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(min(shown, _handler.level))
 
 
 def end() -> None:
@@ -170,6 +180,15 @@ def read(store: RunStore) -> list[LogLine]:
             continue  # one was rotated away meanwhile
     lines = (line for data in found.values() for line in _lines_of(data))
     return sorted(lines, key=lambda line: line.unix_s)
+
+
+def read_ends(store: RunStore, most_bytes: int = 1 << 16) -> list[LogLine]:
+    """The last lines of every process, in order of time."""
+    found: list[LogLine] = []
+    for path, size in store.sizes(FOLDER).items():
+        with suppress(FileNotFoundError):  # rotated away meanwhile
+            found += _lines_of(store.read(path, start=max(0, size - most_bytes)))
+    return sorted(found, key=lambda line: line.unix_s)
 
 
 def _lines_of(data: bytes) -> Iterator[LogLine]:

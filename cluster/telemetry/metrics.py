@@ -336,13 +336,19 @@ NODE_LOSSES = _told("node_losses", "nodes", "", "Ray nodes that went since the r
 CLUSTER_CPUS = _looked("cluster_cpus", "CPUs", "", "Logical CPUs of the living nodes.")
 CLUSTER_GPUS = _looked("cluster_gpus", "GPUs", "", "GPUs of the living nodes.")
 COST = _looked("cost_usd", "usd", "", "Dollars of the run so far, all starts.")
-PRICE = _looked("cost_usd_per_hour", "usd/h", "", "Price of all machines, as configured.")
+PRICE = _looked("cost_usd_per_hour", "usd/h", "", "Price of the machines that are up.")
 BUDGET = _looked("budget_usd", "usd", "", "Dollars the run may cost (cost.budget_usd), if set.")
 LOOP_LAG = _looked(
     "driver_loop_lag_seconds",
     "seconds",
     "",
     "Longest time since the last look that the driver's event loop stood still.",
+)
+PROCESS_CPU = _told(
+    "process_cpu_seconds",
+    "seconds",
+    "process",
+    "CPU time of the driver and of what it started on its machine, by kind of process.",
 )
 SAMPLE_SECONDS = _looked(
     "sample_seconds", "seconds", "", "Time the driver took for its last look at everything."

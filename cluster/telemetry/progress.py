@@ -90,13 +90,16 @@ class Eta:
     def of_stage(self, stage: str, elapsed_s: float, share: float) -> float | None:
         """Seconds until the current stage ends; None while nothing can be said.
 
+        What is done of it tells, or how long one like it took. A guess from other kinds of stages
+        is none, nor is a stage that took longer already than the one before.
+
         Args:
             share: of it that is done, 0 to 1.
         """
-        if share > 0.05:
-            return elapsed_s * (1 - share) / share
-        whole = self.expected(stage)
-        return max(whole - elapsed_s, 0.0) if whole is not None else None
+        known = self.measured.get(stage)
+        if share <= 0.05 and known and known[-1] > elapsed_s:
+            return known[-1] - elapsed_s
+        return elapsed_s * (1 - share) / share if share > 0 else None
 
     def remaining(
         self, current: str, elapsed_s: float, share: float, later: Sequence[str]
@@ -136,14 +139,16 @@ class ProgressView:
         """Kinds of the stages still to come, the current one first."""
         self.num_rounds = 0
         """Rounds of the run; 0: it has none."""
-        self.seconds_before = 0.0
-        """Of earlier starts of the run, for the cost."""
+        self.cost_usd: float | None = None
+        """Of the run so far; None: it is not known and not shown."""
         self.usd_per_hour: float | None = None
-        """None: the cost is not known and not shown."""
+        """Of what is up now."""
+        self.change = 0
+        """Number of the last change that was taken over."""
         self._label = ""
         self._stage = ""
         self._round: int | None = None
-        self._began_s = clock()
+        self._began_s = self._moved_s = clock()
         self._run_began_s = clock()
         self._done, self._total = 0, 0
         self._work_share: float | None = None
@@ -184,13 +189,15 @@ class ProgressView:
         self._done, self._total = 0, total
         self._work_share = None
         self._facts = {}
-        self._began_s = self.clock()
+        self._began_s = self._moved_s = self.clock()
         self._last_log_s = self._began_s
         if not self.drawn:
             self.note(label)
 
     def update(self, done: int, total: int, facts: Facts | None = None) -> None:
         """Where the current stage stands; `facts` are short name -> value."""
+        if done != self._done:
+            self._moved_s = self.clock()
         self._done, self._total = done, total
         self._work_share = None
         if facts:
@@ -241,12 +248,22 @@ class ProgressView:
             total=self._total,
             facts=dict(self._facts),
             stage_elapsed_s=self._stage_s,
+            stage_still_s=self.clock() - self._moved_s,
             stage_eta_s=self._stage_eta_s() if self._stage else None,
             run_eta_s=self._run_eta_s(),
             last_error=self._last_error,
             stopping=bool(self._stopping),
             usd_per_hour=self.usd_per_hour,
+            cost_usd=self.cost_usd,
+            change=self.change,
         )
+
+    @property
+    def stage_name(self) -> str:
+        """Kind and round of the current stage: "round 2: rollout"; "between stages" in none."""
+        if not self._stage:
+            return "between stages"
+        return f"round {self._round}: {self._stage}" if self._round else self._stage
 
     # ---------------------------------------------------------------- what it shows
 
@@ -278,13 +295,13 @@ class ProgressView:
         return self._share() if self._work_share is None else self._work_share
 
     def _cost_text(self) -> str:
-        if self.usd_per_hour is None:
+        if self.cost_usd is None:
             return ""
-        seconds = self.seconds_before + self.clock() - self._run_began_s
-        text = f"${cost_usd(seconds, self.usd_per_hour):,.2f} so far"
+        text = f"${self.cost_usd:,.2f} so far"
         left = self._run_eta_s()
-        if left is not None:
-            text += f", about ${cost_usd(seconds + left, self.usd_per_hour):,.2f} in all"
+        if left is not None and self.usd_per_hour is not None:
+            whole = self.cost_usd + left / 3600.0 * self.usd_per_hour
+            text += f", about ${whole:,.2f} in all"
         return text
 
     def _line(self) -> str:
@@ -357,7 +374,7 @@ def duration(seconds: float) -> str:
 
 def eta_text(seconds: float | None) -> str:
     """Time left for people; None: it is not known yet."""
-    return "estimating" if seconds is None else duration(seconds)
+    return "unknown" if seconds is None else duration(seconds)
 
 
 def fact_text(name: str, value: str | float) -> str:
@@ -366,11 +383,6 @@ def fact_text(name: str, value: str | float) -> str:
         return f"{name} {value}"
     shown = f"{value:,.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.3g}"
     return f"{shown} {name}" if name.endswith("/s") else f"{name} {shown}"
-
-
-def cost_usd(seconds: float, usd_per_hour: float) -> float:
-    """Dollars of so many seconds."""
-    return seconds / 3600.0 * usd_per_hour
 
 
 def solved_by_level(totals: Totals) -> str:

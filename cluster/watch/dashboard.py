@@ -31,6 +31,7 @@ import aiohttp
 from aiohttp import web
 from rich.console import Console
 
+from cluster.folder.lineage import first_start_s
 from cluster.folder.run_folder import RunFolder
 from cluster.telemetry.live import read_live
 from cluster.telemetry.samples import FOLDER, Samples
@@ -93,6 +94,10 @@ class SampleSource:
         """For people."""
         return f"from the samples in {self._folder.at(FOLDER)}, of the last hour"
 
+    def first_s(self) -> float | None:
+        """Time of the first of the data; None: it is not known."""
+        return self._samples.times[0] if self._samples.times else None
+
     async def close(self) -> None:
         return None
 
@@ -140,6 +145,9 @@ class PrometheusSource:
                 lines.append({"name": query.legend.format(**labels), "points": points})
         return sorted(lines, key=lambda line: line["name"])
 
+    def first_s(self) -> float | None:
+        return None
+
     def describe(self) -> str:
         return f"from Prometheus at {self._url}"
 
@@ -152,12 +160,14 @@ Source = SampleSource | PrometheusSource
 
 
 async def dashboard_data(
-    folder: RunFolder, dashboard: Dashboard, source: Source, *, minutes: float, now_s: float
+    folder: RunFolder, dashboard: Dashboard, source: Source, *, minutes: float | None, now_s: float
 ) -> dict[str, Any]:
     """Everything the page shows of one dashboard.
 
     A run that does not go on is shown up to its last sample.
 
+    Args:
+        minutes: None: the run's own time, from its first start on, as far as there is data.
     Raises:
         DashboardError: the source cannot be asked.
     """
@@ -165,8 +175,14 @@ async def dashboard_data(
     alive = runs(live, now_s)
     last_s = await source.refresh()
     to_s = now_s if alive or last_s is None else min(now_s, last_s)
-    from_s = to_s - 60 * minutes
-    step_s = max(5.0, 60 * minutes / POINTS)
+    if minutes is not None:
+        from_s = to_s - 60 * minutes
+    else:
+        if live is not None and not alive:  # Prometheus has no last sample of a run
+            to_s = min(to_s, live.time_unix_s)
+        began_s = await asyncio.to_thread(first_start_s, folder) or to_s - 3600
+        from_s = min(max(began_s, source.first_s() or 0.0), to_s - 60.0)
+    step_s = max(5.0, (to_s - from_s) / POINTS)
     panels = []
     for panel in dashboard.panels:
         start_s = from_s if panel.kind == "lines" else to_s - step_s
@@ -241,11 +257,12 @@ def make_app(folder: RunFolder, source: Source, *, token: str = "") -> web.Appli
 
     async def data(request: web.Request) -> web.Response:
         dashboard = _BY_NAME.get(request.match_info["name"])
+        asked = request.query.get("minutes")
         try:
-            minutes = float(request.query.get("minutes", "60"))
+            minutes = None if asked is None else float(asked)
         except ValueError:
             minutes = 0.0
-        if dashboard is None or not 1 <= minutes <= 60:
+        if dashboard is None or not (minutes is None or 1 <= minutes <= 60):
             return web.json_response({"error": "no such dashboard, or time"}, status=404)
         try:
             found = await dashboard_data(
@@ -285,7 +302,7 @@ async def serve_dashboard(
         DashboardError: the address cannot be listened on.
     """
     folder = run_folder(run)
-    source = PrometheusSource(prometheus, folder.name) if prometheus else SampleSource(folder)
+    source = PrometheusSource(prometheus, folder.label) if prometheus else SampleSource(folder)
     secret = "" if is_loopback(host) and token is None else token or secrets.token_urlsafe(18)
     app = make_app(folder, source, token=secret)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)

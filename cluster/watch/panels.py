@@ -43,8 +43,9 @@ class Panel:
     queries: tuple[Query, ...]
     help: str
     """What it means and what to look for."""
-    kind: Literal["lines", "number"] = "lines"
-    """number: only the present value of its first query."""
+    kind: Literal["lines", "number", "timeline"] = "lines"
+    """number: only the present value of its first query; timeline: a bar for each line while it has
+    a value."""
 
     @property
     def width(self) -> int:
@@ -133,11 +134,12 @@ OVERVIEW = Dashboard(
             "1 for a part that has work and does not move, and what it waits for. Empty is well.",
             (Value(m.STALLED, by=("part", "waits_on")), "{part} waits on {waits_on}"),
         ),
-        _lines(
-            "Stage",
-            "short",
-            "What the run does, by round.",
-            (Value(m.STAGE, by=("stage", "round")), "round {round} {stage}"),
+        Panel(
+            title="Stage",
+            unit="short",
+            kind="timeline",
+            help="What the run did when, by round.",
+            queries=(Query(Value(m.STAGE, by=("stage", "round")), "round {round} {stage}"),),
         ),
         _lines(
             "Time",
@@ -451,7 +453,7 @@ CLUSTER = Dashboard(
     title="Cluster and cost",
     panels=(
         _number("Cost so far", "usd", "All starts of the run.", Value(m.COST)),
-        _number("Price", "usd/h", "Of all machines, as configured.", Value(m.PRICE)),
+        _number("Price", "usd/h", "Of the machines that are up.", Value(m.PRICE)),
         _number(
             "Verified per $",
             "per usd",
@@ -504,6 +506,12 @@ CLUSTER = Dashboard(
             "So far, and the budget if one is set.",
             (Value(m.COST), "cost"),
             (Value(m.BUDGET), "budget"),
+        ),
+        _lines(
+            "Cores in use",
+            "short",
+            "Of the driver and of what it started on its own machine, by kind of process.",
+            (Rate(m.PROCESS_CPU, by=("process",)), "{process}"),
         ),
         _lines(
             "Driver",

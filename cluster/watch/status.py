@@ -9,8 +9,8 @@ driver judges it: by the products that are there. Only what runs now comes from 
 account, and an old account is no account (`cluster.telemetry.live`).
 
 Files of one moment are not read at one moment: a run that goes on may be a few seconds further than
-what is shown. All markers of a round are read until it is sealed (25,000 of them, of 747,000
-problems, in about 9 s on two busy cores), one record afterwards.
+what is shown. All markers of a round are read until it is sealed, most out of the files into
+which the coordinator gathers them; one record afterwards.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.evaluation.shares import problems_by_level, with_all
+from cluster.folder.changes import Change, Changes
 from cluster.folder.lineage import lineage_name
 from cluster.folder.run_folder import (
     CONFIG,
@@ -34,8 +35,10 @@ from cluster.folder.run_folder import (
     suspects_name,
 )
 from cluster.jobs.queue import StagePlan
-from cluster.telemetry.live import INTERVAL_S, Live, read_live
-from cluster.telemetry.progress import cost_usd, duration
+from cluster.machines.cost import run_cost
+from cluster.telemetry.live import INTERVAL_S, LIVE_FILE, Live, read_live
+from cluster.telemetry.progress import duration, eta_text
+from cluster.telemetry.tracking import links
 from rollout.store import Commit, Totals, TrajectoryStore
 
 DONE, RUNNING, STOPPED, PENDING = "done", "running", "stopped", "pending"
@@ -125,10 +128,16 @@ class RunStatus:
     seconds_total: float | None
     """Of all starts together; None: unknown."""
     num_starts: int
-    cost_usd: float | None
-    """None: cost.usd_per_hour is not set."""
+    cost: Mapping[str, Any]
+    """See `cluster.machines.cost.run_cost`; {}: nothing was booked."""
+    budget_usd: float | None
+    """None: no limit."""
+    changes: Sequence[Change]
+    """What was changed since the first start, in order."""
     live: Live | None
     """The driver's last account; None: there is none."""
+    tracked: Mapping[str, Mapping[str, str]]
+    """By tracker: link, and error, why it could not be told last ("")."""
     go_on: str
     """Command that goes on with the run; "" while it runs and when it is finished."""
 
@@ -159,7 +168,10 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
     state, explanation = _state(live, alive, finished, now_unix_s)
     report = folder.read(REPORT) or {} if live is None else {}
     seconds = live.seconds_total if live is not None else report.get("seconds_total")
-    price = live.progress.usd_per_hour if live is not None else None
+    changes = [change for change in Changes(folder).known if change.before]
+    budget = (config.get("cost") or {}).get("budget_usd")
+    for change in changes:
+        budget = change.values.get("cost.budget_usd", budget)
     return RunStatus(
         run=str(run),
         name=str(config.get("name") or f"rollout of {Path(str(config.get('problems'))).name}"),
@@ -171,8 +183,11 @@ def read_status(run: str | Path, *, now_unix_s: float, host: str | None = None) 
         generated_tokens=sum(round.generated_tokens for round in rounds),
         seconds_total=seconds,
         num_starts=len((folder.read("versions.json") or {"starts": []})["starts"]),
-        cost_usd=cost_usd(seconds, price) if price is not None and seconds is not None else None,
+        cost=run_cost(folder, {r.round: r.solved.get("all", 0) for r in rounds}, finished=finished),
+        budget_usd=budget,
+        changes=changes,
         live=live,
+        tracked=links(folder),
         go_on="" if alive or finished else _go_on(folder, live, is_evolve),
     )
 
@@ -187,7 +202,8 @@ def run_folder(run: str | Path) -> RunFolder:
         RunFolderError: it is none.
     """
     folder = RunFolder(run)
-    run_config(folder)
+    if not folder.store.exists(LIVE_FILE):  # a training run alone has no config.yaml
+        run_config(folder)
     return folder
 
 
@@ -228,14 +244,15 @@ def _state(live: Live | None, alive: bool, finished: bool, now_unix_s: float) ->
         age = max(now_unix_s - live.time_unix_s, 0.0)
         return live.state, f"{live.state} since {since} ({where}, seen {age:.0f} s ago)"
     when = _moment(live.time_unix_s)
+    error = f": {live.error}" if live.error else ""
     if finished:
         return "finished", f"finished {when}"
     doing = f" in {live.progress.label!r}" if live.progress.label else ""
     if live.state == "failed":
-        return "failed", f"failed {when}{doing}: {live.error}"
+        return "failed", f"failed {when}{doing}{error}"
     if live.claims_to_run:
         return "killed", f"not running since {when}{doing} (no sign of life from {where})"
-    return "stopped", f"stopped {when}{doing}"
+    return "stopped", f"stopped {when}{doing}{error}"
 
 
 def runs(live: Live | None, now_s: float) -> bool:
@@ -256,10 +273,8 @@ def state_text(live: Live | None, now_s: float) -> str:
     parts = [live.state, now.label]
     if now.total:
         parts.append(f"{now.done:,}/{now.total:,}")
-    if now.stage_eta_s is not None:
-        parts.append(f"stage ETA {duration(now.stage_eta_s)}")
-    if now.run_eta_s is not None:
-        parts.append(f"run ETA {duration(now.run_eta_s)}")
+    if now.stage:
+        parts.append(f"stage ETA {eta_text(now.stage_eta_s)}, run ETA {eta_text(now.run_eta_s)}")
     return ", ".join(filter(None, parts))
 
 
@@ -269,6 +284,8 @@ def _moment(unix_s: float) -> str:
 
 def _go_on(folder: RunFolder, live: Live | None, is_evolve: bool) -> str:
     if live is not None:
+        if live.command.startswith("rstar submit "):  # typed on another machine
+            return live.command
         return f"cd {shlex.quote(live.cwd)} && {live.command}"
     if not is_evolve:
         return "the `rstar rollout` command it was started with"

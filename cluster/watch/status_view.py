@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.evaluation.shares import COLUMNS, ruler_text
+from cluster.machines.cost import cost_lines
 from cluster.telemetry.live import INTERVAL_S, Live
 from cluster.telemetry.progress import LEVELS_FACT, ROUND_STAGES, duration, eta_text, fact_text
 from cluster.watch.status import (
@@ -26,6 +27,8 @@ from cluster.watch.status import (
     StageState,
     read_status,
 )
+
+_SHOWN_CHANGES = 5
 
 _SHOWN_PROBLEMS = 10
 """Quarantined problems, and suspects, that are shown to people; --json has all."""
@@ -87,7 +90,13 @@ def status_view(status: RunStatus) -> RenderableType:
     for round in status.rounds:
         parts += _round_lines(round)
     parts += _lineage_lines(status)
+    parts += _change_lines(status)
+    parts += [Text(line) for line in cost_lines(status.cost)]
     parts.append(Text(_totals_line(status), style="cyan"))
+    for name, told in status.tracked.items():
+        parts.append(Text(f"tracked: {told['link'] or name}", overflow="fold"))
+        if told["error"]:
+            parts.append(Text(f"{name} was not told last: {told['error']}", style="yellow"))
     if status.go_on:
         parts.append(Text(f"to go on: {status.go_on}", style="bold"))
     return Group(*parts)
@@ -203,6 +212,19 @@ def _more(count: int) -> list[Text]:
     return [Text(f"  and {left:,} more (--json names all)", style="dim")] if left > 0 else []
 
 
+def _change_lines(status: RunStatus) -> list[Text]:
+    lines = []
+    live = status.live.progress.change if status.live is not None else 0
+    for change in status.changes[-_SHOWN_CHANGES:]:
+        told = ", ".join(
+            f"{key} {change.before.get(key)!r} -> {value!r}" for key, value in change.values.items()
+        )
+        how = "set" if change.by == "set" else "config edited"
+        late = "" if change.number <= live else " (not taken over yet)"
+        lines.append(Text(f"{change.time} {how} by {change.who}: {told}{late}"))
+    return lines
+
+
 def _lineage_lines(status: RunStatus) -> list[Text]:
     lines = []
     for round in status.rounds:
@@ -232,8 +254,10 @@ def _totals_line(status: RunStatus) -> str:
     if status.seconds_total is not None:
         starts = f" in {status.num_starts} starts" if status.num_starts > 1 else ""
         parts.insert(0, f"elapsed {duration(status.seconds_total)}{starts}")
-    if status.cost_usd is not None:
-        parts.append(f"${status.cost_usd:,.2f} so far")
+    usd = status.cost.get("usd")
+    if usd is not None:
+        budget = f" of ${status.budget_usd:,.2f}" if status.budget_usd is not None else ""
+        parts.append(f"${usd:,.2f}{budget} so far")
     audited = [round for round in status.rounds if round.lost is not None]
     if audited:
         lost = sum(round.lost or 0 for round in audited)

@@ -5,12 +5,27 @@ set -euo pipefail
 kind=$1
 gpus=${SLURM_GPUS_ON_NODE:-0}
 cpus=${SLURM_CPUS_PER_TASK:-$(nproc)}
+
+# Nodes that Slurm puts on one machine, of this job or another, have ports of their own: each holds a
+# place by a lock, which goes when it ends.
+for ((place = 0; place < 8; place++)); do
+    lock="${RSTAR_LOCKS:-/tmp}/rstar-node-$place.lock"
+    [ -e "$lock" ] || (umask 022 && : >>"$lock") 2>/dev/null || true
+    exec 9<"$lock"
+    flock --nonblock 9 && break
+done
+if ((place == 8)); then
+    echo "node.sh: eight Ray nodes run on $(hostname) already" >&2
+    exit 2
+fi
 common=(
     --block
     --disable-usage-stats
-    --metrics-export-port="${RSTAR_METRICS_PORT:-8090}"
-    --min-worker-port=10002
-    --max-worker-port=19999
+    --metrics-export-port=$((${RSTAR_METRICS_PORT:-8090} + place))
+    --dashboard-agent-listen-port=$((52365 + place))
+    --runtime-env-agent-port=$((52465 + place)) # of a free one others hear late, and give up on slow machines
+    --min-worker-port=$((10002 + 1200 * place))
+    --max-worker-port=$((11201 + 1200 * place))
     --temp-dir="${TMPDIR:-/tmp}/ray-$SLURM_JOB_ID"
 )
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"

@@ -2,14 +2,16 @@
 
 18 families with five paraphrases each write demonstrations, training problems, a held-out test set
 and problems held out for pairs as Parquet files. They are one more problem source: nothing
-downstream knows of it. There are two worlds of 18: in `miniature_families` mistakes are wrong
-numbers, in `miniature_structure` a phrase taken for another.
+downstream knows of it. Twelve families (`miniature_families`) say all in the question: what is hard
+is to read it, and mistakes are wrong numbers mostly. Six (`miniature_checked`), two problems
+of five, leave one thing open that only the result decides: a policy has to guess, and who sees the
+executed check can judge.
 
     family --draw numbers, names, nouns--> Draft (five phrasings, steps, answer)
            --pick a paraphrase-----------> MiniatureProblem
 
-Why a loop can improve here: paraphrases are long-tailed in the demonstrations (8:6:2:1:1; 1:1:0:0:0
-in the world of structure) and uniform in the training and test problems, so a policy trained on the
+Why a loop can improve here: paraphrases are long-tailed in the demonstrations (8:6:2:1:1)
+and uniform in the training and test problems, so a policy trained on the
 demonstrations knows common phrasings well and rare ones badly; search reaches the rare ones and
 training on what it finds closes the gap. Of `compose` problems, which nest three operations,
 demonstrations show half of the 24 combinations.
@@ -38,7 +40,7 @@ import pyarrow.parquet as pq
 
 from rollout.files import replacing
 from rollout.problem import Level
-from rollout.problems import miniature_families, miniature_structure
+from rollout.problems import miniature_checked, miniature_families
 from rollout.problems.miniature_draft import NUM_PARAPHRASES, Draft, Draw, Family
 from rollout.prompt import (
     ANSWER,
@@ -53,20 +55,17 @@ SOURCE = "miniature"
 """The `source` of every problem of the miniature."""
 
 
-@dataclass(frozen=True, slots=True)
-class World:
-    """A set of families, and what demonstrations show of them."""
-
-    families: Mapping[str, Family]
-    demonstration_weights: tuple[int, ...]
-    """How often each paraphrase occurs in the demonstrations; elsewhere all are as frequent."""
-
-
-WORLDS: Mapping[str, World] = {
-    "numbers": World(miniature_families.FAMILIES, (8, 6, 2, 1, 1)),
-    "structure": World(miniature_structure.FAMILIES, (1, 1, 0, 0, 0)),
+FAMILIES: Mapping[str, Family] = {
+    name: family
+    for level in Level
+    for families in (miniature_families.FAMILIES, miniature_checked.FAMILIES)
+    for name, family in families.items()
+    if family.level is level
 }
-"""By name: mistakes that are wrong numbers, and mistakes that are wrong structure."""
+"""Every family by name, in level order."""
+
+DEMONSTRATION_WEIGHTS = (8, 6, 2, 1, 1)
+"""How often each paraphrase occurs in the demonstrations; elsewhere all are as frequent."""
 
 MAX_DRAWS_PER_PROBLEM = 1000
 """After so many repeated texts a family is taken to be exhausted."""
@@ -85,8 +84,8 @@ class MiniatureProblem:
     family: str
     paraphrase: int
     """Which of the family's phrasings, from 0 (most common in demonstrations)."""
-    misreadings: tuple[tuple[str, str], ...] = ()
-    """(cue, whole trajectory) of who takes one phrase for another; of worlds that know them."""
+    misreadings: tuple[str, ...] = ()
+    """Whole trajectories of who guesses wrong what the question leaves open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,25 +117,21 @@ def generate(
     num_test: int,
     num_pairs: int = 0,
     families: Sequence[str] | None = None,
-    world: str = "numbers",
 ) -> Miniature:
     """Draw the sets of a miniature.
 
     Args:
         seed: with the other arguments it decides every problem.
-        num_demonstrations: paraphrases weighted as the world says.
+        num_demonstrations: paraphrases weighted by `DEMONSTRATION_WEIGHTS`.
         num_train: paraphrases uniform.
         num_test: paraphrases uniform.
         num_pairs: likewise, held out for preference pairs.
-        families: subset of the world's; None takes all 18.
-        world: one of `WORLDS`.
+        families: subset of `FAMILIES`; None takes all 18.
     Raises:
-        ValueError: a count is negative, the world or a family is unknown, a family is named twice
+        ValueError: a count is negative, a family is unknown or named twice
             or cannot give that many different problems.
     """
-    if world not in WORLDS:
-        raise ValueError(f"unknown world {world!r} (known: {', '.join(WORLDS)})")
-    chosen = _check_families(families, WORLDS[world].families)
+    chosen = _check_families(families)
     for name, count in (
         ("num_demonstrations", num_demonstrations),
         ("num_train", num_train),
@@ -150,12 +145,7 @@ def generate(
     # The order matters: what comes first cannot depend on the counts of what comes later.
     test = _generate_split("test", seed, num_test, chosen, uniform, taken)
     demonstrations = _generate_split(
-        "demonstrations",
-        seed,
-        num_demonstrations,
-        chosen,
-        WORLDS[world].demonstration_weights,
-        taken,
+        "demonstrations", seed, num_demonstrations, chosen, DEMONSTRATION_WEIGHTS, taken
     )
     train = _generate_split("train", seed, num_train, chosen, uniform, taken)
     pairs = _generate_split("pairs", seed, num_pairs, chosen, uniform, taken)
@@ -187,35 +177,43 @@ def write_miniature(directory: str | os.PathLike[str], miniature: Miniature) -> 
     return files
 
 
-def render_solution(steps: Sequence[tuple[str, str]], answer: int | Fraction) -> str:
-    """A whole trajectory of (thought, code) steps, ending by printing what the last one assigns."""
-    result = steps[-1][1].splitlines()[-1].split(" = ")[0]
+def render_solution(
+    steps: Sequence[tuple[str, str]], answer: int | Fraction, check: bool | None = None
+) -> str:
+    """A whole trajectory of (thought, code) steps.
+
+    What the last one assigns is printed by a step of its own; with a `check` it prints both itself,
+    and the answer repeats the check.
+    """
+    if check is None:
+        result = steps[-1][1].splitlines()[-1].split(" = ")[0]
+        steps = (*steps, ("Now print the final answer", f"print({result})"))
+        output, repeated = str(answer), ""
+    else:
+        output, repeated = f"{answer} {check}", f", multiple: {check}"
     parts = [CODE]
     for number, (thought, code) in enumerate(steps, start=1):
-        parts.append(f"\n# Step {number}: {thought}\n{code}\n{END_OF_STEP}")
-    last = len(steps) + 1
-    parts.append(f"\n# Step {last}: Now print the final answer\nprint({result})\n{END_OF_CODE}")
-    parts.append(output_block(str(answer)))
-    parts.append(f"{ANSWER}The answer is \\boxed{{{answer}}}{END_OF_ANSWER}")
+        end = END_OF_STEP if number < len(steps) else END_OF_CODE
+        parts.append(f"\n# Step {number}: {thought}\n{code}\n{end}")
+    parts.append(output_block(output))
+    parts.append(f"{ANSWER}The answer is \\boxed{{{answer}}}{repeated}{END_OF_ANSWER}")
     return "".join(parts)
 
 
-def _check_families(
-    families: Sequence[str] | None, known: Mapping[str, Family]
-) -> dict[str, Family]:
+def _check_families(families: Sequence[str] | None) -> dict[str, Family]:
     if families is None:
-        return dict(known)
+        return dict(FAMILIES)
     if not families:
         raise ValueError("families is empty; leave it out to take all")
     for name in families:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown family {name!r}{hint} (known: {', '.join(known)})")
+            raise ValueError(f"unknown family {name!r}{hint} (known: {', '.join(FAMILIES)})")
     if len(set(families)) != len(families):
         raise ValueError(f"families names one twice: {', '.join(families)}")
     # Registry order, so that the order in a config file decides nothing.
-    return {name: family for name, family in known.items() if name in set(families)}
+    return {name: family for name, family in FAMILIES.items() if name in set(families)}
 
 
 def _generate_split(
@@ -240,11 +238,11 @@ def _generate_split(
             level=families[family].level,
             text=text,
             answer=str(draft.answer),
-            solution=render_solution(draft.steps, draft.answer),
+            solution=render_solution(draft.steps, draft.answer, draft.check),
             family=family,
             paraphrase=paraphrase,
             misreadings=tuple(
-                (wrong.cue, render_solution(wrong.steps, wrong.answer))
+                render_solution(wrong.steps, wrong.answer, wrong.check)
                 for wrong in draft.misreadings
             ),
         )
@@ -269,7 +267,7 @@ def _draw_new(
 
 
 def _spread_over_levels(count: int, families: Mapping[str, Family]) -> dict[str, int]:
-    """How many problems each family gives: equal over levels, then over a level's families."""
+    """How many problems each family gives: equal over levels, then by weight within a level."""
     by_level: dict[Level, list[str]] = {}
     for name, family in families.items():
         by_level.setdefault(family.level, []).append(name)
@@ -277,7 +275,8 @@ def _spread_over_levels(count: int, families: Mapping[str, Family]) -> dict[str,
     for level_count, members in zip(
         _apportion(count, [1] * len(by_level)), by_level.values(), strict=True
     ):
-        result.update(zip(members, _apportion(level_count, [1] * len(members)), strict=True))
+        weights = [families[name].weight for name in members]
+        result.update(zip(members, _apportion(level_count, weights), strict=True))
     return result
 
 

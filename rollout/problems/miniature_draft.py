@@ -1,4 +1,4 @@
-"""What the worlds of the miniature share: seeded draws, and the drafts families make of them.
+"""What the families of the miniature share: seeded draws, and the drafts made of them.
 
 Draw (seeded names, nouns, numbers) --family--> Draft (five phrasings, steps, answer)
 """
@@ -29,12 +29,11 @@ _OBJECTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Misreading:
-    """What is written by who takes one phrase of a problem for another."""
+    """What is written by who takes what is open in a problem the wrong way."""
 
-    cue: str
-    """What the phrase decides."""
     steps: tuple[tuple[str, str], ...]
     answer: int
+    check: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +42,12 @@ class Draft:
 
     phrasings: tuple[str, str, str, str, str]
     steps: tuple[tuple[str, str], ...]
-    """(thought, code) of each step before the printing step; the last one assigns the answer."""
+    """(thought, code) of each; the last one assigns the answer, or prints it with its check."""
     answer: int | Fraction
+    check: bool | None = None
+    """What the last step prints beside the answer; None: a printing step follows."""
     misreadings: tuple[Misreading, ...] = ()
-    """Each with another answer; of worlds whose mistakes are known."""
+    """Each with another answer; of families that leave something open."""
 
 
 class Draw:
@@ -93,3 +94,5 @@ class Family:
 
     level: Level
     draft: Callable[[Draw], Draft]
+    weight: int = 3
+    """Its share of its level's problems, over the sum of the level's weights."""

@@ -1,24 +1,52 @@
-"""An S3 server of moto's, and a bucket of one's own in it."""
+"""S3 servers, and a bucket of one's own in each: moto's, and LocalBucket, of another author; a file
+system that is soon full.
+
+A module that says `S3_SERVERS = ("moto", "localbucket")` is run on both.
+"""
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 import pytest
+from localbucket import S3Handler
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
+from tests.saboteur import can_mount, small_disk
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server" in metafunc.fixturenames and (names := getattr(metafunc.module, "S3_SERVERS", ())):
+        metafunc.parametrize("server", names, indirect=True, scope="module")
+
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    started.start()
-    host, port = started.get_host_and_port()
-    yield f"http://{host}:{port}"
-    started.stop()
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    if getattr(request, "param", "moto") == "moto":
+        started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        started.start()
+        host, port = started.get_host_and_port()
+        yield f"http://{host}:{port}"
+        started.stop()
+        return
+
+    class Handler(S3Handler):
+        data_root = tmp_path_factory.mktemp("localbucket")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{other.server_port}"
+        other.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -33,3 +61,14 @@ def root(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = uuid.uuid4().hex
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/run"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    if not can_mount():
+        pytest.skip("no file system can be mounted here")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with small_disk(folder, mib=4):
+        yield folder

@@ -30,8 +30,6 @@ from tests.fake_provider import ROOT, AutoscaledCluster
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_replicas import ScriptedPolicyReplica
 
-pytestmark = pytest.mark.timeout(240)
-
 SEARCH = SearchConfig(template="short", num_candidates=2, num_rollouts=4, max_depth=4)
 IDLE_S = 3.0
 HELD = ("hold-1", "hold-2", "hold-3", "hold-4", "hold-5")
@@ -60,7 +58,6 @@ class HoldingReplica(ScriptedPolicyReplica):
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[AutoscaledCluster]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     made = AutoscaledCluster(
         {"gpu": ({"CPU": 1, "policy": 1}, 3), "learner": ({"CPU": 1, "learner": 1}, 1)},
         head={"head": 10},

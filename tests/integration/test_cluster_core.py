@@ -36,8 +36,6 @@ from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
 from verifier import SandboxLimits
 from verifier.host_gauges import live_cap, usable_cores
 
-pytestmark = pytest.mark.timeout(120)
-
 ROOT = Path(__file__).resolve().parents[2]
 FAST = WorkerConfig(max_open_trees=4, renew_s=0.2, poll_s=0.05, engine_backoff_s=0.05)
 QUEUE = QueueConfig(lease_s=3, max_attempts=3)
@@ -178,7 +176,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         run.close()
 
 
-def until(condition: Callable[[], bool], *, limit_s: float = 60) -> None:
+def until(condition: Callable[[], bool], *, limit_s: float = 300) -> None:
     give_up_s = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < give_up_s, "the condition did not come true in time"
@@ -316,7 +314,7 @@ async def test_a_tree_goes_on_when_a_replica_dies_with_its_request(
             seed=1,
         )
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while not (first := list(asked.iterdir())):
             await asyncio.sleep(0.01)
         dying = int(first[0].name.partition(".")[0])
@@ -401,7 +399,6 @@ def test_second_coordinator_on_the_same_store_continues_the_run(
     second.finish()
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("num_cpus", [1, 0], ids=["a CPU each", "nothing reserved"])
 def test_two_sandbox_workers_on_one_node_take_half_of_it_each(num_cpus: int) -> None:
     """Half of two CPUs reserved, or an equal part with the sibling."""
@@ -411,7 +408,7 @@ def test_two_sandbox_workers_on_one_node_take_half_of_it_each(num_cpus: int) -> 
         for _ in range(2)
     ]
     try:
-        found = ray.get([actor.stats.remote() for actor in actors], timeout=360)
+        found = ray.get([actor.stats.remote() for actor in actors], timeout=800)
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -437,7 +434,7 @@ def test_real_sandbox_dies_with_its_actor(tmp_path: Path) -> None:
         with pytest.raises(EngineError):
             await pool.run(root, ["print(x)"])
         await pool.close("t")
-        until(lambda: not any(Path(f"/proc/{p}").exists() for p in processes), limit_s=10)
+        until(lambda: not any(Path(f"/proc/{p}").exists() for p in processes), limit_s=60)
 
     asyncio.run(use())
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.folder.changes import Changes
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.reports.tree_view import show_tree
 from cluster.runs import copy
@@ -129,3 +130,19 @@ def test_commands_that_read_a_run_take_its_address(run: RunFolder, root: str) ->
     assert regrade.exit_code == 0, regrade.output
     report = command.invoke(app, ["report", root])
     assert isinstance(report.exception, RunFolderError) and "no report" in str(report.exception)
+
+
+def test_a_run_on_a_bucket_is_changed_from_anywhere(root: str) -> None:
+    folder = RunFolder(root)
+    folder.keep_config(config())
+    driver = Changes(folder)
+    driver.record_start(config())
+    said = CliRunner().invoke(app, ["set", root, "cluster.policy.replicas=3", "log_level=debug"])
+    assert said.exit_code == 0, said.output
+    assert "cluster.policy.replicas = 3, before 1" in said.output
+    assert "no driver runs; the next start takes it over" in said.output
+    assert [change.values["cluster.policy.replicas"] for change in driver.newer()] == [3]
+    assert driver.newer() == []
+    assert Changes(folder).effective(config()).log_level == "debug"
+    shown = CliRunner().invoke(app, ["status", root])
+    assert "cluster.policy.replicas 1 -> 3" in " ".join(shown.output.split())

@@ -20,8 +20,6 @@ from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_fleet import scripted_fleet
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
 
-pytestmark = pytest.mark.timeout(150)
-
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = SearchConfig(template="short", num_candidates=3, num_rollouts=12, max_depth=5)
 HELD_IDS = ("p0", "p7")

@@ -40,8 +40,6 @@ from tests.scripted_replicas import (
     ScriptedPolicyReplica,
 )
 
-pytestmark = pytest.mark.timeout(200)
-
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = SearchConfig(template="short", num_candidates=3, num_rollouts=12, max_depth=5)
 SEED = 5
@@ -51,7 +49,7 @@ PROBLEMS = [
 ]
 
 
-def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> Fleet:
+def make_fleet(root: Path | str, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> Fleet:
     """A fleet of scripted replicas and real sandboxes, watched closely."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # All of them, since the tests kill the first of each kind.
@@ -61,8 +59,9 @@ def make_fleet(root: Path, monkeypatch: pytest.MonkeyPatch, **cluster: Any) -> F
     return scripted_fleet(root, seed=SEED, **usual | cluster)
 
 
-async def start(fleet: Fleet) -> None:
-    await fleet.start(fleet.folder.root / "hold", version="policy-r0", learner=False)
+async def start(fleet: Fleet, hold: Path | None = None) -> None:
+    hold = hold or fleet.folder.root / "hold"
+    await fleet.start(hold, version="policy-r0", learner=False)
     await fleet.serve_preference(Checkpoint(kind="ppm", round=0, path="unused", digest="d"))
 
 
@@ -76,15 +75,21 @@ async def rollout(fleet: Fleet) -> RolloutOutcome:
     )
 
 
+@pytest.mark.parametrize("place", ["disk", "bucket"])
 async def test_run_in_which_one_of_each_kind_is_killed_finds_the_same_trees(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fleet = make_fleet(tmp_path / "run", monkeypatch)
+    run = tmp_path / "run" if place == "disk" else request.getfixturevalue("root")
+    hold = tmp_path / "hold"
+    fleet = make_fleet(run, monkeypatch)
     async with stopped_at_the_end(fleet):
-        await start(fleet)
+        await start(fleet, hold)
         began_s = time.monotonic()
         saboteur = Saboteur(fleet)
-        hold = fleet.folder.root / "hold"
         hold.touch()
         sabotage = asyncio.create_task(saboteur.work())
         sabotage.add_done_callback(lambda _: hold.unlink())
@@ -95,7 +100,7 @@ async def test_run_in_which_one_of_each_kind_is_killed_finds_the_same_trees(
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
     assert outcome.manifest.failed == {}
     expected = await undisturbed(PROBLEMS, SEARCH, SEED, preference=True)
-    store = TrajectoryStore(RunStore(str(tmp_path / "run")), 1)
+    store = TrajectoryStore(RunStore(run), 1)
     found = {tree.problem.id: tree for tree in store.trees()}
     assert {p for p, tree in found.items() if tree.solved} == {
         p for p, tree in expected.items() if tree.solved
@@ -136,7 +141,7 @@ async def test_replica_that_keeps_dying_ends_the_run_with_its_cause(
             r"2 deaths of a policy replica .*died.* start the same command again"
         )
         with pytest.raises(PoolLostError, match=message):
-            await asyncio.wait_for(work, 120)
+            await asyncio.wait_for(work, 300)
         await killing
 
 
@@ -151,7 +156,7 @@ async def test_rollout_whose_replicas_kept_dying_is_done_again_and_loses_nothing
         work = asyncio.create_task(fleet.attempts("round 1: rollout", lambda: rollout(fleet)))
         again = "done again: round 1: rollout, 1 of 3: 2 deaths of a policy replica"
         await kill_policies(fleet, lambda: any(note.startswith(again) for note in notes))
-        outcome = await asyncio.wait_for(work, 90)
+        outcome = await asyncio.wait_for(work, 300)
     assert len(fleet.attempts.reasons) == 1
     assert (outcome.expected, outcome.lost, outcome.doubled) == (len(PROBLEMS), 0, 0)
     assert outcome.manifest.failed == {}

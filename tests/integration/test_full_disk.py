@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +17,8 @@ from cluster.runs.config import RolloutConfig
 from rollout.search import SearchConfig
 from rollout.store import RunStore, StoreError, TrajectoryStore
 from tests.builders import make_problem
-from tests.saboteur import stopped_at_the_end, until
+from tests.saboteur import fill, stopped_at_the_end, until
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
-
-pytestmark = pytest.mark.timeout(150)
 
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = SearchConfig(template="short", num_candidates=2, num_rollouts=4, max_depth=4)
@@ -31,37 +27,14 @@ PROBLEMS = [
 ]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write until nothing more fits."""
-    with path.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            return
-
-
 async def test_run_waits_while_the_disk_is_full_and_goes_on_when_there_is_room(
     tmp_path: Path,
-    small_disk: Path,
+    disk: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    root = small_disk / "run"
+    root = disk / "run"
     root.mkdir()
     config = RolloutConfig.model_validate(
         {
@@ -97,7 +70,7 @@ async def test_run_waits_while_the_disk_is_full_and_goes_on_when_there_is_room(
         )
         await until(lambda: len(trees.commits()) == 2)
         before = {path: path.read_bytes() for path in root.glob("trajectories/*/*/*.*")}
-        fill(small_disk / "filler")
+        fill(disk / "filler")
         full_s = time.monotonic()
         hold.unlink()
         await until(lambda: any("wait for the store" in facts for facts in shown))
@@ -105,7 +78,7 @@ async def test_run_waits_while_the_disk_is_full_and_goes_on_when_there_is_room(
         await until(lambda: any("no space left" in str(f.get("last error")) for f in shown))
         await until(lambda: any("waits on the store" in str(f.get("stalled")) for f in shown))
         assert len(trees.commits()) == 2 and not work.done()
-        (small_disk / "filler").unlink()
+        (disk / "filler").unlink()
         free_s = time.monotonic()
         outcome = await work
         went_on_s = time.monotonic() - free_s

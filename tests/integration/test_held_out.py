@@ -42,8 +42,6 @@ from tests.scripted_replicas import (
 )
 from verifier import AsyncSandbox
 
-pytestmark = pytest.mark.timeout(300)
-
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = EvaluationConfig(num_rollouts=4, num_candidates=3, num_search_problems=20)
 SEARCH = SearchConfig(template="short", max_depth=4)

@@ -31,8 +31,6 @@ from tests.saboteur import check_solves_as_undisturbed, stopped_at_the_end, unti
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
 from tests.standing import DRIVER, ITS_NODE, OF_RAY, PLACES, without_reservation
 
-pytestmark = pytest.mark.timeout(600)
-
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = SearchConfig(template="short", num_candidates=2, num_rollouts=4, max_depth=4)
 PROBLEMS = [make_problem(f"p{n}", text=HELD, answer="3") for n in range(4)]

@@ -36,8 +36,6 @@ from tests.scripted_fleet import scripted_fleet
 from tests.scripted_replicas import HELD
 from tests.standing import actors
 
-pytestmark = pytest.mark.timeout(240)
-
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = SearchConfig(template="short", num_candidates=3, num_rollouts=10, max_depth=5)
 PROBLEMS = [make_problem(f"p{n}", text="How many?" if n else HELD, answer="3") for n in range(40)]

@@ -27,8 +27,6 @@ from learner.checkpoint import Checkpoint
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_replicas import ScriptedPolicyReplica, ScriptedPreferenceReplica
 
-pytestmark = pytest.mark.timeout(200)
-
 ROOT = Path(__file__).resolve().parents[2]
 NODE = {
     "num_cpus": 2,

@@ -13,8 +13,6 @@ from rollout.engine import EngineError
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_fleet import scripted_fleet
 
-pytestmark = pytest.mark.timeout(120)
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -44,6 +44,8 @@ from rollout.run_store import RunStore, StoreError, address_of
 from tests.builders import make_problem
 from tests.unit.cluster.folder.test_run_folder import config
 
+S3_SERVERS = ("moto", "localbucket")
+
 
 @pytest.fixture
 def folder(root: str) -> RunFolder:

@@ -17,8 +17,6 @@ from tests.builders import make_problem
 from tests.saboteur import stopped_at_the_end, until
 from tests.scripted_replicas import HELD, ScriptedPolicyReplica
 
-pytestmark = pytest.mark.timeout(150)
-
 ROOT = Path(__file__).resolve().parents[2]
 SEARCH = SearchConfig(template="short", num_candidates=2, num_rollouts=4, max_depth=4)
 

@@ -22,8 +22,6 @@ from rollout.store import RunStore, TrajectoryStore
 from tests.integration.test_nodes import NODE, PROBLEMS, SEARCH, finished, make_fleet, rollout
 from tests.saboteur import check_solves_as_undisturbed, stopped_at_the_end, until
 
-pytestmark = pytest.mark.timeout(300)
-
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("/proc/self/cwd/run")
 """Of the driver and the nodes that share its store; elsewhere another folder, or none."""

@@ -1,4 +1,4 @@
-"""A thousand commits to S3 through a line that drops, delays, refuses and loses answers."""
+"""S3 behind a line that drops, delays, refuses and loses answers, or that is gone for a while."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from cluster.jobs.audit import audit_round
 from cluster.jobs.queue import Job, StagePlan, plan_jobs
+from rollout import run_store
 from rollout.store import RunStore, StoreError, TrajectoryStore
 from tests.builders import answered, code, make_problem, make_tree
 
@@ -100,7 +103,6 @@ def proxy(server: str) -> Iterator[Proxy]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_thousand_commits_over_a_bad_line_lose_and_double_nothing(
     root: str, server: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,3 +145,32 @@ def test_a_thousand_commits_over_a_bad_line_lose_and_double_nothing(
     S3FileSystem.clear_instance_cache()
     audit = audit_round(TrajectoryStore(RunStore(root), 2), reported=COMMITS)
     assert audit.clean and audit.committed == audit.expected == COMMITS
+
+
+def test_s3_that_cannot_be_reached_for_a_while_is_tried_again(
+    server: str, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The endpoint's port answers nothing, then a server comes back there."""
+    away = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    away.start()
+    host, port = away.get_host_and_port()
+    away.stop()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+    S3FileSystem.clear_instance_cache()
+    options = {"config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 1}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    monkeypatch.setattr(run_store, "NUM_ATTEMPTS", 2)
+    impatient = RunStore(root, backoff_s=0.01)
+    with pytest.raises(StoreError, match=r"cannot create k of s3.* after 2 tries: .*[Cc]onnect"):
+        impatient.create("k", b"")
+    back = ThreadedMotoServer(ip_address=host, port=port, verbose=False)
+    timer = threading.Timer(0.5, back.start)
+    timer.start()
+    try:
+        monkeypatch.setattr(run_store, "NUM_ATTEMPTS", 12)
+        patient = RunStore(root, backoff_s=0.05)
+        assert patient.create("k", b"here")
+        assert patient.read("k") == b"here"
+    finally:
+        timer.join()
+        back.stop()

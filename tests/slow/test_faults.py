@@ -34,7 +34,7 @@ from tests.models import write_tiny_policy, write_tiny_ppm
 from tests.saboteur import KINDS, Saboteur, shape, stopped_at_the_end
 from tests.scripted_replicas import HELD
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 5

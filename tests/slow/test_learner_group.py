@@ -159,7 +159,7 @@ def test_rstar_train_on_two_ranks_publishes_and_logs(request_of, tmp_path):
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
 

@@ -52,7 +52,7 @@ def served_values(path: str, texts: list[str]) -> list[float]:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -31,7 +31,7 @@ from rollout.trajectory import trajectories
 from tests.fakes import ScriptedPolicy, ScriptedSandbox, TablePreference
 from tests.pretrained import smollm2
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ENGINE = {

@@ -117,7 +117,7 @@ def test_ids_and_greedy_tokens_equal_transformers_in_every_architecture(tmp_path
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.rpartition("FOUND")[2])
@@ -142,7 +142,7 @@ class Served:
 
         options = {"num_candidates": 1, "max_tokens": 40, "temperature": 0.0} | options
         reply = self.policy.generate.remote(GenerationRequest(prompt=prompt, **options))
-        return ray.get(reply, timeout=60)
+        return ray.get(reply, timeout=300)
 
     def completions(self, prompt: str, **options: Any) -> tuple[Completion, ...]:
         return self.generate(prompt, **options).completions
@@ -150,7 +150,7 @@ class Served:
     def stats(self) -> ReplicaStats:
         import ray
 
-        return ray.get(self.policy.stats.remote(), timeout=60)
+        return ray.get(self.policy.stats.remote(), timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     ppm = PreferenceReplicaActor.options(num_cpus=0).remote(
         str(folder / "ppm0"), CONFIG, version="ppm-r0", name="ppm-0"
     )
-    ray.get([policy.ready.remote(), ppm.ready.remote()], timeout=200)
+    ray.get([policy.ready.remote(), ppm.ready.remote()], timeout=800)
     yield Served(folder=folder, policy=policy, ppm=ppm)
     ray.shutdown()
 
@@ -210,7 +210,7 @@ def test_logprobs_of_given_texts_equal_transformers(served: Served) -> None:
     texts = tuple(segments_of(prompt, text) for prompt in PROMPTS for text in written)
     too_long = segments_of("pens " * MAX_MODEL_LEN, code)
     request = LogprobRequest(texts=(*texts, too_long))
-    reply = ray.get(served.policy.logprobs.remote(request), timeout=60)
+    reply = ray.get(served.policy.logprobs.remote(request), timeout=300)
     expected = []
     for segments in texts:
         parts = [tokenizer(s.text, add_special_tokens=False).input_ids for s in segments]
@@ -297,7 +297,7 @@ def test_seeded_prompts_that_fill_many_steps_do_not_harm_the_engine(served: Serv
         )
         for i in range(64)
     ]
-    replies = ray.get([served.policy.generate.remote(r) for r in requests], timeout=60)
+    replies = ray.get([served.policy.generate.remote(r) for r in requests], timeout=300)
     assert len(replies) == 64
     assert served.stats().healthy
 
@@ -336,7 +336,7 @@ def test_a_completion_that_repeats_itself_is_ended(served: Served) -> None:
         prompt=PROMPTS[0], num_candidates=1, max_tokens=250, temperature=0.0
     )
     try:
-        reply = ray.get(replica.generate.remote(request), timeout=200)
+        reply = ray.get(replica.generate.remote(request), timeout=800)
     finally:
         ray.kill(replica)
     (completion,) = reply.completions
@@ -348,7 +348,7 @@ def test_an_engine_says_how_full_it_is(served: Served) -> None:
     import ray
 
     def until(condition: Callable[[EnginePressure], bool]) -> EnginePressure:
-        give_up = time.monotonic() + 30
+        give_up = time.monotonic() + 120
         while not condition(said := ray.get(served.policy.pressure.remote())):
             assert time.monotonic() < give_up, said
             time.sleep(0.01)
@@ -358,7 +358,7 @@ def test_an_engine_says_how_full_it_is(served: Served) -> None:
     reference = served.policy.generate.remote(request)
     said = until(lambda said: said.running > 8)
     assert 0 < said.kv_usage <= 1 and said.preemptions >= 0
-    ray.get(reference, timeout=60)
+    ray.get(reference, timeout=300)
     assert served.stats().steps > 0
     said = until(lambda said: said.running == 0)
     assert said.waiting == 0
@@ -376,7 +376,7 @@ def test_cancelled_request_leaves_nothing_running(served: Served) -> None:
         time.sleep(0.005)
     ray.cancel(reference)
     with pytest.raises(ray.exceptions.RayError):
-        ray.get(reference, timeout=60)
+        ray.get(reference, timeout=300)
     assert served.stats().running_sequences == 0
     assert served.completions(PROMPTS[0])
 
@@ -386,7 +386,7 @@ def test_weights_loaded_in_place_change_the_text_and_change_it_back(served: Serv
 
     def load(which: int) -> float:
         path, version = str(served.folder / f"policy{which}"), f"policy-r{which}"
-        return ray.get(served.policy.load.remote(path, version), timeout=60)
+        return ray.get(served.policy.load.remote(path, version), timeout=300)
 
     old = served.generate(PROMPTS[0])
     load(1)
@@ -416,7 +416,7 @@ def test_requests_around_a_load_are_each_answered_by_one_version(served: Served)
     late = [ask() for _ in range(8)]
     texts: dict[str, set[str]] = {}
     versions = []
-    for reply in ray.get([*early, *between, *late], timeout=100):
+    for reply in ray.get([*early, *between, *late], timeout=300):
         versions.append(reply.policy_version)
         texts.setdefault(reply.policy_version, set()).add(reply.completions[0].text)
     assert versions[:8] + versions[-8:] == ["policy-r0"] * 8 + ["policy-r1"] * 8
@@ -424,14 +424,14 @@ def test_requests_around_a_load_are_each_answered_by_one_version(served: Served)
         "policy-r0": 1,
         "policy-r1": 1,
     }
-    ray.get(served.policy.load.remote(str(served.folder / "policy0"), "policy-r0"), timeout=60)
+    ray.get(served.policy.load.remote(str(served.folder / "policy0"), "policy-r0"), timeout=300)
 
 
 def test_checkpoint_of_another_shape_is_refused_by_a_serving_replica(served: Served) -> None:
     import ray
 
     with pytest.raises(ModelCheckError, match="hidden_size"):
-        ray.get(served.policy.load.remote(str(served.folder / "wide"), "wide"), timeout=60)
+        ray.get(served.policy.load.remote(str(served.folder / "wide"), "wide"), timeout=300)
     assert served.generate(PROMPTS[0]).policy_version == "policy-r0"
 
 
@@ -464,7 +464,7 @@ def test_killed_replicas_leave_no_engine_process(served: Served) -> None:
     assert living(pids)  # the policy's; the PPM's engine runs inside the actor
     for info in infos:
         os.kill(info.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while living(pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert living(pids) == []

@@ -21,7 +21,7 @@ def test_other_forms_of_the_sandbox_conform(backend):
         cwd=SUITE.parents[3],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -21,7 +21,6 @@ PROBLEMS = [make_problem(f"p{n}", answer="3" if n % 3 else "5") for n in range(6
 STANDS_S = 90.0
 
 
-@pytest.mark.timeout(400)
 async def test_event_loop_that_stands_still_for_ninety_seconds_costs_nobody_his_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from cluster.folder.run_folder import RunFolder, RunFolderError
 def row(greedy: bool, majority: bool | None, search: bool | None, **more: Any) -> dict[str, Any]:
     tokens = {"search_tokens": 105, "sample_tokens": 100}
     best = {"best_of_n": majority, "any_sample": bool(majority or search)}
+    best |= {"weighted_search": search}
     return {"greedy": greedy, "majority": majority, "search": search, **best, **tokens, **more}
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +66,62 @@ def test_what_a_user_can_mend_is_one_line_on_stderr(monkeypatch, capsys, argumen
     assert out == ""
     assert err.startswith("rstar: ") and message in err
     assert err.count("\n") == 1
+
+
+WAITING = """
+import asyncio, sys, typer
+from cluster.cli import _run
+async def work():
+    print("begun", flush=True)
+    try:
+        await asyncio.sleep(60)
+    finally:
+        open(sys.argv[1], "w").write("drained")
+try:
+    _run(work(), again="rstar evolve demo")
+except typer.Exit as ended:
+    sys.exit(ended.exit_code)
+"""
+
+
+def waiting_command(place: Path, **streams) -> subprocess.Popen[bytes]:
+    """A command that works until it is told to stop, and then says so in a file."""
+    root = str(Path(cli.__file__).parents[1])
+    heard = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests were started by
+    try:
+        return subprocess.Popen([sys.executable, "-c", WAITING, place], cwd=root, **streams)
+    finally:
+        signal.signal(signal.SIGHUP, heard)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_command_that_is_told_to_stop_ends_in_good_order(tmp_path: Path, sent):
+    place = tmp_path / "said"
+    process = waiting_command(place, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"begun\n"
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert place.read_text() == "drained"
+    assert process.returncode == 130
+    assert b"to go on where it stopped: rstar evolve demo" in err
+
+
+def test_command_goes_on_without_its_terminal(tmp_path: Path):
+    place = tmp_path / "said"
+    ours, theirs = pty.openpty()
+    process = waiting_command(
+        place, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+    while not said.endswith(b"\n"):
+        said += os.read(ours, 8)
+    assert said.split() == [b"begun"]
+    os.close(ours)  # as when the line is cut
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    assert not place.exists()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert place.read_text() == "drained"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,10 +70,58 @@ def test_images_install_what_the_installer_installs() -> None:
     installer = pip_lines((ROOT / "deploy" / "install.sh").read_text(encoding="utf-8"))
     pip, gpu, *cpu = (line.replace("-e .", ".").replace("-e '.", "'.") for line in installer)
     cpu_image = pip_lines(IMAGES["cpu"].read_text(encoding="utf-8"))
-    assert cpu_image == cpu
+    for_clouds = "-r requirements/clouds.txt -c requirements/cpu.txt"
+    assert cpu_image == [*cpu[:2], for_clouds, *cpu[2:]]
     gpu_image = pip_lines(IMAGES["gpu"].read_text(encoding="utf-8"))
     gpu_image[0] = gpu_image[0].removeprefix("--no-cache-dir ")
-    assert gpu_image == [pip, gpu.replace("[gpu,dev]", "[gpu]"), "--no-deps ."]
+    assert gpu_image == [pip, gpu.replace("[gpu,dev]", "[gpu,s3,gcs,azure]"), "--no-deps ."]
+
+
+def test_image_holds_what_the_launcher_of_ray_needs_in_a_container() -> None:
+    """It copies files with rsync, asks for HOME, and runs commands in login shells."""
+    for file in IMAGES.values():
+        text = file.read_text(encoding="utf-8")
+        assert re.search(r"apt-get install .*?\brsync\b", text, re.DOTALL)
+        assert "HOME=/home/rstar" in text and "/etc/profile.d/rstar.sh" in text
+        assert "RSTAR_COMMIT=${COMMIT}" in text
+
+
+def test_clients_of_buckets_in_the_images_are_those_of_the_extras() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = (ROOT / "requirements" / "clouds.txt").read_text(encoding="utf-8").splitlines()
+    for extra in ("s3", "gcs", "azure"):
+        assert set(project["optional-dependencies"][extra]) <= set(wanted)
+
+
+def test_wheel_holds_the_presets_and_the_tables_and_works_without_a_checkout(
+    tmp_path: Path,
+) -> None:
+    copied = ("cluster", "deploy", "learner", "rollout", "verifier")
+    for name in copied:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    subprocess.run(build, cwd=tmp_path / "source", check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    assert not (installed / "deploy").exists()
+    for command in (
+        ["plan", "--gpus", "8", "--gpu-kind", "h100-80gb"],
+        ["cluster", "check", str(ROOT / "ray_cluster.yaml"), "--config", "cluster"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster", *command],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_user_of_the_images_is_the_one_of_the_pods() -> None:

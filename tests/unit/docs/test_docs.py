@@ -28,7 +28,7 @@ from cluster.folder.config_file import ConfigError, load_config
 from cluster.runs.config import RolloutConfig, RunConfig
 
 ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "deploy/acceptance.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("rstar ", "python -m ", "make ")
 PACKAGES = ("bench", "cluster", "deploy", "docs", "learner", "rollout", "tests", "verifier")
 

@@ -158,6 +158,12 @@ def test_tied_output_layer_is_not_loaded_twice(tmp_path):
     assert untied_output(write_tiny_policy(tmp_path, tied=True)) is None
 
 
+def test_a_ppm_has_no_output_layer_to_train_with(policy, tmp_path):
+    new_preference_model(policy, seed=0, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no output layer, which lm_weight"):
+        untied_output(tmp_path)
+
+
 def test_released_rewards_are_scaled_so_that_tanh_of_a_fifth_is_served(policy, groups):
     ours, plain = models(policy, loss_on="logit", logit_scale=5.0)
     batch = pack_preference(groups)

@@ -58,3 +58,6 @@ def test_saved_model_gives_transformers_the_same_values(tmp_path, architecture: 
         ]
     assert ours == pytest.approx(theirs, abs=1e-5)
     assert max(abs(v) for v in ours) > 0.05
+
+    # the one of the next round goes on with all of it
+    assert values(new(tmp_path / "ppm", seed=7), tokenizer, TEXTS) == pytest.approx(ours, abs=1e-6)

@@ -13,7 +13,7 @@ from rollout.difficulty import (
     right_share,
     suspect_label,
 )
-from rollout.tree import Tree
+from rollout.tree import Tree, solution_shares
 from tests.builders import Branch, answer, answered, code, failed, make_problem, make_tree
 
 
@@ -83,6 +83,8 @@ def test_a_branch_counts_no_more_for_having_been_searched_more() -> None:
     )
     # the first branch is right; of the second's four samples, two are
     assert right_share(found) == pytest.approx((1 + 2 / 4) / 2)
+    shares = solution_shares(found, list(found.reached_answers()))
+    assert list(shares.values()) == [1 / 2, 1 / 8, 1 / 8, 1 / 4]
 
 
 def test_trees_that_agree_on_another_answer_make_the_label_suspect() -> None:

@@ -409,6 +409,28 @@ def test_each_distinct_program_of_a_search_has_one_vote(guided: bool) -> None:
     assert not guided or result.ranked[1].value == 0.95
 
 
+def test_all_answers_of_a_search_may_vote_by_value_and_by_how_often_the_policy_goes_their_way() -> (
+    None
+):
+    # Six of eight candidates are one program that the PPM finds as likely right as wrong.
+    programs = {"a": "1", "b": "2", "c": "2"}
+    script = {f"{p}\n<end_of_step>": [answer(value)] for p, value in programs.items()}
+    script |= {"<|assistant|>": [f"{p}\n<end_of_step>" for p in 6 * "a" + "bc"]}
+    search = SearchConfig(template="short", num_candidates=8)
+
+    def ranked(vote: str) -> list[tuple[str, int, float]]:
+        values = TablePreference({answer("1"): 0.0, answer("2"): 0.8})
+        result = solve(
+            Method.MCTS, script, values, search=search, num_trajectories=3, mcts_vote=vote
+        )
+        return [(r.answer, r.votes, pytest.approx(r.weight)) for r in result.ranked]
+
+    assert ranked("top_k") == [("2", 2, 2.0), ("1", 1, 1.0)]
+    assert ranked("weighted") == [("1", 1, 6 / 8 * 0.5), ("2", 2, 2 / 8 * 0.9)]
+    with pytest.raises(ValueError, match="mcts_vote: weighted is for trees that share"):
+        MethodConfig(mcts_vote="weighted", rollouts_per_tree=4)
+
+
 def test_exhausted_tree_is_followed_by_another_until_all_rollouts_are_done() -> None:
     result = solve(
         Method.MCTS, {"": [answer("1"), answer("2")]}, TablePreference({}), num_trajectories=5

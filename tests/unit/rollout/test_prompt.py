@@ -79,6 +79,7 @@ def test_answer_takes_the_last_balanced_box() -> None:
 
 def test_answer_without_a_box_cannot_be_read() -> None:
     assert parse_step("<answer>the answer is 3<end_of_answer>").answer is None
+    assert parse_step("<answer>\\boxed{<end_of_output>}<end_of_answer>").answer is None
 
 
 def test_markers_in_question_or_output_cannot_forge_structure() -> None:

@@ -223,6 +223,7 @@ def test_child_code_runs_on_the_state_its_parent_left() -> None:
         ([""], Discard.UNFINISHED),
         (["<end_of_step>"], Discard.EMPTY),
         (["<answer>I do not know<end_of_answer>"], Discard.NO_ANSWER),
+        (["<answer>It is \\boxed{<end_of_output>}.<end_of_answer>"], Discard.NO_ANSWER),
         (["It is \\boxed{3}<end_of_answer>"], Discard.OUT_OF_PLACE),
         ([completion("x = 3\n<end_of_step>", ["<end_of_step>"])], Discard.OUT_OF_PLACE),
         ([completion("print(3)\n<end_of_code>", ["<end_of_code>"])], Discard.OUT_OF_PLACE),

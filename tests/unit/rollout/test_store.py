@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rollout import store as store_module
 from rollout.commits import Manifest, Totals
 from rollout.run_store import RunStore, StoreError
 from rollout.store import TrajectoryStore, stored_rounds
 from rollout.tree import Tree
 from tests.builders import answered, code, make_problem, make_tree
+from tests.clock import set_clock
 
 
 def trees(*ids: str, solved: bool = True) -> list[Tree]:
@@ -158,14 +161,14 @@ def test_of_two_racing_committers_one_wins(
     """The zombie's case: both have written their data before either claims the shard."""
     zombie, worker = TrajectoryStore(store, 2), TrajectoryStore(store, 2)
     exists = RunStore.exists
-    put = RunStore.put
+    put = RunStore.put_new
 
     def put_then_zombie(self: RunStore, path: str, data: bytes) -> None:
         put(self, path, data)
-        monkeypatch.setattr(RunStore, "put", put)
+        monkeypatch.setattr(RunStore, "put_new", put)
         assert zombie.commit("s1", trees("a", solved=False))
 
-    monkeypatch.setattr(RunStore, "put", put_then_zombie)
+    monkeypatch.setattr(RunStore, "put_new", put_then_zombie)
     assert not worker.commit("s1", trees("a"))
     assert exists(store, worker.read_commit("s1").path)
     assert len(store.files("trajectories/round=2/data")) == 1
@@ -177,6 +180,8 @@ def test_what_a_late_zombie_derived_is_never_read(store: RunStore) -> None:
 
     def late(path: str, data: bytes) -> bool:
         """The zombie has written all of its files before the worker claims the shard."""
+        if not path.endswith(".json"):
+            return create(path, data)
         store.create = create  # type: ignore[method-assign]
         assert worker.commit("s1", trees("a"), derived={"made": b"worker"})
         assert len(store.files("trajectories/round=2/derived/made")) == 2
@@ -294,7 +299,7 @@ def test_a_shard_that_appears_late_is_waited_for(
         if len(pauses) == 3:
             round_.commit("s2", trees("b"))
 
-    monkeypatch.setattr("rollout.store.time.sleep", appears)
+    set_clock(monkeypatch, store_module, sleep=appears)
     assert round_.seal(["s1", "s2"]).totals.trees == 2
     assert len(pauses) == 3
 
@@ -320,6 +325,51 @@ def test_a_marker_that_went_after_the_seal_is_named(tmp_path: Path) -> None:
     round_.seal()
     (tmp_path / "trajectories/round=2/commits/s1.json").unlink()
     with pytest.raises(StoreError, match=r"marker of round 2 .* is missing: .*s1\.json"):
+        round_.commits()
+
+
+def test_gathered_markers_are_read_in_place_of_their_own(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout.store.GATHERED", 3)
+    worker, reader = TrajectoryStore(store, 2), TrajectoryStore(store, 2)
+    shards = [f"s{n}" for n in range(8)]
+    for name in shards:
+        worker.commit(name, trees(name), failed={f"{name}-b": "gone"})
+    plain = reader.commits()
+    for name in shards[:4]:
+        assert reader.gathered_commit(name) == replace(plain[name], trees=())
+    assert len(store.files("trajectories/round=2/gathered")) == 1
+    # Another process gathers what this one has not, and some once more.
+    later = TrajectoryStore(store, 2)
+    assert {c.shard for c in later.each_commit(trees=False, gather=True)} == set(shards)
+    for name in shards[1:4]:
+        later.gathered_commit(name)
+    gathered = store.files("trajectories/round=2/gathered")
+    assert len(gathered) == 3
+    read: list[str] = []
+    read_many = RunStore.read_many
+
+    def noted(self: RunStore, paths: Sequence[str]) -> dict[str, bytes]:
+        read.extend(paths)
+        return read_many(self, paths)
+
+    monkeypatch.setattr(RunStore, "read_many", noted)
+    fresh = TrajectoryStore(store, 2)
+    assert fresh.commits() == plain and len(plain) == 8
+    assert read == gathered
+    assert {file.shard for file in fresh.seal(shards[:5]).files} == set(shards[:5])
+    assert sorted(fresh.commits(trees=False)) == shards[:5]
+
+
+def test_a_broken_gathered_file_is_named(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.store.GATHERED", 1)
+    round_ = TrajectoryStore(store, 2)
+    round_.commit("s1", trees("a"))
+    round_.gathered_commit("s1")
+    (path,) = store.files("trajectories/round=2/gathered")
+    store.put(path, b"no gzip")
+    with pytest.raises(StoreError, match=rf"{path} cannot be read"):
         round_.commits()
 
 
@@ -455,3 +505,20 @@ def test_a_broken_marker_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "trajectories/round=2/commits/s1.json").write_bytes(content)
     with pytest.raises(StoreError, match=r"commits/s1\.json cannot be read"):
         round_.commits()
+
+
+def test_new_file_on_a_bucket_is_created_and_put_only_over_another(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put: list[str] = []
+    real = RunStore.put
+
+    def noted(self: RunStore, path: str, data: bytes) -> None:
+        put.append(path)
+        real(self, path, data)
+
+    monkeypatch.setattr(RunStore, "put", noted)
+    for data in (b"1", b"1", b"2"):  # the second as after an answer that was lost
+        store.put_new("a/x", data)
+        assert store.read("a/x") == data
+    assert len(put) == (3 if store.local is not None else 1)

@@ -217,6 +217,23 @@ def test_verdict_says_why(gold: str, candidate: str, reason: Reason) -> None:
     assert verdict.grader_version == GRADER_VERSION
 
 
+RUNS = (r"\ ", "\\", r"\quad ", r"\,", "~", "_", "X_", "'", "{", r"\text{", r"\in")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("part", RUNS)
+def test_what_a_small_model_repeats_without_end_is_read_at_once(part: str) -> None:
+    """No pattern may try all the ways to cut a run: it would hold all other threads."""
+    for text in ("3" + 60 * part + "x!", 2000 * part, "x" + 60 * part + "x"):
+        for gold in ("38", "X_1 = 2", "angle ABC"):
+            assert not answers_match(gold, text)
+
+
+@pytest.mark.parametrize("candidate", [r"x \in x \in x", r"2 \in |x| \in x", r"|x| \in x"])
+def test_membership_in_a_number_is_no_set(candidate: str) -> None:
+    assert verify_answer("12", candidate).reason is Reason.DIFFERENT
+
+
 def test_long_answers_are_equal_only_as_the_same_text() -> None:
     assert answers_match("x+" * 2000 + "1", " " + "x+" * 2000 + "1")
     assert not answers_match("x+" * 2000 + "1", "1+" + "x+" * 1999 + "x")

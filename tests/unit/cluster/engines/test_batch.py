@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -66,7 +67,7 @@ class Setting:
     engine: BatchEngine
 
     async def until_batches(self, count: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(self.llm.batches) < count:
                 await asyncio.sleep(0.001)
 
@@ -99,16 +100,13 @@ async def test_requests_that_come_during_a_batch_are_the_next_batch(setting: Set
 
 
 async def test_requests_in_quick_succession_are_gathered(setting: Setting) -> None:
-    async def ask(number: int) -> None:
-        await setting.engine.outputs([[number]], "s")
-
-    for number in range(20):
-        await ask(number)  # after each other, so close that further ones are expected
-    alone = len(setting.llm.batches)
-    first = asyncio.create_task(ask(1))
+    setting.engine._gather_s = 1.0  # much longer than a busy machine needs for the next request
+    for _ in range(20):
+        setting.engine._note_arrival(time.monotonic())
+    first = asyncio.create_task(setting.engine.outputs([[1]], "s"))
     await asyncio.sleep(0.002)
-    await asyncio.gather(first, ask(2))
-    assert len(setting.llm.batches) == alone + 1
+    await asyncio.gather(first, setting.engine.outputs([[2]], "s"))
+    assert setting.llm.batches == [[(1,), (2,)]]
 
 
 async def test_a_lone_search_is_not_held_up(setting: Setting) -> None:

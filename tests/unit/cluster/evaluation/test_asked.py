@@ -97,7 +97,8 @@ def test_command_line_wins_over_the_config_of_a_run(tmp_path: Path) -> None:
         record = {"kind": kind, "round": 2, "path": str(path), "digest": "0" * 64}
         (path.parent / "CURRENT.json").write_text(json.dumps({**record, "info": {}}))
     (run / "config.yaml").write_text(
-        "search: {template: short}\nevaluation: {max_solution_tokens: 77, num_candidates: 3}\n"
+        "search: {template: short}\n"
+        "evaluation: {max_solution_tokens: 77, num_candidates: 3, temperature: 0.6}\n"
     )
     problems = write_problems(tmp_path / "b.jsonl", ("a", "1"))
     made = evaluate_config(
@@ -111,6 +112,7 @@ def test_command_line_wins_over_the_config_of_a_run(tmp_path: Path) -> None:
     assert made.methods == [Method.GREEDY, Method.MCTS]
     assert (made.max_solution_tokens, made.search.num_candidates) == (77, 3)
     assert (made.search.template, made.rollouts_per_tree) == ("short", 2)
+    assert made.search.temperature == 0.6
     assert made.run_dir == Path("runs/evaluate-run")
     with pytest.raises(RunFolderError, match="no policy of round 9; there are rounds 2"):
         evaluate_config(what=run, round=9, benchmarks=str(problems))

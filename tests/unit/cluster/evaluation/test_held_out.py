@@ -66,7 +66,7 @@ def run(
             round=round,
             seed=seed,
             searched=[p.id for p in searched],
-            search=search.model_copy(update={"num_candidates": made.num_candidates}),
+            search=made.searched(search),
             policy=policy,
             preference=preference,
             sandbox=ScriptedSandbox({"bad": Failure()}, default="3\n"),
@@ -82,6 +82,12 @@ def always_three(request: GenerationRequest) -> list[str]:
     if request.prompt.endswith("<end_of_output>\n"):
         return [answer("3")]
     return ["print(3)\n<end_of_code>"]
+
+
+def test_all_but_greedy_sample_at_the_temperature_of_the_evaluation() -> None:
+    policy = ScriptedPolicy(always_three)
+    run(policy, TablePreference({}), num_rollouts=2, temperature=0.5)
+    assert {request.temperature for request in policy.requests} == {0.0, 0.5}
 
 
 def test_without_a_ppm_only_greedy_is_measured() -> None:
@@ -103,7 +109,7 @@ def test_samples_are_drawn_until_they_took_the_tokens_of_search() -> None:
     for result in evaluation.problems:
         assert result.sample_tokens == result.num_samples * sample
         assert abs(result.search_tokens - result.sample_tokens) <= sample / 2
-        assert result.search == (result.problem_id != "b")
+        assert result.search == result.weighted_search == (result.problem_id != "b")
     tokens = [sum(getattr(p, n) for p in evaluation.problems) for n in TOKENS]
     assert evaluation.search_over_samples_tokens == pytest.approx(tokens[0] / tokens[1])
     assert evaluation.samples_per_problem == evaluation.problems[0].num_samples
@@ -163,10 +169,11 @@ def test_record_is_plain_data_and_reads_back_equal() -> None:
     evaluation = run(ScriptedPolicy(always_three), TablePreference({}), num_rollouts=2)
     record = json.loads(json.dumps(evaluation.as_record()))
     assert Evaluation.from_record(record) == evaluation
-    # of a run that began before weighted majority was measured
+    # of a run that began before these were measured
     for problem in record["problems"]:
-        del problem["weighted_majority"]
-    assert Evaluation.from_record(record).shares("weighted_majority") is None
+        del problem["weighted_majority"], problem["weighted_search"]
+    old = Evaluation.from_record(record)
+    assert old.shares("weighted_majority") is None and old.shares("weighted_search") is None
 
 
 def test_balanced_choice_takes_levels_in_turn() -> None:
@@ -180,6 +187,7 @@ def test_problem_that_does_not_fit_the_policy_is_a_wrong_answer_everywhere() -> 
     for result in evaluation.problems:
         assert (result.greedy, result.majority, result.best_of_n, result.search) == (False,) * 4
         assert (result.any_sample, result.any_search, result.search_tokens) == (False, False, 0)
+        assert result.weighted_search is False
 
 
 KNOWN = """

@@ -125,7 +125,7 @@ class Setting:
         )
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not condition():
                 await asyncio.sleep(0.001)
 
@@ -144,6 +144,20 @@ async def test_dead_member_is_killed_replaced_and_everybody_is_told() -> None:
     await at.until(lambda: at.told[-1] == ["thing-1", "thing-2"])
     losses = at.keeper.members.losses(0)
     assert (losses.deaths, losses.restarts, losses.last_reason) == (1, 1, "thing-0: killed")
+    await at.keeper.stop()
+
+
+async def test_actors_of_an_earlier_driver_are_members_and_nobody_is_started_for_them() -> None:
+    at = Setting(size=3)
+    left = {name: Thing(name, "v1", up=asyncio.Event()) for name in ("thing-1", "thing-7")}
+    for thing in left.values():
+        thing.up.set()
+    await at.keeper.start(left)
+    assert sorted(at.keeper.handles) == ["thing-1", "thing-7", "thing-8"]
+    assert list(at.things.made) == ["thing-8"]  # the one that was missing
+    left["thing-1"].dead = "killed"
+    await at.until(lambda: sorted(at.told[-1]) == ["thing-7", "thing-8", "thing-9"])
+    assert left["thing-1"].killed
     await at.keeper.stop()
 
 
@@ -371,7 +385,7 @@ async def test_failures_end_the_start_as_soon_as_too_few_can_come_up() -> None:
     starting = asyncio.create_task(at.keeper.start())
     await places(at, 3)  # the fourth finds no place
     with pytest.raises(PoolLostError, match=r"thing did not start: thing-.: no such checkpoint"):
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(30):
             await starting
     assert all(thing.killed for thing in at.things.made.values())
 

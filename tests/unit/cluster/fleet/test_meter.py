@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.fleet import meter as meter_module
 from cluster.fleet.membership import Membership, SupervisionConfig
 from cluster.fleet.meter import Meter
 from cluster.fleet.stall import Stall
@@ -15,9 +16,12 @@ from cluster.folder.run_folder import RunFolder
 from cluster.jobs.admission import EnginePressure
 from cluster.jobs.coordinator import RoundStatus, StageStatus
 from cluster.jobs.queue import JobState, StageCounts
+from cluster.telemetry import exporter
 from cluster.telemetry import metrics as m
 from cluster.telemetry.exporter import MetricsConfig
+from cluster.telemetry.samples import Samples
 from learner.fit import FitProgress
+from rollout.run_store import RunStore
 from rollout.store import Totals
 from tests.made_metrics import write_made_run
 
@@ -182,3 +186,24 @@ async def test_switched_off_it_does_nothing(tmp_path: Path) -> None:
     made.start()
     await made.stop()
     assert not (tmp_path / "run").exists()
+
+
+async def test_last_look_comes_when_the_agents_have_the_last_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = ["5"]
+
+    def page(address: str) -> str:
+        value = pages[0]
+        return f'ray_rstar_nodes_total{{run="demo",WorkerId="w"}} {value}\n'
+
+    monkeypatch.setattr(exporter, "_page", page)
+    monkeypatch.setattr(meter_module, "LAST_S", 0.3)
+    (tmp_path / "demo").mkdir()
+    made = meter(tmp_path / "demo", None)  # type: ignore[arg-type]
+    made.start()
+    made._exporter.agents(["node:1"])
+    asyncio.get_running_loop().call_later(0.1, lambda: pages.__setitem__(0, "42"))
+    await made.stop()
+    (series,) = Samples.read(RunStore(tmp_path / "demo")).series["ray_rstar_nodes_total"].values()
+    assert series.values[-1] == 42

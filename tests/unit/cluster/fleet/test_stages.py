@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from cluster.fleet.stages import RolloutStage, StageSearch, hardest_first
+from cluster.fleet.stages import RolloutStage, StageSearch, hardest_first, in_sets
 from cluster.jobs.queue import SearchTask
 from rollout.problem import Level, Problem
 from rollout.search import SearchConfig
@@ -58,3 +58,13 @@ def test_hard_levels_are_searched_first_in_their_order() -> None:
     levels = {"g1": "gsm", "m1": "math", "o1": "olympiad", "m2": "math", "o2": "olympiad"}
     problems = [make_problem(name, level=Level(level)) for name, level in levels.items()]
     assert hardest_first(problems) == ["o1", "o2", "m1", "m2", "g1"]
+
+
+def test_jobs_hold_problems_of_one_set_as_far_as_they_go() -> None:
+    sets = {"a1": "a", "b1": "b", "a2": "a", "a3": "a", "b2": "b", "b3": "b", "c1": "c"}
+    problems = [make_problem(name, source=source) for name, source in sets.items()]
+    problems.append(make_problem("hard", level=Level.OLYMPIAD, source="c"))
+    ordered = in_sets(problems, 2)
+    assert ordered == ["a1", "a2", "b1", "b2", "hard", "c1", "a3", "b3"]
+    one_set = [make_problem(f"p{n}", level=list(Level)[n % 3]) for n in range(7)]
+    assert in_sets(one_set, 3) == hardest_first(one_set)

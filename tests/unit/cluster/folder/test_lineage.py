@@ -109,8 +109,14 @@ def test_what_an_earlier_start_recorded_of_the_search_stays(tmp_path: Path) -> N
     assert record_lineage(folder, 1) == first
 
 
-def test_code_outside_a_checkout_has_no_commit(tmp_path: Path) -> None:
+def test_code_outside_a_checkout_has_the_commit_of_its_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert code_version(tmp_path) is None
+    monkeypatch.setenv("RSTAR_COMMIT", "0f" * 20)
+    assert code_version(tmp_path) == {"commit": "0f" * 20, "changed_files": 0}
+    monkeypatch.setenv("RSTAR_COMMIT", "0f" * 20 + "-dirty")
+    assert code_version(tmp_path) == {"commit": "0f" * 20, "changed_files": 1}
 
 
 def test_code_in_a_checkout_has_its_commit(tmp_path: Path) -> None:

@@ -88,10 +88,13 @@ def test_driver_whose_run_is_taken_over_is_stopped_and_told_by_whom(
     monkeypatch.setattr(lease, "RENEW_S", 0.01)
     folder = RunFolder(tmp_path / "run")
     taken = pytest.raises(RunFolderError, match="process 7 on elsewhere has taken over")
+    assert (folder.turn, folder.is_taken) == (0, False)
     with taken, folder.locked():
+        assert (folder.turn, folder.is_taken) == (1, False)
         other = json.loads(folder.store.read("drivers/00001.json")) | {"pid": 7}
         folder.write("drivers/00002.json", other | {"owner": "x", "host": "elsewhere"})
         threading.Event().wait(10)  # Ctrl-C comes
+    assert folder.is_taken
 
 
 @pytest.mark.parametrize("root", ["xyz://bucket/run", Path("xyz://bucket/run")])

@@ -189,6 +189,25 @@ def test_restarted_coordinator_goes_on_with_what_was_committed(
     assert granted[0] == lost.job and again.grant("w") is None
 
 
+def test_coordinator_gathers_markers_as_they_come_and_goes_on_from_them(
+    coordinator: Coordinator, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rollout.store.GATHERED", 2)
+    folder = tmp_path / "trajectories/round=1"
+    coordinator.plan(plan(*"abcdefghij"))  # five jobs
+    for _ in range(3):
+        work(coordinator, grant(coordinator))
+    (gathered,) = (folder / "gathered").iterdir()
+    restarted = start(tmp_path, clock)
+    assert restarted.status(1).totals.trees == 6
+    work(restarted, grant(restarted))
+    assert len(list((folder / "gathered").iterdir())) == 2 and gathered.exists()
+    again = start(tmp_path, clock)
+    assert again.status(1).stages["base"].counts.problems[JobState.DONE] == 8
+    work(again, grant(again))
+    assert again.seal(1).totals.trees == 10
+
+
 def test_restarted_coordinator_knows_the_parts_of_parts(
     coordinator: Coordinator, tmp_path: Path, clock: Clock
 ) -> None:

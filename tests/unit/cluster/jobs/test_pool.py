@@ -21,6 +21,7 @@ from cluster.jobs.admission import EnginePressure
 from cluster.jobs.pool import Load, PolicyPool, PoolConfig, PreferencePool, SandboxPool, choose
 from cluster.jobs.sandbox_worker import SandboxWorker
 from rollout.engine import EngineError, EvaluationRequest, GenerationReply, GenerationRequest
+from tests.clock import set_clock
 from tests.fakes import Failure, ScriptedPolicy, ScriptedSandbox, TablePreference
 from verifier import SandboxError
 from verifier.sandbox_wire import TWIN
@@ -211,7 +212,7 @@ async def test_what_other_workers_have_at_a_replica_counts_until_it_is_old(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = 100.0
-    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now_s)
+    set_clock(monkeypatch, pool_module, monotonic=lambda: now_s)
     pool = PolicyPool({"a": None, "b": None})
     own = (await pool._reserve("tree", now_s)).name
     pool.set_pressures({own: pressure(200), "gone": pressure(9)})
@@ -242,7 +243,7 @@ async def searched(
         The machines, when all was done, and the share of requests to a tree's first replica.
     """
     clock, number = [0.0], itertools.count()
-    monkeypatch.setattr(pool_module.time, "monotonic", lambda: clock[0])
+    set_clock(monkeypatch, pool_module, monotonic=lambda: clock[0])
     machines = {f"policy-{i}": Machine(slow) for i, slow in enumerate(slowness)}
     pools = [PolicyPool(dict.fromkeys(machines)) for _ in range(36)]
     first: dict[str, str] = {}
@@ -314,6 +315,29 @@ async def test_in_flight_is_bounded_and_the_rest_waits_its_turn() -> None:
     await asyncio.gather(*tasks)
     assert engine.max_in_flight == 3
     assert not pool._waiters and pool._replicas["a"].in_flight == 0
+
+
+async def test_it_says_whom_its_callers_wait_for_and_since_when(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    set_clock(monkeypatch, pool_module, monotonic=lambda: now[0])
+    gate = asyncio.Event()
+
+    engine = ScriptedPolicy({"": ["x"]}, gate=gate)
+    pool = PolicyPool({"a": Handle(engine)}, PoolConfig(max_in_flight=2, deadline_s=1000.0))
+    assert pool.waits() == {}
+    callers = []
+    for at_s in (100.0, 103.0, 107.0):
+        now[0] = at_s
+        callers.append(asyncio.create_task(pool.generate(request())))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    now[0] = 110.0
+    assert pool.waits() == {"a": (2, 10.0), "": (1, 3.0)}
+    gate.set()
+    await asyncio.gather(*callers)
+    assert pool.waits() == {}
 
 
 async def test_a_dead_replica_is_forgotten_and_its_request_answered_by_another(

@@ -239,6 +239,38 @@ def test_workers_that_are_gone_lose_their_leases_at_once() -> None:
 # -- order
 
 
+def test_problem_that_ends_its_worker_takes_no_other_with_it() -> None:
+    queue = queue_of(plan_jobs(plan("a", "poison", "b", "c", shard_size=1)), max_attempts=3)
+    for worker in ("w1", "w2"):  # each takes all, and is lost by one of them
+        while queue.grant(worker, 0):
+            pass
+        assert leases(queue) == {worker: 4}
+        queue.forget_worker(worker)
+
+    # Of the last attempt each worker has one alone, and takes others before them.
+    assert queue.add(plan_jobs(plan("d", shard_size=1, tree_index=1))[0])
+    found = [queue.grant(f"w{n}", 1) for n in range(3, 7)]
+    assert leases(queue) == {"w3": 1, "w4": 1, "w5": 1, "w6": 1}
+    assert queue.grant("w3", 1) is None
+    other = queue.grant("w7", 1)
+    assert other is not None and other.job.problem_ids == ("d",)
+    for lease in filter(None, found):
+        if lease.job.problem_ids == ("poison",):
+            queue.forget_worker(lease.worker)
+        else:
+            assert queue.complete(lease.job.id, lease.id)
+    assert [job.problem_ids for job, _ in queue.failed()] == [("poison",)]
+
+    # A worker that holds something is given what may go beside it, though it came later.
+    mixed = queue_of(plan_jobs(plan("a", "b", shard_size=1)), max_attempts=2)
+    assert mixed.grant("w1", 0)
+    mixed.forget_worker("w1")
+    assert mixed.grant("w2", 0).job.problem_ids == ("a",)  # type: ignore[union-attr]
+    assert mixed.grant("w2", 0) is None
+    mixed.forget_worker("w2")
+    assert mixed.grant("w3", 0).job.problem_ids == ("b",)  # type: ignore[union-attr]
+
+
 def test_higher_priority_first_then_the_order_they_came() -> None:
     base = plan_jobs(plan("a", "b", "c", shard_size=1))
     urgent = plan_jobs(plan("a", shard_size=1, stage="escalation-1", tree_index=1, priority=1))
@@ -348,3 +380,23 @@ def test_no_problem_is_lost_or_doubled_whatever_workers_do(actions: list) -> Non
             commit(granted, part=False)
         check()
     assert sorted(p for part, _ in committed.values() for p in part) == sorted(problems)
+
+
+def test_jobs_of_a_higher_rank_come_first_parts_included_until_the_ranks_change() -> None:
+    jobs = plan_jobs(plan("a1", "a2", "b1", "b2", "c1", "c2"))
+    queue = queue_of(jobs)
+
+    def granted() -> str:
+        lease = queue.grant("w", 0.0)
+        assert lease is not None
+        return " ".join(lease.job.problem_ids)
+
+    queue.prioritise({"c1": 1, "c2": 1, "b2": 2})
+    assert granted() == "b1 b2"
+    queue.complete(jobs[1].id, "", remaining=[["b1"], ["b2"]])
+    assert granted() == "b2"
+    assert granted() == "c1 c2"
+    queue.prioritise({})
+    assert granted() == "a1 a2"
+    assert granted() == "b1"
+    assert queue.grant("w", 0.0) is None

@@ -293,3 +293,13 @@ def test_pools_do_not_touch_each_other() -> None:
 def test_wrong_bounds_are_refused() -> None:
     with pytest.raises(ValidationError, match="min_replicas must be <= max_replicas, got 9 > 8"):
         config(min_replicas=9)
+
+
+def test_other_bounds_count_at_once() -> None:
+    pool = Pool(down_window_s=60, cool_down_s=60)
+    assert pool.step(0, waiting=80).target == 8
+    pool.scaler.bound("policy", config(max_replicas=3, down_window_s=60, cool_down_s=60))
+    assert pool.step(1, waiting=80).target == 3
+    assert len(pool.replicas) == 3
+    pool.scaler.bound("policy", config(min_replicas=5, down_window_s=60, cool_down_s=60))
+    assert pool.step(2, waiting=0).target == 5

@@ -45,7 +45,7 @@ class Notices:
         await self.queue.put(notice)
 
     async def next(self) -> SpotNotice:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return await self.queue.get()
 
 
@@ -69,7 +69,7 @@ async def watching(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -200,7 +200,7 @@ async def test_machine_without_metadata_service_is_left_alone(
         closed = str(server.make_url("/")).rstrip("/")
     watcher = SpotWatcher(Notices(), SpotConfig(url=closed, interval_s=0.01))
     with caplog.at_level(logging.INFO, logger="cluster.machines.spot"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await watcher.run()
     assert watcher.cloud is None
     assert [record.getMessage() for record in caplog.records] == [
@@ -225,7 +225,7 @@ async def test_metadata_service_that_never_answers_does_not_block() -> None:
     async with TestServer(app) as server:
         url = str(server.make_url("/")).rstrip("/")
         config = SpotConfig(url=url, interval_s=0.01, attempts=2, timeout_s=0.05)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await SpotWatcher(Notices(), config).run()
 
 

@@ -9,9 +9,18 @@ import pytest
 from rich.console import Console
 
 from cluster.planning.latency import DEFAULT_CURVE
-from cluster.planning.planner import PlanConfig, PlanError, make_plan, print_plan, read_gpu_kinds
+from cluster.planning.planner import (
+    PlanConfig,
+    PlanError,
+    estimate_run,
+    make_plan,
+    print_estimate,
+    print_plan,
+    read_gpu_kinds,
+)
 from cluster.planning.simulate import Simulation
 from cluster.planning.simulation_figures import SimulationConfig
+from cluster.runs.config import RunConfig
 
 TABLE = Path(__file__).parents[4] / "deploy/gpus.yaml"
 
@@ -115,3 +124,80 @@ def test_papers_round_takes_about_what_it_took() -> None:
     kind = read_gpu_kinds(TABLE)["a100-40gb"]
     plan = make_plan(PlanConfig(gpus=60, tokens_per_s=kind.tokens_per_s, price_per_hour=1))
     assert 2.5 < plan.days < 3.5
+
+
+def run_config(**cost: object) -> RunConfig:
+    """One round of 10 candidates x 10 rollouts with a pass over what stays unsolved."""
+    return RunConfig.model_validate(
+        {
+            "name": "x",
+            "run_dir": "runs/x",
+            "problems": {"miniature": {}},
+            "rounds": [{"preference": False, "escalation": [{"num_rollouts": 20}]}],
+            "search": {"num_candidates": 10, "num_rollouts": 10},
+            "cluster": {
+                "policy": {"replicas": 4},
+                "learner": {"replicas": 8},
+                "max_open_trees": 1,
+                "workers": {"replicas": 4},
+            },
+            "train_policy": {"num_epochs": 2},
+            "train_ppm": {"num_epochs": 1},
+            "cost": {
+                "expected": {
+                    "tokens_per_s": 1000,
+                    "train_tokens_per_s": 5000,
+                    "expansions_per_rollout": 2,
+                    "tokens_per_step": 10,
+                    "solve_rate": 0.75,
+                    "lost_per_hour": 0,
+                    "policy_tokens": 1000,
+                    "ppm_tokens": 3000,
+                    "start_s": 360,
+                    "train_start_s": 60,
+                    "other_s": 0,
+                    "machines": {
+                        "head": {"kind": "small"},
+                        "policy": {"kind": "gpu", "market": "spot", "holds": 2},
+                        "learner": {"kind": "big", "holds": 8},
+                    },
+                },
+                "prices": {
+                    "small": {"on_demand": 1},
+                    "gpu": {"on_demand": 10, "spot": 5},
+                    "big": {"on_demand": 50},
+                },
+                **cost,
+            },
+        }
+    )
+
+
+def test_a_run_is_estimated_with_its_fits_and_the_machines_of_each_stage() -> None:
+    """10,000 trees of 2,000 tokens on 4 x 1,000 tokens/s: 5,000 s; 2,500 of twice that: 2,500 s.
+    Fits: 7,500 solved x 1,000 tokens x 2 epochs / 5,000 = 3,000 s; 7,500 x 3,000 / 5,000 = 4,500 s.
+    """
+    estimate = estimate_run(run_config(), 10_000)
+    stages = estimate["by_stage"]
+    tails_s = 0.75 * (2 + 4)
+    assert stages["start"]["usd"] == pytest.approx(0.1 * 11)  # the head and two of the policy's
+    assert stages["round 1: rollout"]["hours"] * 3600 == pytest.approx(7500 + tails_s)
+    assert stages["round 1: train policy"]["hours"] * 3600 == pytest.approx(3060)
+    assert stages["round 1: train policy"]["usd"] == pytest.approx(3060 / 3600 * 61)
+    assert stages["round 1: train ppm"]["hours"] * 3600 == pytest.approx(4560)
+    assert estimate["usd"] == pytest.approx(sum(stage["usd"] for stage in stages.values()))
+    output = io.StringIO()
+    print_estimate(estimate, Console(file=output, width=120))
+    assert "10,000 problems: 0.18 days" in output.getvalue()
+
+
+def test_one_price_for_all_machines_is_that_of_every_stage() -> None:
+    estimate = estimate_run(run_config(usd_per_hour=36.0), 10_000)
+    assert estimate["usd"] == pytest.approx(estimate["hours"] * 36)
+
+
+def test_without_assumptions_there_is_no_estimate() -> None:
+    with pytest.raises(PlanError, match=r"cost\.expected is not set"):
+        estimate_run(run_config(expected=None), 10)
+    with pytest.raises(ValueError, match="no price of big, gpu, small"):
+        run_config(prices={})

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.folder.config_file import ConfigError
+from cluster.folder.config_file import ConfigError, load_config
+from cluster.machines.prices import PriceTable, read_prices
 from cluster.planning.launch_file import read_launch
-from cluster.planning.prices import PriceTable, costs, price_range, read_prices
+from cluster.planning.prices import costs, price_range
+from cluster.runs.config import RunConfig
 
 
 def test_prices_range_from_the_least_to_the_most_nodes(tmp_path: Path) -> None:
@@ -49,3 +51,17 @@ def test_wrong_row_of_the_price_table_is_named(tmp_path: Path) -> None:
     file.write_text("as_of: 2025-01-01\ninstances: {aws: {x: {on_demand: 0, cpus: 1}}}\n")
     with pytest.raises(ConfigError, match=r"prices.yaml: instances\.aws\.x\.on_demand: .*greater"):
         read_prices(file)
+
+
+def test_the_preset_prices_the_machines_of_the_launch_file() -> None:
+    root = Path(__file__).parents[4]
+    config = load_config("cluster", kind=RunConfig)
+    table = read_prices(root / "deploy/prices.yaml").by_kind
+    types = read_launch(root / "ray_cluster.yaml").types
+    assert config.cost.prices.keys() == {node.fields["labels"]["machine"] for node in types}
+    for kind, price in config.cost.prices.items():
+        assert (price.on_demand, price.spot) == (table[kind].on_demand, table[kind].spot)
+    assert config.cost.expected is not None
+    markets = {node.instance: node.fields["labels"]["market"] for node in types}
+    for machine in config.cost.expected.machines.values():
+        assert machine.market == markets[machine.kind]

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from cluster.fleet.config import ClusterConfig
 from cluster.folder.config_file import read_yaml
+from cluster.machines.prices import read_prices
 from cluster.planning.latency import DEFAULT_CURVE, CurveError, LatencyCurve
 from cluster.planning.planner import PlanConfig
-from cluster.planning.prices import read_prices
 from cluster.planning.simulate import Simulation
 from cluster.planning.simulated_store import DictFileSystem, RacingStore
 from cluster.planning.simulation_figures import (

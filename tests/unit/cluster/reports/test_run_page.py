@@ -107,7 +107,15 @@ def write_run(root: Path) -> Path:
         "config": {
             "seed": 3,
             "problems": {"train": ["train.parquet"]},
-            "cost": {"usd_per_hour": 36},
+        },
+        "cost": {
+            "usd": 1.5,
+            "usd_per_hour": 36.0,
+            "idle_usd": 0.3,
+            "by_stage": {"start": 1.0, "round 3: rollout": 0.5},
+            "nodes": [],
+            "unpriced": [],
+            "rounds": {"3": {"usd": 0.5, "per_solved_usd": 0.25, "per_verified_usd": None}},
         },
         "versions": {"python": "3.11"},
         "hardware": {"cores": 2, "cpu": "test", "memory_gib": 8.0},
@@ -211,7 +219,8 @@ def test_page_escapes_what_models_wrote_and_loads_nothing(tmp_path: Path) -> Non
     assert "10 of round 2, 30 of round 3" in text and "50 of round 3" in text
     assert "75.0" in text  # % of round 3 in its SFT set
     assert "1,234" in text  # easy problems
-    assert "0.50" in text  # 50 s at 36 dollars an hour
+    assert "0.50" in text
+    assert "cost of round 3: $0.50, $0.2500 per solved problem" in text
     assert "page " in output.getvalue()
 
 

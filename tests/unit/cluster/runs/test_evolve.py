@@ -59,18 +59,22 @@ def test_worked_examples_are_for_the_first_round_alone(tmp_path: Path) -> None:
         evolution(tmp_path, "bootstrap", cold_start={})._check_templates()
 
 
-@pytest.mark.parametrize("trunk", ["policy", "cold_start", "base"])
+@pytest.mark.parametrize("trunk", ["policy", "previous", "cold_start", "base"])
 def test_ppm_grows_from_the_checkpoint_the_config_names(tmp_path: Path, trunk: str) -> None:
     models = {"base_model": GENERAL, "ppm_trunk": trunk}
     run = evolution(tmp_path, "rstar", cold_start={}, models=models)
     for number in (0, 1):
         run.checkpoints.publish("policy", number, lambda folder: (folder / "weights").touch(), {})
+    run.checkpoints.publish("ppm", 1, lambda folder: (folder / "weights").touch(), {})
     run.given_trunk = run._given_trunk()
     policy = run.checkpoints.current("policy", 1)
     cold = run.checkpoints.current("policy", 0)
-    assert policy is not None and cold is not None
-    wanted = {"policy": Path(policy.path), "cold_start": Path(cold.path), "base": MARKED}
-    assert run._trunk(policy) == wanted[trunk]
+    ppm = run.checkpoints.current("ppm", 1)
+    assert policy is not None and cold is not None and ppm is not None
+    wanted = {"policy": policy.path, "previous": ppm.path, "cold_start": cold.path, "base": MARKED}
+    assert run._trunk(policy, ppm) == Path(wanted[trunk])
+    if trunk == "previous":
+        assert run._trunk(policy, None) == Path(policy.path)
 
 
 def test_a_directory_as_trunk_gets_the_markers_and_is_an_input_of_the_run(tmp_path: Path) -> None:
@@ -87,10 +91,13 @@ def test_a_directory_as_trunk_gets_the_markers_and_is_an_input_of_the_run(tmp_pa
 
 def test_a_trunk_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
     models = {"base_model": GENERAL, "ppm_trunk": "cold-start"}
-    with pytest.raises(ConfigError, match=r"models.ppm_trunk: .*cold-start.*expected policy, cold"):
+    with pytest.raises(ConfigError, match=r"models.ppm_trunk: .*cold-start.*expected policy, prev"):
         evolution(tmp_path, "rstar", models=models)._given_trunk()
     with pytest.raises(ValueError, match="ppm_trunk: cold_start, but the run has no cold_start"):
         evolution(tmp_path, "rstar", models=models | {"ppm_trunk": "cold_start"})
+    with pytest.raises(ValueError, match=r"previous goes on from a PPM.*train_ppm.lm_weight"):
+        models |= {"ppm_trunk": "previous"}
+        evolution(tmp_path, "rstar", models=models, train_ppm={"lm_weight": 0.1})
 
 
 class FleetScript:

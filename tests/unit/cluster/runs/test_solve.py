@@ -101,6 +101,7 @@ def test_run_gives_the_models_of_its_last_finished_round_and_its_settings(
     assert "round=1/ppm" in str(config.ppm)
     assert (config.seed, config.policy_engine.max_model_len) == (5, 512)
     assert (config.search.num_candidates, config.search.template) == (5, "short")
+    assert config.search.temperature == 0.8  # the evaluation has none of its own
     assert (config.method.name, config.method.num_trajectories) == (Method.BEAM, 7)
     assert (config.method.max_solution_tokens, config.method.top_k) == (160, 6)
     # one of each, where the run had them

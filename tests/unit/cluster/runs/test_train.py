@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import shutil
+import time
 from io import StringIO
 from pathlib import Path
 
+import aiohttp
 import pytest
 import yaml
 from rich.console import Console
@@ -15,12 +19,17 @@ from cluster.fleet.learner_group import LearnerLostError
 from cluster.folder.config_file import ConfigError
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.runs.train import print_train_report, run_train
+from cluster.telemetry import metrics as m
+from cluster.telemetry.samples import Samples
+from cluster.watch.top import show_top
 from learner.checkpoint import CheckpointStore
 from learner.fit import FitResult, LearnerError
 from learner.select import DatasetConfig, select_dataset
 from learner.trainer import run_fit
 from rollout.prompt import MARKERS, SHORT_TEMPLATE
+from rollout.run_store import RunStore
 from tests.builders import answered, code, make_problem, make_tree
+from tests.made_metrics import write_made_run
 from tests.models import write_byte_tokenizer, write_tiny_policy
 
 TRAIN = {"batch_examples": 8, "learning_rate": 5e-3, "zero_stage": 0, "num_epochs": 2}
@@ -61,6 +70,46 @@ async def test_policy_trains_on_a_plain_file_and_a_second_call_only_reports(tmp_
     print_train_report(result, quiet)
     text = quiet.file.getvalue()
     assert "train policy" in text and f"checkpoint {result.checkpoint.path}\n" in text
+
+
+async def test_training_alone_exports_what_it_measures_and_can_be_watched(tmp_path, base, quiet):
+    rows = [{"prompt": f"{n}?", "response": "<answer>7<end_of_answer>"} for n in range(1000)]
+    data = write_set(tmp_path / "set.jsonl", rows)
+    out = tmp_path / "out"
+    config = write_config(
+        tmp_path / "c.yaml", base=str(base), data={"train": str(data)}, metrics={"sample_s": 0.2}
+    )
+    work = asyncio.create_task(run_train("policy", config, console=quiet))
+    pages = []
+    async with aiohttp.ClientSession() as http:
+        while not work.done():
+            await asyncio.sleep(0.05)
+            targets = out / "metrics" / "targets.json"
+            for group in json.loads(targets.read_text()) if targets.exists() else ():
+                with contextlib.suppress(aiohttp.ClientError):
+                    page = await http.get(f"http://{group['targets'][0]}/metrics")
+                    pages.append(await page.text())
+    result = await work
+    seen = "".join(pages)
+    assert 'rstar_learner_step{kind="policy",run="out"}' in seen
+    assert 'rstar_stage_running{round="0",run="out",stage="train policy"} 1.0' in seen
+    assert json.loads((out / "metrics" / "targets.json").read_text()) == []
+    samples = Samples.read(RunStore(out))
+    steps = samples.series[m.LEARNER_STEPS.exported][(("kind", "policy"),)]
+    assert steps.values[-1] == result.steps > 0
+    shown = Console(file=StringIO(), width=120)
+    show_top(out, shown, once=True)
+    assert "finished" in shown.file.getvalue()
+
+
+async def test_training_into_the_folder_of_a_run_leaves_its_account_alone(tmp_path, base, quiet):
+    rows = [{"prompt": f"{n}?", "response": "<answer>7<end_of_answer>"} for n in range(8)]
+    data = write_set(tmp_path / "set.jsonl", rows)
+    write_made_run(tmp_path / "out", time.time() - 60, state="stopped")
+    before = (tmp_path / "out" / "live.json").read_bytes()
+    config = write_config(tmp_path / "c.yaml", base=str(base), data={"train": str(data)})
+    await run_train("policy", config, console=quiet)
+    assert (tmp_path / "out" / "live.json").read_bytes() == before
 
 
 async def test_both_models_train_on_a_committed_round(tmp_path, base, quiet):
@@ -175,6 +224,13 @@ async def test_ppm_starts_from_the_trunk_of_its_run_or_the_one_asked_for(tmp_pat
     base_out, policy_out = (f"run_dir={tmp_path / name}" for name in ("b", "p"))
     assert await trunk("ppm_trunk=base", base_out) == "base"
     assert (await trunk("ppm_trunk=policy", policy_out)).startswith("checkpoints/round=2/policy")
+    first_out, second_out = (f"run_dir={tmp_path / name}" for name in ("first", "second"))
+    previous = "ppm_trunk=previous"
+    assert (await trunk(previous, first_out)).startswith("checkpoints/round=2/policy")
+    CheckpointStore(run.checkpoints).publish(
+        "ppm", 1, lambda made: shutil.copytree(base, made, dirs_exist_ok=True), {}
+    )
+    assert (await trunk(previous, second_out)).startswith("checkpoints/round=1/ppm")
     with pytest.raises(ConfigError, match="either base or ppm_trunk"):
         await trunk("ppm_trunk=base", f"base={base}")
 

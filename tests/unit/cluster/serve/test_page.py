@@ -88,7 +88,7 @@ async def test_page_asks_for_a_key_stops_a_search_and_tells_an_error(tmp_path: P
             await asyncio.sleep(0.05)
         await page.run("$('go').click()")
         await page.until("$('state').textContent === 'stopped'")
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(30):
             while server.service.standing.running:
                 await asyncio.sleep(0.01)
         await page.run("$('seed').value = '-1'; ask()")

@@ -67,7 +67,7 @@ async def test_dying_replicas_and_leaving_clients_cost_no_other_request_anything
         preference=PreferencePool({"ppm-0": Actor(TablePreference(hash_value))}, pool),
         sandbox=SandboxPool(workers, pool),
     )
-    config = serve_config(serve={"max_running": 16, "max_queued": 500}).serve
+    config = serve_config(serve={"max_running": 16, "max_queued": 600}).serve
     service = Service(own, config)
     methods = (Method.GREEDY, Method.MAJORITY, Method.MCTS, Method.BEAM)
 

@@ -35,6 +35,27 @@ def test_more_than_may_wait_are_refused_all_or_none() -> None:
     queue.add(("b",), 1)
 
 
+def test_a_key_leaves_as_many_places_as_it_takes() -> None:
+    queue = FairQueue(max_running=1, max_waiting=60)
+    queue.add(("a", "x"))
+    queue.next()
+
+    def taken(key: str) -> int:
+        for number in range(100):
+            try:
+                queue.add((key, f"user {number}"))
+            except QueueFullError:
+                return number
+        raise AssertionError("never full")
+
+    assert (taken("a"), taken("b"), taken("c"), taken("d")) == (30, 15, 8, 4)
+    with pytest.raises(QueueFullError, match="30 searches of this key wait, of 57 in all, 1 run"):
+        queue.add(("a", "y"))
+    queue.add(("e",), 3)  # and still a new one finds room
+    with pytest.raises(QueueFullError, match="60 searches wait, 1 run"):
+        queue.add(("f",))
+
+
 def test_a_user_with_few_requests_does_not_wait_for_one_with_many() -> None:
     queue = FairQueue(max_running=1, max_waiting=100)
     queue.add(("many",), 50)

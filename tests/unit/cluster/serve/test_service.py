@@ -93,7 +93,7 @@ async def test_searches_run_up_to_their_number_and_the_rest_in_turn() -> None:
     gate = asyncio.Event()
     own = engines(gate=gate)
     running = service(own, max_running=2, max_queued=3)
-    tasks = [asyncio.create_task(asked(running, ask(str(n)))) for n in range(5)]
+    tasks = [asyncio.create_task(asked(running, ask(str(n)), user=str(n))) for n in range(5)]
     await asyncio.sleep(0.05)
     assert running.standing == Standing(running=2, waiting=3)
     with pytest.raises(BusyError) as caught:
@@ -104,6 +104,20 @@ async def test_searches_run_up_to_their_number_and_the_rest_in_turn() -> None:
         f"asked-{n}" for n in range(5)
     ]
     assert running.standing == Standing(running=0, waiting=0)
+
+
+async def test_searches_at_a_time_follow_the_replicas() -> None:
+    gate = asyncio.Event()
+    running = service(engines(gate=gate), max_running=2, max_queued=20)
+    tasks = [asyncio.create_task(asked(running, ask(), user=str(n))) for n in range(8)]
+    await asyncio.sleep(0)
+    assert running.standing == Standing(running=2, waiting=6)
+    running.scale(3)
+    assert running.max_running == 6 and running.standing == Standing(running=6, waiting=2)
+    running.scale(0)  # all died: what runs goes on, and none begins
+    assert running.standing == Standing(running=6, waiting=2)
+    gate.set()
+    assert len(await asyncio.gather(*tasks)) == 8 and running.max_running == 2
 
 
 async def test_several_searches_are_admitted_all_or_none() -> None:
@@ -173,8 +187,9 @@ async def test_request_whose_turn_does_not_come_in_time_is_told_so() -> None:
     running._queue.max_running = 1
     first = asyncio.create_task(asked(running, ask()))
     await asyncio.sleep(0)
-    with pytest.raises(NeverBegunError, match=r"waited 0\.1 s for its turn"):
+    with pytest.raises(NeverBegunError, match=r"waited 0\.1 s for its turn") as refused:
         await asked(running, ask(timeout_s=0.1))
+    assert refused.value.retry_after_s == 20  # two searches of ten seconds, one at a time
     assert running.standing == Standing(running=1, waiting=0)
     first.cancel()
 

@@ -68,6 +68,18 @@ def test_targets_name_the_endpoint_and_the_agents_and_are_empty_at_the_end(tmp_p
     assert json.loads((shared / "demo.json").read_text(encoding="utf-8")) == []
 
 
+def test_endpoint_that_listens_everywhere_is_told_with_an_address_others_reach(
+    tmp_path: Path,
+) -> None:
+    exporter = Exporter(RunStore(tmp_path / "demo"), "demo", MetricsConfig(host="0.0.0.0"))
+    exporter.start()
+    try:
+        assert not exporter.address.startswith("0.0.0.0")
+        get(exporter)
+    finally:
+        exporter.stop()
+
+
 def test_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

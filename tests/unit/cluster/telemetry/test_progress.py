@@ -42,6 +42,36 @@ def test_time_left_is_the_rest_of_the_stage_and_the_stages_after_it() -> None:
     assert eta.remaining("evaluate", 10.0, 0.25, ["rollout"]) == pytest.approx(130.0)
 
 
+def test_stage_of_which_nothing_is_done_has_no_time_left_yet() -> None:
+    eta = Eta()
+    eta.finished("start", 30.0)
+    for elapsed_s in (1.0, 99.0, 600.0):  # by its weight a rollout would take 100 s
+        assert eta.of_stage("rollout", elapsed_s, 0.0) is None
+        assert eta.remaining("rollout", elapsed_s, 0.0, ["select"]) is None
+    assert eta.of_stage("rollout", 600.0, 0.01) == pytest.approx(59_400.0)
+
+
+def test_stage_like_an_earlier_one_lasts_as_long_until_it_took_longer() -> None:
+    eta = Eta()
+    eta.finished("rollout", 100.0)
+    assert eta.of_stage("rollout", 40.0, 0.0) == pytest.approx(60.0)
+    assert eta.of_stage("rollout", 100.0, 0.0) is None
+    assert eta.of_stage("rollout", 120.0, 0.04) == pytest.approx(2880.0)
+
+
+def test_before_its_first_tree_a_stage_is_shown_with_an_unknown_time_left() -> None:
+    view, now, output = logged()
+    view.plan = ["start", "rollout"]
+    view.begin("start", "engines")
+    now[0] = 30.0
+    view.end()
+    view.begin("rollout", "round 1: rollout", 10)
+    now[0] = 330.0
+    view.update(0, 10, {"open": 4})
+    assert (view.snapshot().stage_eta_s, view.snapshot().run_eta_s) == (None, None)
+    assert "stage 5:00, ETA unknown; run 5:30, ETA unknown" in output.getvalue()
+
+
 def logged(width: int = 200) -> tuple[ProgressView, list[float], io.StringIO]:
     """A view without a terminal, its clock, and what it prints."""
     output = io.StringIO()
@@ -74,7 +104,7 @@ def test_without_a_terminal_plain_lines_with_the_time_are_printed_now_and_then()
 
 def test_cost_is_that_of_all_starts_and_of_what_is_left() -> None:
     view, now, output = logged()
-    view.usd_per_hour, view.seconds_before = 36.0, 100.0
+    view.usd_per_hour, view.cost_usd = 36.0, 1.3
     with view:
         view.plan = ["rollout"]
         view.begin("rollout", "rollout", 4)
@@ -94,7 +124,7 @@ def drawn(view_width: int = 100) -> tuple[ProgressView, list[float], Console]:
 
 def test_terminal_shows_round_stage_rates_levels_times_and_cost() -> None:
     view, now, console = drawn()
-    view.num_rounds, view.usd_per_hour = 4, 2.5
+    view.num_rounds, view.usd_per_hour, view.cost_usd = 4, 2.5, 0.04
     view.plan = ["rollout", "select"]
     view.eta.finished("select", 10.0)
     view.begin("rollout", "round 2: rollout", 600, round=2)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import time
@@ -87,6 +88,38 @@ async def test_run_that_is_over_is_shown_up_to_its_end(tmp_path: Path) -> None:
     assert lines(data, "Generated and scored")["generated"]
 
 
+async def test_page_opens_on_the_runs_own_time(tmp_path: Path) -> None:
+    """A run of half an hour, a day ago; its start is recorded an hour before its first sample."""
+    end_s = float(int(time.time())) - 86_400
+    root = tmp_path / "demo"
+    write_made_run(root, end_s, state="finished")
+    own = SampleSource(RunFolder(root))
+    data = await get(own, root, minutes=None)
+    first_s = own.first_s()
+    assert first_s is not None and data["to_s"] == pytest.approx(end_s, abs=0.1)
+    assert data["from_s"] == pytest.approx(first_s) and end_s - 3600 < first_s < end_s - 600
+    (stages,) = [panel for panel in data["panels"] if panel["title"] == "Stage"]
+    assert stages["kind"] == "timeline"
+
+    class Far(PrometheusSource):
+        """Has data of all of it, and of others still now."""
+
+        async def refresh(self) -> float | None:
+            return end_s + 86_400
+
+        async def lines(self, *asked: Any) -> list[Any]:
+            return []
+
+    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(end_s - 14 * 86_400))
+    (root / "versions.json").write_text(json.dumps({"starts": [{"time": began}, {"time": "x"}]}))
+    data = await get(Far("http://x", "demo"), root, minutes=None)
+    assert (data["from_s"], data["to_s"]) == (end_s - 14 * 86_400, end_s)
+    assert data["step_s"] == 14 * 86_400 / 180
+    async with serving(app_of(root)) as url, aiohttp.ClientSession() as http:
+        answer = await (await http.get(f"{url}/api/overview")).json()
+    assert answer["from_s"] == pytest.approx(first_s)
+
+
 async def test_new_rows_are_seen(root: Path) -> None:
     source = SampleSource(RunFolder(root))
     before = await source.refresh()
@@ -151,7 +184,7 @@ async def test_page_asks_for_nothing_from_elsewhere(root: Path) -> None:
 async def test_address_other_than_the_loopback_gets_a_token(root: Path) -> None:
     console = Console(record=True, width=200)
     task = asyncio.create_task(serve_dashboard(root, console, host="0.0.0.0", port=0))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (text := console.export_text(clear=False)):
             assert not task.done()
             await asyncio.sleep(0.02)

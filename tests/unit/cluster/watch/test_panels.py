@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.telemetry.metrics import CATALOGUE, Kind
 from cluster.watch.panels import DASHBOARDS, Dashboard, places
 from tests.made_metrics import metrics_of
-from tools.grafana import FOLDER, dashboard_json, files
+from tests.prometheus import MISSING, has_prometheus
+from tools.grafana import FOLDER, dashboard_json, edge_promql, files
 from tools.metrics_reference import PATH, reference
 
 KNOWN = {name: metric for metric in CATALOGUE.values() for name in metric.series_names}
@@ -70,7 +74,8 @@ def test_dashboards_are_what_grafana_needs() -> None:
     made = [dashboard_json(dashboard) for dashboard in DASHBOARDS]
     assert len({each["uid"] for each in made}) == len(made)
     for stored in made:
-        assert [v["name"] for v in stored["templating"]["list"]] == ["datasource", "run"]
+        names = [v["name"] for v in stored["templating"]["list"]]
+        assert names == ["datasource", "run", "began_ms", "ended_ms"]
         ids = [panel["id"] for panel in stored["panels"]]
         assert len(set(ids)) == len(ids)
         for panel in stored["panels"]:
@@ -79,3 +84,45 @@ def test_dashboards_are_what_grafana_needs() -> None:
             assert all('run="$run"' in target["expr"] for target in panel["targets"])
             rated = [t["expr"] for t in panel["targets"] if "rate(" in t["expr"]]
             assert all("$__rate_interval" in expression for expression in rated)
+
+
+def test_stages_are_bars_on_a_line_of_time() -> None:
+    stored = json.loads((FOLDER / "overview.json").read_text(encoding="utf-8"))
+    (panel,) = [panel for panel in stored["panels"] if panel["title"] == "Stage"]
+    assert panel["type"] == "state-timeline" and panel["options"]["mergeValues"]
+    (target,) = panel["targets"]
+    assert target["legendFormat"] == "round {{round}} {{stage}}"
+    assert {p["type"] for p in stored["panels"]} == {"stat", "timeseries", "state-timeline"}
+
+
+@pytest.mark.skipif(not has_prometheus(), reason=MISSING)
+def test_link_to_the_runs_own_time_finds_its_first_and_last_sample(tmp_path: Path) -> None:
+    """A run of 20 minutes, one hour after the beginning, seen a day later."""
+    samples = {"series": 'rstar_run_seconds{run="demo"}', "values": "_x60 0+60x20 _x2000"}
+    other = {"series": 'rstar_run_seconds{run="other"}', "values": "0+60x2000"}
+    asked = [
+        {
+            "expr": edge_promql(of).replace("$run", "demo"),
+            "eval_time": "26h",
+            "exp_samples": [{"labels": "{}", "value": 1000 * seconds}],
+        }
+        # The last one is looked up every five minutes, and counts for five.
+        for of, seconds in (("min", 3600), ("max", 4800))
+    ]
+    test = {
+        "tests": [{"interval": "1m", "input_series": [samples, other], "promql_expr_test": asked}]
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
+    done = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    link = dashboard_json(each("engines"))["links"][1]
+    assert link["url"] == "/d/rstar-engines?from=${began_ms}&to=${ended_ms}"
+    for variable in dashboard_json(each("engines"))["templating"]["list"][2:]:
+        found = re.search(variable["regex"].strip("/"), "{} 1795276800000 1795276923000")
+        assert found is not None and found[1] == "1795276800000"

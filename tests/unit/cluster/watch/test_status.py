@@ -12,12 +12,15 @@ import yaml
 from rich.console import Console
 
 from cluster.evaluation.shares import problems_by_level
+from cluster.folder.changes import Changes
 from cluster.folder.lineage import record_lineage, record_start
-from cluster.folder.run_folder import RunFolder, RunFolderError
+from cluster.folder.run_folder import COST, ESTIMATE, RunFolder, RunFolderError
 from cluster.jobs.queue import StagePlan
+from cluster.machines.cost import CostAccount, MachinePrice, NodeUse, cost_lines, run_cost
 from cluster.runs.config import RunConfig
 from cluster.telemetry.live import STALE_S, LiveFile, Snapshot
 from cluster.watch import status as status_module
+from cluster.watch import status_view
 from cluster.watch.status import RunStatus, read_status
 from cluster.watch.status_view import short, show_status
 from learner.checkpoint import CheckpointStore
@@ -25,6 +28,7 @@ from rollout.difficulty import SuspectLabel
 from rollout.problem import Level, Problem
 from rollout.store import RunStore, TrajectoryStore
 from tests.builders import answer, make_problem, make_tree
+from tests.clock import set_clock
 from tests.rulers import ruler_record
 
 PROBLEMS = {"g1": Level.GSM, "g2": Level.GSM, "m1": Level.MATH, "o1": Level.OLYMPIAD}
@@ -170,7 +174,10 @@ def test_finished_run_says_so_and_needs_no_command(run: Run) -> None:
     assert (status.state, status.go_on) == ("finished", "")
 
 
-def test_killed_run_says_since_when_where_and_how_to_go_on(run: Run) -> None:
+def test_killed_run_says_since_when_where_and_how_to_go_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rstar", "evolve", "demo"])
     run.plan(1)
     run.account(1000.0, stage="rollout", label="round 1: rollout", round=1)
     status = run.status(1000.0 + 2 * STALE_S)
@@ -179,17 +186,26 @@ def test_killed_run_says_since_when_where_and_how_to_go_on(run: Run) -> None:
     assert "round 1: rollout" in status.explanation
     assert states(status, 1)[0] == "stopped"
     assert status.go_on.startswith("cd ")
-    assert " && rstar " in status.go_on
+    assert status.go_on.endswith(" && rstar evolve demo")
     assert status.seconds_total == 100.0
+
+
+def test_submitted_run_goes_on_as_it_was_submitted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = "rstar submit cluster --set seed=1"
+    monkeypatch.setenv("RSTAR_COMMAND", typed)
+    run.account(1000.0)
+    assert run.status(1000.0 + 2 * STALE_S).go_on == typed
 
 
 def test_run_of_another_machine_whose_clock_is_behind_is_looked_at_twice(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.account(1000.0)
-    monkeypatch.setattr(status_module.time, "sleep", lambda s: run.account(1002.0))
+    set_clock(monkeypatch, status_module, sleep=lambda s: run.account(1002.0))
     assert run.status(5000.0, host="elsewhere").state == "running"
-    monkeypatch.setattr(status_module.time, "sleep", lambda s: None)
+    set_clock(monkeypatch, status_module, sleep=lambda s: None)
     assert run.status(5000.0, host="elsewhere").state == "killed"
 
 
@@ -199,9 +215,35 @@ def test_error_of_a_failed_run_is_told(run: Run) -> None:
     assert "no GPU left" in run.status().explanation
 
 
-def test_cost_is_that_of_all_seconds(run: Run) -> None:
-    run.account(1000.0, usd_per_hour=36.0)
-    assert run.status(1001.0).cost_usd == pytest.approx(1.0)
+def test_cost_and_changes_are_told(run: Run) -> None:
+    run.account(1000.0)
+    account = CostAccount({"gpu": MachinePrice(on_demand=36.0)})
+    up = {"a": NodeUse(kind="gpu", market="on-demand", idle=True)}
+    for now_s in (0.0, 100.0, 200.0):
+        account.look(now_s, up, "round 1: rollout" if now_s == 100.0 else "start")
+    run.folder.write(COST, account.record())
+    run.finish_round(1)
+    run.folder.record_stage(1, "select", 1.0, correct_trajectories=8)
+    run.folder.write(ESTIMATE, {"usd": 1.6, "by_stage": {"start": {"usd": 0.5}}})
+    Changes(run.folder).record({"cost.budget_usd": 5.0}, {"cost.budget_usd": None})
+    status = run.status(1001.0)
+    assert status.cost["usd"] == pytest.approx(2.0)
+    assert status.cost["rounds"][1]["per_solved_usd"] == pytest.approx(0.5)
+    assert status.cost["rounds"][1]["per_verified_usd"] == pytest.approx(0.125)
+    assert status.cost["estimate_error"] is None  # it is not finished
+    done = run_cost(run.folder, {}, finished=True)
+    assert done["estimate_error"] == pytest.approx(0.25)
+    assert (
+        cost_lines(done)[-1]
+        == "cost estimated at the start: $1.60 in all; it cost +25 % against that"
+    )
+    shown = " ".join(run.shown().split())
+    assert "$2.00 of $5.00 so far" in shown
+    assert "cost $2.00, 100 % of it for idle nodes: 0.1 h gpu on-demand" in shown
+    assert "cost of round 1: $1.00, $0.5000 per solved problem, $0.1250 per verified" in shown
+    assert "cost by stage: round 1: rollout $1.00, start $1.00 (estimated $0.50)" in shown
+    assert "cost estimated at the start: $1.60 in all" in shown
+    assert "cost.budget_usd None -> 5.0 (not taken over yet)" in shown
 
 
 def test_record_of_a_sealed_round_spares_its_markers(run: Run) -> None:
@@ -267,7 +309,7 @@ def test_watching_ends_when_the_run_does(run: Run, monkeypatch: pytest.MonkeyPat
         with LiveFile(run.folder.store, Snapshot):
             pass
 
-    monkeypatch.setattr(status_module.time, "sleep", end)
+    set_clock(monkeypatch, status_view, sleep=end)
     output = io.StringIO()
     show_status(run.folder.root, Console(file=output, width=80), watch=True)
     assert output.getvalue().index("running since") < output.getvalue().index("stopped 20")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from rich.console import Console
 
 from cluster.folder.run_folder import RunFolder, RunFolderError
 from cluster.telemetry import metrics as m
-from cluster.telemetry.live import LIVE_FILE
+from cluster.telemetry.live import LIVE_FILE, read_live
 from cluster.telemetry.samples import Samples, SampleWriter
+from cluster.watch.status import state_text
 from cluster.watch.top import show_top, top_line, top_view
 from rollout.run_store import RunStore
 from tests.made_metrics import write_made_run
@@ -50,6 +52,16 @@ def test_stalled_parts_and_old_samples_are_told(tmp_path: Path) -> None:
     assert "stalled: search, waits on policy" in text
     assert "the last sample is 1:30 old" in text
     assert "not running: last seen 1:40 ago in round 2: rollout" in text
+
+
+def test_time_left_that_nobody_knows_is_unknown(tmp_path: Path) -> None:
+    now_s = time.time()
+    write_made_run(tmp_path / "demo", now_s)
+    made = read_live(RunStore(tmp_path / "demo"))
+    assert made is not None
+    begun = replace(made.progress, done=0, stage_eta_s=None, run_eta_s=None)
+    text = state_text(replace(made, progress=begun), now_s)
+    assert text == "running, round 2: rollout, 0/600, stage ETA unknown, run ETA unknown"
 
 
 def test_without_a_terminal_a_line_is_printed_until_the_run_ends(
