@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.engines.endpoint import EndpointStats
 from cluster.fleet.actors import WorkerKind
 from cluster.fleet.config import ClusterConfig, ServingConfig
-from cluster.fleet.left_over import DRAIN_S, end_all, find_coordinator
+from cluster.fleet.left_over import DRAIN_S, WORKER, end_all, find_coordinator
 from cluster.fleet.membership import Losses
 from cluster.fleet.meter import Meter
 from cluster.fleet.pools import NO_LOAD, Pools
@@ -170,10 +170,14 @@ class Rollout:
     def change(self, config: ServingConfig) -> None:
         """Go on with another config: open trees of a worker, priorities of problem sets."""
         before, self.config = self.config, config
-        most = config.cluster.max_open_trees
-        if most != before.cluster.max_open_trees and "worker" in self.pools.keepers:
-            for worker in self.pools.keepers["worker"].all_handles.values():
-                worker.set_max_open_trees.remote(most)
+        if config.cluster.max_open_trees != before.cluster.max_open_trees:
+            self._bound_workers()
+
+    def _bound_workers(self) -> None:
+        """Tell all workers how many trees they may hold open."""
+        if WORKER in self.pools.keepers:
+            for worker in self.pools.keepers[WORKER].all_handles.values():
+                worker.set_max_open_trees.remote(self.config.cluster.max_open_trees)
 
     async def _rank(self, epoch: str) -> None:
         """Tell the coordinator which problem sets come first, if it does not know."""
@@ -441,7 +445,8 @@ class Rollout:
             forget=self._forget_worker,
             work=self._work(stored, worker_config()),
         )
-        await self.pools.keep("worker", self._workers, cluster.workers.replicas)
+        await self.pools.keep(WORKER, self._workers, cluster.workers.replicas)
+        self._bound_workers()  # those of an earlier driver may hold what was asked then
 
     def _work(self, stored: StoredProblems, config: WorkerConfig) -> dict[str, Any]:
         """All that decides what a worker of this rollout does, as plain data."""
@@ -463,7 +468,8 @@ class Rollout:
             "models": dict(self.versions),
             "grader": GRADER_VERSION,
             "recipe": self.recipe.name if self.recipe is not None else None,
-            "worker": config.model_dump(mode="json"),
+            # What a worker can be told as it works is no reason to end it.
+            "worker": config.model_dump(mode="json", exclude={"max_open_trees"}),
             "endpoint": self.pools.endpoint is not None,
             "request_timeout_s": self.config.cluster.request_timeout_s,
             "start_timeout_s": self.config.cluster.start_timeout_s,
@@ -471,7 +477,7 @@ class Rollout:
 
     async def _stop_workers(self, drain_s: float) -> list[WorkerProgress]:
         """Drain the workers and end them; returns what each there ever was reported last."""
-        keeper, kind = self.pools.keepers.pop("worker", None), self._workers
+        keeper, kind = self.pools.keepers.pop(WORKER, None), self._workers
         if keeper is None or kind is None:
             return []
         everyone = keeper.all_handles

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -94,7 +95,8 @@ async def test_the_next_driver_takes_over_what_a_dead_one_has_left(
     tmp_path: Path, cluster: Cluster
 ) -> None:
     left = await left_by_a_dead_driver(tmp_path / "run", cluster)
-    fleet = make_fleet(tmp_path / "run", cluster.address, orphan_s=600)
+    # As after `rstar set`: what a worker can be told is no reason to end it.
+    fleet = make_fleet(tmp_path / "run", cluster.address, orphan_s=600, max_open_trees=10)
     notes: list[str] = []
     fleet.note = notes.append
     async with stopped_at_the_end(fleet, processes=False):
@@ -102,6 +104,8 @@ async def test_the_next_driver_takes_over_what_a_dead_one_has_left(
             work = asyncio.create_task(rollout(fleet))
             await until(lambda: "worker" in fleet.pools.keepers or work.done())
             await until(lambda: len(fleet.progress()) == 2 or work.done())
+            for worker in fleet.pools.handles("worker").values():
+                assert await worker.__ray_call__.remote(_most_open_trees) == 10
             assert pids_of(left.driver.namespace) == left.pids  # nothing ended, nothing is new
             left.driver.hold.unlink()
             outcome = await work
@@ -174,3 +178,7 @@ async def test_a_driver_that_is_killed_in_its_drain_has_lost_nothing_and_holds_n
     await until(lambda: left_over(driver.namespace) == [], limit_s=300)
     # What was finished beside an open search is committed, the rest is handed back.
     assert any(commit.remaining for commit in driver.trees.commits().values())
+
+
+def _most_open_trees(worker: Any) -> int:
+    return worker._admission.max_trees
