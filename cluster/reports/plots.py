@@ -83,6 +83,11 @@ def _legend(axes: Axes, **options: Any) -> None:
         axes.legend(frameon=False, labelcolor=_INK, fontsize=8.5, **options)
 
 
+def _legend_below(axes: Axes, columns: int) -> None:
+    """Where it covers no line."""
+    _legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+
+
 def _percent(axes: Axes, *, top: float | None = 1.0) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -217,7 +222,38 @@ def _family(method: str, top_k: int) -> str:
 
 def coverage_by_round(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     """Share of the problems solved by round and level; the paper's Table 2 dotted beside."""
-    figure, panel = _panel()
+    figure, panel = _panel(4.3)
+    _draw_coverage(panel, rounds)
+    figure.tight_layout()
+    return figure
+
+
+def accuracy_by_round(
+    cold: Mapping[str, Any] | None, rounds: Sequence[Mapping[str, Any]]
+) -> Figure:
+    """Held-out accuracy by round, a line a method; round 0 is the cold start."""
+    figure, panel = _panel(4.3)
+    _draw_accuracy(panel, cold, rounds)
+    figure.tight_layout()
+    return figure
+
+
+def rounds_figure(report: Mapping[str, Any]) -> Figure:
+    """Coverage by level and held-out accuracy by method, over the rounds, side by side."""
+    figure, axes = _figure(11, 4.8, columns=2)
+    left, right = axes[0]
+    _draw_coverage(left, report["rounds"])
+    _draw_accuracy(right, report.get("cold_start"), report["rounds"])
+    left.set_title("training problems solved by search")
+    sizes = report.get("evaluation", {})
+    counts = f" (greedy: {sizes['num_problems']}, others: {sizes['num_search_problems']})"
+    right.set_title("held-out problems solved" + (counts if sizes else ""))
+    figure.suptitle(f"{report['name']} (seed {report['config']['seed']})", color=_INK)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_coverage(panel: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     numbers = [entry["round"] for entry in rounds]
     for place, level in enumerate(COLUMNS):
         values = [(entry.get("coverage") or {}).get(level) for entry in rounds]
@@ -229,25 +265,19 @@ def coverage_by_round(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     panel.plot([], [], ":", color=_FAINT, label="the paper's 747k")
     _rounds_axis(panel)
     _percent(panel)
-    _legend(panel, loc="lower right")
-    figure.tight_layout()
-    return figure
+    _legend_below(panel, 5)
 
 
-def accuracy_by_round(
-    cold: Mapping[str, Any] | None, rounds: Sequence[Mapping[str, Any]]
-) -> Figure:
-    """Held-out accuracy by round, a line a method; round 0 is the cold start."""
-    figure, panel = _panel()
+def _draw_accuracy(
+    panel: Axes, cold: Mapping[str, Any] | None, rounds: Sequence[Mapping[str, Any]]
+) -> None:
     entries = ([{"round": 0, **cold}] if cold else []) + list(rounds)
     for place, (method, name) in enumerate(HELD_OUT.items()):
         values = [(entry.get(method) or {}).get("all") for entry in entries]
         _line(panel, [entry["round"] for entry in entries], values, name, place)
-    _rounds_axis(panel)
+    _rounds_axis(panel, "round (0: cold start)")
     _percent(panel)
-    _legend(panel, loc="lower right")
-    figure.tight_layout()
-    return figure
+    _legend_below(panel, 3)
 
 
 def _line(
@@ -267,6 +297,7 @@ def _line(
             markersize=5,
             linewidth=width,
             label=name,
+            clip_on=False,  # a marker at 100 % is whole
         )
 
 
@@ -275,48 +306,6 @@ def _rounds_axis(panel: Axes, label: str = "round") -> None:
 
     panel.set_xlabel(label)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def rounds_figure(report: Mapping[str, Any]) -> Figure:
-    """Coverage by level and held-out accuracy by method, over the rounds, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter
-
-    rounds = report["rounds"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for column, style in zip(COLUMNS, ("-", "-", "-", "--"), strict=True):
-        _dots(
-            left, [(entry["round"], entry["coverage"][column]) for entry in rounds], column, style
-        )
-    left.set_title("training problems solved by search")
-    cold = [{"round": 0, **report["cold_start"]}] if report.get("cold_start") else []
-    for method, name in tuple(HELD_OUT.items())[:-1]:
-        entries = [*(cold if method == "greedy" else []), *rounds]
-        shares = [(entry["round"], (entry.get(method) or {}).get("all")) for entry in entries]
-        _dots(right, shares, name)
-    sizes = report.get("evaluation", {})
-    counts = f" (greedy: {sizes['num_problems']}, others: {sizes['num_search_problems']})"
-    right.set_title("held-out problems solved" + (counts if sizes else ""))
-    for axes in (left, right):
-        _rounds_axis(axes, "round (0: cold start)")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.suptitle(f"{report['name']} (seed {report['config']['seed']})")
-    figure.tight_layout()
-    return figure
-
-
-def _dots(
-    axes: Axes, points: Sequence[tuple[int, float | None]], label: str, style: str = "-"
-) -> None:
-    known = [point for point in points if point[1] is not None]
-    if known:
-        axes.plot(*zip(*known, strict=True), style, marker="o", label=label)
 
 
 # -------------------------------------------------------------------------------------- PPM
