@@ -43,7 +43,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.plain_reasoning import plain_solution
-from cluster.errors import explain, quiet_logging
+from cluster.errors import one_line, quiet_logging
 from cluster.evaluation.held_out import (
     Evaluation,
     ProblemEvaluation,
@@ -978,21 +978,16 @@ def main() -> int:
     quiet_logging(False)
     out = given.out or given.run.with_name(given.run.name + "-ablations")
     try:
-        study = Study(given.run, out, given.seeds, read_tables(given.configs, given.only))
-        with study.out.locked():
-            left = asyncio.run(study.run_cells(given.cells, given.minutes, given.jobs))
-        text = study.markdown()
-        if given.markdown is not None:
-            given.markdown.write_text(text, encoding="utf-8")
+        with one_line("bench.ablations"):
+            study = Study(given.run, out, given.seeds, read_tables(given.configs, given.only))
+            with study.out.locked():
+                left = asyncio.run(study.run_cells(given.cells, given.minutes, given.jobs))
+            text = study.markdown()
+            if given.markdown is not None:
+                given.markdown.write_text(text, encoding="utf-8")
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            raise
-        print(f"bench.ablations: {line}", file=sys.stderr)
-        return 1
     print(text)
     if left:
         print(f"left: {', '.join(left)}; the same command goes on", file=sys.stderr)

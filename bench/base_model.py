@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.errors import quiet_logging
+from cluster.errors import one_line, quiet_logging
 from cluster.folder.config_file import load_config
 from cluster.folder.machine import hardware, versions
 from cluster.runs.config import RolloutConfig
@@ -116,7 +116,10 @@ def main() -> None:
         if options.endpoint is None
         else {"endpoint": {"base_url": options.endpoint, "model": options.model, "dialect": "vllm"}}
     )
-    figures = measure(policy, options.problems, options.limit, options.run_dir, options.overrides)
+    with one_line("bench.base_model"):
+        figures = measure(
+            policy, options.problems, options.limit, options.run_dir, options.overrides
+        )
     figures |= {"hardware": hardware(), "versions": versions()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import quiet_logging
+from cluster.errors import one_line, quiet_logging
 from cluster.evaluation.config import EvaluationConfig
 from cluster.evaluation.held_out import evaluate
 from cluster.evaluation.shares import COLUMNS, percent
@@ -108,7 +108,8 @@ def main() -> None:
         raise SystemExit(f"{run.root}: no report.json; finish the run with `rstar evolve` first")
     data = yaml.safe_load((run.root / "config.yaml").read_text(encoding="utf-8"))
     config = RunConfig.model_validate(data)
-    control = asyncio.run(run_control(config, run, sft_tokens(run, config)))
+    with one_line("bench.control"):
+        control = asyncio.run(run_control(config, run, sft_tokens(run, config)))
     cold, last = report["cold_start"]["greedy"], report["rounds"][-1]["greedy"]
     table = Table(title="held-out greedy pass@1, %", box=box.SIMPLE)
     for column in ("", *COLUMNS):

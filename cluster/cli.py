@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from cluster.errors import explain, quiet_logging
+from cluster.errors import one_line, quiet_logging
 from cluster.folder.config_file import table
 from cluster.telemetry.progress import say
 from rollout.methods import Method
@@ -944,11 +944,5 @@ def main() -> None:
     # person asks such a run to stop in good order.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with one_line("rstar"):
         app()
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            raise
-        typer.echo(f"rstar: {line}", err=True)
-        raise SystemExit(1) from None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.engines.model_check import ModelCheckError
@@ -72,6 +75,19 @@ def explain(error: BaseException) -> str | None:
     if os.strerror(errno.ENOSPC) in str(error):  # of a library with errors of its own
         return f"disk full ({error}); what is committed stays"
     return None
+
+
+@contextlib.contextmanager
+def one_line(program: str) -> Iterator[None]:
+    """End a program with one line where somebody can do something about its error."""
+    try:
+        yield
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"{program}: {line}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def quiet_logging(verbose: bool) -> None:
