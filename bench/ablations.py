@@ -587,10 +587,14 @@ class Study:
             )
             await _fit(request)
             return self._made("policy", name).path
-        policy = self.checkpoints.current("policy", number if arm.trunk == "policy" else 0)
-        if policy is None:
+        trunk = {
+            "policy": self.checkpoints.current("policy", number),
+            "previous": self.checkpoints.current("ppm", number - 1),
+            "cold_start": self.checkpoints.current("policy", 0),
+        }[arm.trunk]
+        if trunk is None:
             raise ConfigError(f"{self.run.root}: no checkpoint for trunk {arm.trunk}")
-        return policy.path
+        return trunk.path
 
     def _selected(self, number: int, arm: ArmConfig) -> Path:
         """The round's dataset once more, as an arm has it."""

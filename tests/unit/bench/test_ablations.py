@@ -195,3 +195,5 @@ async def test_trunk_of_an_arm_is_the_checkpoint_it_names(tmp_path: Path) -> Non
     assert "round=2" in await trunk()
     assert "round=0" in await trunk(trunk="cold_start", ppm_only_share=0.5)
     assert await trunk(trunk="base") == str(study.base)
+    study.checkpoints.publish("ppm", 1, lambda made: (made / "w").touch(), {})
+    assert "round=1/ppm" in await trunk(trunk="previous")
