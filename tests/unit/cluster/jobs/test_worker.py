@@ -109,6 +109,13 @@ class Searches:
             self.open.discard(problem.id)
 
 
+async def die(worker: RolloutWorker) -> None:
+    """End a worker at once; to stop waiting for its `run` does not end it."""
+    if worker._run is not None:
+        worker._run.cancel()
+        await asyncio.gather(worker._run, return_exceptions=True)
+
+
 class Setting:
     """One coordinator, one store, any number of workers."""
 
@@ -166,8 +173,7 @@ class Setting:
             await worker.drain()
             await task
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await die(worker)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(60):
@@ -495,8 +501,8 @@ async def test_drain_keeps_open_trees_before_it_gives_them_time(setting: Setting
     drain = asyncio.create_task(worker.drain(timeout_s=600))
     await setting.until(lambda: len(open_files(setting)) == 1)
     assert not drain.done()  # killed now, with whoever asked for the drain, it has lost nothing
-    for task in (drain, run):
-        task.cancel()
+    drain.cancel()
+    await die(worker)
     await asyncio.gather(drain, run, return_exceptions=True)
     setting.inner.forget_worker("w1")
     async with setting.running(setting.worker("w2", search=second)):
@@ -588,7 +594,7 @@ async def test_open_trees_are_kept_now_and_then_for_the_next_holder_of_a_dead_wo
     (job,) = setting.inner._queue.jobs(1)
     kept = OpenTreeStore(setting.inner.store, 1)
     await setting.until(lambda: sum(tree.num_requests for tree in kept.load(job.id)) == 7)
-    run.cancel()
+    await die(worker)
     await asyncio.gather(run, return_exceptions=True)
     setting.inner.forget_worker("w1")
     async with setting.running(setting.worker("w2", search=second)):
