@@ -522,15 +522,26 @@ class Evolution:
             read_demonstrations(at_hand(self.demonstrations)) if self.demonstrations else []
         )
 
+        began_s = time.monotonic()
+
         def select() -> dict[str, Any]:
             with self.folder.filling(dataset_name(number), last=MANIFEST) as directory:
-                return selection.select(
+                manifest = selection.select(
                     directory,
                     template=self.config.search.training_template,
                     config=self.config.dataset,
                     demonstrations=demonstrations,
                     valued_steps=self._valued_steps,
                 )
+                # Before the dataset is there: who finds it counts nothing again.
+                self.folder.record_stage(
+                    number,
+                    "select",
+                    time.monotonic() - began_s,
+                    trajectories=selection.trajectories,
+                    correct_trajectories=selection.correct,
+                )
+                return manifest
 
         try:
             manifest = await asyncio.to_thread(select)
@@ -538,15 +549,8 @@ class Evolution:
             selection.stop()
         self._tell(selection.notes())
         counts = manifest["counts"]["all"]
-        seconds = self.view.end(
+        self.view.end(
             f"{counts.get('sft_train', 0)} SFT examples, {counts.get('pairs_train', 0)} pairs"
-        )
-        self.folder.record_stage(
-            number,
-            "select",
-            seconds,
-            trajectories=selection.trajectories,
-            correct_trajectories=selection.correct,
         )
 
     async def _train(

@@ -21,6 +21,7 @@ from cluster.telemetry.progress import ProgressView
 from rollout.problem import Level, Problem
 from rollout.prompt import MARKERS
 from rollout.store import TrajectoryStore
+from tests.builders import answered, code, make_tree
 from tests.models import write_byte_tokenizer, write_tiny_policy
 
 GENERAL, MARKED = Path("general"), Path("run/base_with_markers")
@@ -233,6 +234,22 @@ async def test_a_round_is_searched_as_was_decided(tmp_path: Path, steers: bool) 
 def problem(name: str, text: str = "", of: str = "") -> Problem:
     text = text or f"What is {name}?"
     return Problem(id=name, source="s", level=Level.GSM, text=text, answer="1", rewording_of=of)
+
+
+async def test_a_selection_that_ends_with_its_driver_leaves_what_it_counted(tmp_path: Path) -> None:
+    """It ends as soon as the dataset is there; the next one finds it and selects nothing."""
+    run = evolution(tmp_path, "rstar")
+    run.demonstrations = None
+    trees = TrajectoryStore(run.store, 1)
+    trees.commit("s1", [make_tree(code("x = 7", answered("7", correct=True)))])
+    trees.seal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.view, "end", lambda text: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await run._select(1)
+    await run._select(1)
+    record = run.folder.stage(1, "select")
+    assert (record["trajectories"], record["correct_trajectories"]) == (1, 1)
 
 
 def test_a_share_is_taken_out_of_the_training_problems_by_origin(tmp_path: Path) -> None:
