@@ -8,11 +8,14 @@ CORES := $(shell nproc)
 # Processes that run tests with Ray, which wait as much as they work. Ray gives a node 30 s to start: more
 # at a time get in each other's way on a small machine.
 WORKERS ?= 2
+# Minutes after which no further test is begun (those left out are counted); empty: all are.
+MINUTES ?=
+export RSTAR_TESTS_UNTIL := $(if $(MINUTES),$(shell echo $$(($$(date +%s) + 60 * $(MINUTES)))))
 PYTEST = $(VENV)/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
 # $(call tests,FOLDERS,PROCESSES): what failed is run once more with the machine to itself, which tells a
 # fault from a machine that was too busy for somebody's clock; both runs are in the output.
 tests = $(PYTEST) $(1) -n $(2) || { [ $$? -eq 1 ] && echo "test: what failed, once more and alone" && \
-	$(PYTEST) $(1) -n 0 --last-failed --last-failed-no-failures none; }
+	RSTAR_TESTS_UNTIL= $(PYTEST) $(1) -n 0 --last-failed --last-failed-no-failures none; }
 
 .PHONY: install demo demo-pretrained test check lint unit docs-check format clean
 
