@@ -130,8 +130,15 @@ class Slurm:
         words = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def near_limit(self, job: str) -> None:
+        """Less than five minutes are left from now on, so Slurm sends its signal."""
+        hours, minutes, _ = self.state(job)["RunTime"].split(":")
+        limit = 60 * int(hours) + int(minutes) + 5
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+
     def again(self, job: str, *, minutes: int) -> None:
         """Start a job now that was put into the queue again, for which Slurm waits two minutes."""
+        time.sleep(3)  # one that starts in the second it ended counts as killed
         first, _, last = self.state(job)["HetJobIdSet"].partition("-")
         for part in range(int(first), int(last) + 1):
             self.run(

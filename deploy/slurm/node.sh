@@ -30,6 +30,27 @@ common=(
 )
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 
+# A node that joins the head. Ray gives it 30 s to start; one that a busy machine did not start in time,
+# or that died, is started again, three times at most.
+join() {
+    local node='' status tries told=''
+    trap 'told=yes; kill -TERM ${node:+"$node"} 2>/dev/null || true' TERM
+    for ((tries = 0; tries < 3; tries++)); do
+        ray start --address="$RSTAR_HEAD" --num-cpus="$cpus" "$@" "${common[@]}" &
+        node=$!
+        [ -z "$told" ] || kill -TERM "$node"
+        status=0
+        wait "$node" || status=$?
+        while kill -0 "$node" 2>/dev/null; do # a signal ends `wait` early
+            status=0
+            wait "$node" || status=$?
+        done
+        [ -n "$told" ] || [ "$status" = 0 ] && break
+        echo "node.sh: the $kind node ended with status $status"
+    done
+    exit "$status"
+}
+
 case $kind in
 head)
     exec ray start --head --port="${RSTAR_HEAD##*:}" --dashboard-host=127.0.0.1 \
@@ -40,12 +61,10 @@ policy | ppm | learner)
         echo "node.sh: $kind needs GPUs, Slurm gave this task none" >&2
         exit 2
     fi
-    exec ray start --address="$RSTAR_HEAD" --num-cpus="$cpus" --num-gpus="$gpus" \
-        --resources="{\"$kind\": $gpus}" "${common[@]}"
+    join --num-gpus="$gpus" --resources="{\"$kind\": $gpus}"
     ;;
 sandbox)
-    exec ray start --address="$RSTAR_HEAD" --num-cpus="$cpus" --num-gpus=0 \
-        --resources="{\"sandbox\": $cpus}" "${common[@]}"
+    join --num-gpus=0 --resources="{\"sandbox\": $cpus}"
     ;;
 *)
     echo "node.sh: unknown kind '$kind'; one of head, policy, ppm, sandbox, learner" >&2

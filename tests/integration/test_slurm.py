@@ -74,8 +74,7 @@ def test_job_is_queued_again_at_its_time_limit_and_goes_on(slurm: Slurm, tmp_pat
     token = root / "runs" / f"slurm-{job}" / "auth_token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
 
-    # The signal comes five minutes before the limit, so now.
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=5")
+    slurm.near_limit(job)
     wait_for(lambda: slurm.state(job).get("Restarts") == "1", 90, log)
     assert "stopping: the time limit is near" in log.read_text()
     ended = calls.read_text()

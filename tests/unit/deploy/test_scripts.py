@@ -60,7 +60,10 @@ kill -TERM $(cat "$STARTED.nodes")
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "scontrol $*" >>"$CALLS"
-[ "$1" = show ] && echo head-node
+case "$1 ${2:-}" in
+"show hostnames") echo n1 ;;
+"show node") printf 'NodeName=%s Arch=x86_64\n   NodeAddr=head-node NodeHostName=%s Version=22.05\n' "$3" "$3" ;;
+esac
 exit 0
 """
 RSTAR = """#!/usr/bin/env bash
@@ -204,6 +207,30 @@ def test_slurm_job_says_that_its_head_did_not_start(tmp_path: Path) -> None:
     assert code == 1
     assert "the head of the cluster did not start on head-node:6379" in output
     assert not any(call.startswith(("srun", "rstar")) for call in job.calls())
+
+
+def test_slurm_node_that_did_not_start_in_time_is_started_again(tmp_path: Path) -> None:
+    ray = tmp_path / "ray"
+    ray.write_text('#!/usr/bin/env bash\necho x >>"$CALLS"\n[ "$(wc -l <"$CALLS")" = 2 ]\n')
+    ray.chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path / "calls"),
+        "SLURM_JOB_ID": "1",
+        "SLURM_CPUS_PER_TASK": "4",
+        "RSTAR_HEAD": "head:6379",
+        "RSTAR_LOCKS": str(tmp_path),
+    }
+
+    def node(calls: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "calls").write_text(calls)
+        command = ["bash", str(SLURM / "node.sh"), "sandbox"]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    assert node("").returncode == 0 and len((tmp_path / "calls").read_text().split()) == 2
+    never = node("x\nx\n")
+    assert never.returncode == 1 and len((tmp_path / "calls").read_text().split()) == 5
+    assert never.stdout.count("the sandbox node ended with status 1") == 3
 
 
 def test_slurm_node_without_gpus_refuses_a_kind_that_needs_them(tmp_path: Path) -> None:
