@@ -119,7 +119,7 @@ def test_bad_request_is_answered_and_the_next_one_still_runs(group, request_of, 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_killed_rank_costs_time_but_not_the_fit(group, request_of, stage):
     config = POLICY.model_copy(
-        update={"total_tokens": 100_000, "zero_stage": stage, "save_every_steps": 20}
+        update={"total_tokens": 40_000, "zero_stage": stage, "save_every_steps": 20}
     )
     reference = group.fit(request_of(config, 30 + 2 * stage))
     killed = []
