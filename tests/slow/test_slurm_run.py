@@ -1,5 +1,5 @@
-"""A whole run under a real Slurm: real Ray, engines and learner, put into the queue again at its time
-limit."""
+"""A whole run under a real Slurm, with real Ray, engines and learner: put into the queue again at
+its time limit, it goes on."""
 
 from __future__ import annotations
 
