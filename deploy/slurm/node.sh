@@ -53,6 +53,8 @@ join() {
 
 case $kind in
 head)
+    # It goes last. What is left on it then is an actor of Ray Train's own, which would be waited for.
+    export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=5
     exec ray start --head --port="${RSTAR_HEAD##*:}" --dashboard-host=127.0.0.1 \
         --num-cpus=0 --num-gpus=0 --resources='{"head": 1}' "${common[@]}"
     ;;
