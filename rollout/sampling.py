@@ -208,19 +208,20 @@ def _split_program(text: str, template: PromptTemplate) -> list[Step]:
 async def _run_programs(
     problem: Problem, programs: Sequence[list[Step]], sandbox: StepSandbox, seed: int
 ) -> list[StepResult | None]:
-    """Run each whole program on a fresh state; None where there is none to run."""
+    """Run each whole program on a fresh state, equal ones once; None where there is none to run."""
     whole = [steps if steps[-1].kind is StepKind.LAST_CODE else [] for steps in programs]
     codes = ["\n".join(step.code for step in steps) for steps in whole]
-    runnable = [code for code in codes if code.strip()]
+    runnable = list(dict.fromkeys(code for code in codes if code.strip()))
     if not runnable:
         return [None] * len(programs)
     tree_id = f"sample/{problem.id}/{seed}"
     root = await sandbox.open(tree_id)
     try:
-        results = iter(await run_codes(sandbox, root, runnable, problem_id=problem.id))
+        results = await run_codes(sandbox, root, runnable, problem_id=problem.id)
     finally:
         await sandbox.close(tree_id)
-    return [next(results) if code.strip() else None for code in codes]
+    found = dict(zip(runnable, results, strict=True))
+    return [found.get(code) for code in codes]
 
 
 def _unanswered(

@@ -49,6 +49,18 @@ def test_program_is_run_whole_and_its_output_shown_before_the_answer() -> None:
     assert sandbox.open_trees == []
 
 
+def test_equal_programs_are_run_once_and_each_is_answered() -> None:
+    other = PROGRAM.replace("1 + 2", "2 + 1")
+    policy = ScriptedPolicy(
+        {"<|assistant|>": [PROGRAM, other, PROGRAM], "<end_of_output>\n": [ANSWER]}
+    )
+    sandbox = ScriptedSandbox(default="3\n")
+    solutions = sample(policy, sandbox, count=3)
+    (codes,) = [event[2] for event in sandbox.events if event[0] == "run"]
+    assert len(codes) == 2 and len(set(codes)) == 2
+    assert [solution.answer for solution in solutions] == ["3"] * 3
+
+
 def test_failing_unfinished_and_unanswered_programs_have_no_answer() -> None:
     policy = ScriptedPolicy(
         {
