@@ -62,7 +62,7 @@ SCONTROL = """#!/usr/bin/env bash
 echo "scontrol $*" >>"$CALLS"
 case "$1 ${2:-}" in
 "show hostnames") echo n1 ;;
-"show node") printf 'NodeName=%s Arch=x86_64\n   NodeAddr=head-node NodeHostName=%s Version=22.05\n' "$3" "$3" ;;
+"show node") printf 'NodeName=n1 Arch=x86_64\n   NodeAddr=head-node NodeHostName=n1\n' ;;
 esac
 exit 0
 """
