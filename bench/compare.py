@@ -84,8 +84,8 @@ def _percent(verdicts: Sequence[Sequence[float]]) -> float:
 
 
 def _table(found: dict[str, Any]) -> Table:
-    table = Table(title="means over runs, %; differences in points", box=box.SIMPLE)
-    columns = ("", "greedy", "against", "gained", "over runs", "solved", "against")
+    table = Table(title="means over runs, %; what is gained, points", box=box.SIMPLE)
+    columns = ("", "greedy", "other", "gained", "problems", "runs", "solved", "other")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for number, entry in found["rounds"].items():
@@ -95,10 +95,12 @@ def _table(found: dict[str, Any]) -> Table:
             f"round {number}" if int(number) else "cold start",
             f"{entry['greedy']:.1f}",
             f"{entry['greedy_against']:.1f}",
-            f"{gained['mean']:+.1f} [{gained['low']:+.1f}, {gained['high']:+.1f}]",
-            "" if low is None else f"[{low:+.1f}, {gained['high_of_runs']:+.1f}]",
+            f"{gained['mean']:+.1f}",
+            f"{gained['low']:+.1f}, {gained['high']:+.1f}",
+            "" if low is None else f"{low:+.1f}, {gained['high_of_runs']:+.1f}",
             *(f"{entry[k]:.1f}" if k in entry else "" for k in ("solved", "solved_against")),
         )
+    table.caption = "problems, runs: 95 % interval over these"
     return table
 
 
