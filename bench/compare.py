@@ -85,14 +85,14 @@ def _percent(verdicts: Sequence[Sequence[float]]) -> float:
 
 def _table(found: dict[str, Any]) -> Table:
     table = Table(title="means over runs, %; what is gained, points", box=box.SIMPLE)
-    columns = ("", "greedy", "other", "gained", "problems", "runs", "solved", "other")
+    columns = ("round", "greedy", "other", "gained", "problems", "runs", "solved", "other")
     for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right")
     for number, entry in found["rounds"].items():
         gained = entry["greedy_gained"]
         low = gained["low_of_runs"]
         table.add_row(
-            f"round {number}" if int(number) else "cold start",
+            number,
             f"{entry['greedy']:.1f}",
             f"{entry['greedy_against']:.1f}",
             f"{gained['mean']:+.1f}",
