@@ -34,11 +34,13 @@ def figures(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, Any]:
     """Everything that is printed.
 
     Raises:
-        RunFolderError: the runs do not form pairs, one is not finished, or a pair has not the same
-            problems; names it.
+        RunFolderError: the runs do not form pairs, one is there twice or not finished, or a pair has
+            not the same problems; names it.
     """
     if len(runs) != len(against):
         raise RunFolderError(f"{len(runs)} runs against {len(against)}: each needs one to face")
+    if len(set(runs)) < len(runs):
+        raise RunFolderError("a run is named twice in --runs")
     pairs = [(RunFolder(run), RunFolder(other)) for run, other in zip(runs, against, strict=True)]
     reports = [(_report(run), _report(other)) for run, other in pairs]
     last = min(len(report["rounds"]) for both in reports for report in both)

@@ -38,5 +38,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         figures([first], [stranger])
     with pytest.raises(RunFolderError, match="1 runs against 0"):
         figures([first], [])
+    with pytest.raises(RunFolderError, match="named twice"):
+        figures([first, first], [stranger, stranger])
     with pytest.raises(RunFolderError, match=r"none: no report\.json"):
         figures([first], [tmp_path / "none"])
