@@ -34,8 +34,8 @@ def figures(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, Any]:
     """Everything that is printed.
 
     Raises:
-        RunFolderError: the runs do not form pairs, one is there twice or not finished, or a pair has
-            not the same problems; names it.
+        RunFolderError: the runs do not form pairs, one is there twice or not finished, or a pair
+            has not the same problems; names it.
     """
     if len(runs) != len(against):
         raise RunFolderError(f"{len(runs)} runs against {len(against)}: each needs one to face")
