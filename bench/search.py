@@ -157,12 +157,17 @@ def bookkeeping() -> dict[str, Any]:
             del trees
         gc.collect()
         figures[f"nodes_per_s_core_{name}"] = nodes / spent
-    figures |= open_tree_memory()
+    for preset, suffix in (("paper", ""), ("released", "_released")):
+        mib, nodes = open_tree_memory(SearchConfig(preset=preset, **OPEN_TREE))
+        figures |= {f"open_tree_mib{suffix}": mib, f"open_tree_nodes{suffix}": nodes}
     return figures
 
 
-def open_tree_memory() -> dict[str, Any]:
-    """MiB of a tree of 12 candidates x 48 rollouts, its coroutine included, before it is closed."""
+OPEN_TREE: dict[str, Any] = {"num_candidates": 12, "num_rollouts": 48, "template": "short"}
+
+
+def open_tree_memory(config: SearchConfig) -> tuple[float, int]:
+    """MiB of a tree, its coroutine included, before it is closed; and how many nodes it has."""
     words = "the total cost is the sum of the parts so we add them up here and keep the result "
     engines = ScriptedEngines(5, f"# {words * 2}\nvalue_{{n}} = {{n}} + 1\n")
     ready, end = asyncio.Event(), asyncio.Event()
@@ -177,7 +182,6 @@ def open_tree_memory() -> dict[str, Any]:
 
     count = 4
     engines.close = close  # type: ignore[method-assign]
-    config = SearchConfig(num_candidates=12, num_rollouts=48, template="short")
 
     async def hold() -> tuple[float, list[Tree]]:
         gc.collect()
@@ -192,8 +196,7 @@ def open_tree_memory() -> dict[str, Any]:
         return taken / count / 2**20, await searches
 
     mib, trees = asyncio.run(hold())
-    nodes = len(trees[0].nodes)
-    return {"open_tree_mib": mib, "open_tree_nodes": nodes}
+    return mib, len(trees[0].nodes)
 
 
 # --------------------------------------------------------------------------- prefix cache

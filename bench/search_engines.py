@@ -25,7 +25,7 @@ from rollout.engine import (
     PolicyEngine,
     PreferenceEngine,
 )
-from rollout.prompt import END_OF_ANSWER, END_OF_CODE, END_OF_STEP
+from rollout.prompt import CODE, END_OF_ANSWER, END_OF_CODE, END_OF_STEP
 from verifier import StepResult, StepStatus
 
 Curve = Sequence[tuple[int, float]]
@@ -38,7 +38,7 @@ Curve = Sequence[tuple[int, float]]
 class ScriptedEngines:
     """Policy, PPM and sandbox in one: `num_steps` code steps, then an answer, at no cost.
 
-    Every path goes on to an answer, candidates differ, every third answer is 1.
+    Every path goes on to an answer, candidates differ, every answer is 0.
     """
 
     def __init__(self, num_steps: int, step_text: str = "x = {n}\n") -> None:
@@ -51,15 +51,16 @@ class ScriptedEngines:
         depth = request.prompt.count(END_OF_STEP) + request.prompt.count(END_OF_CODE)
         if depth < self.num_steps:
             end = END_OF_STEP if depth < self.num_steps - 1 else END_OF_CODE
+            opening = CODE if depth == 0 else ""
             texts = [
-                self.step_text.format(n=next(self._numbers)) + end
+                opening + self.step_text.format(n=next(self._numbers)) + end
                 for _ in range(request.num_candidates)
             ]
         else:
             end = END_OF_ANSWER
             texts = [
-                f"<answer>\\boxed{{{n % 3}}} ({next(self._numbers)}){end}"
-                for n in range(request.num_candidates)
+                f"<answer>\\boxed{{0}} ({next(self._numbers)}){end}"
+                for _ in range(request.num_candidates)
             ]
         completions = tuple(
             Completion(text=text, finish=FinishReason.STOP, stop_string=end, num_tokens=20)
