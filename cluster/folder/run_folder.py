@@ -102,6 +102,7 @@ PROBLEMS = "problems.parquet"
 BASE = "base"
 MARKED_BASE = "base_with_markers"
 MARKED_TRUNK = "trunk_with_markers"
+"""The model that the PPM grows from, where it is neither base nor policy, likewise marked."""
 REPORT = "report.json"
 """What a finished run showed, under its folder."""
 PAGE = "report.html"
@@ -185,11 +186,6 @@ class RunFolder:
     def marked_base(self) -> Path:
         """The base model with the step markers added, if its tokenizer lacked any."""
         return self.place(MARKED_BASE)
-
-    @property
-    def marked_trunk(self) -> Path:
-        """Likewise, of the model that the PPM grows from, where it is neither base nor policy."""
-        return self.place(MARKED_TRUNK)
 
     @property
     def problems(self) -> Path:

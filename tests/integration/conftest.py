@@ -7,17 +7,14 @@ A module that says `S3_SERVERS = ("moto", "localbucket")` is run on both.
 from __future__ import annotations
 
 import threading
-import uuid
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-import boto3
 import pytest
 from localbucket import S3Handler
-from moto.server import ThreadedMotoServer
-from s3fs import S3FileSystem
 
+from tests.s3 import moto_server, new_bucket
 from tests.saboteur import can_mount, small_disk
 
 
@@ -31,11 +28,8 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     if getattr(request, "param", "moto") == "moto":
-        started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        started.start()
-        host, port = started.get_host_and_port()
-        yield f"http://{host}:{port}"
-        started.stop()
+        with moto_server() as url:
+            yield url
         return
 
     class Handler(S3Handler):
@@ -52,15 +46,8 @@ def server(
 @pytest.fixture
 def root(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A run's folder in a bucket of its own; how it is reached is in the environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("RSTAR_STAGE", str(tmp_path / "staged"))
-    S3FileSystem.clear_instance_cache()
-    bucket = uuid.uuid4().hex
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/run"
+    return f"{new_bucket(server, monkeypatch)}/run"
 
 
 @pytest.fixture

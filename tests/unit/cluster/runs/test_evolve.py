@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from cluster.evaluation.ruler import Steering
 from cluster.fleet.keeper import PoolLostError
 from cluster.folder.config_file import ConfigError
+from cluster.folder.run_folder import MARKED_TRUNK
 from cluster.jobs.attempts import Attempts
 from cluster.runs.config import RunConfig
 from cluster.runs.evolve import Evolution
@@ -83,7 +84,7 @@ def test_a_directory_as_trunk_gets_the_markers_and_is_an_input_of_the_run(tmp_pa
     write_byte_tokenizer(plain, markers=MARKERS[1:])
     run = evolution(tmp_path, "rstar", models={"base_model": GENERAL, "ppm_trunk": str(plain)})
     made = run._given_trunk()
-    assert made == run.folder.marked_trunk
+    assert made == run.folder.place(MARKED_TRUNK)
     tokenizer = AutoTokenizer.from_pretrained(made)
     assert all(len(tokenizer(mark, add_special_tokens=False).input_ids) == 1 for mark in MARKERS)
     assert run.inputs == [plain]
