@@ -904,15 +904,19 @@ def _run(coroutine: Coroutine[Any, Any, T], again: str, view: ProgressView | Non
                 loop.remove_signal_handler(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
 
+        def stop() -> None:
+            if not interrupts:  # a second one is no person who is in a hurry
+                interrupt()
+
         def hang_up() -> None:
             if again and _left_terminal(terminal):
                 said = f"the terminal is gone; this goes on, until kill {os.getpid()}"
                 view.note(said) if view is not None else logging.getLogger(__name__).warning(said)
-            elif not interrupts:  # a second one is no person who is in a hurry
-                interrupt()
+            else:
+                stop()
 
         loop.add_signal_handler(signal.SIGINT, interrupt)
-        loop.add_signal_handler(signal.SIGTERM, interrupt)
+        loop.add_signal_handler(signal.SIGTERM, stop)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
             loop.add_signal_handler(signal.SIGHUP, hang_up)
         return await task

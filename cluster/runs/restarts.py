@@ -50,8 +50,8 @@ def run_again(
 ) -> int:
     """Run a command until it ends by itself or is told to; from the main thread.
 
-    Signals are passed on, also where the command got them itself: the driver takes two within a
-    second for one.
+    Signals are passed on, also where the command got them itself; an interrupt as SIGTERM, of which
+    a second one, however late a busy machine passes it on, does not have a driver end at once.
 
     Args:
         restarts: starts after failures in a row, besides the first.
@@ -66,7 +66,7 @@ def run_again(
         stopped.set()
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
-                child.send_signal(number)
+                child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     failures = 0

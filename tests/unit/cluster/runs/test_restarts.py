@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster.cli import SAME_S
 from cluster.runs.restarts import VARIABLE, run_again
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -68,15 +71,37 @@ def test_pauses_grow(tmp_path: Path) -> None:
     assert [line.partition("again in ")[2][:3] for line in told[:-1]] == ["0 s", "1 s", "1 s"]
 
 
-@pytest.mark.parametrize("to", ["parent", "group"])
-def test_a_stop_reaches_the_driver_once_by_either_way(tmp_path: Path, to: str) -> None:
-    parent = subprocess.Popen(
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Of a driver that works, in a process group of their own."""
+    started = subprocess.Popen(
         [sys.executable, "-m", "tests.job_driver", tmp_path], cwd=ROOT, start_new_session=True
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "1").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "1").exists():
+        assert started.poll() is None
         time.sleep(0.05)
+    yield started
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+
+
+def ended_in_good_order(parent: subprocess.Popen[bytes], folder: Path) -> None:
+    assert parent.wait() == 130
+    assert (folder / "drained").exists(), "it was told twice, and ended at once"
+    assert not (folder / "2").exists()
+
+
+@pytest.mark.parametrize("to", ["parent", "group"])
+def test_a_stop_reaches_the_driver_once_by_either_way(tmp_path: Path, parent, to: str) -> None:
     (os.kill if to == "parent" else os.killpg)(parent.pid, signal.SIGTERM)
-    assert parent.wait(60) == 130
-    assert (tmp_path / "drained").exists(), "it was told twice, and ended at once"
-    assert not (tmp_path / "2").exists()
+    ended_in_good_order(parent, tmp_path)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_is_passed_on_late_ends_no_drain(tmp_path: Path, parent, sent) -> None:
+    os.kill(parent.pid, signal.SIGSTOP)  # as where it gets no core for a while
+    os.killpg(parent.pid, sent)
+    time.sleep(2 * SAME_S)
+    os.kill(parent.pid, signal.SIGCONT)
+    ended_in_good_order(parent, tmp_path)
