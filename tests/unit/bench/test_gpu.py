@@ -13,12 +13,16 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import gpu, gpu_parts
+from bench.base_model import SETTINGS
+from cluster.folder.config_file import load_config
+from cluster.runs.config import RolloutConfig, RunConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -150,6 +154,31 @@ def test_a_bench_that_is_ended_says_what_it_has_and_leaves_nothing_behind(tmp_pa
 def test_the_whole_takes_eight_minutes_and_both_files_know_the_same_parts() -> None:
     assert sum(part.limit_s for part in gpu.PARTS.values()) == 480
     assert gpu.PARTS.keys() == gpu_parts.PARTS.keys()
+
+
+@pytest.mark.parametrize("size", ["toy", "full"])
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_what_the_parts_set_are_keys_of_the_configuration(
+    size: str, has_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def note(*arguments: object) -> str:
+        asked.append([str(argument) for argument in arguments])
+        raise SystemExit
+
+    monkeypatch.setattr(gpu_parts, "command", note)
+    monkeypatch.setattr(gpu_parts.Bench, "on_gpu", lambda bench: has_gpu)
+    bench = gpu_parts.Bench(size, tmp_path, tmp_path, tmp_path / "results", "loop")
+    for part in (gpu_parts.loop, gpu_parts.bootstrap):
+        with pytest.raises(SystemExit):
+            part(bench)
+    loop, rollout = ([b for a, b in pairwise(words) if a == "--set"] for words in asked)
+    run = load_config("smoke", loop, kind=RunConfig)
+    assert run.cluster.hand_over and run.cluster.policy.num_gpus == (0.6 if has_gpu else 0)
+    given = {"policy": "x", "problems": tmp_path, "run_dir": tmp_path}
+    config = load_config("rollout", [*SETTINGS, *rollout], kind=RolloutConfig, given=given)
+    assert config.cluster.policy.num_gpus == has_gpu
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
