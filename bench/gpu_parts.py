@@ -145,7 +145,7 @@ def command(*arguments: object) -> str:
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     if done.returncode:
-        sys.exit(f"{' '.join(words[2:4])} ended with status {done.returncode}")
+        sys.exit(f"{words[2]} ended with status {done.returncode}; what it said is above that")
     return done.stdout.strip().rpartition("\n")[2]
 
 
