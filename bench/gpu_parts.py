@@ -297,7 +297,7 @@ def bootstrap(bench: Bench) -> None:
         convert(files[0], bench.model)
     limit = 64 if bench.full else 2
     asked = ("--model", bench.model, "--problems", bench.problems(64), "--limit", limit)
-    more = []
+    more: list[str] = []
     if bench.on_gpu():
         more += ["cluster.policy.num_gpus=1", "policy_engine.enforce_eager=true"]
     if not bench.full:
