@@ -42,26 +42,35 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from bench.answers import hardware
-from learner.attention import documents
-from learner.batch import tokenise_pairs, tokenise_segments
+from learner.batch import (
+    PairGroup,
+    PolicyBatch,
+    TokenisedText,
+    pack_policy,
+    pack_preference,
+    tokenise_pairs,
+    tokenise_segments,
+)
+from learner.checkpoint import Kind
 from learner.dataset import SFTExample, read_pairs, read_sft, writing_dataset
 from learner.fit import FitRequest, FitResult, PolicyTrainConfig, PreferenceTrainConfig
 from learner.losses import pairwise_loss
 from learner.miniature import write_base_model
-from learner.objectives import PolicyObjective
+from learner.objectives import PolicyObjective, PreferenceObjective
 from learner.packing import PlannedStep, Share
 from learner.pairs import PairKind, PreferencePair
 from learner.preference_model import new_preference_model
@@ -411,77 +420,161 @@ def train_separate_pairs(folder: Path) -> Seconds:
     )
 
 
-def measure_mfu(tokens_per_step: int = 65536, steps: int = 6) -> dict[str, float]:
-    """MFU and tokens per second of SFT at Qwen2.5-Math-1.5B's shape, on one GPU."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+QWEN_1_5B: Mapping[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
+"""Shape of Qwen2.5-Math-1.5B."""
 
-    from learner.batch import PolicyBatch
+
+def measure_mfu() -> dict[str, float]:
+    """MFU and tokens per second of SFT at Qwen2.5-Math-1.5B's shape, on one GPU."""
+    found = measure_fit("policy", QWEN_1_5B, length=4096, row_tokens=16384, rows=4)
+    named = {"mfu_tokens_per_s": found["tokens_per_s"], "mfu": found["mfu"]}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def measure_fit(
+    kind: Kind, shape: Mapping[str, Any], *, length: int, row_tokens: int, rows: int, steps: int = 6
+) -> dict[str, Any]:
+    """Rate of a fit's steps, the first two not counted, on random tokens; in bfloat16 on a GPU.
+
+    Args:
+        kind: what is trained, with the learner's own loss: a policy on texts of `length` tokens, or
+            a PPM on nodes that take as many, half of them a prefix and the rest its four branches.
+        row_tokens: of one forward pass; `rows` of them are an optimiser step.
+    Returns:
+        tokens of the texts and computed tokens per second; MFU against the data sheet's peak (on a
+        CPU against the float32 products measured here), None where no peak is known.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+
     from learner.flops import flop_counter, peak_flops
     from learner.optimiser import forward_backward, make_engine, update
-    from learner.prepare import choose_attention
+    from learner.prepare import choose_attention, training_dtype
     from learner.ranks import ensure_group
     from learner.task import Task
 
-    config = PolicyTrainConfig(zero_stage=1, micro_batch_tokens=16384, precision="bfloat16")
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {"zero_stage": 1, "micro_batch_tokens": row_tokens}
     ensure_group(0, 1)
-    with torch.device("cuda"):
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=151936,
-                hidden_size=1536,
-                intermediate_size=8960,
-                num_hidden_layers=28,
-                num_attention_heads=12,
-                num_key_value_heads=2,
-                max_position_embeddings=4096,
-                tie_word_embeddings=True,
-            )
+    per_row = row_tokens // length
+    vocabulary = shape["vocab_size"]
+    config: PolicyTrainConfig | PreferenceTrainConfig
+    objective: PolicyObjective | PreferenceObjective
+    with torch.device("cuda" if on_gpu else "cpu"):
+        described = Qwen2Config(
+            **shape,
+            max_position_embeddings=length,
+            tie_word_embeddings=True,
+            pad_token_id=0,
         )
-    objective = PolicyObjective(model).to(torch.bfloat16)
-    counter = flop_counter(model)
-    length, rows = 4096, tokens_per_step // config.micro_batch_tokens
-    per_row = config.micro_batch_tokens // length
-
-    def pack(share: Share) -> PolicyBatch:
-        ids = torch.randint(0, 151_000, (1, per_row * length))
-        positions = torch.arange(length)[None].repeat(1, per_row)
-        return PolicyBatch(
-            input_ids=ids,
-            position_ids=positions,
-            layout=documents([length] * per_row),
-            positions=torch.arange(per_row * length - 1),
-            targets=ids[0, 1:],
-        )
-
+        described.num_labels = 1
+        if kind == "policy":
+            config = PolicyTrainConfig(**settings)
+            objective = PolicyObjective(Qwen2ForCausalLM(described))
+            texts = [_random_text(length, vocabulary) for _ in range(per_row)]
+            row: PolicyBatch = pack_policy(texts)
+            useful, outputs = per_row * length, len(row.targets)
+        else:
+            config = PreferenceTrainConfig(**settings)
+            objective = PreferenceObjective(Qwen2ForSequenceClassification(described), config)
+            groups = [_random_node(length, vocabulary) for _ in range(per_row)]
+            row = pack_preference(groups)
+            useful, outputs = sum(group.num_tokens for group in groups), 0
+    objective.to(training_dtype(config))
+    counter = flop_counter(objective.model)
     task = Task(
         tokens=[],
         computed=[],
         attended=[],
         counts=[],
         trained=[],
-        pack=pack,
-        denominator=lambda step: float(tokens_per_step),
+        pack=lambda share: row,
+        denominator=lambda step: float(rows * (outputs or 4 * per_row)),
         left_out={},
     )
     engine, _ = make_engine(objective, config)
     choose_attention(objective, config, engine.device)
     step = PlannedStep(micro=tuple((Share(examples=()),) for _ in range(rows)))
-    peak = peak_flops(engine.device, None)
+    products = matmul_flops(engine.device)
+    peak = peak_flops(engine.device, None) if on_gpu else products
+    begun = 0.0
     for number in range(steps):
         if number == 2:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
+            begun = _now(engine.device)
         forward_backward(engine, task, step, config)
         update(engine, config)
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begun) / (steps - 2)
-    flops = counter.total(
-        tokens=tokens_per_step,
-        attended=tokens_per_step / length * length * (length + 1) / 2,
-        outputs=tokens_per_step,
+    seconds = (_now(engine.device) - begun) / (steps - 2)
+    flops = rows * counter.total(
+        tokens=per_row * length, attended=row.layout.num_attended, outputs=outputs
     )
-    found = {"mfu_tokens_per_s": tokens_per_step / seconds}
-    return found | ({"mfu": flops / seconds / peak} if peak is not None else {})
+    return {
+        "tokens_per_s": rows * useful / seconds,
+        "computed_tokens_per_s": rows * per_row * length / seconds,
+        "mfu": None if peak is None else flops / seconds / peak,
+        "tflops": flops / seconds / 1e12,
+        "peak_tflops": None if peak is None else peak / 1e12,
+        "matmul_tflops": products / 1e12,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30
+        if on_gpu
+        else _peak_mib() / 1024,
+        "attention": objective.backend,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu, one thread",
+    }
+
+
+def _random_text(length: int, vocabulary: int) -> TokenisedText:
+    ids = np.random.default_rng(0).integers(0, vocabulary, length, dtype=np.int32)
+    trained = np.ones(length, dtype=bool)
+    trained[0] = False
+    return TokenisedText(ids=ids, trained=trained)
+
+
+def _random_node(length: int, vocabulary: int) -> PairGroup:
+    """Two right and two wrong branches, each an eighth of the node's tokens, behind one prefix."""
+    branch = length // 8
+    shared = length - 4 * branch
+    whole = _random_text(length, vocabulary)
+    texts = []
+    for start in range(shared, length, branch):
+        own = np.r_[:shared, start : start + branch]
+        texts.append(TokenisedText(ids=whole.ids[own], trained=whole.trained[own]))
+    return PairGroup(
+        texts=tuple(texts),
+        chosen=(0, 0, 1, 1),
+        rejected=(2, 3, 2, 3),
+        weights=(0.25,) * 4,
+        targets=(1.0, 1.0, -1.0, -1.0),
+        kind=PairKind.STEP,
+        num_shared=shared,
+    )
+
+
+def matmul_flops(device: torch.device) -> float:
+    """FLOP/s of plain matrix products, the best of ten: bfloat16 on a GPU, else float32."""
+    on_gpu = device.type == "cuda"
+    size = 8192 if on_gpu else 1024
+    matrix = torch.randn(
+        size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32
+    )
+    best = math.inf
+    for _ in range(10):
+        begun = _now(device)
+        matrix @ matrix
+        best = min(best, _now(device) - begun)
+    return 2 * size**3 / best
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 # ------------------------------------------------------------------------ memory

@@ -1,7 +1,7 @@
 """How well the search keeps its engines busy, and what it costs itself.
 
     python -m bench.search [--run RUN | --policy DIR --ppm DIR --problems FILE] [--json FILE]
-                           [--only SECTION ...] [--problems-used N] [--open N] [--keep DIR]
+                           [--only SECTION ...] [--problems-used N] [--open N] [--no-lockstep]
 
     bookkeeping   the search alone, over scripted engines that cost nothing; memory of an open tree
     prefix        prompt tokens found in the prefix cache, steps of MATH-like length
@@ -13,7 +13,8 @@
 
 Models: `--run` takes a finished run's last checkpoints and problems. Without any, the miniature is
 made and its policy fitted for a few hundred steps (about a minute), the PPM gets a new head. What
-was used is printed and in the JSON. Runs on vLLM's CPU build, and on a GPU where there is one.
+was used is printed and in the JSON. Runs on vLLM's CPU build, and on a GPU where there is one,
+which the two engines share.
 
 Searches run in this process, over the pools a rollout worker uses; coordinator and store are left
 out. Idle time and utilisation are taken while problems were left to open; those over the whole run,
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,12 +213,34 @@ QUESTIONS = (
 )
 
 
-def write_random_policy(path: Path) -> Path:
-    """A policy with random weights that writes printable text and ends a step now and then.
+SMALL_SHAPE: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+PRINTABLE = "".join(map(chr, range(33, 127)))
+
+
+def write_random_policy(
+    path: Path,
+    *,
+    shape: Mapping[str, Any] = SMALL_SHAPE,
+    letters: str = PRINTABLE,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """A policy with random weights that writes some letters and ends a step now and then.
 
     One dimension of its hidden state is constant, so that a row of the output head shifts a token's
     logit: up for the end of a step (once in `STEP_TOKENS` tokens), far down for all that would not
     come back as the same tokens when the text is read again.
+
+    Args:
+        shape: further arguments of a Llama's config; a `vocab_size` of its own is filled up with
+            tokens that are never written.
+        letters: what it writes, printable; of the digits 1 to 9 every step is Python.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -234,34 +257,30 @@ def write_random_policy(path: Path) -> Path:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **{"vocab_size": len(fast), **shape},
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         eos_token_id=0,
         pad_token_id=0,
         bos_token_id=None,
-        dtype="float32",
+        dtype=dtype,
     )
-    model = LlamaForCausalLM(config).float().eval()
-    printable = [vocabulary[chr(code)] for code in range(33, 127)]
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    written = [vocabulary[letter] for letter in letters]
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 1.0
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
-        hidden = model.model(torch.tensor([printable])).last_hidden_state
+        hidden = model.model(torch.tensor([written], device=model.device)).last_hidden_state
         constant = float(hidden[0, :, 0].mean())
-        bias = torch.full((len(fast),), -40.0)
-        bias[printable] = 0.0
+        bias = torch.full((config.vocab_size,), -40.0)
+        bias[written] = 0.0
         bias[fast.convert_tokens_to_ids(END_OF_STEP)] = float(
-            torch.tensor(len(printable) / (STEP_TOKENS - 1)).log()
+            torch.tensor(len(written) / (STEP_TOKENS - 1)).log()
         )
         model.lm_head.weight[:, 0] = bias / constant
     path.mkdir(parents=True, exist_ok=True)
@@ -284,6 +303,12 @@ def in_own_process(function: str, folder: Path) -> str:
     return done.stdout.strip().rpartition("\n")[2]
 
 
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def prefix(folder: Path) -> None:
     """Print the figures of the prefix cache as JSON and end this process."""
     print(json.dumps(asyncio.run(search_random(folder))), flush=True)
@@ -301,7 +326,9 @@ async def search_random(folder: Path) -> dict[str, Any]:
     )
     replica = PolicyReplica(
         str(write_random_policy(folder / "random")),
-        EngineConfig(dtype="float32", max_model_len=2048, kv_cache_gib=1.0),
+        EngineConfig(
+            dtype="float32" if not on_gpu() else "bfloat16", max_model_len=2048, kv_cache_gib=1.0
+        ),
     )
     info = await replica.ready()
     engines = ScriptedEngines(1)
@@ -530,18 +557,30 @@ class Searches:
     def __init__(self, models: Models, arguments: argparse.Namespace, folder: Path) -> None:
         self.models = models
         self.max_open = arguments.open
-        engine = EngineConfig(max_model_len=arguments.max_model_len, kv_cache_gib=1.0)
+        engine = {"max_model_len": arguments.max_model_len, "kv_cache_gib": 1.0}
         self.search = SearchConfig(
             num_candidates=arguments.candidates,
             num_rollouts=arguments.rollouts,
             max_step_tokens=arguments.max_step_tokens,
             template=models.template,
         )
-        self.config = ServingConfig(
-            run_dir=folder,
-            policy_engine=engine,
-            ppm_engine=engine,
-            search=self.search,
+        # As `one_gpu.yaml` divides a GPU: what Ray books, and what of the memory an engine takes.
+        shares = {"policy": (0.6, 0.5), "ppm": (0.4, 0.35)} if on_gpu() else {}
+        self.config = ServingConfig.model_validate(
+            {
+                "run_dir": folder,
+                "policy_engine": engine,
+                "ppm_engine": engine,
+                "search": self.search,
+                "cluster": {
+                    "sandbox": {"replicas": arguments.sandboxes},
+                    **{name: {"num_gpus": booked} for name, (booked, _) in shares.items()},
+                },
+                **{
+                    f"{name}_engine": {**engine, "gpu_memory_utilization": taken}
+                    for name, (_, taken) in shares.items()
+                },
+            }
         )
         self.fleet = Fleet(self.config, RunFolder(folder / "run"))
         self.trees: list[Tree] = []
@@ -792,24 +831,24 @@ async def with_actors(
         if "modelled" in sections:
             # Its curve comes first: the engine it stands for must not run beside it.
             await searches.fleet.stop()
-            offline = await offline_figures(searches, folder, figures)
+            offline = await offline_figures(searches, arguments.lockstep, folder, figures)
             with timed("modelled", figures):
                 searches.fleet = Fleet(searches.config, searches.fleet.folder)
                 await searches.fleet.start(None, learner=False)
                 figures |= await searches.modelled(offline["curve"])
         else:
             await searches.fleet.stop()
-            await offline_figures(searches, folder, figures)
+            await offline_figures(searches, arguments.lockstep, folder, figures)
     finally:
         await searches.fleet.stop()
 
 
 async def offline_figures(
-    searches: Searches, folder: Path, figures: dict[str, Any]
+    searches: Searches, with_lockstep: bool, folder: Path, figures: dict[str, Any]
 ) -> dict[str, Any]:
     with timed("offline", figures):
-        offline = await asyncio.to_thread(run_offline, searches.job(lockstep=True), folder)
-    raw, lockstep = offline["raw"], offline["lockstep"]
+        offline = await asyncio.to_thread(run_offline, searches.job(with_lockstep), folder)
+    raw = offline["raw"]
     figures |= {
         "engine_utilisation": figures["tokens_per_s"] / raw["tokens_per_s"],
         "engine_utilisation_whole_run": figures["tokens_per_s_whole_run"] / raw["tokens_per_s"],
@@ -817,6 +856,11 @@ async def offline_figures(
         "raw_tokens": raw["tokens"],
         "raw_cpu_s": raw["cpu_s"],
         "latency_curve": offline["curve"],
+    }
+    if not with_lockstep:
+        return offline
+    lockstep = offline["lockstep"]
+    figures |= {
         "vs_lockstep": figures["trajectories_per_s"] / lockstep["trajectories_per_s"],
         "lockstep_trajectories_per_s": lockstep["trajectories_per_s"],
         "lockstep_trajectories": lockstep["trajectories"],
@@ -862,6 +906,10 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=8, help="of a tree")
     parser.add_argument("--max-step-tokens", type=int, default=64, help="of a candidate")
     parser.add_argument("--max-model-len", type=int, default=512, help="of both engines")
+    parser.add_argument("--sandboxes", type=int, default=1, help="sandbox actors")
+    parser.add_argument(
+        "--no-lockstep", dest="lockstep", action="store_false", help="leave that driver out"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()

@@ -30,7 +30,9 @@ from cluster.runs.config import RolloutConfig, RunConfig
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "deploy/acceptance.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("rstar ", "python -m ", "make ")
-PACKAGES = ("bench", "cluster", "deploy", "docs", "learner", "rollout", "tests", "verifier")
+PACKAGES = (
+    *("bench", "cluster", "deploy", "docs", "learner", "rollout", "tests", "tools", "verifier"),
+)
 
 
 class Shown(NamedTuple):
