@@ -7,17 +7,17 @@ export VENV
 CORES := $(shell nproc)
 # Processes that run tests with Ray, which wait as much as they work. Ray gives a node 30 s to start: more
 # at a time get in each other's way on a small machine.
-WORKERS ?= $(shell echo $$(($(CORES) + 1)))
+WORKERS ?= 2
 # Minutes after which no further test is begun (those left out are counted); empty: all are.
 MINUTES ?=
 export RSTAR_TESTS_UNTIL := $(if $(MINUTES),$(shell echo $$(($$(date +%s) + 60 * $(MINUTES)))))
-PYTEST = $(VENV)/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder -o cache_dir=.pytest_cache/$@
-# $(call tests,FOLDERS,PROCESSES): what failed is run once more, one test at a time, which tells a fault from
-# a machine that was too busy for somebody's clock; both runs are in the output.
-tests = $(PYTEST) $(1) -n $(2) || { [ $$? -eq 1 ] && echo "test: what failed, once more and one at a time" && \
+PYTEST = $(VENV)/bin/python -m pytest -q --dist loadfile --no-loadscope-reorder
+# $(call tests,FOLDERS,PROCESSES): what failed is run once more with the machine to itself, which tells a
+# fault from a machine that was too busy for somebody's clock; both runs are in the output.
+tests = $(PYTEST) $(1) -n $(2) || { [ $$? -eq 1 ] && echo "test: what failed, once more and alone" && \
 	RSTAR_TESTS_UNTIL= $(PYTEST) $(1) -n 0 --last-failed --last-failed-no-failures none; }
 
-.PHONY: install demo demo-pretrained test check lint unit unit-beside with-ray docs-check format clean
+.PHONY: install demo demo-pretrained test check lint unit docs-check format clean
 
 install:
 	@deploy/install.sh
@@ -43,17 +43,9 @@ check: lint unit
 docs-check: install
 	$(VENV)/bin/python -m pytest tests/unit/docs -q
 
-# The tests with Ray leave cores idle, which the others use; these are shown when they have ended.
 test: lint
 	@deploy/test_tools.sh
-	@$(MAKE) --jobs 2 --keep-going --no-print-directory unit-beside with-ray
-
-unit-beside:
-	@mkdir -p .pytest_cache
-	@{ $(call tests,tests/unit,1); } >.pytest_cache/unit.log 2>&1; status=$$?; \
-	echo; cat .pytest_cache/unit.log; exit $$status
-
-with-ray:
+	$(call tests,tests/unit,$(CORES))
 	$(call tests,tests/integration tests/slow,$(WORKERS))
 
 format: install
