@@ -70,6 +70,12 @@ def steering_of(record: dict[str, Any]) -> Steering:
     return Steering(ppm=record["ppm"], steers=record["passes"], why=record["why"])
 
 
+def at_chance(record: dict[str, Any] | None) -> bool:
+    """Whether a ruler cannot tell its PPM from chance; False where nothing was measured."""
+    own = (record or {}).get("rankings", {}).get("ppm")
+    return own is not None and own["low"] <= 0.5
+
+
 async def measure(
     fleet: Fleet,
     problems: Sequence[Problem],

@@ -137,7 +137,8 @@ class LineageConfig(Config):
     ppm_trunk: Trunk | Place = Field(
         "policy",
         description="start of each round's PPM: the round's policy (paper), previous (the PPM of "
-        "the round before, which keeps what it has learned), cold_start or base, which never saw "
+        "the round before, which keeps what it has learned, unless its ruler cannot tell it from "
+        "chance: then the policy), cold_start or base, which never saw "
         "the trees' solutions, or the directory of another causal language model",
     )
 

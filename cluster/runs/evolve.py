@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from cluster.engines.model_check import ModelCheckError, check_policy_checkpoint
 from cluster.evaluation.held_out import evaluate
-from cluster.evaluation.ruler import Steering, measure, steering_of
+from cluster.evaluation.ruler import Steering, at_chance, measure, steering_of
 from cluster.evaluation.shares import problems_by_level, set_aside_lines
 from cluster.fleet.given_models import check_own_examples, marked, with_chat_turns
 from cluster.fleet.session import Session
@@ -227,7 +227,12 @@ class Evolution:
             assert cold is not None
             policy = cold
         if self.config.models.ppm_trunk == "previous" and before is not None:
-            return Path(before.path)
+            if not at_chance(self.folder.read(self.folder.ruler_name(before.round))):
+                return Path(before.path)
+            self.view.note(
+                f"round {policy.round}: the PPM starts from the policy: the one before ranks no "
+                "better than chance"
+            )
         return Path(policy.path)
 
     def _check_templates(self) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.evaluation.ruler import at_chance
 from cluster.fleet.given_models import marked
 from cluster.fleet.meter import Meter
 from cluster.folder.config_file import load_config
@@ -209,7 +210,7 @@ def _base(kind: Kind, config: TrainRunConfig, folder: RunFolder, number: int) ->
         trunk = config.ppm_trunk or models.get("ppm_trunk", "policy")
     if trunk == "previous":
         before = CheckpointStore(run.checkpoints).current("ppm", number - 1)
-        if before is not None:
+        if before is not None and not at_chance(run.read(run.ruler_name(number - 1))):
             return Path(before.path)
         trunk = "policy"
     if trunk in ("policy", "cold_start"):

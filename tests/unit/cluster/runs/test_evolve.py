@@ -79,6 +79,21 @@ def test_ppm_grows_from_the_checkpoint_the_config_names(tmp_path: Path, trunk: s
         assert run._trunk(policy, None) == Path(policy.path)
 
 
+@pytest.mark.parametrize(("low", "grows_from"), [(0.47, "policy"), (0.53, "ppm")])
+def test_ppm_that_ranks_no_better_than_chance_is_not_gone_on_from(
+    tmp_path: Path, low: float, grows_from: str
+) -> None:
+    models = {"base_model": GENERAL, "ppm_trunk": "previous"}
+    run = evolution(tmp_path, "rstar", models=models)
+    for kind, number in (("policy", 2), ("ppm", 1)):
+        run.checkpoints.publish(kind, number, lambda folder: (folder / "weights").touch(), {})
+    policy, ppm = run.checkpoints.current("policy", 2), run.checkpoints.current("ppm", 1)
+    assert policy is not None and ppm is not None
+    run.folder.write(run.folder.ruler_name(1), {"rankings": {"ppm": {"low": low}}})
+    wanted = {"policy": policy.path, "ppm": ppm.path}
+    assert run._trunk(policy, ppm) == Path(wanted[grows_from])
+
+
 def test_a_directory_as_trunk_gets_the_markers_and_is_an_input_of_the_run(tmp_path: Path) -> None:
     plain = write_tiny_policy(tmp_path / "plain", hidden=32, layers=1)
     write_byte_tokenizer(plain, markers=MARKERS[1:])

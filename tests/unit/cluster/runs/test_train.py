@@ -231,6 +231,9 @@ async def test_ppm_starts_from_the_trunk_of_its_run_or_the_one_asked_for(tmp_pat
         "ppm", 1, lambda made: shutil.copytree(base, made, dirs_exist_ok=True), {}
     )
     assert (await trunk(previous, second_out)).startswith("checkpoints/round=1/ppm")
+    run.write(run.ruler_name(1), {"rankings": {"ppm": {"low": 0.46}}})
+    third_out = f"run_dir={tmp_path / 'third'}"
+    assert (await trunk(previous, third_out)).startswith("checkpoints/round=2/policy")
     with pytest.raises(ConfigError, match="either base or ppm_trunk"):
         await trunk("ppm_trunk=base", f"base={base}")
 
