@@ -178,7 +178,7 @@ def search(bench: Bench) -> None:
     asked = ("--problems", bench.problems(problems), "--problems-used", problems)
     sizes = ("--open", open_trees, "--rollouts", rollouts, "--sandboxes", sandboxes)
     lengths = ("--max-step-tokens", 256, "--max-model-len", 2048)
-    only = ("--no-lockstep", "--only", "search", "offline")
+    only = ("--no-lockstep", "--opens-code", "--only", "search", "offline")
     found = json.loads(command("bench.search", *models, *asked, *sizes, *lengths, *only))
     bench.note(**{ours: found[theirs] for theirs, ours in SUMMED_UP.items()})
     found = json.loads(command("bench.search", "--only", "prefix"))

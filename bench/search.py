@@ -46,6 +46,7 @@ import ray
 from bench.search_engines import (
     Answered,
     ModelledPolicy,
+    OpensCode,
     RecordedPreference,
     Recorder,
     ScriptedEngines,
@@ -341,7 +342,7 @@ async def search_random(folder: Path) -> dict[str, Any]:
                         id=f"q{n}", source="bench", level=Level.MATH, text=question, answer="1"
                     ),
                     config=config,
-                    policy=replica,
+                    policy=OpensCode(replica),
                     preference=None,
                     sandbox=engines,
                     round=1,
@@ -557,6 +558,7 @@ class Searches:
     def __init__(self, models: Models, arguments: argparse.Namespace, folder: Path) -> None:
         self.models = models
         self.max_open = arguments.open
+        self.opens_code = arguments.opens_code
         engine = {"max_model_len": arguments.max_model_len, "kv_cache_gib": 1.0}
         self.search = SearchConfig(
             num_candidates=arguments.candidates,
@@ -598,13 +600,16 @@ class Searches:
         self._policy = self.fleet.policy._replicas["policy-0"].handle
         self.device = (await self._policy.ready.remote()).device
 
+    def opened(self, recorder: Recorder) -> PolicyEngine:
+        return OpensCode(recorder) if self.opens_code else recorder
+
     async def run(self) -> dict[str, Any]:
         """Search the problems; where the time went."""
         await asyncio.to_thread(start_symbolic_worker)
         recorder = self.recorder = Recorder(self.fleet.policy, self.fleet.preference)
         sandbox = self.fleet.sandbox
         alone, _ = await search_all(
-            self.models.problems[:2], self.search, recorder, recorder, sandbox, 1
+            self.models.problems[:2], self.search, self.opened(recorder), recorder, sandbox, 1
         )
         first = recorder.answered[0].at_s
         steps = sum(node.expanded for tree in alone for node in tree.nodes)
@@ -617,7 +622,13 @@ class Searches:
 
         before, cpu_before = await self._policy.stats.remote(), process_seconds()
         self.trees, window = await search_all(
-            self.models.problems, self.search, recorder, recorder, sandbox, self.max_open, note
+            self.models.problems,
+            self.search,
+            self.opened(recorder),
+            recorder,
+            sandbox,
+            self.max_open,
+            note,
         )
         after, cpu_after = await self._policy.stats.remote(), process_seconds()
         stop_symbolic_worker()
@@ -909,6 +920,9 @@ def main() -> None:
     parser.add_argument("--sandboxes", type=int, default=1, help="sandbox actors")
     parser.add_argument(
         "--no-lockstep", dest="lockstep", action="store_false", help="leave that driver out"
+    )
+    parser.add_argument(
+        "--opens-code", action="store_true", help="for a policy that writes anything"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rollout.engine import (
@@ -97,6 +97,20 @@ class Answered:
     @property
     def num_tokens(self) -> int:
         return sum(completion.num_tokens for completion in self.reply.completions)
+
+
+class OpensCode:
+    """A policy that writes anything; its first steps open as the grammar asks all the same."""
+
+    def __init__(self, policy: PolicyEngine) -> None:
+        self._policy = policy
+
+    async def generate(self, request: GenerationRequest) -> GenerationReply:
+        if END_OF_STEP in request.prompt:
+            return await self._policy.generate(request)
+        reply = await self._policy.generate(replace(request, prompt=request.prompt + CODE))
+        opened = tuple(replace(one, text=CODE + one.text) for one in reply.completions)
+        return replace(reply, completions=opened)
 
 
 class Recorder:
