@@ -3,6 +3,7 @@
     python -m bench.learner [--examples N] [--nodes N] [--json FILE]
     python -m bench.learner --memory [--trajectories N] [--json FILE]
     python -m bench.learner --tokenizer DIR [--examples N] [--json FILE]
+    python -m bench.learner --shape DIR [--length N] [--json FILE]
 
 A small Llama is trained from one start for one epoch on made-up solutions whose lengths are spread
 as those of MATH are (100 to 2,000 tokens, most a few hundred), one CPU thread a process:
@@ -26,6 +27,11 @@ a fit on it, at N/4 and at N trajectories, each in a process of its own: `stream
 `--tokenizer` measures how many such texts a second a fit reads, tokenises and keeps, by one rank
 and by two on this machine, with the tokenizer of a checkpoint and one thread a rank
 (`tokenised_texts_per_s`; the lengths are those in tokens of the bench's own small vocabulary).
+
+`--shape` measures fine-tuning and the fit of a PPM at the shape of a checkpoint (layers, widths,
+heads, vocabulary; the weights are random and the architecture is Qwen2's), one row of N tokens a
+step, one thread: tokens per second, and which share of the machine's float32 products, measured on
+the spot, that is (`mfu`).
 
 With a GPU, MFU of fine-tuning at the shape of Qwen2.5-Math-1.5B, 4,096-token examples, is measured
 too. Prints a table, then one JSON object on the last line.
@@ -431,6 +437,22 @@ QWEN_1_5B: Mapping[str, Any] = {
 """Shape of Qwen2.5-Math-1.5B."""
 
 
+def measure_shape(checkpoint: Path, length: int) -> dict[str, Any]:
+    """Rate of both kinds of fit at the shape of a checkpoint, see `measure_fit`."""
+    from transformers import AutoConfig
+
+    described = AutoConfig.from_pretrained(checkpoint)
+    shape = {key: getattr(described, key) for key in QWEN_1_5B}
+    kinds: tuple[Kind, Kind] = ("policy", "ppm")
+    return {
+        f"{kind}_{name}": value
+        for kind in kinds
+        for name, value in measure_fit(
+            kind, shape, length=length, row_tokens=length, rows=1
+        ).items()
+    }
+
+
 def measure_mfu() -> dict[str, float]:
     """MFU and tokens per second of SFT at Qwen2.5-Math-1.5B's shape, on one GPU."""
     found = measure_fit("policy", QWEN_1_5B, length=4096, row_tokens=16384, rows=4)
@@ -747,17 +769,22 @@ def main() -> None:
         "--tokenizer", type=Path, help="measure tokenising with that of a checkpoint instead"
     )
     parser.add_argument(
+        "--shape", type=Path, help="measure fits at the shape of a checkpoint instead"
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row of --shape")
+    parser.add_argument(
         "--trajectories", type=int, default=20_000, help="right solutions of --memory"
     )
     options = parser.parse_args()
     _be_quiet()
     begun = time.perf_counter()
-    if options.memory or options.tokenizer:
-        found = (
-            measure_memory(options.trajectories)
-            if options.memory
-            else measure_tokenising(options.tokenizer, options.examples)
-        )
+    if options.memory or options.tokenizer or options.shape:
+        if options.memory:
+            found = measure_memory(options.trajectories)
+        elif options.tokenizer:
+            found = measure_tokenising(options.tokenizer, options.examples)
+        else:
+            found = measure_shape(options.shape, options.length)
         finish(found | {"seconds": time.perf_counter() - begun}, options.json)
         return
     with tempfile.TemporaryDirectory() as name:

@@ -23,6 +23,7 @@ from bench import gpu, gpu_parts
 from bench.base_model import SETTINGS
 from cluster.folder.config_file import load_config
 from cluster.runs.config import RolloutConfig, RunConfig
+from tests.models import write_tiny_policy
 
 ROOT = Path(__file__).parents[3]
 
@@ -222,3 +223,14 @@ def test_rate_of_a_fit_counts_a_shared_prefix_once(kind: Any, computed_share: fl
     assert found["computed_tokens_per_s"] == pytest.approx(found["tokens_per_s"] * computed_share)
     assert found["mfu"] == pytest.approx(found["tflops"] / found["peak_tflops"])
     assert found["mfu"] > 0 and found["peak_memory_gib"] > 0.1
+
+
+def test_shape_of_a_checkpoint_is_what_is_measured(tmp_path: Path) -> None:
+    from bench import learner
+
+    path = write_tiny_policy(tmp_path / "policy", hidden=32, layers=3)
+    found = learner.measure_shape(path, 128)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    weights = config["num_hidden_layers"] * config["hidden_size"] * config["intermediate_size"] * 3
+    assert found["policy_tflops"] * 1e12 > 6 * weights * found["policy_tokens_per_s"]
+    assert 0 < found["policy_mfu"] < 1 and 0 < found["ppm_mfu"] < 1
