@@ -202,7 +202,12 @@ def test_everything_ends_with_its_client_even_when_that_is_killed():
     client.kill()
     client.wait()
     client.stdout.close()
-    _wait_until(lambda: not any(_alive(pid) for pid in processes))
+    try:
+        _wait_until(lambda: not any(_alive(pid) for pid in processes))
+    except AssertionError:
+        for pid in filter(_alive, processes):  # what it is and waits for, with the failure
+            print(*(Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "wchan")))
+        raise
 
 
 def test_shutdown_leaves_no_process():
