@@ -362,10 +362,32 @@ class Processes:
         if process.phase == ENDING:
             return
         was_spawning = process.phase == SPAWNING
+        if was_spawning:
+            self._kill_unheard(process)
         self.detach(process)
         # not if it was reaped meanwhile: the number may be another process's by now
         if not was_spawning and self.by_pid.get(process.pid) is process:
             os.kill(process.pid, signal.SIGKILL)
+
+    def _kill_unheard(self, process: Process) -> None:
+        """End a child whose first word nobody has read.
+
+        Its order lies in the channel, which it reads to the end though ours is closed. One that
+        has said nothing yet cannot any more, and ends.
+        """
+        with contextlib.suppress(OSError):
+            process.channel.shutdown(socket.SHUT_RD)
+            _, ancillary, _, _ = process.channel.recvmsg(FRAME_BYTES, _HELLO_SPACE)
+            for level, kind, content in ancillary:
+                if level != socket.SOL_SOCKET:
+                    continue
+                if kind == socket.SCM_CREDENTIALS:
+                    pid = struct.unpack("<iII", content)[0]
+                    if pid > 0 and pid not in self.by_pid and pid not in self.zygote_pids:
+                        os.kill(pid, signal.SIGKILL)
+                elif kind == socket.SCM_RIGHTS:
+                    for descriptor in struct.unpack(f"<{len(content) // 4}i", content):
+                        os.close(descriptor)
 
     def detach(self, process: Process) -> None:
         if process.phase == ENDING:

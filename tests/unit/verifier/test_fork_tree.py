@@ -95,6 +95,18 @@ def test_close_answers_steps_in_flight_and_kills_them(small):
     _wait_until(lambda: len(_children(small.stats()["supervisor_pid"])) == 1)
 
 
+def test_no_step_outlives_a_tree_that_is_closed_while_it_is_forked(small):
+    supervisor = small.stats()["supervisor_pid"]
+    for number in range(40):
+        root = small.open(f"closing-{number}")
+        pending = small._run(root, ["import time\ntime.sleep(60)"], None)
+        while small.stats()["running"] != 1:  # at once, so that its first word is unread sometimes
+            pass
+        small.close(f"closing-{number}")
+        assert pending.result(10)["results"][0]["error_type"] == "Closed"
+    _wait_until(lambda: len(_children(supervisor)) == 1, timeout_s=20.0)
+
+
 def test_zygote_killed_from_outside_is_replaced(small):
     root = small.open("before")
     state = small.run(root, ["x = 3\nprint(x)"])[0].state
