@@ -103,6 +103,19 @@ class Outcomes(Protocol):
         """A root has ended."""
 
 
+def _receive_hello(channel: socket.socket) -> tuple[bytes, int, list[int]]:
+    """A child's first word, its process id (0: not told), and the descriptors it handed over."""
+    data, ancillary, _, _ = channel.recvmsg(FRAME_BYTES, _HELLO_SPACE)
+    pid = 0
+    rights: list[int] = []
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+            pid = struct.unpack("<iII", content)[0]
+        elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            rights += struct.unpack(f"<{len(content) // 4}i", content[: len(content) & ~3])
+    return data, pid, rights
+
+
 class Processes:
     """All roots and states that live or are about to; its methods are called by the loop only."""
 
@@ -207,19 +220,11 @@ class Processes:
 
     def _on_hello(self, process: Process) -> None:
         try:
-            data, ancillary, _, _ = process.channel.recvmsg(FRAME_BYTES, _HELLO_SPACE)
+            data, pid, rights = _receive_hello(process.channel)
         except BlockingIOError:
             return
         except OSError:
-            data, ancillary = b"", []
-        pid, rights = 0, []
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-                pid = struct.unpack("<iII", content)[0]
-            elif level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                rights += list(
-                    struct.unpack(f"<{len(content) // 4}i", content[: len(content) & ~3])
-                )
+            data, pid, rights = b"", 0, []
         is_root = process.job is None
         if is_root and rights:
             process.listener = rights.pop(0)
@@ -377,17 +382,12 @@ class Processes:
         """
         with contextlib.suppress(OSError):
             process.channel.shutdown(socket.SHUT_RD)
-            _, ancillary, _, _ = process.channel.recvmsg(FRAME_BYTES, _HELLO_SPACE)
-            for level, kind, content in ancillary:
-                if level != socket.SOL_SOCKET:
-                    continue
-                if kind == socket.SCM_CREDENTIALS:
-                    pid = struct.unpack("<iII", content)[0]
-                    if pid > 0 and pid not in self.by_pid and pid not in self.zygote_pids:
-                        os.kill(pid, signal.SIGKILL)
-                elif kind == socket.SCM_RIGHTS:
-                    for descriptor in struct.unpack(f"<{len(content) // 4}i", content):
-                        os.close(descriptor)
+            _, pid, rights = _receive_hello(process.channel)
+            for descriptor in rights:
+                os.close(descriptor)
+            # not if it was reaped meanwhile, as below
+            if pid > 0 and not (pid in self.by_pid or pid in self._early_exits):
+                os.kill(pid, signal.SIGKILL)
 
     def detach(self, process: Process) -> None:
         if process.phase == ENDING:
