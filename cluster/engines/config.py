@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dialect = Literal["openai", "vllm"]
 
@@ -63,6 +63,11 @@ class EngineConfig(BaseModel):
     enforce_eager: bool | None = Field(
         default=None, description="no graph capture or compilation; null: only on CPU"
     )
+    in_process: bool | None = Field(
+        default=None,
+        description="run a policy's engine core in a thread of its replica, not in a process of "
+        "its own; null: on CPU (a PPM's always is there)",
+    )
     cpu_threads: int = Field(default=1, ge=1, description="compute threads of the engine on CPU")
     max_num_seqs: int | None = Field(
         default=None,
@@ -105,6 +110,15 @@ class EngineConfig(BaseModel):
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="further vLLM engine arguments, passed as they are"
     )
+
+    @model_validator(mode="after")
+    def _one_rank_in_process(self) -> Self:
+        if self.in_process and self.num_ranks > 1:
+            raise ValueError(
+                "in_process: an engine of more than one GPU (tensor_parallel_size x "
+                f"pipeline_parallel_size = {self.num_ranks}) has a core process of its own"
+            )
+        return self
 
     @property
     def num_ranks(self) -> int:

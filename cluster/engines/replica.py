@@ -1,8 +1,8 @@
 """Policy and preference replicas: one vLLM engine each, behind the Protocols of the search.
 
-    actor process                                        engine process (vLLM)
-    generate --token ids--> AsyncLLM ------------------> continuous batching, prefix cache
-    evaluate --token ids--> BatchEngine ---------------> (on CPU: a thread of the actor)
+    actor process                                        engine core (vLLM): a process, on a
+    generate --token ids--> AsyncLLM ------------------> CPU a thread of the actor; continuous
+    evaluate --token ids--> BatchEngine ---------------> batching, prefix cache
             ^                     |                      lives for the whole run
             +--- text, values <---+
 
@@ -207,23 +207,12 @@ class PolicyReplica(Replica):
         return dict(self._tokenizer.get_added_vocab())
 
     def _make_engine(self, arguments: dict[str, Any]) -> Any:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from cluster.engines.async_engine import gauge_of, make_async_engine
 
-        from cluster.engines.gauge import EngineGauge
-
-        engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**arguments),
-            # Where throughput counts: with it vLLM takes the larger batches of its offline engine.
-            usage_context=UsageContext.LLM_CLASS,
-            stat_loggers=[EngineGauge],
-        )
+        engine = make_async_engine(arguments, in_process=self._in_process)
         self._prefixes = CachedPrefixes(engine.output_processor)
-        assert engine.logger_manager is not None
-        loggers = engine.logger_manager.stat_loggers
         self._request_numbers = itertools.count(1)
-        self._gauge = next(gauge for gauge in loggers if isinstance(gauge, EngineGauge))
+        self._gauge = gauge_of(engine)
         return engine
 
     def _check_model(self, path: str) -> ModelInfo:

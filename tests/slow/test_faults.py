@@ -119,7 +119,7 @@ def make_fleet(root: Path, policy: Path) -> Fleet:
             "problems": "unused",
             "policy": policy,
             "seed": SEED,
-            "policy_engine": engine,
+            "policy_engine": engine | {"in_process": False},
             "ppm_engine": engine,
             "cluster": {
                 "num_cpus": 2,

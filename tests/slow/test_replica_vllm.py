@@ -1,8 +1,9 @@
 """Replicas as Ray actors around real CPU engines, against transformers.
 
-Two engines are started once, together, and serve all tests but the first, which has its engines in
-a process of its own. The models are random and small; float32, where two correct implementations
-write the same greedy text.
+Three engines are started once, together, and serve nearly all tests: a PPM's, a policy's whose core
+is a process, as on GPUs, and a policy's whose core is a thread of the replica. What is tested of a
+policy is tested of both. The models are random and small; float32, where two correct
+implementations write the same greedy text.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import pytest
 from cluster.engines.config import EngineConfig
 from cluster.engines.lifecycle import ReplicaInfo, ReplicaStats
 from cluster.engines.model_check import ModelCheckError
-from cluster.engines.replica import PolicyReplicaActor, PreferenceReplicaActor
+from cluster.engines.replica import PolicyReplica, PolicyReplicaActor, PreferenceReplicaActor
 from cluster.engines.weight_sync import take_weights
 from cluster.jobs.admission import EnginePressure
 from rollout.engine import (
     Completion,
+    EngineError,
     EvaluationRequest,
     FinishReason,
     GenerationReply,
@@ -50,6 +52,8 @@ ROOT = Path(__file__).parents[2]
 
 MAX_MODEL_LEN = 256
 CONFIG = EngineConfig(max_model_len=MAX_MODEL_LEN, kv_cache_gib=0.1, logprobs=True)
+
+CORES = ("process", "thread")
 
 QUESTIONS = (
     "There are 63 boxes with 12 pens each. How many pens are there?",
@@ -131,11 +135,17 @@ def test_ids_and_greedy_tokens_equal_transformers_in_every_architecture(tmp_path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """Two replicas and what they serve."""
+    """Replicas and what they serve."""
 
     folder: Path
-    policy: Any
+    policies: dict[str, Any]
+    """By where the engine core is."""
     ppm: Any
+    core: str = "thread"
+
+    @property
+    def policy(self) -> Any:
+        return self.policies[self.core]
 
     def generate(self, prompt: str, **options: Any) -> GenerationReply:
         import ray
@@ -154,7 +164,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     import ray
 
     folder = tmp_path_factory.mktemp("models")
@@ -170,15 +180,26 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         object_store_memory=80 << 20,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
-    policy = PolicyReplicaActor.options(num_cpus=0).remote(
-        str(folder / "policy0"), CONFIG, version="policy-r0", name="policy-0"
-    )
+    policies = {
+        core: PolicyReplicaActor.options(num_cpus=0).remote(
+            str(folder / "policy0"),
+            CONFIG.model_copy(update={"in_process": core == "thread"}),
+            version="policy-r0",
+            name=f"policy-{core}",
+        )
+        for core in CORES
+    }
     ppm = PreferenceReplicaActor.options(num_cpus=0).remote(
         str(folder / "ppm0"), CONFIG, version="ppm-r0", name="ppm-0"
     )
-    ray.get([policy.ready.remote(), ppm.ready.remote()], timeout=800)
-    yield Served(folder=folder, policy=policy, ppm=ppm)
+    ray.get([replica.ready.remote() for replica in (*policies.values(), ppm)], timeout=800)
+    yield Served(folder=folder, policies=policies, ppm=ppm)
     ray.shutdown()
+
+
+@pytest.fixture(params=CORES)
+def served(request: pytest.FixtureRequest, all_served: Served) -> Served:
+    return replace(all_served, core=request.param)
 
 
 def transformers_greedy(path: Path, prompt: str, num_tokens: int) -> tuple[str, float]:
@@ -232,26 +253,26 @@ def test_greedy_text_and_its_logprob_equal_transformers(served: Served) -> None:
         assert (completion.num_tokens, completion.finish) == (20, FinishReason.LENGTH)
 
 
-def test_values_equal_transformers_within_1e_4(served: Served) -> None:
+def test_values_equal_transformers_within_1e_4(all_served: Served) -> None:
     import ray
     from transformers import AutoTokenizer
 
     from learner.preference_model import load_preference_model, values
 
-    path = served.folder / "ppm0"
+    path = all_served.folder / "ppm0"
     texts = (*PROMPTS, *(f"{prompt}<code>\nx = {i}" for i, prompt in enumerate(PROMPTS)))
     expected = values(load_preference_model(path), AutoTokenizer.from_pretrained(path), texts)
-    reply = ray.get(served.ppm.evaluate.remote(EvaluationRequest(texts=texts)))
+    reply = ray.get(all_served.ppm.evaluate.remote(EvaluationRequest(texts=texts)))
     assert reply.values == pytest.approx(expected, abs=1e-4)
     assert reply.preference_version == "ppm-r0"
     assert max(reply.values) - min(reply.values) > 0.01
 
 
-def test_text_longer_than_the_context_has_no_value(served: Served) -> None:
+def test_text_longer_than_the_context_has_no_value(all_served: Served) -> None:
     import ray
 
     texts = ("x" * MAX_MODEL_LEN, "x" * (MAX_MODEL_LEN + 1))
-    reply = ray.get(served.ppm.evaluate.remote(EvaluationRequest(texts=texts)))
+    reply = ray.get(all_served.ppm.evaluate.remote(EvaluationRequest(texts=texts)))
     assert math.isfinite(reply.values[0])
     assert math.isnan(reply.values[1])
 
@@ -325,23 +346,56 @@ def test_cached_tokens_of_many_candidates_are_counted_once(served: Served) -> No
     assert first.cached_tokens < 32 and second.cached_tokens >= 96
 
 
-def test_a_completion_that_repeats_itself_is_ended(served: Served) -> None:
-    """A greedy model of this size falls into a loop."""
+class BreakablePolicyReplica(PolicyReplica):
+    """One whose engine core can be made to fail at its next step."""
+
+    async def break_core(self) -> None:
+        def fail() -> None:
+            raise RuntimeError("a step that failed")
+
+        self._engine.engine_core._core.step_fn = fail
+
+
+@pytest.fixture(scope="module")
+def breakable(all_served: Served) -> Iterator[Any]:
     import ray
 
     config = CONFIG.model_copy(update={"max_repeats": 4})
-    path = str(served.folder / "policy0")
-    replica = PolicyReplicaActor.options(num_cpus=0).remote(path, config)
+    path = str(all_served.folder / "policy0")
+    replica = ray.remote(BreakablePolicyReplica).options(num_cpus=0).remote(path, config)
+    yield replica
+    ray.kill(replica)
+
+
+def test_a_completion_that_repeats_itself_is_ended(breakable: Any) -> None:
+    """A greedy model of this size falls into a loop."""
+    import ray
+
     request = GenerationRequest(
         prompt=PROMPTS[0], num_candidates=1, max_tokens=250, temperature=0.0
     )
-    try:
-        reply = ray.get(replica.generate.remote(request), timeout=800)
-    finally:
-        ray.kill(replica)
+    reply = ray.get(breakable.generate.remote(request), timeout=800)
     (completion,) = reply.completions
     assert completion.finish is FinishReason.REPETITION
     assert completion.num_tokens < 250
+
+
+def test_a_core_that_fails_in_its_thread_fails_its_replica_and_nothing_waits(
+    breakable: Any,
+) -> None:
+    import ray
+
+    request = GenerationRequest(prompt=PROMPTS[0], num_candidates=4, max_tokens=200, seed=1)
+    ray.get(breakable.generate.remote(request), timeout=800)
+    ray.get(breakable.break_core.remote(), timeout=300)
+    references = [breakable.generate.remote(request) for _ in range(3)]
+    for reference in references:
+        with pytest.raises(EngineError):
+            ray.get(reference, timeout=60)
+    with pytest.raises(EngineError, match="the engine died"):
+        ray.get(breakable.generate.remote(request), timeout=60)
+    assert not ray.get(breakable.stats.remote(), timeout=60).healthy
+    ray.get(breakable.shutdown.remote(), timeout=60)
 
 
 def test_an_engine_says_how_full_it_is(served: Served) -> None:
@@ -435,13 +489,13 @@ def test_checkpoint_of_another_shape_is_refused_by_a_serving_replica(served: Ser
     assert served.generate(PROMPTS[0]).policy_version == "policy-r0"
 
 
-async def test_replica_is_brought_to_a_checkpoint(served: Served) -> None:
-    said = await take_weights(served.ppm, str(served.folder / "ppm1"), "ppm-r1")
-    assert said == await served.ppm.fingerprint.remote()
-    reply = await served.ppm.evaluate.remote(EvaluationRequest(texts=PROMPTS))
+async def test_replica_is_brought_to_a_checkpoint(all_served: Served) -> None:
+    said = await take_weights(all_served.ppm, str(all_served.folder / "ppm1"), "ppm-r1")
+    assert said == await all_served.ppm.fingerprint.remote()
+    reply = await all_served.ppm.evaluate.remote(EvaluationRequest(texts=PROMPTS))
     assert reply.preference_version == "ppm-r1"
     with pytest.raises(ModelCheckError, match="does not exist"):
-        await take_weights(served.ppm, str(served.folder / "absent"), "ppm-r2")
+        await take_weights(all_served.ppm, str(all_served.folder / "absent"), "ppm-r2")
 
 
 def living(pids: list[int]) -> list[int]:
@@ -455,13 +509,14 @@ def living(pids: list[int]) -> list[int]:
     return [pid for pid in pids if lives(pid)]
 
 
-def test_killed_replicas_leave_no_engine_process(served: Served) -> None:
+def test_killed_replicas_leave_no_engine_process(all_served: Served) -> None:
     import psutil
     import ray
 
-    infos: list[ReplicaInfo] = ray.get([served.policy.ready.remote(), served.ppm.ready.remote()])
+    replicas = (*all_served.policies.values(), all_served.ppm)
+    infos: list[ReplicaInfo] = ray.get([replica.ready.remote() for replica in replicas])
     pids = [p.pid for info in infos for p in psutil.Process(info.pid).children(recursive=True)]
-    assert living(pids)  # the policy's; the PPM's engine runs inside the actor
+    assert living(pids)  # of the policy whose core is a process
     for info in infos:
         os.kill(info.pid, signal.SIGKILL)
     deadline = time.monotonic() + 120
