@@ -203,8 +203,10 @@ async def test_deadline_answers_with_the_best_so_far_and_budget_with_what_it_fou
     assert (late.rstar["ended"], late.choices[0].finish_reason) == ("time_limit", "stop")  # type: ignore[attr-defined]
     assert late.rstar["answer"] in ("3", "4")  # type: ignore[attr-defined]
     assert nothing.choices[0].finish_reason == "length"
-    content = nothing.choices[0].message.content
-    assert content == "No answer was found: stopped after 0.2 s; no solution reached an answer."
+    content = nothing.choices[0].message.content or ""
+    # What was left of the 0.2 s when the search began: as good as all, on a machine with time.
+    said = re.sub(r"0\.[012]\d*", "N", content)
+    assert said == "No answer was found: stopped after N s; no solution reached an answer."
     assert counted.total(metrics.SERVE_REQUESTS, outcome="late", method="mcts") == 2
 
 
