@@ -1,8 +1,8 @@
 """What is asked of vLLM, and how its tokens become text: plain functions over plain data.
 
-The same code serves GPUs and vLLM's CPU build; what differs is in `engine_environment` and
-`engine_arguments`, and nowhere else. What the CPU build (0.32) needs, all measured on 2 cores with
-a 0.6 M-parameter model:
+The same code serves GPUs and vLLM's CPU build; what differs is in `engine_environment`,
+`engine_arguments` and where a policy's engine core runs (`async_engine`). What the CPU build (0.32)
+needs, all measured on 2 cores with a 0.6 M-parameter model:
 - engine core and worker in one process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): start 10 s, not 33 s;
 - no chunked prefill: a seeded request whose prefill is split kills the engine ("CPU Generator does
   not use offset");
